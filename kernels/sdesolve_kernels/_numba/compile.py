@@ -1,0 +1,53 @@
+"""How the kernels are compiled: options, and an on-disk cache that notices edits and survives read-only installs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+__all__ = ["inline", "kernel"]
+
+# Numba's annotations describe each combination of arguments apart and fit no dictionary of options.
+_njit: Any = numba.njit
+
+# No fastmath: it lets LLVM contract and reassociate differently in a vector body and in its scalar tail, and then the
+# same normal has different bits in different places. Fused multiply-adds are written out (intrinsics.fma) instead.
+_OPTIONS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+_DIGEST = _source_digest()
+
+
+def inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a helper so that it is always inlined: a call inside a loop body keeps LLVM from vectorising it."""
+    compiled: Callable[..., Any] = _njit(forceinline=True, **_OPTIONS)(function)
+    return compiled
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a kernel that runs without the GIL, cached on disk where that is possible.
+
+    Numba's cache notices a change of the file that holds the kernel, but not of the helpers it inlines from other
+    files; so the digest of this whole folder goes into the name under which the kernel is cached. Numba itself falls
+    back from ``__pycache__`` to the user's cache folder; where neither can be written the kernel is compiled in each
+    process.
+    """
+    function.__qualname__ = f"{function.__qualname__}-{_DIGEST}"
+    try:
+        compiled: Callable[..., Any] = _njit(nogil=True, cache=True, **_OPTIONS)(function)
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        compiled = _njit(nogil=True, **_OPTIONS)(function)
+    return compiled

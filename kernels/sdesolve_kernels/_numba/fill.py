@@ -1,0 +1,75 @@
+"""From a torch tensor to the noise kernels: layout, choice of kernel, threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .noise import columns, rows
+from .threads import split
+
+__all__ = ["fill"]
+
+_GRAIN = 1 << 17  # numbers a thread makes at least: 60 us of work in float32, a little more than the handing over
+
+
+def _two_levels(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Strides and inner size of dimensions as ``k * inner + c``, or None if they do not merge into two.
+
+    Returns ``(outer_stride, inner_stride, inner)``.
+    """
+    merged: list[tuple[int, int]] = []
+    for n, s in zip(shape, stride, strict=True):
+        if n == 1:
+            continue
+        if merged and merged[-1][1] == n * s:
+            merged[-1] = (merged[-1][0] * n, s)
+        else:
+            merged.append((n, s))
+    if len(merged) > 2:
+        return None
+    inner, inner_stride = merged[-1] if merged else (1, 1)
+    outer_stride = merged[0][1] if len(merged) == 2 else 0
+    return outer_stride, inner_stride, inner
+
+
+def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, offset: int) -> None:
+    """Write numbers of `kind` ("normal", "uniform", "words") into a CPU tensor of shape ``(paths, ...)``, any strides.
+
+    The dimensions after the first hold the entries of a path in row-major order. The type is float32 or float64, and
+    int64 for words.
+    """
+    if out.numel() == 0:
+        return
+    paths, count = out.shape[0], out.numel() // out.shape[0]
+    levels = _two_levels(out.shape[1:], out.stride()[1:])
+    if levels is None:
+        plain = torch.empty_like(out, memory_format=torch.contiguous_format)
+        fill(kind, plain, seed=seed, stream=stream, first_path=first_path, offset=offset)
+        out.copy_(plain)
+        return
+    outer_stride, inner_stride, inner = levels
+    strides = (out.stride(0), outer_stride, inner_stride)
+    span = 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride(), strict=True))
+    flat = out.detach().as_strided((span,), (1,)).numpy()
+    counter = np.array((seed, stream, first_path, offset), dtype=np.uint64)
+
+    # How many entries of a path lie together before the next path's begin. Short runs, many paths: lanes along paths.
+    run = inner if outer_stride > strides[0] else count
+    run = 1 if inner_stride > strides[0] else run
+    if paths >= 32 and run <= 64:
+        # A block of which one number is used costs about half of a full one.
+        kernel, total, cost = columns(kind), paths, (count + 4 * ((offset % 4 + count + 3) // 4)) // 2
+        # The lines that a tile writes stay in the first-level cache until all blocks have filled them.
+        tile_size = max(64, min(512, 4096 // run))
+    else:
+        blocks = (offset % 4 + count + 3) // 4
+        kernel, total, cost = rows(kind), paths * blocks, 4
+        tile_size = 512  # 8 KiB of words, 8 or 16 KiB of numbers
+    tile_size = min(tile_size, total)
+    split(
+        lambda start, stop: kernel(flat, strides, inner, counter, count, start, stop, tile_size),
+        total,
+        -(-_GRAIN // cost),
+    )

@@ -1,0 +1,213 @@
+"""The ops: what they compute, what they accept, and the call of whichever implementation runs."""
+
+from __future__ import annotations
+
+import operator
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend_for, backend_module
+from .streams import Stream
+
+__all__ = ["normal", "uniform", "words"]
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_REFERENCES = {"normal": "normal", "uniform": "uniform", "words": "numbered_words"}
+
+
+def _integer(name: str, value: object, low: int, high: int, bound: str) -> int:
+    """`value` as an int in [low, high); `bound` is how the message writes `high`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        hint = "; convert it with int() if it is a whole number" if isinstance(value, float) else ""
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}{hint}") from None
+    if not low <= number < high:
+        raise ValueError(f"{name} must be in [{low}, {bound}), got {number}")
+    return number
+
+
+def _check_out(out: Tensor, paths: int, count: int, dtype: torch.dtype | None, device: object) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.dim() < 1 or out.shape[0] != paths or out.numel() != paths * count:
+        raise ValueError(
+            f"out must have shape (paths, ...) with count entries for each path, here ({paths}, {count}) or a finer "
+            f"division of the last dimension; got {tuple(out.shape)}"
+        )
+    if dtype is not None and dtype != out.dtype:
+        raise ValueError(f"dtype={dtype} and out of {out.dtype} disagree; leave dtype out, or convert out")
+    if device is not None and torch.empty(0, device=device).device != out.device:  # type: ignore[call-overload]
+        raise ValueError(f"device={str(device)!r} and out on {str(out.device)!r} disagree; leave device out")
+    if out.requires_grad:
+        raise ValueError("out requires a gradient and would be overwritten; pass out.detach()")
+    # Sorted by stride, each dimension must step over all of the smaller ones; a few exotic views that do not overlap
+    # fail this too, and are refused with them.
+    reach = 0
+    for stride, size in sorted((s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"entries of out share memory: shape {tuple(out.shape)} with strides {out.stride()}; "
+                "pass a tensor of its own, such as torch.empty(shape)"
+            )
+        reach += (size - 1) * stride
+
+
+def _fill(
+    op: str,
+    paths: SupportsIndex,
+    count: SupportsIndex,
+    *,
+    seed: SupportsIndex,
+    stream: SupportsIndex,
+    first_path: SupportsIndex,
+    offset: SupportsIndex,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Validate, allocate, dispatch: the same for every op that makes noise."""
+    paths = _integer("paths", paths, 0, 1 << 63, "2^63")
+    count = _integer("count", count, 0, 1 << 58, "2^58")
+    where = {
+        "seed": _integer("seed", seed, 0, 1 << 64, "2^64"),
+        "stream": _integer("stream", stream, 0, 256, "256"),
+        "first_path": _integer("first_path", first_path, 0, 1 << 64, "2^64"),
+        "offset": _integer("offset", offset, 0, 1 << 58, "2^58"),
+    }
+    if where["first_path"] + paths > 1 << 64:
+        raise ValueError(
+            f"first_path + paths must be at most 2^64, got {where['first_path']} + {paths}; path indices would wrap "
+            "and repeat noise"
+        )
+    if where["offset"] + count > 1 << 58:
+        raise ValueError(
+            f"offset + count must be at most 2^58, got {where['offset']} + {count}; use another stream or seed"
+        )
+    if op != "words" and dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype}")
+    if out is None:
+        default = torch.int64 if op == "words" else torch.float32
+        out = torch.empty((paths, count), dtype=default if dtype is None else dtype, device=device)
+    else:
+        _check_out(out, paths, count, dtype, device)
+        if op != "words" and out.dtype not in _FLOATS:
+            raise TypeError(f"out must be of a dtype among {', '.join(map(str, _FLOATS))}, got {out.dtype}")
+    backend = backend_for(op, out.device)
+    if out.numel() == 0:
+        return out
+    torch.autograd.graph.increment_version(out)
+    module = backend_module(backend)
+    if backend == "reference":
+        kinds = {} if op == "words" else {"dtype": out.dtype}
+        made = getattr(module, _REFERENCES[op])(paths, count, **where, device=out.device, **kinds)
+        out.copy_(made.reshape(out.shape))
+    elif out.dtype in (torch.float16, torch.bfloat16):
+        made = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        module.fill(op, made, **where)
+        out.copy_(made)
+    else:
+        module.fill(op, out, **where)
+    return out
+
+
+def normal(
+    paths: SupportsIndex,
+    count: SupportsIndex,
+    *,
+    seed: SupportsIndex,
+    stream: SupportsIndex = Stream.DRIVING,
+    first_path: SupportsIndex = 0,
+    offset: SupportsIndex = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Standard normals that are a function of where they stand.
+
+    Entry [i, j] is $Z(seed, stream, first\_path + i, offset + j)$ whatever the shape, the number of threads or the
+    backend: with $n = offset + j$ and $q = \lfloor n / 4 \rfloor$, Philox4x32-10 with the seed as key and the counter
+    $(q \bmod 2^{32},\ path \bmod 2^{32},\ \lfloor path / 2^{32} \rfloor,\ stream + 256 \lfloor q / 2^{32} \rfloor)$
+    gives words $w_0 \dots w_3$; $u = (w_0 + \tfrac12) 2^{-32}$, $r = \sqrt{-2 \ln u}$ and
+    $\theta = 2 \pi w_1 / 2^{32}$ give entries 0 and 1 of the block, $(r \cos\theta, r \sin\theta)$, and $w_2, w_3$
+    likewise entries 2 and 3. Magnitudes reach 6.76.
+
+    Args:
+        paths: Number of rows, >= 0.
+        count: Number of entries of each path, >= 0.
+        seed: In [0, 2^64).
+        stream: In [0, 256); see `Stream`.
+        first_path: Index of the first row's path, with first_path + paths <= 2^64.
+        offset: Index of the first entry, with offset + count <= 2^58.
+        dtype: float32 (if neither this nor `out` says otherwise), float64, float16 or bfloat16. All come from the same
+            words; the 16-bit types are rounded.
+        device: Where to make them; torch's default device if not given. Must not contradict `out`.
+        out: Tensor to write into and return, of shape ``(paths, ...)`` and any strides; the dimensions after the first
+            hold the `count` entries in row-major order. A buffer of shape (steps, paths, m) is filled through
+            ``out=buffer.transpose(0, 1)`` with ``count = steps * m``.
+
+    Returns:
+        Tensor of shape ``(paths, count)``, or `out`. Not differentiable.
+
+    Raises:
+        TypeError: An index is not an integer; the dtype is not floating.
+        ValueError: An index is out of range; `out` does not fit, overlaps itself or requires a gradient; the backend
+            asked for by `use_backend` does not run on the device.
+
+    Source: Salmon, Moraes, Dror and Shaw, SC 2011; Box and Muller, 1958.
+    """
+    return _fill(
+        "normal", paths, count, seed=seed, stream=stream, first_path=first_path, offset=offset,
+        dtype=dtype, device=device, out=out,
+    )  # fmt: skip
+
+
+def uniform(
+    paths: SupportsIndex,
+    count: SupportsIndex,
+    *,
+    seed: SupportsIndex,
+    stream: SupportsIndex,
+    first_path: SupportsIndex = 0,
+    offset: SupportsIndex = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Uniforms $(w + \tfrac12) 2^{-32}$, where $w$ is word ``n mod 4`` of block ``n div 4`` and n = offset + j.
+
+    Strictly inside (0, 1) in float64. Rounding to a narrower type can give exactly 1 (in float32, with probability
+    2^-25) but never 0, except in float16, whose smallest positive number is 2^-24. The words are those of `normal` at
+    the same place, so the stream must be one that makes no normals.
+
+    Args, Returns, Raises: as for `normal`, without a default for `stream`.
+    """
+    return _fill(
+        "uniform", paths, count, seed=seed, stream=stream, first_path=first_path, offset=offset,
+        dtype=dtype, device=device, out=out,
+    )  # fmt: skip
+
+
+def words(
+    paths: SupportsIndex,
+    count: SupportsIndex,
+    *,
+    seed: SupportsIndex,
+    stream: SupportsIndex,
+    first_path: SupportsIndex = 0,
+    offset: SupportsIndex = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The 32-bit random words themselves, as int64 in [0, 2^32), shape ``(paths, count)``.
+
+    Entry [i, j] is word ``n mod 4`` of block ``n div 4`` of path first_path + i, n = offset + j. Identical to the bit
+    on every backend. Arguments and errors as for `normal`.
+    """
+    return _fill(
+        "words", paths, count, seed=seed, stream=stream, first_path=first_path, offset=offset,
+        dtype=None, device=device, out=None,
+    )  # fmt: skip

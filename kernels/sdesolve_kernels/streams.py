@@ -1,0 +1,29 @@
+"""The table of noise streams: which random numbers are independent of which."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["Stream"]
+
+
+class Stream(enum.IntEnum):
+    """What a random number is for; part of the Philox counter, so no two uses ever share a number.
+
+    Two calls with the same seed, path and index but different streams give independent numbers. Numbers are never
+    reassigned: results made with one release can be replayed with the next. Any integer from 0 to 255 is a stream;
+    those above the table are free for users.
+    """
+
+    DRIVING = 0  # Brownian increments that drive an SDE
+    INITIAL = 1  # the state at the start: prior samples
+    BRIDGE = 2  # Brownian-bridge midpoints below the integer grid
+    CORRECTOR = 3  # Langevin correctors between predictor steps
+    PERTURBATION = 4  # training: z in x_t = alpha_t x_0 + sigma_t z
+    TIMES = 5  # training: the times t
+    PROBES = 6  # Hutchinson probes of a divergence
+    DATA = 7  # samples from analytic data laws
+    DATA_ORDER = 8  # which rows of a data set come when
+    DEQUANTISATION = 9  # uniform noise that turns integers into densities
+    DROPOUT = 10  # training: which labels are dropped
+    LEVY = 11  # space-time Levy area, independent of the increments
