@@ -1,0 +1,209 @@
+"""Brownian motion as a function: any increment of any path, at any resolution, from integer coordinates."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+
+import torch
+from sdesolve_kernels import Stream, normal
+from torch import Tensor
+
+from sdesolve.grids import whole_number
+
+_BRIDGE_DEPTH = 20
+_BLOCK_ELEMENTS = 1 << 22
+
+
+class AbstractNoise(abc.ABC):
+    """Where a solver gets Brownian increments from. `BrownianPath` is the one to use; the oracle has another."""
+
+    @abc.abstractmethod
+    def increments(
+        self,
+        times: Tensor,
+        shape: tuple[int, ...],
+        *,
+        step: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """``W(t_{k+1}) - W(t_k)`` for the ``n`` steps between consecutive ``times``.
+
+        Args:
+            times: ``(n + 1,)`` or ``(n + 1, batch)``, float64 on the host, in either direction.
+            shape: ``(batch, *channels)`` of one increment.
+            step: index of the first of these steps in the whole integration.
+            dtype: of the result.
+            device: of the result.
+
+        Returns:
+            ``(n, batch, *channels)``; variance ``|t_{k+1} - t_k|``.
+        """
+
+    @abc.abstractmethod
+    def bridge(
+        self,
+        step: int,
+        theta: float,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The Brownian bridge at the fraction ``theta`` of a step, for a step of unit length.
+
+        ``(W(t_k + theta dt) - W(t_k) - theta dW_k) / sqrt|dt|``, with variance ``theta (1 - theta)``, independent of
+        the step's increment and consistent with every other ``theta`` asked for.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class BrownianPath(AbstractNoise):
+    r"""Brownian paths addressed by coordinates: row ``i`` of a batch is a function of ``(seed, first_path + i)``.
+
+    Nothing is stored and nothing depends on batch size, order of queries, chunking, device or backend. Step ``k`` with
+    ``m`` channels uses the normals ``Z(seed, stream, path, n)``, ``n = k m ... k m + m - 1``, scaled by ``sqrt|dt|``.
+
+    With ``substeps = r`` every step's increment is the sum of ``r`` finer ones of equal length, the very increments
+    that a grid with ``r`` times as many steps takes with ``substeps = 1``: so an integration with ``steps = n`` and
+    ``substeps = r`` and one with ``steps = n r`` see the same path, up to rounding in the sum.
+
+    Times between grid points come from a Brownian bridge on a dyadic tree of depth 20 under each (sub)step, whose nodes
+    are integers; a float time never seeds anything.
+
+    Args:
+        seed: in [0, 2^64).
+        first_path: path index of row 0, so that a shard can ask for its own rows.
+        first_step: step index that counts as 0, so that an integration can go on where another stopped.
+        substeps: how many fine increments make one step.
+        stream: which of the independent noise streams (`sdesolve_kernels.Stream`).
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
+    """
+
+    seed: int
+    first_path: int = 0
+    first_step: int = 0
+    substeps: int = 1
+    stream: int = Stream.DRIVING
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("first_path", 0), ("first_step", 0), ("substeps", 1), ("stream", 0)):
+            whole_number(getattr(self, name), name, least)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
+
+    def rows(self, first: int) -> BrownianPath:
+        """The paths of a shard whose row 0 is row ``first`` of this batch."""
+        return dataclasses.replace(self, first_path=self.first_path + whole_number(first, "first", 0))
+
+    def after(self, steps: int) -> BrownianPath:
+        """The same paths from ``steps`` steps later: what an integration split at a grid point goes on with."""
+        return dataclasses.replace(self, first_step=self.first_step + whole_number(steps, "steps", 0))
+
+    def increments(
+        self,
+        times: Tensor,
+        shape: tuple[int, ...],
+        *,
+        step: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        batch, *channels = shape
+        dt = times.diff(dim=0).abs() / self.substeps
+        z = self._normals(step, len(dt), batch, math.prod(channels), dtype, device)
+        scale = dt.sqrt().to(dtype=dtype, device=z.device)
+        return z.reshape(len(dt), *shape) * scale.reshape(*scale.shape, *(1,) * (len(shape) + 1 - scale.ndim))
+
+    def bridge(
+        self,
+        step: int,
+        theta: float,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        if not 0.0 <= theta <= 1.0:
+            raise ValueError(f"theta is a fraction of a step, in [0, 1], got {theta}")
+        r = self.substeps
+        m = math.prod(shape[1:])
+        substep = min(int(theta * r), r - 1)
+        local = theta * r - substep
+        value = self._unit_bridge((self.first_step + step) * r + substep, local, shape[0], m, dtype, device)
+        if r > 1:  # W at theta, less its chord: whole substeps before, the local chord, and the local bridge
+            fine = dataclasses.replace(self, substeps=1, first_step=(self.first_step + step) * r)
+            z = fine._normals(0, r, shape[0], m, dtype, device)
+            value = (value + z[:substep].sum(0) + local * z[substep] - theta * z.sum(0)) / math.sqrt(r)
+        return value.reshape(shape)
+
+    def _normals(
+        self, step: int, steps: int, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> Tensor:
+        """Sums of ``substeps`` standard normals, ``(steps, batch, m)``."""
+        r = self.substeps
+        first = (self.first_step + step) * r * m
+        if r == 1:
+            z = torch.empty(steps, batch, m, dtype=dtype, device=device)
+            self._draw(batch, steps * m, first, dtype, device, out=z.transpose(0, 1))
+            return z
+        # One substep after another, so that the order of the sum, hence the last bit, is the same for every batch size.
+        total = torch.zeros(steps, batch, m, dtype=dtype, device=device)
+        block = max(1, _BLOCK_ELEMENTS // max(1, batch * r * m))
+        for k in range(0, steps, block):
+            n = min(block, steps - k)
+            z = self._draw(batch, n * r * m, first + k * r * m, dtype, device).reshape(batch, n, r, m)
+            for j in range(r):
+                total[k : k + n] += z[:, :, j].transpose(0, 1)
+        return total
+
+    def _unit_bridge(
+        self, step: int, theta: float, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> Tensor:
+        """A standard bridge on [0, 1] at ``theta``: midpoints down a dyadic tree (Levy's construction)."""
+        left = torch.zeros(batch, m, dtype=dtype, device=device)
+        right = torch.zeros_like(left)
+        low, width, node = 0.0, 1.0, 1
+        bridges = dataclasses.replace(self, stream=Stream.BRIDGE)
+        if theta in (0.0, 1.0):
+            return left
+        for _ in range(_BRIDGE_DEPTH):
+            z = bridges._draw(batch, m, ((step << (_BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
+            middle = 0.5 * (left + right) + 0.5 * math.sqrt(width) * z
+            width *= 0.5
+            if theta == low + width:
+                return middle
+            if theta < low + width:
+                right, node = middle, 2 * node
+            else:
+                left, low, node = middle, low + width, 2 * node + 1
+        # Below the resolution of the tree, 2^-20 of a step: a bridge over the last cell, exact for one time in it.
+        u = (theta - low) / width
+        z = bridges._draw(batch, m, ((step << (_BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
+        return (1 - u) * left + u * right + math.sqrt(u * (1 - u) * width) * z
+
+    def _draw(
+        self,
+        batch: int,
+        count: int,
+        offset: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return normal(
+            batch,
+            count,
+            seed=self.seed,
+            stream=self.stream,
+            first_path=self.first_path,
+            offset=offset,
+            dtype=None if out is not None else dtype,
+            device=None if out is not None else device,
+            out=out,
+        )

@@ -1,0 +1,104 @@
+"""Checks of what users pass in: each says what was given, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.solvers.base import AbstractSolver
+
+STATE_DTYPES = (torch.float32, torch.float64)
+
+
+def check_state(x0: Tensor, name: str = "x0") -> None:
+    """Refuses a state that is not a finite float32 or float64 tensor with a batch axis. An empty batch is fine."""
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (batch, *state), got {type(x0).__name__}")
+    if x0.dtype not in STATE_DTYPES:
+        hint = "Brownian increments of small steps vanish in 16 bits" if x0.is_floating_point() else "a state is real"
+        raise TypeError(f"{name} must be float32 or float64, got {x0.dtype}: {hint}; convert it with {name}.float()")
+    if x0.ndim == 0:
+        raise ValueError(f"{name} must have a batch axis, shape (batch, *state); got a 0-d tensor, use {name}[None]")
+    if not bool(x0.isfinite().all()):
+        row = (
+            int((~x0.isfinite()).flatten(1).any(1).nonzero()[0]) if x0.ndim > 1 else int((~x0.isfinite()).nonzero()[0])
+        )
+        raise ValueError(f"{name} must be finite; row {row} holds nan or inf")
+
+
+def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
+    """Refuses a solver that does not converge to the solution of the SDE as declared."""
+    if not isinstance(solver, AbstractSolver):
+        hint = f"; did you mean {solver.__name__}()?" if isinstance(solver, type) else ""
+        raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
+    if not isinstance(sde, AbstractSDE):
+        raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {type(sde).__name__}; wrap it in sds.SDE")
+    if (sde.calculus, sde.noise) in solver.supported:
+        return
+    name = type(solver).__name__
+    calculi = sorted({str(c) for c, n in solver.supported if n is sde.noise})
+    noises = sorted({str(n) for c, n in solver.supported if c is sde.calculus})
+    if sde.noise is not Noise.NONE and all(n is Noise.NONE for _, n in solver.supported):
+        raise ValueError(
+            f"{name} integrates ODEs and this is an SDE with {sde.noise} noise. Use EulerMaruyama or another SDE "
+            "solver; to sample with an ODE solver, integrate process.probability_flow(score) or pass stochasticity=0 to sample"
+        )
+    raise ValueError(
+        f"{name} does not converge to the {sde.calculus} solution of an SDE with {sde.noise} noise. With "
+        f"{sde.calculus} calculus it takes {_listed(noises)} noise; with {sde.noise} noise it takes "
+        f"{_listed(calculi)} calculus"
+    )
+
+
+def check_drift(f: Tensor, x: Tensor, t: Tensor, what: str = "drift") -> None:
+    """Refuses a drift that is not a tensor of the state's shape, dtype and device."""
+    if not isinstance(f, Tensor):
+        raise TypeError(f"{what} must return a tensor of shape {tuple(x.shape)}, got {type(f).__name__}")
+    if f.shape != x.shape:
+        raise ValueError(
+            f"{what} must return the shape of the state, {tuple(x.shape)}, got {tuple(f.shape)} at t = {_at(t)}"
+        )
+    _check_kind(f, x, what)
+
+
+def check_diffusion(g: Tensor, x: Tensor, noise: Noise) -> None:
+    """Refuses a diffusion whose shape does not fit the noise type, or of another dtype or device than the state."""
+    if not isinstance(g, Tensor):
+        raise TypeError(f"diffusion must return a tensor, got {type(g).__name__}")
+    batch, shape = x.shape[0], tuple(x.shape)
+    matrix = g.ndim == x.ndim + 1 and g.shape[:-1] == x.shape
+    broadcasts = g.ndim == 0 or (g.ndim == 1 and g.shape[0] == batch) or (g.ndim == x.ndim and _broadcasts(g, x))
+    fits = matrix if noise is Noise.GENERAL else broadcasts or (matrix and noise is Noise.ADDITIVE)
+    if not fits:
+        general = f"(batch, *state, channels) = {(*shape, 'channels')}".replace("'", "")
+        elementwise = f"(), (batch,) = ({batch},), or a shape that broadcasts to {shape}"
+        expected = {Noise.GENERAL: general, Noise.ADDITIVE: f"{elementwise}; or {general}"}.get(noise, elementwise)
+        hint = " For a matrix of several Brownian motions declare noise='general'." if matrix else ""
+        raise ValueError(
+            f"diffusion returned shape {tuple(g.shape)} for a state of shape {shape}, which does not fit noise="
+            f"'{noise}': expected {expected}.{hint}"
+        )
+    _check_kind(g, x, "diffusion")
+
+
+def _check_kind(value: Tensor, x: Tensor, what: str) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{what} returned a tensor on {value.device}, the state is on {x.device}; move one of them")
+    if value.dtype != x.dtype and (value.ndim > 0 or not value.is_floating_point()):
+        raise TypeError(
+            f"{what} returned {value.dtype}, the state is {x.dtype}; build its constants with dtype=x.dtype, or "
+            "convert the result"
+        )
+
+
+def _broadcasts(g: Tensor, x: Tensor) -> bool:
+    return all(a in (1, b) for a, b in zip(g.shape, x.shape, strict=True))
+
+
+def _listed(names: list[str]) -> str:
+    return " or ".join(names) if names else "no"
+
+
+def _at(t: Tensor) -> str:
+    return f"{float(t.flatten()[0]):.6g}" if t.numel() else "(no samples)"

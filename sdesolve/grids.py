@@ -1,0 +1,150 @@
+"""Time grids: float64 tensors of ``steps + 1`` times with exact end points, increasing or decreasing.
+
+Times are computed from integer step indices on the host and never accumulated, so a grid of ``n`` steps has ``n`` steps
+whatever the precision of the state (adding up ``dt`` in float32 gives 1001 steps of 1e-3 on [0, 1]).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def uniform(t0: float, t1: float, steps: int) -> Tensor:
+    """``t_k = t0 + (t1 - t0) k / steps``: equal steps.
+
+    Args:
+        t0: first time.
+        t1: last time, on either side of ``t0``.
+        steps: number of steps, at least 1.
+
+    Raises:
+        ValueError: ``t0 == t1``, a time that is not finite, or ``steps < 1``.
+        TypeError: ``steps`` is not an integer.
+    """
+    u = _unit(t0, t1, steps)
+    return _pinned(t0 + (t1 - t0) * u, t0, t1)
+
+
+def karras(t0: float, t1: float, steps: int, rho: float = 7.0) -> Tensor:
+    """``t_k = (t0^(1/rho) + k/steps (t1^(1/rho) - t0^(1/rho)))^rho``, Karras et al. 2022, eq. 5.
+
+    For positive times. On `EDM`, where time is the noise level, ``rho = 7`` spends most steps at low noise.
+
+    Raises:
+        ValueError: as `uniform`; a time below zero; ``rho`` not positive.
+    """
+    u = _unit(t0, t1, steps)
+    if min(t0, t1) < 0 or not rho > 0:
+        raise ValueError(f"a Karras grid needs times of at least 0 and rho > 0, got t0={t0}, t1={t1}, rho={rho}")
+    a, b = t0 ** (1 / rho), t1 ** (1 / rho)
+    return _pinned((a + u * (b - a)) ** rho, t0, t1)
+
+
+def geometric(t0: float, t1: float, steps: int) -> Tensor:
+    """``t_k = t0 (t1 / t0)^(k/steps)``: equal ratios, for positive times.
+
+    Raises:
+        ValueError: as `uniform`; a time that is not positive.
+    """
+    u = _unit(t0, t1, steps)
+    if min(t0, t1) <= 0:
+        raise ValueError(f"a geometric grid needs positive times, got t0={t0}, t1={t1}")
+    return _pinned(t0 * (t1 / t0) ** u, t0, t1)
+
+
+def linear_steps(t0: float, t1: float, steps: int, ratio: float = 0.02) -> Tensor:
+    """Step sizes ``gamma_k`` that change linearly, as in score-based models built on `OU`.
+
+    The step nearest the smaller time has size ``gamma``, the one nearest the larger time ``gamma / ratio``, and those
+    between are equally spaced: on ``dX = -X dt + sqrt(2) dB`` the linear schedule of DDPM, where
+    ``1 - beta_k = exp(-2 gamma_k)`` and ``beta`` grows from 1e-4 to 0.02 (``ratio`` = 0.005; Ho et al. 2020, section 4;
+    De Bortoli et al. 2021, appendix).
+
+    Args:
+        t0: first time.
+        t1: last time, on either side of ``t0``.
+        steps: number of steps, at least 1.
+        ratio: smallest step over largest step, in (0, 1].
+
+    Raises:
+        ValueError: as `uniform`; ``ratio`` outside (0, 1].
+    """
+    _unit(t0, t1, steps)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio is the smallest step over the largest, in (0, 1], got {ratio}")
+    gamma = torch.linspace(ratio, 1.0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
+    u = torch.cat([torch.zeros(1, dtype=torch.float64), gamma.cumsum(0) / gamma.sum()])
+    low, high = min(t0, t1), max(t0, t1)
+    grid = low + (high - low) * u
+    return _pinned(grid if t0 < t1 else grid.flip(0), t0, t1)
+
+
+def exponential_steps(t0: float, t1: float, steps: int) -> Tensor:
+    """Constant steps while time is above 1, then steps in proportion to time: ``gamma_k = kappa min(1, t)``.
+
+    The schedule for which reverse diffusion of `OU` has its best known convergence rates (Chen, Lee and Lu 2023;
+    Benton et al. 2024, section 3), with ``kappa`` chosen so that ``steps`` steps reach from one end to the other:
+    equal steps in ``u(t) = log t`` below 1 and ``t - 1`` above.
+
+    Raises:
+        ValueError: as `uniform`; a time that is not positive.
+    """
+    unit = _unit(t0, t1, steps)
+    if min(t0, t1) <= 0:
+        raise ValueError(f"exponentially decaying steps need positive times, got t0={t0}, t1={t1}")
+    a, b = (math.log(t) if t < 1 else t - 1 for t in (t0, t1))
+    u = a + (b - a) * unit
+    return _pinned(torch.where(u < 0, u.clamp(max=0).exp(), 1 + u), t0, t1)
+
+
+def whole_number(value: Any, name: str, minimum: int) -> int:
+    """``value`` as a Python integer of at least ``minimum``; refuses floats and booleans."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def check_grid(grid: Tensor) -> Tensor:
+    """``grid`` as float64 on the host, ``(steps + 1,)`` or ``(steps + 1, batch)``; refused unless strictly monotone."""
+    grid = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+    if grid.ndim not in (1, 2) or grid.shape[0] < 2:
+        raise ValueError(
+            f"a grid holds at least two times, as (steps + 1,) or (steps + 1, batch); got shape {tuple(grid.shape)}"
+        )
+    if not bool(grid.isfinite().all()):
+        raise ValueError("a grid must hold finite times, this one has nan or inf")
+    dt = grid.diff(dim=0)
+    if not bool(((dt > 0).all(0) | (dt < 0).all(0)).all()):
+        wrong = (dt == 0) | (dt.sign() != dt[:1].sign())
+        bad = int((wrong.any(1) if wrong.ndim == 2 else wrong).nonzero()[0])
+        raise ValueError(
+            f"a grid must be strictly increasing or strictly decreasing; step {bad} goes from {grid[bad].tolist()} to "
+            f"{grid[bad + 1].tolist()}. Sort it and drop repeated times"
+        )
+    return grid
+
+
+def _unit(t0: float, t1: float, steps: int) -> Tensor:
+    steps = whole_number(steps, "steps", 1)
+    if not (math.isfinite(t0) and math.isfinite(t1)):
+        raise ValueError(f"times must be finite, got t0={t0}, t1={t1}")
+    if t0 == t1:
+        raise ValueError(f"t0 and t1 must differ, both are {t0}: there is nothing to integrate")
+    return torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+def _pinned(grid: Tensor, t0: float, t1: float) -> Tensor:
+    """The grid with end points that rounding has not touched."""
+    grid[0], grid[-1] = t0, t1
+    return grid

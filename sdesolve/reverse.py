@@ -1,0 +1,96 @@
+"""Time reversal of an SDE with additive noise: reverse-time SDEs, the probability-flow ODE, and all between them."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, final
+
+from torch import Tensor
+
+from sdesolve.sde import AbstractODE, AbstractSDE, Calculus, Noise, apply_diffusion, is_matrix, per_sample
+
+
+class Score(Protocol):
+    """``score(x, t) = grad_x log p_t(x)`` for ``x: (batch, *state)`` and ``t`` of shape ``()`` or ``(batch,)``."""
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+
+
+@final
+class ReverseSDE(AbstractSDE):
+    r"""The reverse-time SDE with the marginals of ``forward``, integrated from large ``t`` to small (``dt < 0``).
+
+    For ``dX = f(X, t) dt + g(t) dW`` with marginal densities ``p_t`` and any ``c >= 0``,
+
+        ``dX = [f(X, t) - (1 + c^2)/2 g(t)^2 score(X, t)] dt + c g(t) dW``
+
+    run backwards has the same ``p_t``. ``c = 1`` is Anderson's reversal (Anderson 1982; Song et al. 2021, eq. 6),
+    ``c = 0`` the probability-flow ODE (Song et al. 2021, eq. 13; use `ProbabilityFlow`, which ODE solvers accept), and
+    other values interpolate or add noise (Zhang and Chen 2023, eq. 5, with lambda = c).
+
+    Args:
+        forward: an SDE with additive noise; ``g`` may be a number, a diagonal or a matrix per time.
+        score: ``grad_x log p_t(x)``.
+        stochasticity: ``c`` above.
+
+    Raises:
+        ValueError: the noise of ``forward`` is not additive, or ``stochasticity`` is not positive and finite.
+    """
+
+    noise = Noise.ADDITIVE
+    calculus = Calculus.ITO
+
+    def __init__(self, forward: AbstractSDE, score: Score, stochasticity: float = 1.0) -> None:
+        _check_reversible(forward, score)
+        if not (0.0 < stochasticity < math.inf):
+            hint = "; for 0 use probability_flow(score)" if stochasticity == 0 else ""
+            raise ValueError(f"stochasticity must be a positive number, got {stochasticity}{hint}")
+        self.forward, self.score, self.stochasticity = forward, score, float(stochasticity)
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        g2s = _squared_diffusion_product(self.forward, x, t, self.score(x, t))
+        return self.forward.drift(x, t) - 0.5 * (1.0 + self.stochasticity**2) * g2s
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        g = self.forward.diffusion(x, t)
+        return g if self.stochasticity == 1.0 else self.stochasticity * g
+
+
+@final
+class ProbabilityFlow(AbstractODE):
+    """The ODE with the marginals of ``forward``: ``dX = [f(X, t) - g(t)^2 score(X, t) / 2] dt``.
+
+    It may be integrated in either direction: from large ``t`` to small it draws samples, from small to large it encodes
+    them (Song et al. 2021, eq. 13).
+
+    Raises:
+        ValueError: the noise of ``forward`` is not additive.
+    """
+
+    def __init__(self, forward: AbstractSDE, score: Score) -> None:
+        _check_reversible(forward, score)
+        self.forward, self.score = forward, score
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        g2s = _squared_diffusion_product(self.forward, x, t, self.score(x, t))
+        return self.forward.drift(x, t) - 0.5 * g2s
+
+
+def _squared_diffusion_product(forward: AbstractSDE, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """``g g^T s``."""
+    g = forward.diffusion(x, t)
+    if is_matrix(g, x):
+        gT_s = (g * s.unsqueeze(-1)).flatten(1, -2).sum(1)
+        return apply_diffusion(g, x, gT_s)
+    return per_sample(g * g, x) * s
+
+
+def _check_reversible(forward: AbstractSDE, score: Score) -> None:
+    if not callable(score):
+        raise TypeError(f"score must be a function of (x, t), got {type(score).__name__}")
+    if forward.noise is not Noise.ADDITIVE:
+        raise ValueError(
+            f"only SDEs with additive noise can be reversed here, this one has {forward.noise} noise: its reversal "
+            "needs the divergence of g g^T as well. If g does not depend on x, declare noise='additive'; otherwise "
+            "write the reverse drift yourself as an SDE"
+        )

@@ -1,0 +1,110 @@
+"""`sample`: draws from a score-based model by integrating its reverse SDE or probability flow."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdesolve import grids
+from sdesolve.brownian import AbstractNoise, BrownianPath
+from sdesolve.checks import check_drift
+from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.reverse import Score
+from sdesolve.sde import Calculus, Noise, per_sample
+from sdesolve.solve import solve
+from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.euler_maruyama import EulerMaruyama
+
+
+def sample(
+    process: AbstractDiffusion,
+    score: Score,
+    shape: tuple[int, ...],
+    *,
+    solver: AbstractSolver | None = None,
+    steps: int | None = None,
+    grid: Tensor | None = None,
+    seed: int | None = None,
+    noise: AbstractNoise | None = None,
+    stochasticity: float | None = None,
+    denoise: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Tensor:
+    r"""Draws ``shape = (batch, *state)`` samples: prior at ``t_max``, integrated back to ``t_min``, then denoised.
+
+    Row ``i`` is a function of ``(seed, i)`` alone: the first rows of a large batch are the rows of a small one.
+
+    Args:
+        process: the forward diffusion.
+        score: ``grad_x log p_t(x)``, exact or learned.
+        shape: of the result.
+        solver: ``EulerMaruyama()`` by default.
+        steps: number of steps on the process's own grid (`AbstractDiffusion.time_grid`).
+        grid: explicit decreasing times instead of ``steps``.
+        seed: for the start and the driving noise; drawn from torch's default generator if not given.
+        noise: the driving noise instead; a `BrownianPath` also gives seed and first path of the start.
+        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, or between or above (`ReverseSDE`). By
+            default 1 if the solver integrates SDEs with additive noise, and 0 if it does not.
+        denoise: finish with Tweedie's formula ``(x + sigma^2 score) / alpha`` at the last time, which removes the noise
+            that is left there at the cost of one score evaluation.
+        dtype: float32 or float64.
+        device: where to sample.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease.
+        TypeError: as `solve`.
+        DivergenceError: as `solve`.
+    """
+    if not isinstance(process, AbstractDiffusion):
+        raise TypeError(f"process must be a linear diffusion such as VP(), got {type(process).__name__}")
+    solver = EulerMaruyama() if solver is None else solver
+    times = _times(process, steps, grid)
+    path = _path(seed, noise)
+    if stochasticity is None:
+        stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
+    backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
+    with torch.no_grad():
+        start = path if isinstance(path, BrownianPath) else BrownianPath(0)
+        x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
+        x = solve(backward, x, grid=times, solver=solver, noise=path, progress=progress).x1
+        return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
+
+
+def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> Tensor:
+    """``E[x_0 | x_t = x] = (x + sigma^2 score(x, t)) / alpha`` (Robbins 1956; Efron 2011, eq. 2.8).
+
+    Args:
+        process: the forward diffusion.
+        score: ``grad_x log p_t(x)``.
+        x: ``(batch, *state)``.
+        t: ``()`` or ``(batch,)``.
+    """
+    s = score(x, t)
+    check_drift(s, x, t, "score")
+    return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
+
+
+def _times(process: AbstractDiffusion, steps: int | None, grid: Tensor | None) -> Tensor:
+    if (steps is None) == (grid is None):
+        raise ValueError("give steps, the number of steps on the process's own grid, or grid, explicit times")
+    times = process.time_grid(steps) if grid is None else grids.check_grid(grid)  # type: ignore[arg-type]
+    first, last = float(times[0].max()), float(times[-1].min())
+    if times.ndim != 1 or not (0 < last < first <= process.t_max * (1 + 1e-12)) or math.isinf(first):
+        raise ValueError(
+            f"a sampling grid is (steps + 1,) and decreases within (0, t_max = {process.t_max}]; got shape "
+            f"{tuple(times.shape)} from {first} to {last}"
+        )
+    return times
+
+
+def _path(seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
+    if seed is not None and noise is not None:
+        raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
+    if noise is not None:
+        return noise
+    return BrownianPath(int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if seed is None else seed)

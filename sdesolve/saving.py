@@ -1,0 +1,114 @@
+"""Which states an integration keeps, on grid points and between them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdesolve.brownian import AbstractNoise
+from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.solvers.base import Span
+
+SaveAt = Sequence[float] | Tensor | Literal["grid"] | None
+
+_SAME_TIME = 1e-9  # of the length of the grid: nearer than this, a time is a grid point
+
+
+class SavePlan:
+    """Where each requested time lies on the grid, and the states found there.
+
+    A time on the grid keeps the solver's own state. One inside a step, between ``x_k`` and ``x_{k+1}``, gets
+
+    - for an SDE ``x_k + theta (x_{k+1} - x_k) + g(x_k, t_k) sqrt|dt| b(theta)`` with the Brownian bridge ``b`` of that
+      very path: the chord alone has too little variance (at mid-step of a Wiener path, half of it);
+    - for an ODE the cubic Hermite polynomial through both states and both slopes, of local order 4.
+
+    Args:
+        grid: ``(steps + 1,)`` or ``(steps + 1, batch)``, float64.
+        save_at: times, in the direction of integration; ``"grid"`` for every grid point; ``None`` for the end alone.
+
+    Raises:
+        ValueError: a time outside the grid or out of order; times inside steps on a grid with a time per sample.
+    """
+
+    def __init__(self, grid: Tensor, save_at: SaveAt) -> None:
+        steps = len(grid) - 1
+        self.on_grid: dict[int, list[int]] = defaultdict(list)
+        self.inside: dict[int, list[tuple[int, float]]] = defaultdict(list)
+        self._states: list[Tensor | None]
+        if save_at is None or isinstance(save_at, str):
+            if isinstance(save_at, str) and save_at != "grid":
+                raise ValueError(f'save_at takes times, "grid" or None, got {save_at!r}')
+            wanted = range(steps + 1) if save_at == "grid" else [steps]
+            self.ts = grid[list(wanted)]
+            for slot, k in enumerate(wanted):
+                self.on_grid[k].append(slot)
+        else:
+            self.ts = torch.as_tensor(save_at, dtype=torch.float64).cpu()
+            self._place(grid)
+        self._states = [None] * len(self.ts)
+
+    def _place(self, grid: Tensor) -> None:
+        if self.ts.ndim != 1 or self.ts.numel() == 0:
+            raise ValueError(f"save_at must be a list of at least one time, got shape {tuple(self.ts.shape)}")
+        if grid.ndim == 2:
+            raise ValueError('with a time per sample, save_at can be None or "grid" only')
+        first, last = float(grid[0]), float(grid[-1])
+        sign = math.copysign(1.0, last - first)
+        tolerance = _SAME_TIME * abs(last - first)
+        s = self.ts.tolist()
+        if any(sign * (b - a) <= 0 for a, b in itertools.pairwise(s)):
+            raise ValueError(
+                f"save_at must follow the direction of integration, from {first} to {last}, without repeats"
+            )
+        for slot, time in enumerate(s):
+            if not (sign * (time - first) >= -tolerance and sign * (last - time) >= -tolerance):
+                raise ValueError(f"save_at holds {time}, which is outside the grid from {first} to {last}")
+            k = int(torch.searchsorted(sign * grid, sign * time + tolerance, right=True)) - 1
+            near = min((k, min(k + 1, len(grid) - 1)), key=lambda i: abs(float(grid[i]) - time))
+            if abs(float(grid[near]) - time) <= tolerance:
+                self.on_grid[near].append(slot)
+            else:
+                t0, t1 = float(grid[k]), float(grid[k + 1])
+                self.inside[k].append((slot, (time - t0) / (t1 - t0)))
+
+    def at_grid_point(self, k: int, x: Tensor) -> None:
+        """Keeps the state at grid point ``k`` if it was asked for."""
+        for slot in self.on_grid.get(k, ()):
+            self._states[slot] = x
+
+    def within_step(
+        self,
+        k: int,
+        sde: AbstractSDE,
+        x: Tensor,
+        x_next: Tensor,
+        span: Span,
+        noise: AbstractNoise,
+        shape: tuple[int, ...],
+    ) -> None:
+        """Keeps the states asked for inside step ``k``."""
+        for slot, theta in self.inside.get(k, ()):
+            if sde.noise is Noise.NONE:
+                self._states[slot] = _hermite(sde, x, x_next, span, theta)
+            else:
+                b = noise.bridge(k, theta, shape, dtype=x.dtype, device=x.device)
+                chord = x + theta * (x_next - x)
+                self._states[slot] = chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b)
+
+    def states(self) -> Tensor:
+        """All kept states, ``(times, batch, *state)``."""
+        return torch.stack([x for x in self._states if x is not None])
+
+
+def _hermite(sde: AbstractSDE, x: Tensor, x_next: Tensor, span: Span, theta: float) -> Tensor:
+    f0, f1 = sde.drift(x, span.t0), sde.drift(x_next, span.t1)
+    a, b = theta * (1 - theta) ** 2, theta**2 * (theta - 1)
+    h = theta**2 * (3 - 2 * theta)
+    return x + h * (x_next - x) + span.dt * (a * f0 + b * f1)

@@ -1,0 +1,173 @@
+"""What an SDE is: drift, diffusion, noise type and calculus. Solvers see nothing else."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable
+from typing import ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+State = Float[Tensor, "batch *state"]
+Time = Float[Tensor, ""] | Float[Tensor, " batch"]
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+class Noise(enum.StrEnum):
+    """How the diffusion ``g`` meets the Brownian increment ``dW`` (see `AbstractSDE.diffusion`)."""
+
+    NONE = "none"
+    ADDITIVE = "additive"
+    SCALAR = "scalar"
+    DIAGONAL = "diagonal"
+    GENERAL = "general"
+
+
+class Calculus(enum.StrEnum):
+    """Which stochastic integral ``g(X, t) dW`` denotes."""
+
+    ITO = "ito"
+    STRATONOVICH = "stratonovich"
+
+
+NoiseName = Literal["none", "additive", "scalar", "diagonal", "general"]
+CalculusName = Literal["ito", "stratonovich"]
+
+
+def per_sample(c: Tensor, x: Tensor) -> Tensor:
+    """``c`` of shape ``()`` or ``(batch,)``, shaped so that it broadcasts against ``x: (batch, *state)``."""
+    return c.reshape(c.shape[0], *(1,) * (x.ndim - 1)) if c.ndim == 1 and x.ndim > 1 else c
+
+
+class AbstractSDE(abc.ABC):
+    """``dX = f(X, t) dt + g(X, t) dW``, from any start time to any end time, forwards or backwards.
+
+    Subclasses give `drift` and `diffusion`, and say by `noise` what shape the diffusion has for ``x: (batch, *state)``:
+
+    ============  ==================================================================  =================
+    noise         ``g`` (rank-1 results are read as one value per sample)             ``dW``
+    ============  ==================================================================  =================
+    ``none``      not called: an ordinary differential equation                       none
+    ``additive``  independent of ``x``; ``()``, ``(batch,)`` or broadcastable to      as ``x``;
+                  ``x``, or a matrix ``(batch, *state, channels)``                    ``(batch, channels)``
+    ``scalar``    ``()``, ``(batch,)`` or broadcastable to ``x``                      ``(batch, 1, ..., 1)``
+    ``diagonal``  ``()``, ``(batch,)`` or broadcastable to ``x``                      as ``x``
+    ``general``   ``(batch, *state, channels)``                                       ``(batch, channels)``
+    ============  ==================================================================  =================
+    """
+
+    noise: Noise
+    calculus: Calculus
+
+    @abc.abstractmethod
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """``f(x, t)``, of the shape of ``x: (batch, *state)``; ``t`` is ``()`` or ``(batch,)``."""
+
+    @abc.abstractmethod
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        """``g(x, t)``, of the shape that `noise` calls for."""
+
+    @final
+    def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
+        """``g(x, t) dW``, broadcastable to ``x``."""
+        return apply_diffusion(self.diffusion(x, t), x, dW)
+
+
+def is_matrix(g: Tensor, x: Tensor) -> bool:
+    """Whether ``g`` is a ``(batch, *state, channels)`` diffusion for the state ``x``."""
+    return g.ndim == x.ndim + 1
+
+
+def apply_diffusion(g: Tensor, x: Tensor, dW: Tensor) -> Tensor:
+    """``g dW`` for a diffusion of any allowed shape."""
+    if is_matrix(g, x):
+        return (g * dW.reshape(dW.shape[0], *(1,) * (x.ndim - 1), dW.shape[1])).sum(-1)
+    return per_sample(g, x) * dW
+
+
+def noise_shape(noise: Noise, x: Tensor, g: Tensor | None = None) -> tuple[int, ...]:
+    """Shape of ``dW`` without its batch axis; ``g`` is looked at for additive and general noise only."""
+    if noise is Noise.SCALAR:
+        return (1,) * (x.ndim - 1)
+    if g is not None and is_matrix(g, x):
+        return (g.shape[-1],)
+    return tuple(x.shape[1:])
+
+
+@final
+class SDE(AbstractSDE):
+    """An SDE from two functions of ``(x, t)``.
+
+    Args:
+        drift: ``f(x, t)``, returns the shape of ``x``.
+        diffusion: ``g(x, t)``; a tensor of the shape that ``noise`` calls for (`AbstractSDE`), or a Python number.
+        noise: ``additive``, ``scalar``, ``diagonal`` or ``general``.
+        calculus: ``ito`` or ``stratonovich``.
+
+    Raises:
+        TypeError: ``drift`` or ``diffusion`` cannot be called.
+        ValueError: an unknown noise type or calculus.
+
+    Example:
+        >>> geometric = SDE(lambda x, t: 1.5 * x, lambda x, t: 0.1 * x, noise="diagonal", calculus="ito")
+    """
+
+    def __init__(
+        self,
+        drift: Field,
+        diffusion: Field,
+        noise: NoiseName = "diagonal",
+        calculus: CalculusName = "ito",
+    ) -> None:
+        for name, function in (("drift", drift), ("diffusion", diffusion)):
+            if not callable(function):
+                raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
+        self.noise = _member(Noise, noise, "noise")
+        self.calculus = _member(Calculus, calculus, "calculus")
+        if self.noise is Noise.NONE:
+            raise ValueError("an SDE has noise; for an equation without any, use sdesolve.ODE(drift)")
+        self._drift, self._diffusion = drift, diffusion
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._drift(x, t)
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        g = self._diffusion(x, t)
+        return torch.as_tensor(g, dtype=x.dtype, device=x.device) if isinstance(g, float | int) else g
+
+
+class AbstractODE(AbstractSDE):
+    """``dX = f(X, t) dt``: an SDE whose noise type is ``none``."""
+
+    noise: ClassVar[Noise] = Noise.NONE  # type: ignore[misc]  # fixed for the whole class
+    calculus: ClassVar[Calculus] = Calculus.ITO  # type: ignore[misc]
+
+    @final
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        """Zero; solvers never call it."""
+        return torch.zeros((), dtype=x.dtype, device=x.device)
+
+
+@final
+class ODE(AbstractODE):
+    """An ordinary differential equation ``dX = f(X, t) dt`` from a function of ``(x, t)``."""
+
+    def __init__(self, drift: Field) -> None:
+        if not callable(drift):
+            raise TypeError(f"drift must be a function of (x, t), got {type(drift).__name__}")
+        self._drift = drift
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._drift(x, t)
+
+
+def _member(kind: type[enum.StrEnum], value: str, name: str):  # type: ignore[no-untyped-def]  # kind(value)
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}={value!r} is unknown; choose one of {', '.join(repr(str(k)) for k in kind)}"
+        ) from None

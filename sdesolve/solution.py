@@ -1,0 +1,61 @@
+"""What `solve` returns, and what it raises when the state stops being finite."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """How a solution was made.
+
+    Attributes:
+        solver: name of the solver.
+        steps: steps taken.
+        nfe: evaluations of the drift (for a reverse SDE or probability flow, of the score), saving included.
+        backend: ``eager`` or ``fused``: what ran.
+        reason: why that backend ran.
+        seed: seed of the driving noise; ``None`` for an ODE or for noise that has none.
+        source: the generated kernel, if one ran.
+    """
+
+    solver: str
+    steps: int
+    nfe: int
+    backend: str
+    reason: str
+    seed: int | None = None
+    source: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """The result of `solve`.
+
+    Attributes:
+        x1: state at the end of the grid, ``(batch, *state)``.
+        ts: times of ``xs``, float64 on the host, ``(times,)`` or ``(times, batch)``.
+        xs: saved states, ``(times, batch, *state)``; the final state alone unless ``save_at`` was given.
+        stats: how it was made.
+    """
+
+    x1: Tensor
+    ts: Tensor
+    xs: Tensor
+    stats: Stats
+
+
+class DivergenceError(FloatingPointError):
+    """The state, the drift or the diffusion stopped being finite.
+
+    Attributes:
+        step: index of the first step that gave a value which is not finite.
+        time: where that step starts.
+        path: index of the first path it happened to, counted from the noise's ``first_path``.
+    """
+
+    def __init__(self, message: str, *, step: int, time: float, path: int) -> None:
+        super().__init__(message)
+        self.step, self.time, self.path = step, time, path

@@ -1,0 +1,270 @@
+"""`solve`: one integration, of any SDE or ODE, by any solver, in either direction of time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdesolve import grids
+from sdesolve.brownian import AbstractNoise, BrownianPath
+from sdesolve.checks import check_diffusion, check_drift, check_pair, check_state
+from sdesolve.saving import SaveAt, SavePlan
+from sdesolve.sde import AbstractSDE, Noise, State, noise_shape
+from sdesolve.solution import DivergenceError, Solution, Stats
+from sdesolve.solvers.base import AbstractSolver, Span
+from sdesolve.solvers.milstein import check_own_component
+
+Backend = Literal["auto", "eager", "fused"]
+
+# Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
+# it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.
+_CHUNK_NORMALS = 64
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def solve(
+    sde: AbstractSDE,
+    x0: State,
+    t0: float | Tensor | None = None,
+    t1: float | Tensor | None = None,
+    steps: int | None = None,
+    *,
+    solver: AbstractSolver,
+    grid: Tensor | None = None,
+    seed: int | None = None,
+    noise: AbstractNoise | None = None,
+    save_at: SaveAt = None,
+    backend: Backend = "auto",
+    progress: bool = False,
+    check_finite: bool = True,
+) -> Solution:
+    r"""Integrates ``dX = f(X, t) dt + g(X, t) dW`` (or an ODE) from ``x0`` over a grid of times.
+
+    Args:
+        sde: what to integrate: an `SDE`, an `ODE`, a forward process, a `ReverseSDE` or a `ProbabilityFlow`.
+        x0: ``(batch, *state)``, float32 or float64; an empty batch gives an empty result.
+        t0: start time; a number, or ``(batch,)`` for a start per sample.
+        t1: end time, on either side of ``t0``; likewise.
+        steps: number of equal steps. Times are ``t0 + (t1 - t0) k / steps``, computed in float64 for each ``k``.
+        solver: the scheme, such as ``EulerMaruyama()``.
+        grid: explicit times instead of ``t0, t1, steps``: ``(steps + 1,)`` or ``(steps + 1, batch)``, monotone.
+        seed: short for ``noise=BrownianPath(seed)``. Without either, a seed is drawn from torch's default generator; it
+            is in ``stats.seed``, so the run can be repeated.
+        noise: the driving Brownian motion; its step 0 is the first step of this grid.
+        save_at: times whose states to keep, ``"grid"`` for every grid point, or ``None`` for the last. A time between
+            grid points is reached by a Brownian bridge of the same path (`SavePlan`), and asking for it changes nothing
+            else.
+        backend: ``auto`` runs the fastest that fits and says in ``stats`` what and why; ``eager`` is plain torch;
+            ``fused`` refuses rather than fall back.
+        progress: show a progress bar.
+        check_finite: raise `DivergenceError` if the final state is not finite.
+
+    Returns:
+        A `Solution`. Gradients flow to ``x0`` and to whatever drift and diffusion are made of.
+
+    Raises:
+        ValueError: bad shapes, times, steps or grids, a diffusion that does not fit its noise type, or a solver that
+            does not converge for this calculus and noise type.
+        TypeError: bad types or dtypes.
+        DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
+    """
+    check_pair(solver, sde)
+    check_state(x0)
+    times = _grid_of(t0, t1, steps, grid, len(x0))
+    noise = _noise_of(sde, seed, noise)
+    if backend not in ("auto", "eager", "fused"):
+        raise ValueError(f"backend must be 'auto', 'eager' or 'fused', got {backend!r}")
+    if backend == "fused":
+        raise ValueError(
+            "no fused kernel covers this call: whole trajectories run eagerly; use backend='auto' or 'eager'"
+        )
+    watched = _Watched(sde)
+    run = _Integration(watched, solver, times, noise, x0, _increment_shape(watched, solver, x0, times), check_finite)
+    plan = SavePlan(times, save_at)
+    x = x0
+    plan.at_grid_point(0, x)
+    states = enumerate(run.states(x0))
+    for k, (x_before, x, span) in tqdm(states, total=run.steps, disable=not progress, unit="step", leave=False):
+        plan.within_step(k, watched, x_before, x, span, noise, run.shape)
+        plan.at_grid_point(k + 1, x)
+    if check_finite and not bool(x.isfinite().all()):
+        run.report_divergence(x0)
+    stats = Stats(
+        solver=type(solver).__name__,
+        steps=run.steps,
+        nfe=watched.evaluations,
+        backend="eager",
+        reason="requested" if backend == "eager" else "step by step in torch: no fused kernel covers this call",
+        seed=noise.seed if isinstance(noise, BrownianPath) and sde.noise is not Noise.NONE else None,
+    )
+    return Solution(x1=x, ts=plan.ts, xs=plan.states(), stats=stats)
+
+
+@final
+class _Watched(AbstractSDE):
+    """An SDE that counts its drift evaluations, and checks what its functions return until told to stop."""
+
+    def __init__(self, sde: AbstractSDE) -> None:
+        self.noise, self.calculus, self._sde = sde.noise, sde.calculus, sde
+        self.evaluations, self.checking = 0, True
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        self.evaluations += 1
+        f = self._sde.drift(x, t)
+        if self.checking:
+            check_drift(f, x, t)
+        return f
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        g = self._sde.diffusion(x, t)
+        if self.checking:
+            check_diffusion(g, x, self.noise)
+        return g
+
+
+@dataclasses.dataclass(frozen=True)
+class _Integration:
+    """Everything one pass over the grid needs; can be gone through again, because noise can."""
+
+    sde: _Watched
+    solver: AbstractSolver
+    times: Tensor
+    noise: AbstractNoise
+    x0: Tensor
+    shape: tuple[int, ...]
+    check_finite: bool
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    def states(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Span]]:
+        """State before, state after, and span of each step in turn."""
+        chunk = _chunk_steps(self.shape)
+        self.sde.checking = True
+        for first in range(0, self.steps, chunk):
+            times = self.times[first : first + chunk + 1]
+            dW = self._increments(first, times)
+            for k, span in enumerate(_spans(times, x)):
+                x_before = x
+                x = self.solver.step(self.sde, x, span, None if dW is None else dW[k])
+                if self.sde.checking and self.check_finite and x.device.type == "cpu":  # elsewhere, wait for no device
+                    self._refuse_nonfinite(first, x_before, x, span)
+                self.sde.checking = False
+                yield x_before, x, span
+
+    def _increments(self, first: int, times: Tensor) -> Tensor | None:
+        if self.sde.noise is Noise.NONE:
+            return None
+        return self.noise.increments(times, self.shape, step=first, dtype=self.x0.dtype, device=self.x0.device)
+
+    def report_divergence(self, x0: Tensor) -> None:
+        """Goes through the integration again to find the first step and path that are not finite."""
+        with torch.no_grad():
+            for k, (x_before, x, span) in enumerate(self.states(x0)):
+                self._refuse_nonfinite(k, x_before, x, span)
+
+    def _refuse_nonfinite(self, k: int, x_before: Tensor, x: Tensor, span: Span) -> None:
+        bad = ~x.detach().flatten(1).isfinite().all(1) if x.ndim > 1 else ~x.detach().isfinite()
+        if not bool(bad.any()):
+            return
+        row = int(bad.nonzero()[0])
+        path = row + (self.noise.first_path if isinstance(self.noise, BrownianPath) else 0)
+        time = float(self.times[k].flatten()[row if self.times.ndim == 2 else 0])
+        message = (
+            f"the state of path {path} stopped being finite in step {k} of {self.steps}, which starts at "
+            f"t = {time:.6g}: {self._culprit(x_before, span, row)}. {int(bad.sum())} of {len(bad)} paths are "
+            "affected by that step"
+        )
+        raise DivergenceError(message, step=k, time=time, path=path)
+
+    def _culprit(self, x: Tensor, span: Span, row: int) -> str:
+        size = f"{float(x[row].abs().max()):.3g}" if x[row].numel() else "0"
+        with torch.no_grad():
+            values = {"drift": self.sde.drift(x, span.t0)}
+            if self.sde.noise is not Noise.NONE:
+                values["diffusion"] = self.sde.diffusion(x, span.t0)
+        for name, value in values.items():
+            if bool(value.isnan().any()):
+                return f"the {name} returned nan for a state of size {size}"
+        for name, value in values.items():
+            if bool(value.isinf().any()):
+                return f"the {name} returned inf for a state of size {size}, which overflowed; take smaller steps"
+        return f"the state, of size {size}, overflowed; take smaller steps"
+
+
+def _grid_of(
+    t0: float | Tensor | None, t1: float | Tensor | None, steps: int | None, grid: Tensor | None, batch: int
+) -> Tensor:
+    if grid is not None:
+        if not (t0 is None and t1 is None and steps is None):
+            raise ValueError("give either grid or t0, t1 and steps, not both")
+        grid = grids.check_grid(grid)
+        if grid.ndim == 2 and grid.shape[1] != batch:
+            raise ValueError(f"grid has times for {grid.shape[1]} samples, x0 has {batch}")
+        return grid
+    if t0 is None or t1 is None or steps is None:
+        missing = [name for name, value in (("t0", t0), ("t1", t1), ("steps", steps)) if value is None]
+        raise ValueError(f"give t0, t1 and steps, or a grid of times; missing: {', '.join(missing)}")
+    start, end = (torch.as_tensor(t, dtype=torch.float64).cpu() for t in (t0, t1))
+    if start.ndim == end.ndim == 0:
+        return grids.uniform(float(start), float(end), steps)
+    steps = grids.whole_number(steps, "steps", 1)
+    for name, t in (("t0", start), ("t1", end)):
+        if t.ndim > 1 or (t.ndim == 1 and len(t) != batch):
+            raise ValueError(f"{name} must be a number or one time per sample, ({batch},), got shape {tuple(t.shape)}")
+    if not bool((start.isfinite() & end.isfinite()).all()):
+        raise ValueError("t0 and t1 must be finite for every sample")
+    if bool((start == end).any()):
+        row = int((start == end).expand(batch).nonzero()[0])
+        raise ValueError(f"t0 and t1 must differ; for sample {row} they are equal, and there is nothing to integrate")
+    u = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
+    times = start + (end - start) * u
+    times[0], times[-1] = start, end
+    return times
+
+
+def _noise_of(sde: AbstractSDE, seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
+    if seed is not None and noise is not None:
+        raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
+    if noise is not None:
+        if not isinstance(noise, AbstractNoise):
+            raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
+        return noise
+    if seed is None:
+        seed = 0 if sde.noise is Noise.NONE else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+    return BrownianPath(seed)
+
+
+def _increment_shape(sde: _Watched, solver: AbstractSolver, x0: Tensor, times: Tensor) -> tuple[int, ...]:
+    """Shape of ``dW``, batch included. Evaluates the diffusion once where the noise type does not settle it."""
+    t = times[0].to(dtype=x0.dtype, device=x0.device)
+    g = None
+    if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
+        with torch.no_grad():
+            g = sde.diffusion(x0, t)
+    if solver.own_component_diffusion and sde.noise is Noise.DIAGONAL and x0.numel():
+        with torch.no_grad():
+            check_own_component(sde, x0.detach(), t)
+    return (x0.shape[0], *noise_shape(sde.noise, x0, g))
+
+
+def _chunk_steps(shape: tuple[int, ...]) -> int:
+    m, total = math.prod(shape[1:]), math.prod(shape)
+    return max(1, min(_CHUNK_NORMALS // max(m, 1), _CHUNK_ELEMENTS // max(total, 1)))
+
+
+def _spans(times: Tensor, x: Tensor) -> list[Span]:
+    """The steps between consecutive times, rounded once from float64 to the dtype of the state."""
+    ts = times.to(dtype=x.dtype, device=x.device)
+    dts = times.diff(dim=0).to(dtype=x.dtype, device=x.device)
+    if times.ndim == 2:
+        dts = dts.reshape(*dts.shape, *(1,) * (x.ndim - 1))
+    t, dt = ts.unbind(0), dts.unbind(0)
+    return [Span(t[k], t[k + 1], dt[k]) for k in range(len(dt))]

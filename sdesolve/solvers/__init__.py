@@ -1,0 +1,8 @@
+"""Solvers: one scheme a file."""
+
+from sdesolve.solvers.base import AbstractSolver as AbstractSolver
+from sdesolve.solvers.base import Span as Span
+from sdesolve.solvers.euler_maruyama import EulerMaruyama as EulerMaruyama
+from sdesolve.solvers.heun import Heun as Heun
+from sdesolve.solvers.milstein import Milstein as Milstein
+from sdesolve.solvers.rk4 import RK4 as RK4

@@ -1,0 +1,29 @@
+"""The Euler-Maruyama scheme."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.solvers.base import AbstractSolver, Span, noise_term, supports
+
+
+@final
+class EulerMaruyama(AbstractSolver):
+    """``x' = x + f(x, t) dt + g(x, t) dW``.
+
+    Strong order 1/2 (1 for additive noise), weak order 1, Euler's method on an ODE. Converges to the Ito solution, so a
+    Stratonovich SDE is accepted only where the two agree. Maruyama 1955; Kloeden and Platen 1992, section 10.2.
+    """
+
+    supported = supports(ito=tuple(Noise), stratonovich=(Noise.NONE, Noise.ADDITIVE))
+    strong_order = 0.5
+    weak_order = 1.0
+    ode_order = 1
+    evaluations = 1
+
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
+        t, dt = span.t0, span.dt
+        return x + sde.drift(x, t) * dt + noise_term(sde, x, t, dW)

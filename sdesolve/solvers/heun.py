@@ -1,0 +1,32 @@
+"""Heun's method: the Stratonovich predictor-corrector, and second order for ODEs."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.solvers.base import AbstractSolver, Span, noise_term, supports
+
+
+@final
+class Heun(AbstractSolver):
+    """An Euler step as predictor ``y``, then ``x' = x + (f(x, t) + f(y, t')) dt / 2 + (g(x, t) + g(y, t')) dW / 2``.
+
+    Second order on an ODE. On a Stratonovich SDE strong order 1/2, which becomes 1 when the noise commutes (scalar, or
+    diagonal with each ``g_i`` a function of ``x_i``), and weak order 1. An Ito SDE is accepted only with additive
+    noise, where the two calculi agree. Ruemelin 1982; Kloeden and Platen 1992, section 15.5.
+    """
+
+    supported = supports(ito=(Noise.NONE, Noise.ADDITIVE), stratonovich=tuple(Noise))
+    strong_order = 0.5
+    weak_order = 1.0
+    ode_order = 2
+    evaluations = 2
+
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
+        t0, t1, dt = span.t0, span.t1, span.dt
+        f, g_dW = sde.drift(x, t0), noise_term(sde, x, t0, dW)
+        y = x + f * dt + g_dW
+        return x + 0.5 * (f + sde.drift(y, t1)) * dt + 0.5 * (g_dW + noise_term(sde, y, t1, dW))
