@@ -77,8 +77,8 @@ def linear_steps(t0: float, t1: float, steps: int, ratio: float = 0.02) -> Tenso
     _unit(t0, t1, steps)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio is the smallest step over the largest, in (0, 1], got {ratio}")
-    gamma = torch.linspace(ratio, 1.0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
-    u = torch.cat([torch.zeros(1, dtype=torch.float64), gamma.cumsum(0) / gamma.sum()])
+    gamma = torch.linspace(1.0, ratio, steps, dtype=torch.float64, device="cpu").flip(0)
+    u = torch.cat([gamma.new_zeros(1), gamma.cumsum(0) / gamma.sum()])
     low, high = min(t0, t1), max(t0, t1)
     grid = low + (high - low) * u
     return _pinned(grid if t0 < t1 else grid.flip(0), t0, t1)
@@ -141,7 +141,7 @@ def _unit(t0: float, t1: float, steps: int) -> Tensor:
         raise ValueError(f"times must be finite, got t0={t0}, t1={t1}")
     if t0 == t1:
         raise ValueError(f"t0 and t1 must differ, both are {t0}: there is nothing to integrate")
-    return torch.arange(steps + 1, dtype=torch.float64) / steps
+    return torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
 
 
 def _pinned(grid: Tensor, t0: float, t1: float) -> Tensor:

@@ -7,7 +7,18 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from sdesolve.sde import AbstractODE, AbstractSDE, Calculus, Noise, apply_diffusion, is_matrix, per_sample
+from sdesolve.sde import (
+    AbstractLinearSDE,
+    AbstractODE,
+    AbstractSDE,
+    AbstractSemilinear,
+    Calculus,
+    Noise,
+    Rates,
+    apply_diffusion,
+    is_matrix,
+    per_sample,
+)
 
 
 class Score(Protocol):
@@ -17,7 +28,7 @@ class Score(Protocol):
 
 
 @final
-class ReverseSDE(AbstractSDE):
+class ReverseSDE(AbstractSemilinear):
     r"""The reverse-time SDE with the marginals of ``forward``, integrated from large ``t`` to small (``dt < 0``).
 
     For ``dX = f(X, t) dt + g(t) dW`` with marginal densities ``p_t`` and any ``c >= 0``,
@@ -55,9 +66,15 @@ class ReverseSDE(AbstractSDE):
         g = self.forward.diffusion(x, t)
         return g if self.stochasticity == 1.0 else self.stochasticity * g
 
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.score(x, t)
+
+    def rates(self, t: Tensor) -> Rates | None:
+        return _rates(self.forward, t, self.stochasticity)
+
 
 @final
-class ProbabilityFlow(AbstractODE):
+class ProbabilityFlow(AbstractODE, AbstractSemilinear):
     """The ODE with the marginals of ``forward``: ``dX = [f(X, t) - g(t)^2 score(X, t) / 2] dt``.
 
     It may be integrated in either direction: from large ``t`` to small it draws samples, from small to large it encodes
@@ -74,6 +91,19 @@ class ProbabilityFlow(AbstractODE):
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         g2s = _squared_diffusion_product(self.forward, x, t, self.score(x, t))
         return self.forward.drift(x, t) - 0.5 * g2s
+
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.score(x, t)
+
+    def rates(self, t: Tensor) -> Rates | None:
+        return _rates(self.forward, t, 0.0)
+
+
+def _rates(forward: AbstractSDE, t: Tensor, stochasticity: float) -> Rates | None:
+    if not isinstance(forward, AbstractLinearSDE):
+        return None
+    g2 = forward.squared_diffusion(t)
+    return Rates(forward.drift_rate(t), -0.5 * (1.0 + stochasticity**2) * g2, stochasticity * g2.sqrt())
 
 
 def _squared_diffusion_product(forward: AbstractSDE, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Callable
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -95,6 +95,58 @@ def noise_shape(noise: Noise, x: Tensor, g: Tensor | None = None) -> tuple[int, 
     if g is not None and is_matrix(g, x):
         return (g.shape[-1],)
     return tuple(x.shape[1:])
+
+
+class AbstractLinearSDE(AbstractSDE):
+    """``dX = f(t) X dt + g(t) dW``: Ito, additive noise, rates that depend on time alone.
+
+    Rates take times of shape ``()`` or ``(batch,)``, or numbers, and have the shape and dtype of the time.
+    """
+
+    noise: ClassVar[Noise] = Noise.ADDITIVE  # type: ignore[misc]  # fixed for the whole class
+    calculus: ClassVar[Calculus] = Calculus.ITO  # type: ignore[misc]
+
+    @abc.abstractmethod
+    def drift_rate(self, t: Tensor | float) -> Tensor:
+        """``f(t)``, one over time."""
+
+    @abc.abstractmethod
+    def squared_diffusion(self, t: Tensor | float) -> Tensor:
+        """``g(t)^2``, variance per time."""
+
+    @final
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """``f(t) x``."""
+        return per_sample(self.drift_rate(t).to(x.dtype), x) * x
+
+    @final
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        """``g(t)``, of the shape of ``t``."""
+        return self.squared_diffusion(t).sqrt().to(x.dtype)
+
+
+class Rates(NamedTuple):
+    """Rates of a semilinear equation ``dX = [linear(t) X + field(t) s(X, t)] dt + noise(t) dW`` at some times."""
+
+    linear: Tensor
+    field: Tensor
+    noise: Tensor
+
+
+class AbstractSemilinear(AbstractSDE):
+    """An equation whose drift is linear in ``x`` and in one vector field, with rates that may depend on time alone.
+
+    Reverse SDEs and probability flows of linear diffusions are of this form with the score as the field. A solver step
+    on such an equation is ``x <- a x + b s + c z`` with coefficients that can be computed once, in float64.
+    """
+
+    @abc.abstractmethod
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        """The vector field ``s(x, t)``, of the shape of ``x``."""
+
+    @abc.abstractmethod
+    def rates(self, t: Tensor) -> Rates | None:
+        """The rates at float64 times of any shape; ``None`` where they are not functions of time alone."""
 
 
 @final

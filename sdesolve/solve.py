@@ -224,7 +224,7 @@ def _grid_of(
     if bool((start == end).any()):
         row = int((start == end).expand(batch).nonzero()[0])
         raise ValueError(f"t0 and t1 must differ; for sample {row} they are equal, and there is nothing to integrate")
-    u = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
+    u = torch.arange(steps + 1, dtype=torch.float64, device="cpu")[:, None] / steps
     times = start + (end - start) * u
     times[0], times[-1] = start, end
     return times

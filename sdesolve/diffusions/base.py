@@ -11,7 +11,7 @@ from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
-from sdesolve.sde import AbstractSDE, Calculus, Noise, per_sample
+from sdesolve.sde import AbstractLinearSDE, per_sample
 
 
 class Marginal(NamedTuple):
@@ -56,7 +56,7 @@ class Prior(NamedTuple):
         return -0.5 * z.square().sum(1) - d * math.log(self.std * math.sqrt(2 * math.pi))
 
 
-class AbstractDiffusion(AbstractSDE):
+class AbstractDiffusion(AbstractLinearSDE):
     """``dX = f(t) X dt + g(t) dW`` with ``x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I)``, Ito, additive noise.
 
     Time runs from data (``t = 0``) to noise (``t = t_max``); ``[t_min, t_max]`` is where samplers work by default.
@@ -66,8 +66,6 @@ class AbstractDiffusion(AbstractSDE):
     for a number).
     """
 
-    noise = Noise.ADDITIVE
-    calculus = Calculus.ITO
     t_min: float
     t_max: float
 
@@ -78,14 +76,6 @@ class AbstractDiffusion(AbstractSDE):
     @abc.abstractmethod
     def sigma(self, t: Tensor | float) -> Tensor:
         """``sigma(t)``, the standard deviation of the noise in ``x_t``; 0 at ``t = 0``."""
-
-    @abc.abstractmethod
-    def drift_rate(self, t: Tensor | float) -> Tensor:
-        """``f(t) = d log alpha / dt``, one over time."""
-
-    @abc.abstractmethod
-    def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        """``g(t)^2``, variance per time."""
 
     @property
     @abc.abstractmethod
@@ -105,16 +95,6 @@ class AbstractDiffusion(AbstractSDE):
     def log_snr(self, t: Tensor | float) -> Tensor:
         """``log(alpha^2 / sigma^2)``; decreases with time, ``inf`` at ``t = 0``."""
         return 2.0 * (self.log_alpha(t) - self.sigma(t).log())
-
-    @final
-    def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        """``f(t) x``."""
-        return per_sample(self.drift_rate(t).to(x.dtype), x) * x
-
-    @final
-    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        """``g(t)``, of the shape of ``t`` and the dtype of ``x``."""
-        return self.squared_diffusion(t).sqrt().to(x.dtype)
 
     @final
     def marginal(self, x0: Tensor, t: Tensor | float) -> Marginal:
@@ -170,7 +150,7 @@ class AbstractDiffusion(AbstractSDE):
 
 def as_time(t: Tensor | float) -> Tensor:
     """``t`` as a tensor; numbers become float64, which in a 0-d tensor leaves the dtype of a state it multiplies."""
-    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 def check_times(t_min: float, t_max: float) -> None:

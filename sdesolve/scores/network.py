@@ -1,0 +1,276 @@
+"""A network as a score: the five usual parameterisations and exact conversions between them."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.sde import per_sample
+
+Prediction = Literal["noise", "data", "score", "velocity", "edm"]
+
+
+class Coefficients(NamedTuple):
+    """``alpha``, ``sigma`` and ``log(sigma / alpha)`` at the times of ``x_t = alpha x_0 + sigma z``.
+
+    ``alpha`` and ``sigma`` broadcast against ``x_t``; ``log_ratio`` has the shape of the time.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    log_ratio: Tensor
+
+
+class Parameterization(abc.ABC):
+    """What the output ``F`` of a network stands for.
+
+    ``data`` and ``noise`` are each written in the form that cancels least, rather than one through the other.
+    """
+
+    @abc.abstractmethod
+    def inputs(self, x: Tensor, t: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+        """What the network is called with: a state and a time."""
+
+    @abc.abstractmethod
+    def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        """``E[x_0 | x_t]``."""
+
+    @abc.abstractmethod
+    def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        """``E[z | x_t]``."""
+
+    @abc.abstractmethod
+    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
+        """The ``F`` that is right for this one ``(x_0, z)``; its conditional mean is what a perfect network returns."""
+
+
+class _Unscaled(Parameterization):
+    """Parameterisations whose network sees ``x_t`` and ``t`` as they are."""
+
+    @final
+    def inputs(self, x: Tensor, t: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+        return x, t
+
+
+@final
+class PredictsNoise(_Unscaled):
+    """``F = z`` (Ho et al. 2020, eq. 14)."""
+
+    def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return (x - c.sigma * F) / c.alpha
+
+    def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return F
+
+    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
+        return z
+
+
+@final
+class PredictsData(_Unscaled):
+    """``F = x_0``."""
+
+    def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return F
+
+    def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return (x - c.alpha * F) / c.sigma
+
+    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
+        return x0
+
+
+@final
+class PredictsScore(_Unscaled):
+    """``F = grad log p_t``, in expectation ``-z / sigma`` (Vincent 2011)."""
+
+    def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return (x + c.sigma * (c.sigma * F)) / c.alpha
+
+    def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return -c.sigma * F
+
+    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
+        return -z / c.sigma
+
+
+@final
+class PredictsVelocity(_Unscaled):
+    """``F = alpha z - sigma x_0`` (Salimans and Ho 2022, appendix D).
+
+    With ``x_t = alpha x_0 + sigma z`` this is a rotation times ``sqrt(alpha^2 + sigma^2)``, so the inverse divides by
+    ``alpha^2 + sigma^2``: 1 for VP, where the paper drops it, and not 1 elsewhere.
+    """
+
+    def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return (c.alpha * x - c.sigma * F) / (c.alpha**2 + c.sigma**2)
+
+    def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return (c.sigma * x + c.alpha * F) / (c.alpha**2 + c.sigma**2)
+
+    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
+        return c.alpha * z - c.sigma * x0
+
+
+@final
+class PreconditionsEDM(Parameterization):
+    """Karras et al. 2022, eq. 7 and table 1, on ``x_t / alpha`` at noise level ``r = sigma / alpha``.
+
+    ``x_0 = c_skip x_t / alpha + c_out F(c_in x_t / alpha, log(r) / 4)`` with, for data of standard deviation ``s``,
+    ``c_skip = s^2 / (r^2 + s^2)``, ``c_out = r s / sqrt(r^2 + s^2)`` and ``c_in = 1 / sqrt(r^2 + s^2)``. Multiplied out
+    with ``S^2 = sigma^2 + s^2 alpha^2``, the variance of ``x_t``, nothing is left to divide by ``alpha`` or ``sigma``:
+    the network sees ``x_t / S`` and predicts ``(sigma x_0 - s^2 alpha z) / (s S)``, both of unit variance.
+    """
+
+    def __init__(self, sigma_data: float) -> None:
+        self.s = sigma_data
+
+    def inputs(self, x: Tensor, t: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+        return x / self._S(c), 0.25 * c.log_ratio
+
+    def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        S = self._S(c)
+        return (self.s**2 * c.alpha * (x / S) + self.s * c.sigma * F) / S
+
+    def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        S = self._S(c)
+        return (c.sigma * (x / S) - self.s * c.alpha * F) / S
+
+    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
+        return (c.sigma * x0 - self.s**2 * c.alpha * z) / (self.s * self._S(c))
+
+    def _S(self, c: Coefficients) -> Tensor:
+        return (c.sigma**2 + (self.s * c.alpha) ** 2).sqrt()
+
+
+_PARAMETERIZATIONS: dict[str, Callable[[float], Parameterization]] = {
+    "noise": lambda sigma_data: PredictsNoise(),
+    "data": lambda sigma_data: PredictsData(),
+    "score": lambda sigma_data: PredictsScore(),
+    "velocity": lambda sigma_data: PredictsVelocity(),
+    "edm": PreconditionsEDM,
+}
+
+
+@final
+class NetworkScore(nn.Module):
+    """``score(x, t) = grad log p_t(x)`` from a network ``net(x, t)``, whatever the network predicts.
+
+    ================  =================================================  ==========================================
+    ``predicts``      the network is called with                         and returns an estimate of
+    ================  =================================================  ==========================================
+    ``"noise"``       ``(x_t, t)``                                       ``z`` in ``x_t = alpha x_0 + sigma z``
+    ``"data"``        ``(x_t, t)``                                       ``x_0``
+    ``"score"``       ``(x_t, t)``                                       ``grad log p_t``
+    ``"velocity"``    ``(x_t, t)``                                       ``alpha z - sigma x_0``
+    ``"edm"``         scaled ``x_t`` and ``log(sigma / alpha) / 4``      a mix of both (`PreconditionsEDM`)
+    ================  =================================================  ==========================================
+
+    The conversions are exact for every process, by Tweedie's formula ``E[x_0 | x_t] = (x_t + sigma^2 score) / alpha``
+    (Efron 2011). The score itself is ``-noise / sigma`` and grows without bound as ``t -> 0``; `noise` and `data` do
+    not.
+
+    Args:
+        net: a function or module ``(x, t) -> F``, with ``x`` and ``F`` of shape ``(batch, *state)`` and ``t`` always of
+            shape ``(batch,)``, in the dtype of ``x``.
+        process: the forward process.
+        predicts: what ``F`` is.
+        sigma_data: standard deviation of the data, read by ``"edm"`` only.
+
+    Raises:
+        TypeError: ``net`` cannot be called, or ``process`` is not a diffusion with alpha and sigma.
+        ValueError: ``predicts`` is unknown, or ``sigma_data`` is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[Tensor, Tensor], Tensor],
+        process: AbstractDiffusion,
+        predicts: Prediction = "noise",
+        sigma_data: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise TypeError(f"net must be a function or module of (x, t), got {type(net).__name__}")
+        if not isinstance(process, AbstractDiffusion):
+            raise TypeError(f"process must be a diffusion such as VP() or EDM(), got {process!r}")
+        if predicts not in _PARAMETERIZATIONS:
+            raise ValueError(
+                f"predicts={predicts!r} is unknown; choose one of {', '.join(map(repr, _PARAMETERIZATIONS))}"
+            )
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
+        self.net, self.process = net, process
+        self.predicts, self.sigma_data = predicts, float(sigma_data)
+        self._parameterization = _PARAMETERIZATIONS[predicts](self.sigma_data)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """``grad log p_t(x)``: ``x: (batch, *state)``, ``t`` of shape ``()`` or ``(batch,)``."""
+        c = self._coefficients(x, t)
+        return -self._parameterization.noise(self._call(x, t, c), x, c) / c.sigma
+
+    def noise(self, x: Tensor, t: Tensor) -> Tensor:
+        """``E[z | x_t = x]``, shape of ``x``."""
+        c = self._coefficients(x, t)
+        return self._parameterization.noise(self._call(x, t, c), x, c)
+
+    def data(self, x: Tensor, t: Tensor) -> Tensor:
+        """``E[x_0 | x_t = x]``, shape of ``x``: the denoised state."""
+        c = self._coefficients(x, t)
+        return self._parameterization.data(self._call(x, t, c), x, c)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """``E[alpha z - sigma x_0 | x_t = x]``, shape of ``x``."""
+        c = self._coefficients(x, t)
+        F = self._call(x, t, c)
+        return c.alpha * self._parameterization.noise(F, x, c) - c.sigma * self._parameterization.data(F, x, c)
+
+    def output(self, x: Tensor, t: Tensor) -> Tensor:
+        """``F``: what the network returns, checked."""
+        return self._call(x, t, self._coefficients(x, t))
+
+    def target(self, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The `output` that is right for one ``x_t = alpha x0 + sigma z``, shape of ``x0``; regress on it to train."""
+        return self._parameterization.target(x0, z, self._coefficients(x0, t))
+
+    def extra_repr(self) -> str:
+        return f"process={type(self.process).__name__}, predicts={self.predicts!r}, sigma_data={self.sigma_data:g}"
+
+    def _coefficients(self, x: Tensor, t: Tensor) -> Coefficients:
+        if not x.is_floating_point():
+            raise TypeError(f"a score needs a floating-point state, got {x.dtype}; convert it with .float()")
+        if x.ndim == 0 or (t.ndim != 0 and t.shape != x.shape[:1]):
+            raise ValueError(
+                f"expected x of shape (batch, *state) and t of shape () or (batch,), got x {tuple(x.shape)} and t "
+                f"{tuple(t.shape)}"
+            )
+        # alpha and sigma in the precision of the time, which a solver gives in float64, and only then in that of x.
+        log_alpha, sigma = self.process.log_alpha(t), self.process.sigma(t)
+        alpha, log_ratio = log_alpha.exp(), sigma.log() - log_alpha
+        return Coefficients(
+            per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio.to(x.dtype).expand(len(x))
+        )
+
+    def _call(self, x: Tensor, t: Tensor, c: Coefficients) -> Tensor:
+        F = self.net(*self._parameterization.inputs(x, t.to(x.dtype).expand(len(x)), c))
+        if not isinstance(F, Tensor):
+            raise TypeError(f"the network must return a tensor, got {type(F).__name__}")
+        if F.shape != x.shape:
+            raise ValueError(
+                f"the network must return the shape of its state, {tuple(x.shape)}, got {tuple(F.shape)}; the last "
+                "layer and any final reshape are the places to look"
+            )
+        if F.dtype != x.dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(
+                    f"the network was given {x.dtype} and returned {F.dtype}; convert the network with "
+                    f".to({x.dtype}), or the state to the dtype of the network"
+                )
+            F = F.to(x.dtype)
+        return F
