@@ -1,0 +1,35 @@
+"""sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
+
+from sdesolve import grids as grids
+from sdesolve import metrics as metrics
+from sdesolve import nn as nn
+from sdesolve import oracle as oracle
+from sdesolve.brownian import BrownianPath as BrownianPath
+from sdesolve.checkpoints import load as load
+from sdesolve.checkpoints import save as save
+from sdesolve.diffusions import EDM as EDM
+from sdesolve.diffusions import OU as OU
+from sdesolve.diffusions import VE as VE
+from sdesolve.diffusions import VP as VP
+from sdesolve.diffusions import CosineBeta as CosineBeta
+from sdesolve.diffusions import LinearBeta as LinearBeta
+from sdesolve.diffusions import LinearDiffusion as LinearDiffusion
+from sdesolve.diffusions import SubVP as SubVP
+from sdesolve.losses import DenoisingScoreMatching as DenoisingScoreMatching
+from sdesolve.reverse import ProbabilityFlow as ProbabilityFlow
+from sdesolve.reverse import ReverseSDE as ReverseSDE
+from sdesolve.sampling import sample as sample
+from sdesolve.sampling import tweedie as tweedie
+from sdesolve.scores import Gaussian as Gaussian
+from sdesolve.scores import GaussianMixture as GaussianMixture
+from sdesolve.scores.network import NetworkScore as NetworkScore
+from sdesolve.sde import ODE as ODE
+from sdesolve.sde import SDE as SDE
+from sdesolve.solution import DivergenceError as DivergenceError
+from sdesolve.solution import Solution as Solution
+from sdesolve.solve import solve as solve
+from sdesolve.solvers import RK4 as RK4
+from sdesolve.solvers import EulerMaruyama as EulerMaruyama
+from sdesolve.solvers import Heun as Heun
+from sdesolve.solvers import Milstein as Milstein
+from sdesolve.training import train as train

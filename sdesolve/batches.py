@@ -1,0 +1,174 @@
+"""Batches for training whose order is a function of the seed, so that a run can be taken up anywhere."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, final
+
+import torch
+from sdesolve_kernels import Stream, uniform
+from torch import Tensor
+
+from sdesolve.grids import whole_number
+
+
+class Position(NamedTuple):
+    """How far a run has come: samples seen in all, epoch, and batches taken from that epoch."""
+
+    samples: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+class Batches(abc.ABC):
+    """An endless sequence of batches ``(batch, *state)`` that can start at any position."""
+
+    @abc.abstractmethod
+    def after(self, position: Position) -> Iterator[tuple[Tensor, Position]]:
+        """Batches from ``position`` on, each with the position behind it."""
+
+    @abc.abstractmethod
+    def __repr__(self) -> str:
+        """Tells data sets apart in a checkpoint."""
+
+
+@final
+class TensorBatches(Batches):
+    """Rows of a tensor, every epoch in a new order that depends on the seed and the epoch's number alone.
+
+    Batches run on across the end of an epoch, so that all have the same size.
+
+    Raises:
+        TypeError: the data is not floating-point.
+        ValueError: it is empty, or has no batch axis.
+    """
+
+    def __init__(self, data: Tensor, batch_size: int, seed: int) -> None:
+        if not data.is_floating_point():
+            raise TypeError(f"training data must be float32 or float64, got {data.dtype}; convert it with .float()")
+        if data.ndim == 0 or not data.numel():
+            raise ValueError(
+                f"training data must be (samples, *state) with at least one sample, got {tuple(data.shape)}"
+            )
+        self._data, self._seed = data.detach(), seed
+        self._size = whole_number(batch_size, "batch_size", 1)
+
+    def after(self, position: Position) -> Iterator[tuple[Tensor, Position]]:
+        n, k = len(self._data), position.samples
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        while True:
+            rows, end = [], k + self._size
+            while k < end:
+                if k // n != epoch:
+                    epoch, order = k // n, self._order(k // n)
+                rows.append(order[k % n : k % n + end - k])
+                k += len(rows[-1])
+            yield self._data[torch.cat(rows).to(self._data.device)], Position(k, k // n)
+
+    def __repr__(self) -> str:
+        # A few rows are enough to tell another data set, and cheap for a large one.
+        rows = self._data[:: max(1, len(self._data) // 64)][:64].cpu().double().contiguous()
+        return f"tensor {list(self._data.shape)} {self._data.dtype}, checksum {zlib.crc32(rows.numpy().tobytes())}"
+
+    def _order(self, epoch: int) -> Tensor:
+        u = uniform(
+            1, len(self._data), seed=self._seed, stream=Stream.DATA_ORDER, first_path=epoch, dtype=torch.float64
+        )
+        return u.squeeze(0).argsort(stable=True)
+
+
+@final
+class LoaderBatches(Batches):
+    """Batches of a ``DataLoader`` or another iterable, gone through again in every epoch.
+
+    torch's global generator is seeded from the seed, the epoch and the batch's number while a batch is made, so that a
+    shuffling loader and random augmentations repeat themselves; a loader's own ``generator`` is its owner's affair. A
+    start within an epoch skips the batches before it.
+    """
+
+    def __init__(self, loader: Iterable[object], seed: int) -> None:
+        self._loader, self._seed = loader, seed
+
+    def after(self, position: Position) -> Iterator[tuple[Tensor, Position]]:
+        samples, epoch, skip = position
+        while True:
+            count = 0
+            with seeded("epoch", self._seed, epoch):
+                batches = iter(self._loader)
+            while True:
+                try:
+                    with seeded("batch", self._seed, epoch, count):
+                        batch = next(batches)
+                except StopIteration:
+                    break
+                count += 1
+                if count > skip:
+                    x0 = _state_of(batch)
+                    samples += len(x0)
+                    yield x0, Position(samples, epoch, count)
+            if not count:
+                raise ValueError(
+                    f"the loader gave no batch in epoch {epoch}; it must hold data, and give it again each time it is "
+                    "iterated over (a generator does not: pass a list, a DataLoader or an object with __iter__)"
+                )
+            epoch, skip = epoch + 1, 0
+
+    def __repr__(self) -> str:
+        return type(self._loader).__name__
+
+
+def batches_of(data: Tensor | Iterable[object], batch_size: int | None, seed: int) -> Batches:
+    """Batches from whatever `train` was given.
+
+    Raises:
+        TypeError: ``data`` is neither a tensor nor an iterable; integer data.
+        ValueError: ``batch_size`` for data that is already in batches; empty data.
+    """
+    if isinstance(data, Tensor):
+        return TensorBatches(data, 256 if batch_size is None else batch_size, seed)
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be a tensor (samples, *state) or an iterable of batches, got {type(data).__name__}")
+    if batch_size is not None:
+        raise ValueError("batch_size is for a tensor of samples; a loader already decides the size of its batches")
+    return LoaderBatches(data, seed)
+
+
+@contextmanager
+def seeded(*labels: object, device: torch.device | None = None) -> Iterator[None]:
+    """Seeds torch's global generators of the host and of ``device`` by ``labels``, and puts them back afterwards.
+
+    What a network draws in training, for dropout say, then depends on the step and not on what was drawn before.
+    """
+    digest = hashlib.blake2b("/".join(map(str, labels)).encode(), digest_size=7).digest()
+    seed = int.from_bytes(digest, "little")
+    gpu = device if device is not None and device.type == "cuda" else None
+    host_state = torch.get_rng_state()
+    gpu_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
+    try:
+        torch.default_generator.manual_seed(seed)
+        if gpu is not None:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(host_state)
+        if gpu is not None and gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, gpu)
+
+
+def _state_of(batch: object) -> Tensor:
+    x0 = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(x0, Tensor):
+        raise TypeError(
+            f"a loader must give tensors, or tuples whose first entry is one; got {type(batch).__name__}"
+            f"{'' if batch is x0 else f' starting with {type(x0).__name__}'}"
+        )
+    if not x0.is_floating_point():
+        raise TypeError(f"training data must be float32 or float64, got {x0.dtype}; convert it with .float()")
+    if x0.ndim == 0 or not x0.numel():
+        raise ValueError(f"a loader must give batches (batch, *state) that are not empty, got {tuple(x0.shape)}")
+    return x0

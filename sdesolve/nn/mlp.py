@@ -1,0 +1,94 @@
+"""A residual multilayer perceptron that sees time: the baseline network for states that are not images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor, nn
+
+from sdesolve.grids import whole_number
+from sdesolve.nn.embeddings import FourierFeatures
+
+
+@final
+class MLP(nn.Module):
+    """``net(x, t)`` on states of any shape, flattened inside.
+
+    ``h = W_in x``; then ``depth`` residual blocks ``h <- h + W_2 silu(modulate(W_1 norm(h), e))``, where the time
+    embedding ``e = silu(W silu(W phi(t)))`` scales and shifts the hidden layer; then ``W_out silu(norm(h))``. The last
+    layer of every block and of the network starts at zero, so a new network returns zeros and every block starts as the
+    identity (Zhang, Dauphin and Ma 2019; Dhariwal and Nichol 2021 for the modulation).
+
+    Args:
+        shape: shape of one state, or its size where it is a vector.
+        width: hidden units.
+        depth: residual blocks.
+        embedding: features of time; by default 32 log-spaced frequencies from 0.5 to 64 radians per unit, for times of
+            order one, which is what the ``edm`` parameterisation gives its network and what most processes use.
+        dropout: share of hidden units set to zero in each block while training.
+
+    Raises:
+        TypeError: a size that is not an integer.
+        ValueError: a size below 1, or ``dropout`` outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        width: int = 256,
+        depth: int = 3,
+        embedding: FourierFeatures | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sizes = shape if isinstance(shape, Sequence) else [shape]
+        self.shape = tuple(whole_number(n, "each entry of shape", 1) for n in sizes)
+        width, depth = whole_number(width, "width", 1), whole_number(depth, "depth", 0)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is a share in [0, 1), got {dropout}")
+        features = math.prod(self.shape)
+        phi = FourierFeatures.log_spaced(32, 0.5, 64.0) if embedding is None else embedding
+        n = phi.size  # a time is one number: an embedding as wide as the state's layers would double the cost of a step
+        self.time = nn.Sequential(phi, nn.Linear(n, n), nn.SiLU(), nn.Linear(n, n), nn.SiLU())
+        self.inlet = nn.Linear(features, width)
+        self.blocks = nn.ModuleList(_Block(width, n, dropout) for _ in range(depth))
+        self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), _zero(nn.Linear(width, features)))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """``x: (batch, *shape)`` and ``t`` of shape ``()`` or ``(batch,)`` to ``(batch, *shape)``.
+
+        Raises:
+            ValueError: ``x`` holds states of another shape.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"this MLP takes states of shape {self.shape}, that is x of shape (batch, "
+                f"{', '.join(map(str, self.shape))}); got x of shape {tuple(x.shape)}"
+            )
+        e = self.time(t)
+        h = self.inlet(x.reshape(len(x), math.prod(self.shape)))
+        for block in self.blocks:
+            h = block(h, e)
+        return self.outlet(h).reshape(x.shape)
+
+
+@final
+class _Block(nn.Module):
+    def __init__(self, width: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+        self.modulation = nn.Linear(embedding, 2 * width)
+        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), _zero(nn.Linear(width, width)))
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        scale, shift = self.modulation(e).chunk(2, dim=-1)
+        return h + self.second(self.first(h) * (1 + scale) + shift)
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

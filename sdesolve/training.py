@@ -1,0 +1,294 @@
+"""Training of scores: `train`, with exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdesolve import checkpoints
+from sdesolve.batches import Position, batches_of, seeded
+from sdesolve.grids import whole_number
+from sdesolve.losses import Objective
+from sdesolve.nn.ema import EMA
+
+Decay = Literal["constant", "cosine"]
+
+
+class StepReport(NamedTuple):
+    """What a callback hears after each step."""
+
+    step: int
+    """Steps done, from 1."""
+    loss: float
+    gradient_norm: float
+    """Before clipping."""
+    average: EMA
+    """The running average; ``with report.average.swap(): ...`` evaluates it."""
+
+
+class TrainingResult(NamedTuple):
+    """What `train` did."""
+
+    losses: Tensor
+    """Loss of every step of the run, ``(steps,)``, float64, those from before a resume included."""
+    steps: int
+    resumed_from: int
+    """Step at which this call took the run up; 0 for a new run."""
+    samples: int
+    """Training samples seen in the run, repeats counted."""
+    seconds: float
+    """Time of this call."""
+    checkpoint: Path | None
+    """The file that holds the run, if one was asked for."""
+
+
+def train(
+    score: nn.Module,
+    data: Tensor | Iterable[object],
+    *,
+    loss: Objective,
+    steps: int,
+    batch_size: int | None = None,
+    lr: float = 1e-3,
+    warmup: int = 100,
+    decay: Decay = "constant",
+    weight_decay: float = 0.0,
+    ema: float = 0.999,
+    clip: float | None = 1.0,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 1000,
+    progress: bool = True,
+    callback: Callable[[StepReport], object] | None = None,
+) -> TrainingResult:
+    """Trains ``score`` in place by AdamW and leaves it in evaluation mode with the averaged weights.
+
+    Step ``k`` (from 0) uses the learning rate ``lr min(1, (k + 1) / warmup)``, times ``(1 + cos(pi k / steps)) / 2``
+    with ``decay="cosine"`` (Loshchilov and Hutter 2017, eq. 5; 2019 for AdamW). Weight decay spares vectors: biases and
+    normalisation. Gradients are clipped by their global norm.
+
+    Everything random in step ``k`` is a function of ``seed`` and ``k``: the order of the data, the times and noise of
+    the loss, and what the network draws for itself. With ``checkpoint`` given, a run that was stopped anywhere goes on
+    from its last checkpoint when `train` is called again with the same arguments. On a CPU, with the same number of
+    threads, it ends with bitwise the weights of a run that never stopped. Asking for more ``steps`` later extends a
+    finished run (not with ``decay="cosine"``, whose learning rates depend on the number of steps).
+
+    Args:
+        score: a `NetworkScore`, or another module whose ``score(x, t)`` the loss understands.
+        data: samples ``(samples, *state)``, or an iterable of batches (or of tuples that start with one), which is gone
+            through again every epoch.
+        loss: such as `DenoisingScoreMatching`.
+        steps: length of the run, the part before a resume included.
+        batch_size: for a tensor of samples; 256 by default.
+        lr: highest learning rate.
+        warmup: steps over which the learning rate grows.
+        decay: what the learning rate does afterwards.
+        weight_decay: decoupled, per learning rate.
+        ema: limit of the decay of the averaged weights (`EMA`), in [0, 1).
+        clip: largest gradient norm; None for no limit.
+        seed: of all randomness here; the initial weights are the caller's.
+        checkpoint: folder of this run.
+        checkpoint_every: steps between checkpoints; one more is written at the end.
+        progress: show a bar with the loss.
+        callback: called after each step with a `StepReport`.
+
+    Raises:
+        TypeError: ``score`` is no module, ``loss`` no `Objective`; integer data; a count that is not an integer.
+        ValueError: an argument out of range, empty data, nothing to train, or a checkpoint that is damaged or belongs
+            to another run.
+        FloatingPointError: the loss or its gradient is not finite. The message says at which step, sample and time;
+            the weights in ``score`` are those before the step.
+        OSError: a checkpoint could not be written; the one before it is intact.
+    """
+    started = time.perf_counter()
+    run = _Run(score, loss, ema, weight_decay, whole_number(seed, "seed", 0))
+    steps, warmup = whole_number(steps, "steps", 1), whole_number(warmup, "warmup", 0)
+    whole_number(checkpoint_every, "checkpoint_every", 1)
+    _check_range("lr", lr, 0 < lr < math.inf, "positive and finite")
+    _check_range("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0 and finite")
+    _check_range("clip", clip, clip is None or clip > 0, "positive, or None for no clipping")
+    if decay not in _DECAYS:
+        raise ValueError(f"decay={decay!r} is unknown; choose one of {', '.join(map(repr, _DECAYS))}")
+    if isinstance(data, Tensor) and batch_size is None:
+        batch_size = 256
+    batches = batches_of(data, batch_size, seed)
+    run.check_dtype(data)
+    config = {
+        "loss": repr(loss), "data": repr(batches), "batch_size": batch_size, "lr": float(lr), "warmup": warmup,
+        "decay": decay, "weight_decay": float(weight_decay), "ema": float(ema), "clip": clip, "seed": seed,
+    } | ({"steps": steps} if decay == "cosine" else {})  # fmt: skip
+    file = _checkpoint_file(checkpoint)
+    if file is not None and file.exists():
+        run.restore(file, config, steps)
+    first = run.step
+
+    rate = _DECAYS[decay]
+    score.train()
+    stream = batches.after(run.position)
+    with tqdm(total=steps, initial=first, disable=not progress, unit="step", desc="train") as bar:
+        while run.step < steps:
+            x0, position = next(stream)
+            warm = min(1.0, (run.step + 1) / warmup) if warmup else 1.0
+            value, norm = run.advance(x0, position, lr * warm * rate(run.step / steps), clip, file)
+            if file is not None and (run.step % checkpoint_every == 0 or run.step == steps):
+                run.save(file, config)
+            bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
+            bar.update()
+            if callback is not None:
+                callback(StepReport(run.step, value, norm, run.average))
+    run.average.copy_to()
+    score.eval()
+    losses = torch.tensor(run.losses, dtype=torch.float64)
+    return TrainingResult(losses, run.step, first, run.position.samples, time.perf_counter() - started, file)
+
+
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+}
+
+
+@final
+class _Run:
+    """All that changes while training, and its way to the disk and back."""
+
+    def __init__(self, score: nn.Module, loss: Objective, ema: float, weight_decay: float, seed: int) -> None:
+        if not isinstance(score, nn.Module):
+            raise TypeError(f"score must be a module, such as a NetworkScore; got {type(score).__name__}")
+        if not isinstance(loss, Objective):
+            raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {type(loss).__name__}")
+        self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"this {type(score).__name__} has no parameters that require gradients: nothing to train")
+        if not 0.0 <= ema < 1.0:
+            raise ValueError(f"ema must be in [0, 1), got {ema}; 0 means no averaging")
+        self.score, self.loss, self.seed = score, loss, seed
+        self.device = next(iter(self.parameters.values())).device
+        matrices = [p for p in self.parameters.values() if p.ndim > 1]
+        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        # The fused update takes a third of the time of the loop over tensors, on CPUs as well.
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], fused=self.device.type in ("cpu", "cuda")
+        )
+        self.average = EMA(score, ema)
+        self.step, self.position = 0, Position()
+        self.losses: list[float] = []
+
+    def check_dtype(self, data: object) -> None:
+        """Refuses a tensor in a precision that the network does not compute in."""
+        dtypes = {p.dtype for p in self.parameters.values()}
+        if isinstance(data, Tensor) and data.dtype not in dtypes:
+            ours = ", ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"the data is {data.dtype} and the score's parameters are {ours}; convert one to the other")
+
+    def advance(
+        self, x0: Tensor, position: Position, lr: float, clip: float | None, file: Path | None
+    ) -> tuple[float, float]:
+        """One step; the loss and the norm of its gradient."""
+        x0 = x0.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with seeded("network", self.seed, self.step, device=self.device):
+            loss = self.loss(self.score, x0, seed=self.seed, first_sample=self.position.samples)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
+        # One transfer from the device per step. It must come before the update, or a bad step would spoil the weights.
+        value, size = torch.stack([loss.detach().double(), norm.double()]).tolist()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise FloatingPointError(self._failure(x0, value, size, file))
+        self.optimizer.step()
+        self.average.update()
+        self.step, self.position = self.step + 1, position
+        self.losses.append(value)
+        return value, size
+
+    def save(self, file: Path, config: dict[str, Any]) -> None:
+        """Writes the whole run to ``file``, atomically."""
+        tensors = {f"weights.{name}": value for name, value in checkpoints.named(self.score).items()}
+        tensors |= {f"ema.{name}": checkpoints.on_host(value) for name, value in self.average.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"adamw.{key}.{name}"] = checkpoints.on_host(value)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        header = {
+            "kind": checkpoints.TRAINING, "fingerprint": checkpoints.fingerprint(self.score), "config": config,
+            "step": self.step, "position": list(self.position), "updates": self.average.updates,
+        }  # fmt: skip
+        checkpoints.write(file, tensors, header)
+
+    def restore(self, file: Path, config: dict[str, Any], steps: int) -> None:
+        """Takes up the run in ``file``, or says why it is another one."""
+        tensors, header = checkpoints.read(file)
+        if header["kind"] != checkpoints.TRAINING:
+            raise ValueError(f"{file} holds weights only, no training run; to start from them call load(score, path)")
+        checkpoints.check_fingerprint(self.score, header, file)
+        theirs, ours = header["config"], json.loads(json.dumps(config))
+        changed = [
+            f"{k}={theirs.get(k)!r} (now {ours.get(k)!r})" for k in theirs | ours if theirs.get(k) != ours.get(k)
+        ]
+        if changed:
+            raise ValueError(
+                f"the run in {file} was made with {', '.join(changed)}: call train with the same arguments to continue "
+                "it, or give another folder"
+            )
+        if header["step"] > steps:
+            raise ValueError(f"the run in {file} is at step {header['step']}, beyond steps={steps}; ask for more steps")
+        checkpoints.load_named(self.score, _part(tensors, "weights."))
+        self.average.load_state_dict(_part(tensors, "ema."), header["updates"])
+        self.optimizer.load_state_dict(self._optimizer_state(tensors))
+        self.step, self.position = header["step"], Position(*header["position"])
+        self.losses = tensors["losses"].tolist()
+
+    def _optimizer_state(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        names = {id(p): name for name, p in self.parameters.items()}
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state["state"] = {
+            k: {key: tensors[f"adamw.{key}.{names[id(p)]}"] for key in keys}
+            for k, p in enumerate(ordered)
+            if f"adamw.step.{names[id(p)]}" in tensors
+        }
+        return state
+
+    def _failure(self, x0: Tensor, value: float, size: float, file: Path | None) -> str:
+        with torch.no_grad(), seeded("network", self.seed, self.step, device=self.device):
+            each = self.loss.per_sample(self.score, x0, seed=self.seed, first_sample=self.position.samples)
+            t = self.loss.times(self.score, x0, seed=self.seed, first_sample=self.position.samples)
+        bad = (~each.isfinite()).nonzero().flatten()
+        row = int(bad[0]) if len(bad) else int(each.argmax())
+        what = "the loss" if not math.isfinite(value) else f"the loss is {value:.6g} but the norm of its gradient"
+        cause = "" if bool(x0.isfinite().all()) else " The batch itself holds nan or inf."
+        kept = "" if file is None or not file.exists() else f" The last good checkpoint is {file}."
+        return (
+            f"{what} is {value if not math.isfinite(value) else size} at step {self.step}: sample {row} of the batch, "
+            f"at time t = {float(t[row]):.6g}, has the loss {float(each[row]):.6g}.{cause} The weights are those "
+            f"before this step.{kept} A lower lr or a larger t_min are the usual cures"
+        )
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _checkpoint_file(folder: str | Path | None) -> Path | None:
+    if folder is None:
+        return None
+    if Path(folder).is_file():
+        raise ValueError(f"checkpoint must be a folder, and {folder} is a file")
+    return Path(folder) / checkpoints.TRAINING_FILE
+
+
+def _check_range(name: str, value: float | None, good: bool, rule: str) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {rule}, got {value}")
