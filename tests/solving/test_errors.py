@@ -1,0 +1,242 @@
+"""What bad input is told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import sdesolve as sds
+
+GBM = sds.SDE(lambda x, t: x, lambda x, t: 0.1 * x)
+EM = sds.EulerMaruyama()
+X0 = torch.ones(4, 2)
+SPAN = {"t0": 0.0, "t1": 1.0, "steps": 5}
+
+
+def refuses(error, message, sde=GBM, x0=X0, **options):
+    options = {**SPAN, "solver": EM, "seed": 0, **options}
+    with pytest.raises(error, match=message):
+        sds.solve(sde, x0, **options)
+
+
+@pytest.mark.parametrize(
+    ("x0", "error", "message"),
+    [
+        ([1.0], TypeError, r"x0 must be a tensor of shape \(batch, \*state\), got list"),
+        (torch.ones(2, 2, dtype=torch.int64), TypeError, r"must be float32 or float64, got torch.int64.*x0.float\(\)"),
+        (torch.ones(2, 2, dtype=torch.float16), TypeError, r"got torch.float16: Brownian increments of small steps"),
+        (torch.ones(2, 2, dtype=torch.complex64), TypeError, r"got torch.complex64: a state is real"),
+        (torch.tensor(1.0), ValueError, r"must have a batch axis.*use x0\[None\]"),
+        (torch.tensor([[1.0, 2.0], [math.nan, 0.0]]), ValueError, "x0 must be finite; row 1 holds nan or inf"),
+        (torch.tensor([1.0, math.inf]), ValueError, "x0 must be finite; row 1 holds nan or inf"),
+    ],
+)
+def test_states(x0, error, message):
+    refuses(error, message, x0=x0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"t1": 0.0}, ValueError, "t0 and t1 must differ, both are 0.0: there is nothing to integrate"),
+        ({"t1": math.nan}, ValueError, "times must be finite"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": -3}, ValueError, "steps must be at least 1, got -3"),
+        ({"steps": 2.5}, TypeError, "steps must be an integer, got 2.5 of type float"),
+        ({"steps": True}, TypeError, "steps must be an integer, got True"),
+        ({"steps": None}, ValueError, "missing: steps"),
+        ({"t0": None, "steps": None}, ValueError, "missing: t0, steps"),
+        ({"grid": torch.tensor([0.0, 1.0])}, ValueError, "either grid or t0, t1 and steps, not both"),
+        ({"t0": torch.zeros(3)}, ValueError, r"t0 must be a number or one time per sample, \(4,\), got shape \(3,\)"),
+        ({"t0": torch.tensor([0.0, 1.0, 0.0, 0.0])}, ValueError, "for sample 1 they are equal"),
+        ({"t0": torch.tensor([0.0, math.inf, 0.0, 0.0])}, ValueError, "must be finite for every sample"),
+    ],
+)
+def test_times(options, error, message):
+    refuses(error, message, **options)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ([0.0], r"at least two times, as \(steps \+ 1,\)"),
+        ([0.0, 0.5, 0.5, 1.0], r"strictly increasing or strictly decreasing; step 1 goes from 0.5 to 0.5"),
+        ([0.0, 0.5, 0.25], "step 1 goes from 0.5 to 0.25. Sort it"),
+        ([0.0, math.nan], "finite times"),
+        ([[0.0] * 3, [1.0] * 3], "grid has times for 3 samples, x0 has 4"),
+    ],
+)
+def test_grids(grid, message):
+    refuses(ValueError, message, grid=torch.tensor(grid), t0=None, t1=None, steps=None)
+
+
+@pytest.mark.parametrize(
+    ("save_at", "message"),
+    [
+        ([0.5, 0.2], "must follow the direction of integration, from 0.0 to 1.0"),
+        ([0.5, 0.5], "without repeats"),
+        ([0.5, 1.5], "holds 1.5, which is outside the grid from 0.0 to 1.0"),
+        ([math.nan], "outside the grid"),
+        ([], "at least one time"),
+        ("all", "\"grid\" or None, got 'all'"),
+    ],
+)
+def test_save_times(save_at, message):
+    refuses(ValueError, message, save_at=save_at)
+
+
+def test_save_times_with_a_time_per_sample():
+    refuses(ValueError, 'can be None or "grid" only', t0=torch.zeros(4), save_at=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("solver", "sde", "error", "message"),
+    [
+        (sds.RK4(), GBM, ValueError, "RK4 integrates ODEs and this is an SDE with diagonal noise"),
+        (sds.Heun(), GBM, ValueError, "Heun does not converge to the ito solution.*takes stratonovich calculus"),
+        (
+            EM,
+            sds.SDE(lambda x, t: x, lambda x, t: x, calculus="stratonovich"),
+            ValueError,
+            "EulerMaruyama does not converge to the stratonovich solution.*takes additive or none noise",
+        ),
+        (
+            sds.Milstein(),
+            sds.SDE(lambda x, t: x, lambda x, t: x[..., None], noise="general"),
+            ValueError,
+            "Milstein does not converge.*general noise it takes no calculus",
+        ),
+        (
+            sds.Milstein(),
+            sds.SDE(lambda x, t: x, lambda x, t: 0.1 * x.flip(-1)),
+            ValueError,
+            "every diffusion component g_i to depend on x_i alone",
+        ),
+        (
+            sds.Milstein(),
+            sds.SDE(lambda x, t: x, lambda x, t: x - x.mean(0)),
+            ValueError,
+            "couples the samples of the batch",
+        ),
+        (sds.EulerMaruyama, GBM, TypeError, r"did you mean EulerMaruyama\(\)\?"),
+        ("euler", GBM, TypeError, "solver must be a solver object"),
+        (EM, lambda x, t: x, TypeError, "sde must be an SDE, ODE or process of sdesolve, got function"),
+    ],
+)
+def test_solvers_and_equations_that_do_not_fit(solver, sde, error, message):
+    refuses(error, message, sde=sde, solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("noise", "g", "message"),
+    [
+        (
+            "diagonal",
+            lambda x, t: x[:, :1].expand(4, 3),
+            r"returned shape \(4, 3\).*noise='diagonal'.*broadcasts to \(4, 2\)",
+        ),
+        ("diagonal", lambda x, t: x[..., None], r"declare noise='general'"),
+        ("diagonal", lambda x, t: torch.ones(2), r"expected \(\), \(batch,\) = \(4,\)"),
+        ("scalar", lambda x, t: x[..., None], r"noise='scalar'"),
+        ("general", lambda x, t: x, r"expected \(batch, \*state, channels\) = \(4, 2, channels\)"),
+        ("general", lambda x, t: torch.ones(2, 3), r"noise='general'"),
+        ("additive", lambda x, t: torch.ones(3, 3), r"noise='additive'"),
+    ],
+)
+def test_diffusions_that_do_not_fit_their_noise_type(noise, g, message):
+    refuses(ValueError, message, sde=sds.SDE(lambda x, t: x, g, noise=noise))
+
+
+@pytest.mark.parametrize(
+    ("drift", "diffusion", "error", "message"),
+    [
+        (
+            lambda x, t: x[:, :1],
+            lambda x, t: x,
+            ValueError,
+            r"drift must return the shape of the state, \(4, 2\), got \(4, 1\)",
+        ),
+        (
+            lambda x, t: x.double(),
+            lambda x, t: x,
+            TypeError,
+            "drift returned torch.float64, the state is torch.float32",
+        ),
+        (lambda x, t: 1.0, lambda x, t: x, TypeError, "drift must return a tensor.*got float"),
+        (lambda x, t: x, lambda x, t: x.double(), TypeError, "diffusion returned torch.float64"),
+        (lambda x, t: x, lambda x, t: None, TypeError, "diffusion must return a tensor, got NoneType"),
+        (lambda x, t: x.to("meta"), lambda x, t: x, ValueError, "drift returned a tensor on meta, the state is on cpu"),
+    ],
+)
+def test_what_user_functions_return(drift, diffusion, error, message):
+    refuses(error, message, sde=sds.SDE(drift, diffusion))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1.0, lambda x, t: x), TypeError, r"drift must be a function of \(x, t\), got float"),
+        ((lambda x, t: x, None), TypeError, r"diffusion must be a function of \(x, t\), got NoneType"),
+        ((lambda x, t: x, lambda x, t: x, "matrix"), ValueError, "noise='matrix' is unknown; choose one of"),
+        ((lambda x, t: x, lambda x, t: x, "none"), ValueError, r"use sdesolve.ODE\(drift\)"),
+        ((lambda x, t: x, lambda x, t: x, "diagonal", "Ito"), ValueError, "calculus='Ito' is unknown"),
+    ],
+)
+def test_equations(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sds.SDE(*arguments)
+
+
+def test_noise_arguments():
+    refuses(ValueError, "give one of them", noise=sds.BrownianPath(0))
+    refuses(TypeError, "noise must be a BrownianPath, got int; a number goes to seed=", seed=None, noise=3)
+    refuses(ValueError, "backend must be 'auto', 'eager' or 'fused', got 'cuda'", backend="cuda")
+    refuses(ValueError, "no fused kernel covers this call", backend="fused")
+
+
+def test_divergence_names_step_time_path_and_function():
+    """The drift of the third path turns nan once t passes 0.5; the step is found by going through it again."""
+
+    def drift(x, t):
+        poison = torch.zeros_like(x)
+        poison[2] = math.nan
+        return torch.where(t > 0.5, poison, x)
+
+    with pytest.raises(
+        sds.DivergenceError, match=r"path 12 stopped being finite in step 6 of 10.*drift returned nan"
+    ) as e:
+        sds.solve(
+            sds.SDE(drift, lambda x, t: 0.1 * x), X0, 0.0, 1.0, 10, solver=EM, noise=sds.BrownianPath(0, first_path=10)
+        )
+    assert (e.value.step, e.value.path) == (6, 12)
+    assert e.value.time == pytest.approx(0.6)
+
+
+def test_nan_in_the_first_step_is_told_at_once():
+    calls = []
+
+    def diffusion(x, t):
+        calls.append(t)
+        return x * math.nan
+
+    with pytest.raises(sds.DivergenceError, match=r"step 0 of 1000.*diffusion returned nan"):
+        sds.solve(sds.SDE(lambda x, t: x, diffusion), X0, 0.0, 1.0, 1000, solver=EM, seed=0)
+    assert len(calls) < 5
+
+
+def test_overflow_is_told_from_nan():
+    stiff = sds.ODE(lambda x, t: -1e6 * x)
+    with pytest.raises(sds.DivergenceError, match="overflowed; take smaller steps"):
+        sds.solve(stiff, X0, 0.0, 1.0, 20, solver=EM)
+    assert not bool(sds.solve(stiff, X0, 0.0, 1.0, 20, solver=EM, check_finite=False).x1.isfinite().all())
+
+
+def test_sde_with_multiplicative_noise_is_not_reversed():
+    with pytest.raises(ValueError, match="only SDEs with additive noise can be reversed here, this one has diagonal"):
+        sds.ReverseSDE(GBM, lambda x, t: x)
+    with pytest.raises(ValueError, match=r"stochasticity must be a positive number, got 0; for 0 use probability_flow"):
+        sds.VP().reverse(lambda x, t: x, 0)
+    with pytest.raises(TypeError, match="score must be a function"):
+        sds.VP().probability_flow(3)

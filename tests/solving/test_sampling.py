@@ -1,0 +1,118 @@
+"""`sample` and Tweedie's formula. Trap 9 of the survey of peers, and what bad input is told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import sdesolve as sds
+from sdesolve.scores.gaussian import Gaussian
+
+PROCESSES = [sds.VP(), sds.VP(sds.CosineBeta()), sds.VE(), sds.SubVP(), sds.OU(), sds.EDM()]
+DATA = Gaussian(torch.tensor([0.5, -0.5]), torch.tensor([[1.0, 0.6], [0.6, 1.0]]))
+
+
+def ids(process):
+    return type(process).__name__
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=ids)
+@pytest.mark.parametrize(
+    ("solver", "stochasticity", "steps"),
+    [(sds.EulerMaruyama(), None, 400), (sds.EulerMaruyama(), 0, 400), (sds.Heun(), None, 200), (sds.RK4(), None, 100)],
+)
+def test_samples_have_the_law_of_the_data(process, solver, stochasticity, steps):
+    """Any solver on the reverse SDE or the flow (peers crash on Euler-Maruyama with the flow, trap 9)."""
+    n = 4000
+    x = sds.sample(
+        process,
+        DATA.score(process),
+        (n, 2),
+        solver=solver,
+        steps=steps,
+        seed=0,
+        stochasticity=stochasticity,
+        dtype=torch.float64,
+    )
+    # five standard deviations of a mean and of a covariance entry, and a bias of the discretisation of at most 0.05
+    assert (x.mean(0) - DATA.mean).abs().max() < 5 / math.sqrt(n) + 0.05
+    assert (torch.cov(x.T) - DATA.cov).abs().max() < 5 * math.sqrt(2 / n) + 0.05
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=ids)
+def test_a_sample_is_a_function_of_its_own_index(process):
+    score = DATA.score(process)
+    many = sds.sample(process, score, (50, 2), steps=6, seed=3, dtype=torch.float64)
+    few = sds.sample(process, score, (8, 2), steps=6, seed=3, dtype=torch.float64)
+    torch.testing.assert_close(many[:8], few, rtol=1e-12, atol=1e-12)
+    shard = sds.sample(process, score, (5, 2), steps=6, noise=sds.BrownianPath(3, first_path=20), dtype=torch.float64)
+    torch.testing.assert_close(many[20:25], shard, rtol=1e-12, atol=1e-12)
+    assert not torch.isclose(many, sds.sample(process, score, (50, 2), steps=6, seed=4, dtype=torch.float64)).any()
+
+
+def test_start_and_driving_noise_are_independent_streams():
+    process = sds.VP()
+    start = process.sample_prior((1000, 2), seed=0)
+    dW = sds.BrownianPath(0).increments(torch.tensor([0.0, 1.0]), (1000, 2))[0]
+    assert abs(float(torch.corrcoef(torch.stack([start.flatten(), dW.flatten()]))[0, 1])) < 5 / math.sqrt(2000)
+
+
+def test_the_prior_has_its_log_density():
+    prior = sds.VE().prior
+    x = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0)).double() * 30
+    expected = torch.distributions.Normal(0.0, prior.std).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(prior.log_prob(x), expected)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=ids)
+def test_tweedie_is_the_posterior_mean(process):
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    score = DATA.score(process)
+    for t in (torch.tensor(0.3, dtype=torch.float64), torch.linspace(0.01, 0.9, 6, dtype=torch.float64)):
+        torch.testing.assert_close(sds.tweedie(process, score, x, t), score.denoise(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_denoising_takes_the_last_noise_away():
+    process = sds.EDM(sigma_min=0.5)
+    sharp = Gaussian(torch.zeros(2), torch.tensor(1e-4))
+    options = {"steps": 200, "seed": 0, "solver": sds.Heun(), "dtype": torch.float64}
+    noisy = sds.sample(process, sharp.score(process), (2000, 2), denoise=False, **options)
+    clean = sds.sample(process, sharp.score(process), (2000, 2), **options)
+    assert noisy.std() > 0.3
+    assert clean.std() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "give steps.*or grid"),
+        ({"steps": 3, "grid": torch.tensor([1.0, 0.1])}, ValueError, "give steps.*or grid"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 2.0}, TypeError, "steps must be an integer"),
+        ({"grid": torch.tensor([0.1, 1.0])}, ValueError, r"decreases within \(0, t_max = 1.0\]"),
+        ({"grid": torch.tensor([1.5, 0.1])}, ValueError, r"decreases within \(0, t_max = 1.0\].*from 1.5 to 0.1"),
+        ({"grid": torch.tensor([1.0, 0.0])}, ValueError, r"decreases within \(0, t_max = 1.0\]"),
+        ({"steps": 3, "stochasticity": 1.0, "solver": sds.RK4()}, ValueError, "RK4 integrates ODEs.*stochasticity=0"),
+        ({"steps": 3, "stochasticity": -1.0}, ValueError, "stochasticity must be a positive number"),
+        ({"steps": 3, "seed": 0, "noise": sds.BrownianPath(0)}, ValueError, "give one of them"),
+        ({"steps": 3, "dtype": torch.float16}, TypeError, "must be float32 or float64, got torch.float16"),
+        ({"steps": 3, "shape": (4, 3)}, ValueError, r"x must have shape \(batch, 2\)"),
+    ],
+)
+def test_bad_requests(options, error, message):
+    process = sds.VP()
+    options = {"shape": (4, 2), **options}
+    with pytest.raises(error, match=message):
+        sds.sample(process, DATA.score(process), options.pop("shape"), **options)
+
+
+def test_a_score_of_the_wrong_shape_or_that_fails_is_named():
+    process = sds.VP()
+    with pytest.raises(ValueError, match=r"score must return the shape of the state, \(4, 2\), got \(4, 1\)"):
+        sds.sample(process, lambda x, t: x[:, :1], (4, 2), steps=3, seed=0)
+    with pytest.raises(sds.DivergenceError, match=r"step 0 of 3, which starts at t = 1: the drift returned nan"):
+        sds.sample(process, lambda x, t: x * math.nan, (4, 2), steps=3, seed=0)
+    with pytest.raises(TypeError, match=r"process must be a linear diffusion such as VP\(\), got SDE"):
+        sds.sample(sds.SDE(lambda x, t: x, lambda x, t: x), DATA.score(process), (4, 2), steps=3)

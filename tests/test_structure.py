@@ -1,0 +1,116 @@
+"""What holds the packages apart: import directions, light imports, no package named `kernels`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdesolve
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = [
+    *("SDE", "ODE", "solve", "sample", "EulerMaruyama", "Milstein", "Heun", "RK4", "BrownianPath"),
+    *("VP", "VE", "SubVP", "OU", "EDM", "LinearDiffusion", "ReverseSDE", "ProbabilityFlow"),
+    *("Gaussian", "GaussianMixture", "NetworkScore", "DenoisingScoreMatching", "train"),
+]
+# A module may import from its own layer and from layers to its left. `reverse` stands left of `diffusions` because a
+# process makes its own reversal, which needs nothing of the process but drift and diffusion.
+LAYERS = [
+    {"sdesolve_kernels", "sdesolve.grids", "sdesolve.sde"},
+    {"sdesolve.reverse", "sdesolve.brownian"},
+    {"sdesolve.diffusions", "sdesolve.nn"},
+    {"sdesolve.scores", "sdesolve.solvers"},
+    {"sdesolve.checks", "sdesolve.solution"},
+    {"sdesolve.saving"},
+    {"sdesolve.solve"},
+    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting"},
+    {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
+    {"sdesolve.training"},
+]
+
+
+def layer_of(module: str) -> int | None:
+    for rank, names in enumerate(LAYERS):
+        if any(module == n or module.startswith(n + ".") for n in names):
+            return rank
+    return None
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            deeper = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {d if layer_of(d) is not None else node.module for d in deeper}
+    return found
+
+
+def modules():
+    for path in sorted((ROOT / "sdesolve").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if name != "sdesolve":
+            yield pytest.param(name, path, id=name)
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()))
+def test_imports_run_one_way(name, path):
+    own = layer_of(name)
+    assert own is not None, f"{name} has no layer: give it one in LAYERS"
+    for imported in imports_of(path):
+        rank = layer_of(imported)
+        if rank is not None:
+            assert rank <= own, f"{name} (layer {own}) imports {imported} (layer {rank})"
+        assert imported != "sdesolve", f"{name} imports the package that imports it"
+        assert not imported.startswith("kernels."), "that path makes a second module object"
+
+
+def test_kernels_know_no_sde():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not any(m == "sdesolve" or m.startswith("sdesolve.") for m in imports_of(path)), path
+
+
+def test_only_kernels_import_triton_and_numba():
+    for path in [*(ROOT / "sdesolve").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        heavy = {m.split(".")[0] for m in imports_of(path)} & {"triton", "numba", "llvmlite"}
+        assert not heavy or path.parent.name in ("_numba", "_triton"), path
+
+
+def test_kernels_is_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+
+
+def test_importing_loads_nothing_heavy():
+    code = (
+        "import sys, sdesolve; "
+        "print(*(m for m in ('triton', 'numba', 'matplotlib', 'scipy', 'sklearn') if m in sys.modules))"
+    )
+    # torch may load triton by itself on a machine with a GPU; what counts is what we add
+    baseline = code.replace(", sdesolve", ", torch")
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", c],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        ).stdout
+        for c in (code, baseline)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_every_module_imports_and_the_public_names_are_there():
+    for module in pkgutil.walk_packages(sdesolve.__path__, "sdesolve."):
+        assert importlib.util.find_spec(module.name) is not None
+    for name in PUBLIC:
+        assert callable(getattr(sdesolve, name))
