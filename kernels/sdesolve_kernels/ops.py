@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
+from .checks import FLOATS, check_out, integer
 from .dispatch import backend_for, backend_module
 from .streams import Stream
 
 __all__ = ["normal", "uniform", "words"]
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _REFERENCES = {"normal": "normal", "uniform": "uniform", "words": "numbered_words"}
-
-
-def _integer(name: str, value: object, low: int, high: int, bound: str) -> int:
-    """`value` as an int in [low, high); `bound` is how the message writes `high`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        hint = "; convert it with int() if it is a whole number" if isinstance(value, float) else ""
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}{hint}") from None
-    if not low <= number < high:
-        raise ValueError(f"{name} must be in [{low}, {bound}), got {number}")
-    return number
-
-
-def _check_out(out: Tensor, paths: int, count: int, dtype: torch.dtype | None, device: object) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
-    if out.dim() < 1 or out.shape[0] != paths or out.numel() != paths * count:
-        raise ValueError(
-            f"out must have shape (paths, ...) with count entries for each path, here ({paths}, {count}) or a finer "
-            f"division of the last dimension; got {tuple(out.shape)}"
-        )
-    if dtype is not None and dtype != out.dtype:
-        raise ValueError(f"dtype={dtype} and out of {out.dtype} disagree; leave dtype out, or convert out")
-    if device is not None and torch.empty(0, device=device).device != out.device:  # type: ignore[call-overload]
-        raise ValueError(f"device={str(device)!r} and out on {str(out.device)!r} disagree; leave device out")
-    if out.requires_grad:
-        raise ValueError("out requires a gradient and would be overwritten; pass out.detach()")
-    # Sorted by stride, each dimension must step over all of the smaller ones; a few exotic views that do not overlap
-    # fail this too, and are refused with them.
-    reach = 0
-    for stride, size in sorted((s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1):
-        if stride <= reach:
-            raise ValueError(
-                f"entries of out share memory: shape {tuple(out.shape)} with strides {out.stride()}; "
-                "pass a tensor of its own, such as torch.empty(shape)"
-            )
-        reach += (size - 1) * stride
 
 
 def _fill(
@@ -71,13 +30,13 @@ def _fill(
     out: Tensor | None,
 ) -> Tensor:
     """Validate, allocate, dispatch: the same for every op that makes noise."""
-    paths = _integer("paths", paths, 0, 1 << 63, "2^63")
-    count = _integer("count", count, 0, 1 << 58, "2^58")
+    paths = integer("paths", paths, 0, 1 << 63, "2^63")
+    count = integer("count", count, 0, 1 << 58, "2^58")
     where = {
-        "seed": _integer("seed", seed, 0, 1 << 64, "2^64"),
-        "stream": _integer("stream", stream, 0, 256, "256"),
-        "first_path": _integer("first_path", first_path, 0, 1 << 64, "2^64"),
-        "offset": _integer("offset", offset, 0, 1 << 58, "2^58"),
+        "seed": integer("seed", seed, 0, 1 << 64, "2^64"),
+        "stream": integer("stream", stream, 0, 256, "256"),
+        "first_path": integer("first_path", first_path, 0, 1 << 64, "2^64"),
+        "offset": integer("offset", offset, 0, 1 << 58, "2^58"),
     }
     if where["first_path"] + paths > 1 << 64:
         raise ValueError(
@@ -88,15 +47,15 @@ def _fill(
         raise ValueError(
             f"offset + count must be at most 2^58, got {where['offset']} + {count}; use another stream or seed"
         )
-    if op != "words" and dtype is not None and dtype not in _FLOATS:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype}")
+    if op != "words" and dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
     if out is None:
         default = torch.int64 if op == "words" else torch.float32
         out = torch.empty((paths, count), dtype=default if dtype is None else dtype, device=device)
     else:
-        _check_out(out, paths, count, dtype, device)
-        if op != "words" and out.dtype not in _FLOATS:
-            raise TypeError(f"out must be of a dtype among {', '.join(map(str, _FLOATS))}, got {out.dtype}")
+        check_out(out, paths, count, dtype, device)
+        if op != "words" and out.dtype not in FLOATS:
+            raise TypeError(f"out must be of a dtype among {', '.join(map(str, FLOATS))}, got {out.dtype}")
     backend = backend_for(op, out.device)
     if out.numel() == 0:
         return out

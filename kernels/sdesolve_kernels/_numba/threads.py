@@ -18,6 +18,7 @@ import torch
 
 __all__ = ["split"]
 
+_PIECES = 6  # for each thread
 _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
@@ -45,12 +46,27 @@ def split(work: Callable[[int, int], object], total: int, grain: int) -> None:
 
     Uses at most ``torch.get_num_threads()`` threads, the caller's among them, and fewer where pieces would be smaller
     than `grain`. What `work` writes must not depend on how the range is cut.
+
+    There are a few pieces for each thread, and a thread that is done takes the next: with one each, a thread that had
+    to share its core, or woke late, kept the others waiting (half the time on a busy machine).
     """
-    pieces = max(1, min(torch.get_num_threads(), total // max(grain, 1)))
-    cuts = [total * i // pieces for i in range(pieces + 1)]
-    futures = [_pool(pieces - 1).submit(work, a, b) for a, b in itertools.pairwise(cuts[1:])]
+    most = total // max(grain, 1)
+    threads = max(1, min(torch.get_num_threads(), most))
+    if threads == 1:
+        work(0, total)
+        return
+    pieces = min(_PIECES * threads, most)
+    numbers = itertools.count()  # one number at a time, under Python's lock
+
+    def run() -> None:
+        for i in numbers:
+            if i >= pieces:
+                return
+            work(total * i // pieces, total * (i + 1) // pieces)
+
+    futures = [_pool(threads - 1).submit(run) for _ in range(threads - 1)]
     try:
-        work(cuts[0], cuts[1])
+        run()
     finally:
         for future in futures:
             future.result()
