@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from typing import TypedDict
 
 import torch
 from sdesolve_kernels import Stream, normal
@@ -59,6 +60,15 @@ class AbstractNoise(abc.ABC):
         """
 
 
+class Place(TypedDict):
+    """Where a kernel finds the normals of one step: what all step kernels of `sdesolve_kernels` take."""
+
+    seed: int
+    stream: int
+    first_path: int
+    step: int
+
+
 @dataclasses.dataclass(frozen=True)
 class BrownianPath(AbstractNoise):
     r"""Brownian paths addressed by coordinates: row ``i`` of a batch is a function of ``(seed, first_path + i)``.
@@ -104,6 +114,21 @@ class BrownianPath(AbstractNoise):
     def after(self, steps: int) -> BrownianPath:
         """The same paths from ``steps`` steps later: what an integration split at a grid point goes on with."""
         return dataclasses.replace(self, first_step=self.first_step + whole_number(steps, "steps", 0))
+
+    def place(self, step: int) -> Place:
+        """Where the normals of step ``step`` stand, for a kernel that makes them itself.
+
+        Raises:
+            ValueError: an increment of this path is a sum of several normals (``substeps > 1``).
+        """
+        if self.substeps != 1:
+            raise ValueError(f"increments are sums of {self.substeps} normals; a kernel makes one for each step")
+        return {
+            "seed": self.seed,
+            "stream": self.stream,
+            "first_path": self.first_path,
+            "step": self.first_step + step,
+        }
 
     def increments(
         self,

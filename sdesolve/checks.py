@@ -42,7 +42,8 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
     if sde.noise is not Noise.NONE and all(n is Noise.NONE for _, n in solver.supported):
         raise ValueError(
             f"{name} integrates ODEs and this is an SDE with {sde.noise} noise. Use EulerMaruyama or another SDE "
-            "solver; to sample with an ODE solver, integrate process.probability_flow(score) or pass stochasticity=0 to sample"
+            "solver; to sample with an ODE solver, integrate process.probability_flow(score), or pass stochasticity=0 "
+            "to sample"
         )
     raise ValueError(
         f"{name} does not converge to the {sde.calculus} solution of an SDE with {sde.noise} noise. With "

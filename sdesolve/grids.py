@@ -57,12 +57,12 @@ def geometric(t0: float, t1: float, steps: int) -> Tensor:
     return _pinned(t0 * (t1 / t0) ** u, t0, t1)
 
 
-def linear_steps(t0: float, t1: float, steps: int, ratio: float = 0.02) -> Tensor:
+def linear_steps(t0: float, t1: float, steps: int, ratio: float = 0.005) -> Tensor:
     """Step sizes ``gamma_k`` that change linearly, as in score-based models built on `OU`.
 
     The step nearest the smaller time has size ``gamma``, the one nearest the larger time ``gamma / ratio``, and those
     between are equally spaced: on ``dX = -X dt + sqrt(2) dB`` the linear schedule of DDPM, where
-    ``1 - beta_k = exp(-2 gamma_k)`` and ``beta`` grows from 1e-4 to 0.02 (``ratio`` = 0.005; Ho et al. 2020, section 4;
+    ``1 - beta_k = exp(-2 gamma_k)`` and ``beta`` grows from 1e-4 to 0.02, a ratio of 0.005 (Ho et al. 2020, section 4;
     De Bortoli et al. 2021, appendix).
 
     Args:

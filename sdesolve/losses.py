@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple, TypeVar, final
 
 import torch
 from jaxtyping import Float
-from sdesolve_kernels import Stream, normal, uniform
+from sdesolve_kernels import Stream, dsm_loss, perturb, uniform
 from torch import Tensor
 
+from sdesolve.brownian import Place
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import whole_number
 from sdesolve.reverse import Score
 from sdesolve.scores.network import NetworkScore
-from sdesolve.sde import per_sample
 
 T = TypeVar("T")
 
@@ -91,13 +91,13 @@ class LogNormalNoise(TimeLaw):
         return torch.lerp(log_t[k - 1], log_t[k], share).exp()
 
 
-class _Draw(NamedTuple):
-    """One training example per row: ``x_t = alpha x_0 + sigma z``."""
+class _Regression(NamedTuple):
+    """A loss per sample ``weight mean (output - p x_0 - q z)^2``; each coefficient a number or ``(batch,)``."""
 
-    t: Tensor
-    z: Tensor
-    x_t: Tensor
-    sigma: Tensor
+    output: Tensor
+    p: Tensor | float
+    q: Tensor | float
+    weight: Tensor | float
 
 
 Weighting = Literal["sigma2", "likelihood", "simple"]
@@ -180,19 +180,12 @@ class DenoisingScoreMatching(Objective):
         process = self._process_of(score)
         _check_data(x0)
         t = self.times(score, x0, seed=seed, first_sample=first_sample)
-        z = normal(
-            len(x0),
-            math.prod(x0.shape[1:]),
-            seed=seed,
-            stream=Stream.PERTURBATION,
-            first_path=first_sample,
-            dtype=x0.dtype,
-            device=x0.device,
-        ).reshape(x0.shape)
-        mean, sigma = process.marginal(x0, t)
-        draw = _Draw(t, z, mean + sigma * z, sigma)
-        loss = self._weight(score, process, x0, draw)
-        return loss.reshape(len(x0), math.prod(x0.shape[1:])).mean(1)
+        # The noise is made inside both kernels, and again for the gradient: no tensor of it exists.
+        place: Place = {"seed": seed, "stream": Stream.PERTURBATION, "first_path": first_sample, "step": 0}
+        x_t = perturb(x0, process.alpha(t), process.sigma(t), **place)
+        output, p, q, weight = self._weight(score, process, x_t, t)
+        clean = None if isinstance(p, float) and p == 0.0 else x0
+        return dsm_loss(output, clean, p, q, weight, reduction="none", **place)
 
     def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
         """Times ``(batch,)`` in the dtype of ``x0``.
@@ -230,22 +223,28 @@ class DenoisingScoreMatching(Objective):
         return self.process
 
 
-def _sigma2(score: Score, process: AbstractDiffusion, x0: Tensor, draw: _Draw) -> Tensor:
-    return (draw.sigma * score(draw.x_t, draw.t) + draw.z).square()
+def _sigma2(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
+    """``(sigma s + z)^2``: the squared error of the noise, through whatever the network predicts."""
+    if isinstance(score, NetworkScore):
+        p, q, gain = score.target_coefficients(x_t, t)
+        return _Regression(score.output(x_t, t), p, q, gain**2)
+    sigma = process.sigma(t)
+    return _Regression(score(x_t, t), 0.0, -1.0 / sigma, sigma.square())
 
 
-def _likelihood(score: Score, process: AbstractDiffusion, x0: Tensor, draw: _Draw) -> Tensor:
-    g2 = per_sample(process.squared_diffusion(draw.t), x0)
-    return g2 / draw.sigma.square() * _sigma2(score, process, x0, draw)
+def _likelihood(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
+    noise = _sigma2(score, process, x_t, t)
+    return noise._replace(weight=noise.weight * process.squared_diffusion(t) / process.sigma(t).square())
 
 
-def _simple(score: Score, process: AbstractDiffusion, x0: Tensor, draw: _Draw) -> Tensor:
+def _simple(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
     if not isinstance(score, NetworkScore):
         raise TypeError(
             f"weighting='simple' compares network outputs, and a {type(score).__name__} has none; wrap the network in "
             "a NetworkScore, or choose weighting='sigma2'"
         )
-    return (score.output(draw.x_t, draw.t) - score.target(x0, draw.z, draw.t)).square()
+    p, q, _ = score.target_coefficients(x_t, t)
+    return _Regression(score.output(x_t, t), p, q, 1.0)
 
 
 def _independent(batch: int, seed: int, first: int, device: torch.device) -> Tensor:
@@ -274,7 +273,7 @@ def _uniforms(count: int, seed: int, first: int, device: torch.device) -> Tensor
     ).squeeze(1)
 
 
-_WEIGHTINGS: dict[str, Callable[[Score, AbstractDiffusion, Tensor, _Draw], Tensor]] = {
+_WEIGHTINGS: dict[str, Callable[[Score, AbstractDiffusion, Tensor, Tensor], _Regression]] = {
     "sigma2": _sigma2,
     "likelihood": _likelihood,
     "simple": _simple,

@@ -110,7 +110,7 @@ def _squared_diffusion_product(forward: AbstractSDE, x: Tensor, t: Tensor, s: Te
     """``g g^T s``."""
     g = forward.diffusion(x, t)
     if is_matrix(g, x):
-        gT_s = (g * s.unsqueeze(-1)).flatten(1, -2).sum(1)
+        gT_s = (g * s.unsqueeze(-1)).reshape(len(x), math.prod(x.shape[1:]), g.shape[-1]).sum(1)
         return apply_diffusion(g, x, gT_s)
     return per_sample(g * g, x) * s
 

@@ -11,6 +11,7 @@ from sdesolve import grids
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.checks import check_drift
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.graphs import StraightSampler, captured
 from sdesolve.reverse import Score
 from sdesolve.sde import Calculus, Noise, per_sample
 from sdesolve.solve import solve
@@ -33,6 +34,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     progress: bool = False,
+    cuda_graph: bool = False,
 ) -> Tensor:
     r"""Draws ``shape = (batch, *state)`` samples: prior at ``t_max``, integrated back to ``t_min``, then denoised.
 
@@ -54,6 +56,8 @@ def sample(
         dtype: float32 or float64.
         device: where to sample.
         progress: show a progress bar.
+        cuda_graph: capture the whole sampler as a CUDA graph at the first call with these arguments, and replay it
+            with the new seed at later ones (`graphs.CapturedSampler`). The state is then not checked for nan.
 
     Raises:
         ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease.
@@ -68,6 +72,15 @@ def sample(
     if stochasticity is None:
         stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
+    if cuda_graph:
+        where = torch.empty(0, device=device).device
+        straight = StraightSampler(
+            process, score, backward, solver, times, shape, denoise=denoise, dtype=dtype, device=where
+        )
+        key = (id(score), id(process), type(solver), tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
+        if not isinstance(path, BrownianPath) or path.substeps != 1 or path.first_step:
+            raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
+        return captured(key, straight, where)(path.seed, path.first_path)
     with torch.no_grad():
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)
         x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)

@@ -15,8 +15,8 @@ class Stats:
         solver: name of the solver.
         steps: steps taken.
         nfe: evaluations of the drift (for a reverse SDE or probability flow, of the score), saving included.
-        backend: ``eager`` or ``fused``: what ran.
-        reason: why that backend ran.
+        backend: what ran: ``eager``, the solver's step in torch, or ``kernel``, one kernel for each step.
+        reason: which kernel, or why none.
         seed: seed of the driving noise; ``None`` for an ODE or for noise that has none.
         source: the generated kernel, if one ran.
     """

@@ -15,10 +15,11 @@ from sdesolve import grids
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.checks import check_diffusion, check_drift, check_pair, check_state
 from sdesolve.saving import SaveAt, SavePlan
-from sdesolve.sde import AbstractSDE, Noise, State, noise_shape
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, State, noise_shape
 from sdesolve.solution import DivergenceError, Solution, Stats
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
+from sdesolve.stepping import AbstractStepper, choose_stepper
 
 Backend = Literal["auto", "eager", "fused"]
 
@@ -60,8 +61,8 @@ def solve(
         save_at: times whose states to keep, ``"grid"`` for every grid point, or ``None`` for the last. A time between
             grid points is reached by a Brownian bridge of the same path (`SavePlan`), and asking for it changes nothing
             else.
-        backend: ``auto`` runs the fastest that fits and says in ``stats`` what and why; ``eager`` is plain torch;
-            ``fused`` refuses rather than fall back.
+        backend: ``auto`` runs the fastest that fits and says in ``stats`` what and why; ``eager`` is the solver's own
+            step in plain torch; ``fused``, a whole trajectory in one kernel, refuses rather than fall back.
         progress: show a progress bar.
         check_finite: raise `DivergenceError` if the final state is not finite.
 
@@ -85,7 +86,9 @@ def solve(
             "no fused kernel covers this call: whole trajectories run eagerly; use backend='auto' or 'eager'"
         )
     watched = _Watched(sde)
-    run = _Integration(watched, solver, times, noise, x0, _increment_shape(watched, solver, x0, times), check_finite)
+    shape = _increment_shape(watched, solver, x0, times)
+    stepper = choose_stepper(solver, watched, watched.field, sde, noise, times, x0, shape, eager=backend == "eager")
+    run = _Integration(watched, stepper, times, noise, x0, shape, check_finite)
     plan = SavePlan(times, save_at)
     x = x0
     plan.at_grid_point(0, x)
@@ -99,8 +102,8 @@ def solve(
         solver=type(solver).__name__,
         steps=run.steps,
         nfe=watched.evaluations,
-        backend="eager",
-        reason="requested" if backend == "eager" else "step by step in torch: no fused kernel covers this call",
+        backend=stepper.backend,
+        reason=stepper.reason,
         seed=noise.seed if isinstance(noise, BrownianPath) and sde.noise is not Noise.NONE else None,
     )
     return Solution(x1=x, ts=plan.ts, xs=plan.states(), stats=stats)
@@ -121,6 +124,16 @@ class _Watched(AbstractSDE):
             check_drift(f, x, t)
         return f
 
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        """The score of a reverse SDE or probability flow, counted as one evaluation of the drift it makes."""
+        if not isinstance(self._sde, AbstractSemilinear):
+            raise TypeError(f"{type(self._sde).__name__} has no field")
+        self.evaluations += 1
+        s = self._sde.field(x, t)
+        if self.checking:
+            check_drift(s, x, t, "score")
+        return s
+
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         g = self._sde.diffusion(x, t)
         if self.checking:
@@ -133,7 +146,7 @@ class _Integration:
     """Everything one pass over the grid needs; can be gone through again, because noise can."""
 
     sde: _Watched
-    solver: AbstractSolver
+    stepper: AbstractStepper
     times: Tensor
     noise: AbstractNoise
     x0: Tensor
@@ -150,19 +163,14 @@ class _Integration:
         self.sde.checking = True
         for first in range(0, self.steps, chunk):
             times = self.times[first : first + chunk + 1]
-            dW = self._increments(first, times)
-            for k, span in enumerate(_spans(times, x)):
+            self.stepper.begin(first, times)
+            for k, span in enumerate(_spans(times, x), first):
                 x_before = x
-                x = self.solver.step(self.sde, x, span, None if dW is None else dW[k])
+                x = self.stepper.advance(k, x, span)
                 if self.sde.checking and self.check_finite and x.device.type == "cpu":  # elsewhere, wait for no device
-                    self._refuse_nonfinite(first, x_before, x, span)
+                    self._refuse_nonfinite(k, x_before, x, span)
                 self.sde.checking = False
                 yield x_before, x, span
-
-    def _increments(self, first: int, times: Tensor) -> Tensor | None:
-        if self.sde.noise is Noise.NONE:
-            return None
-        return self.noise.increments(times, self.shape, step=first, dtype=self.x0.dtype, device=self.x0.device)
 
     def report_divergence(self, x0: Tensor) -> None:
         """Goes through the integration again to find the first step and path that are not finite."""

@@ -87,6 +87,11 @@ class AbstractDiffusion(AbstractLinearSDE):
         """The grid that `sample` uses when given only a number of steps: from ``t_max`` down to ``t_min``, float64."""
 
     @final
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({settings})"
+
+    @final
     def alpha(self, t: Tensor | float) -> Tensor:
         """``alpha(t)``, the scale of the data in ``x_t``; 1 at ``t = 0``."""
         return self.log_alpha(t).exp()

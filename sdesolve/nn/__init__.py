@@ -1,5 +1,6 @@
-"""Building blocks for score networks: time embeddings, a residual MLP, an average of weights."""
+"""Networks ``net(x, t)`` for scores, and what they are made of."""
 
+from sdesolve.nn.convnet import ConvNet as ConvNet
 from sdesolve.nn.ema import EMA as EMA
 from sdesolve.nn.embeddings import FourierFeatures as FourierFeatures
 from sdesolve.nn.mlp import MLP as MLP

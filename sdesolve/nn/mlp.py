@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdesolve.grids import whole_number
 from sdesolve.nn.embeddings import FourierFeatures
+from sdesolve.nn.layers import ModulatedBlock, zeroed
 
 
 @final
@@ -54,8 +55,8 @@ class MLP(nn.Module):
         n = phi.size  # a time is one number: an embedding as wide as the state's layers would double the cost of a step
         self.time = nn.Sequential(phi, nn.Linear(n, n), nn.SiLU(), nn.Linear(n, n), nn.SiLU())
         self.inlet = nn.Linear(features, width)
-        self.blocks = nn.ModuleList(_Block(width, n, dropout) for _ in range(depth))
-        self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), _zero(nn.Linear(width, features)))
+        self.blocks = nn.ModuleList(ModulatedBlock(width, n, dropout) for _ in range(depth))
+        self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), zeroed(nn.Linear(width, features)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """``x: (batch, *shape)`` and ``t`` of shape ``()`` or ``(batch,)`` to ``(batch, *shape)``.
@@ -73,22 +74,3 @@ class MLP(nn.Module):
         for block in self.blocks:
             h = block(h, e)
         return self.outlet(h).reshape(x.shape)
-
-
-@final
-class _Block(nn.Module):
-    def __init__(self, width: int, embedding: int, dropout: float) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
-        self.modulation = nn.Linear(embedding, 2 * width)
-        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), _zero(nn.Linear(width, width)))
-
-    def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        scale, shift = self.modulation(e).chunk(2, dim=-1)
-        return h + self.second(self.first(h) * (1 + scale) + shift)
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -6,3 +6,4 @@ from sdesolve.scores.gaussian import Gaussian as Gaussian
 from sdesolve.scores.gaussian import GaussianFlow as GaussianFlow
 from sdesolve.scores.gaussian import Moments as Moments
 from sdesolve.scores.mixture import GaussianMixture as GaussianMixture
+from sdesolve.scores.network import NetworkScore as NetworkScore

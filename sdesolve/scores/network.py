@@ -27,6 +27,17 @@ class Coefficients(NamedTuple):
     log_ratio: Tensor
 
 
+class Target(NamedTuple):
+    """What a network's output is to be: ``data x_0 + noise z``. An error ``e`` in it is one of ``gain e`` in the noise.
+
+    Each is a number or broadcasts against the state.
+    """
+
+    data: Tensor | float
+    noise: Tensor | float
+    gain: Tensor | float
+
+
 class Parameterization(abc.ABC):
     """What the output ``F`` of a network stands for.
 
@@ -46,8 +57,8 @@ class Parameterization(abc.ABC):
         """``E[z | x_t]``."""
 
     @abc.abstractmethod
-    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
-        """The ``F`` that is right for this one ``(x_0, z)``; its conditional mean is what a perfect network returns."""
+    def target(self, c: Coefficients) -> Target:
+        """The ``F`` that is right for one ``(x_0, z)``; its conditional mean is what a perfect network returns."""
 
 
 class _Unscaled(Parameterization):
@@ -68,8 +79,8 @@ class PredictsNoise(_Unscaled):
     def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
         return F
 
-    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
-        return z
+    def target(self, c: Coefficients) -> Target:
+        return Target(data=0.0, noise=1.0, gain=1.0)
 
 
 @final
@@ -82,8 +93,8 @@ class PredictsData(_Unscaled):
     def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
         return (x - c.alpha * F) / c.sigma
 
-    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
-        return x0
+    def target(self, c: Coefficients) -> Target:
+        return Target(data=1.0, noise=0.0, gain=-c.alpha / c.sigma)
 
 
 @final
@@ -96,8 +107,8 @@ class PredictsScore(_Unscaled):
     def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
         return -c.sigma * F
 
-    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
-        return -z / c.sigma
+    def target(self, c: Coefficients) -> Target:
+        return Target(data=0.0, noise=-1.0 / c.sigma, gain=-c.sigma)
 
 
 @final
@@ -114,8 +125,8 @@ class PredictsVelocity(_Unscaled):
     def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
         return (c.sigma * x + c.alpha * F) / (c.alpha**2 + c.sigma**2)
 
-    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
-        return c.alpha * z - c.sigma * x0
+    def target(self, c: Coefficients) -> Target:
+        return Target(data=-c.sigma, noise=c.alpha, gain=c.alpha / (c.alpha**2 + c.sigma**2))
 
 
 @final
@@ -142,8 +153,9 @@ class PreconditionsEDM(Parameterization):
         S = self._S(c)
         return (c.sigma * (x / S) - self.s * c.alpha * F) / S
 
-    def target(self, x0: Tensor, z: Tensor, c: Coefficients) -> Tensor:
-        return (c.sigma * x0 - self.s**2 * c.alpha * z) / (self.s * self._S(c))
+    def target(self, c: Coefficients) -> Target:
+        S = self._S(c)
+        return Target(data=c.sigma / (self.s * S), noise=-self.s * c.alpha / S, gain=-self.s * c.alpha / S)
 
     def _S(self, c: Coefficients) -> Tensor:
         return (c.sigma**2 + (self.s * c.alpha) ** 2).sqrt()
@@ -237,7 +249,13 @@ class NetworkScore(nn.Module):
 
     def target(self, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The `output` that is right for one ``x_t = alpha x0 + sigma z``, shape of ``x0``; regress on it to train."""
-        return self._parameterization.target(x0, z, self._coefficients(x0, t))
+        p, q, _ = self._parameterization.target(self._coefficients(x0, t))
+        return p * x0 + q * z
+
+    def target_coefficients(self, x: Tensor, t: Tensor) -> Target:
+        """The `Target` for states like ``x`` at times ``t: (batch,)``, each entry a number or ``(batch,)``."""
+        target = self._parameterization.target(self._coefficients(x, t))
+        return Target(*(c.reshape(-1) if isinstance(c, Tensor) else c for c in target))
 
     def extra_repr(self) -> str:
         return f"process={type(self.process).__name__}, predicts={self.predicts!r}, sigma_data={self.sigma_data:g}"

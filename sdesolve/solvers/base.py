@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sdesolve.sde import AbstractSDE, Calculus, Noise
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
 
 Supported = frozenset[tuple[Calculus, Noise]]
 
@@ -63,6 +63,22 @@ class AbstractSolver(abc.ABC):
         """The state at ``span.t1`` from the state ``x: (batch, *state)`` at ``span.t0``.
 
         ``dW`` is the Brownian increment over the step, of the shape that `AbstractSDE` tabulates; ``None`` for an ODE.
+        """
+
+
+class AbstractTabulated(AbstractSolver):
+    """A solver whose step on a semilinear equation is a row of numbers: ``x <- a x + b s(x, t) + c z``."""
+
+    @abc.abstractmethod
+    def table(self, sde: AbstractSemilinear, times: Tensor) -> Tensor | None:
+        """Rows ``(a, b, c)`` for the steps between consecutive ``times``, in float64.
+
+        Args:
+            sde: the equation, with field ``s``.
+            times: ``(steps + 1,)`` or ``(steps + 1, batch)``, float64.
+
+        Returns:
+            ``(steps, 3)`` or ``(steps, 3, batch)``; ``None`` if the rates of ``sde`` depend on more than time.
         """
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import final
 
+import torch
 from torch import Tensor
 
-from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractSolver, Span, noise_term, supports
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
+from sdesolve.solvers.base import AbstractTabulated, Span, noise_term, supports
 
 
 @final
-class EulerMaruyama(AbstractSolver):
+class EulerMaruyama(AbstractTabulated):
     """``x' = x + f(x, t) dt + g(x, t) dW``.
 
     Strong order 1/2 (1 for additive noise), weak order 1, Euler's method on an ODE. Converges to the Ito solution, so a
@@ -27,3 +28,10 @@ class EulerMaruyama(AbstractSolver):
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
         t, dt = span.t0, span.dt
         return x + sde.drift(x, t) * dt + noise_term(sde, x, t, dW)
+
+    def table(self, sde: AbstractSemilinear, times: Tensor) -> Tensor | None:
+        rates = sde.rates(times[:-1])
+        if rates is None:
+            return None
+        dt = times.diff(dim=0)
+        return torch.stack([1.0 + rates.linear * dt, rates.field * dt, rates.noise * dt.abs().sqrt()], dim=1)

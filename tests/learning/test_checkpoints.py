@@ -69,7 +69,7 @@ def test_a_process_is_known_by_what_it_does(make_score, tmp_path):
         ({"process": OU()}, r"\(process\): VP with .* in the file, OU with"),
         ({"process": VP(CosineBeta())}, r"\(process\): VP with .* in the file, VP with"),
         ({"predicts": "noise"}, r"\(predicts\): edm, sigma_data=1 in the file, noise, sigma_data=1 here"),
-        ({"width": 8}, r"net.time.1.bias: torch.float32 \[16\] in the file, torch.float32 \[8\] here.*and \d+ more"),
+        ({"width": 8}, r"net.inlet.bias: torch.float32 \[16\] in the file, torch.float32 \[8\] here.*and \d+ more"),
         ({"depth": 2}, r"net.blocks.1.first.0.weight: absent in the file, torch.float32 \[16\] here"),
     ],
 )  # fmt: skip

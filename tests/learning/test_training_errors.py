@@ -172,7 +172,7 @@ def test_a_run_on_other_data_is_not_continued(make_score, data, finished):
 
 def test_a_run_of_another_score_is_not_continued(make_score, data, finished):
     with pytest.raises(
-        ValueError, match=r"net.time.1.bias: torch.float32 \[16\] in the file, torch.float32 \[32\] here"
+        ValueError, match=r"net.inlet.bias: torch.float32 \[16\] in the file, torch.float32 \[32\] here"
     ):
         run(make_score(width=32), data, batch_size=64, checkpoint=finished)
 

@@ -1,0 +1,146 @@
+"""A whole sampler as one function without host synchronisation, and its capture as a CUDA graph.
+
+A network at batch 64 on a fast GPU spends more time being launched than running. Captured, the sampler is one launch;
+seed and first path live in device memory, so that each replay draws new samples.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import final
+
+import torch
+from sdesolve_kernels import Stream, linear_step, perturb
+from torch import Tensor
+
+from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.reverse import Score
+from sdesolve.sde import AbstractSemilinear, Noise, per_sample
+from sdesolve.solvers.base import AbstractSolver, AbstractTabulated
+
+_CAPTURED_AT_ONCE = 4
+
+
+@final
+class StraightSampler:
+    """Prior, steps ``x <- a x + b s(x, t) + c z``, and Tweedie's formula: a function of a seed that never waits.
+
+    All coefficients and times are on the device before the first step, and nothing in a call reads a tensor on the host
+    if ``seed`` and ``first_path`` are integers, or if they are tensors on a device that is not the host.
+
+    Args:
+        process: the forward diffusion.
+        score: ``grad_x log p_t(x)``.
+        backward: the reverse SDE or probability flow of both.
+        solver: one whose step is a row of coefficients, such as `EulerMaruyama`.
+        times: decreasing grid, float64.
+        shape: ``(batch, *state)``.
+        denoise: end with Tweedie's formula.
+        dtype: of the samples.
+        device: of the samples.
+
+    Raises:
+        ValueError: the step of ``solver`` is no row of coefficients on this equation.
+    """
+
+    def __init__(
+        self,
+        process: AbstractDiffusion,
+        score: Score,
+        backward: AbstractSemilinear,
+        solver: AbstractSolver,
+        times: Tensor,
+        shape: tuple[int, ...],
+        *,
+        denoise: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        table = solver.table(backward, times) if isinstance(solver, AbstractTabulated) else None
+        if table is None:
+            raise ValueError(
+                f"a sampler is captured whole only if its step is a row of coefficients, and {type(solver).__name__} "
+                f"on {type(backward).__name__} is not; use EulerMaruyama(), or leave cuda_graph out"
+            )
+        self._score, self._steps = score, len(times) - 1
+        self._table = table.to(dtype=dtype, device=device)
+        self._times = times.to(dtype=dtype, device=device).unbind(0)
+        self._zeros = torch.zeros(shape, dtype=dtype, device=device)
+        self._prior = process.prior.std
+        self._stochastic = backward.noise is not Noise.NONE
+        last = times[-1]
+        self._alpha, self._sigma2 = (
+            c.to(dtype=dtype, device=device) for c in (process.alpha(last), process.sigma(last).square())
+        )
+        self._denoise = denoise
+
+    @torch.no_grad()
+    def __call__(self, seed: int | Tensor, first_path: int | Tensor = 0) -> Tensor:
+        """Draws the batch of rows ``first_path ...`` for a seed: the same as `sample` draws."""
+        x = perturb(self._zeros, 0.0, self._prior, seed=seed, stream=Stream.INITIAL, first_path=first_path)
+        for k in range(self._steps):
+            s = self._score(x, self._times[k])
+            x = linear_step(
+                x, [s], self._table, k, stochastic=self._stochastic, seed=seed, first_path=first_path, step=k
+            )
+        if not self._denoise:
+            return x
+        s = self._score(x, self._times[-1])
+        return (x + per_sample(self._sigma2, x) * s) / per_sample(self._alpha, x)
+
+
+@final
+class CapturedSampler:
+    """A `StraightSampler` captured as a CUDA graph; calling it replays the graph.
+
+    The score must run the same kernels at every call, and its weights must stay where they are (updating them in place
+    is seen by the next replay).
+    """
+
+    def __init__(self, sampler: StraightSampler, device: torch.device) -> None:
+        self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_path = torch.zeros((), dtype=torch.int64, device=device)
+        # Kernels compile and libraries set themselves up on the first calls, which a capture must not see.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                sampler(self._seed, self._first_path)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = sampler(self._seed, self._first_path)
+        self._sampler = sampler
+
+    def __call__(self, seed: int, first_path: int = 0) -> Tensor:
+        """Draws the batch of rows ``first_path ...`` for a seed."""
+        self._seed.fill_(_signed(seed))
+        self._first_path.fill_(_signed(first_path))
+        self._graph.replay()
+        return self._result.clone()
+
+
+_captured: OrderedDict[object, CapturedSampler] = OrderedDict()
+
+
+def captured(key: object, sampler: StraightSampler, device: torch.device) -> CapturedSampler:
+    """The captured form of ``sampler``, kept for the last few keys: a capture costs as much as several samplings.
+
+    Raises:
+        ValueError: ``device`` is not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"cuda_graph=True needs device='cuda', got {str(device)!r}; elsewhere a sampler runs step by step"
+        )
+    if key not in _captured:
+        _captured[key] = CapturedSampler(sampler, device)
+        while len(_captured) > _CAPTURED_AT_ONCE:
+            _captured.popitem(last=False)
+    _captured.move_to_end(key)
+    return _captured[key]
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of the uint64 ``value``."""
+    return value - 2**64 if value >= 2**63 else value
