@@ -18,9 +18,10 @@ def test_the_first_example_runs_verbatim(capsys):
     exec(compile(code, str(README), "exec"), scope)
     printed = [float(number) for number in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
     assert isinstance(scope["x"], torch.Tensor)
-    # Sliced distances between two true samples of this size are about 0.04; the example's own are to be like them.
-    assert len(printed) == 2
-    assert all(0 < number < 0.15 for number in printed)
+    # Chance in the modes' shares moves a mass of sqrt(2) / (2 sqrt(4096)) = 0.011 (one sd) over the 4.1 between them:
+    # at 4 sd a distance of sqrt(0.044) * 4.1 * 0.71 (the projection's root mean square) = 0.6, for true samples too.
+    assert len(printed) == 3
+    assert all(0 < number < 0.6 for number in printed)
 
 
 def test_links_lead_somewhere():
