@@ -1,0 +1,89 @@
+"""Kernels of the denoising score-matching loss: residual, gradient and sum of squares in one pass."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the compiler types device code at each call)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .steps import PLAIN
+from .tiles import coefficient, column_tile, columns, elements, integer, noise, over_elements, row_length, store
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def denoising_kernel(
+    o_ptr, x0_ptr, p_c, q_c, weight_c, upstream_c, grad_ptr, partial_ptr,
+    batch: tl.int64, m: tl.int64, chunks: tl.int64,
+    seed: tl.int64, stream_id: tl.int64, first_path: tl.int64, step: tl.int64,
+    DATA: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, WEIGHT: tl.constexpr,
+    UPSTREAM: tl.constexpr, CHUNKS: tl.constexpr, LOADED: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, INTERPRETED: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """``r = o - p x0 - q z``; ``grad = upstream 2 weight r / m``; ``partial[splits, batch]`` holds sums of ``r^2``."""
+    ROWS: tl.constexpr = BLOCK // LANES
+    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    seed, first_path, step = integer(seed, LOADED & 1), integer(first_path, LOADED & 2), integer(step, LOADED & 4)
+    batch, m, chunks = batch.to(tl.int64), row_length(m, VEC, ALIGNED), chunks.to(tl.int64)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS
+    split = column_tile()
+    c_z = over_elements(coefficient(q_c, row0, batch, Q, LANES, BLOCK, DOUBLE), Q, VEC, LANES, BLOCK)
+    if DATA:
+        c_x = over_elements(coefficient(p_c, row0, batch, P, LANES, BLOCK, DOUBLE), P, VEC, LANES, BLOCK)
+    if GRAD:
+        scale = over_elements(
+            coefficient(weight_c, row0, batch, WEIGHT, LANES, BLOCK, DOUBLE), WEIGHT, VEC, LANES, BLOCK
+        )
+        above = coefficient(upstream_c, row0, batch, UPSTREAM, LANES, BLOCK, DOUBLE)
+        scale = scale * over_elements(above, UPSTREAM, VEC, LANES, BLOCK) * (2.0 / m.to(dtype))
+    r_sum = tl.zeros([BLOCK * VEC], dtype)
+    for chunk in range(split * CHUNKS, tl.minimum(split * CHUNKS + CHUNKS, chunks)):
+        first, column, inside, q = columns(chunk, step * m, m, LANES, BLOCK, VEC, ALIGNED)
+        base, offset, mask = elements(row0, batch, first, column, inside, m, LANES, BLOCK, VEC)
+        o = tl.load(o_ptr + base + offset, mask=mask, other=0.0).to(dtype)
+        z = noise(seed, stream_id, first_path + row0, q, VEC, LANES, BLOCK, INTERPRETED, DOUBLE)
+        r = o - c_z * z
+        if DATA:
+            r -= c_x * tl.load(x0_ptr + base + offset, mask=mask, other=0.0).to(dtype)
+        if GRAD:
+            store(grad_ptr + base + offset, scale * r, mask, INTERPRETED)
+        if LOSS:
+            r = tl.where(mask, r, 0.0)
+            r_sum += r * r
+    if LOSS:
+        row = tl.arange(0, ROWS)
+        left = tl.minimum(batch - row0, (chunks - split * CHUNKS) * ROWS)  # none in splits past the last
+        there = row < tl.minimum(left, ROWS).to(tl.int32)
+        r_rows = tl.sum(tl.reshape(r_sum, [ROWS, LANES * VEC]), 1)
+        tl.store(partial_ptr + split * batch + row0 + row, r_rows, mask=there)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def loss_kernel(
+    partial_ptr, weight_c, loss_ptr, sums_ptr, batch: tl.int64, m: tl.int64, splits: tl.int64,
+    WEIGHT: tl.constexpr, MEAN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``loss_i = weight_i / m sum_split partial``; with ``MEAN``, the sum over this group of rows too. In float64."""
+    batch, m, splits = batch.to(tl.int64), m.to(tl.int64), splits.to(tl.int64)
+    row0 = tl.program_id(0).to(tl.int64) * GROUP
+    row = tl.arange(0, GROUP)
+    there = row < tl.minimum(batch - row0, GROUP).to(tl.int32)
+    total = tl.zeros([GROUP], tl.float64)
+    for split in range(splits):
+        total += tl.load(partial_ptr + split * batch + row0 + row, mask=there, other=0.0).to(tl.float64)
+    loss = coefficient(weight_c, row0, batch, WEIGHT, 1, GROUP, True) * total / m.to(tl.float64)
+    tl.store(loss_ptr + row0 + row, loss.to(loss_ptr.dtype.element_ty), mask=there)
+    if MEAN:
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def mean_kernel(sums_ptr, mean_ptr, batch: tl.int64, groups: tl.int64, GROUP: tl.constexpr):
+    """Mean over the batch from its groups' sums: one program."""
+    groups = groups.to(tl.int64)
+    total = tl.zeros([GROUP], tl.float64)
+    for start in range(0, groups, GROUP):
+        index = start + tl.arange(0, GROUP)
+        total += tl.load(sums_ptr + index, mask=index < groups, other=0.0)
+    tl.store(mean_ptr, (tl.sum(total, 0) / batch.to(tl.float64)).to(mean_ptr.dtype.element_ty))

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sdesolve_kernels._triton import launch, selfcheck
+from sdesolve_kernels._triton.launch_denoising import dsm_loss_parts
+from sdesolve_kernels._triton.launch_langevin import langevin_step
+
+F32, F64, BF16, F16 = selfcheck.DTYPES
+# One shape for each layout of the tiles gets every check, as does a one-dimensional state.
+THOROUGH = [(4, 3), (3, 5), (3, 2, 5, 4), (7,)]
+VALUES = [(F32, s) for s in selfcheck.SHAPES if s not in THOROUGH]
+VALUES += [(dtype, s) for dtype in (F64, BF16, F16) for s in ((5, 2), (2, 7), (5, 8))]
+
+
+def name(v):
+    return str(v).removeprefix("torch.").replace(" ", "") if isinstance(v, (torch.dtype, tuple)) else None
+
+
+def assert_ok(checks):
+    found = list(checks)
+    assert found
+    wrong = [check for check in found if not check.ok]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("dtype", selfcheck.DTYPES, ids=name)
+def test_noise(dtype):
+    assert_ok(selfcheck.noise_checks("cpu", dtype))
+
+
+@pytest.mark.parametrize("shape", THOROUGH, ids=name)
+def test_steps_in_every_way(shape):
+    assert_ok(selfcheck.step_checks("cpu", F32, shape))
+
+
+@pytest.mark.parametrize(("dtype", "shape"), VALUES, ids=name)
+def test_step_values(dtype, shape):
+    assert_ok(selfcheck.step_checks("cpu", dtype, shape, agreement=False))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=name)
+def test_batches(dtype):
+    assert_ok(selfcheck.batch_checks("cpu", dtype))
+
+
+WHERE = {"seed": 1, "stream": 0, "first_path": 0, "step": 0}
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=name)
+def test_empty(shape):
+    x = torch.empty(shape)
+    results = [
+        launch.euler_maruyama_step(x, x, 0.1, 0.1, **WHERE),
+        launch.linear_step(x, [x], torch.ones(1, 3), 0, **WHERE),
+        launch.perturb(x, 1.0, 1.0, **WHERE),
+        langevin_step(x, x, mode="batch", size=0.1, alpha=1.0, **WHERE),
+        launch.fill("normal", x, seed=1, stream=0),
+        dsm_loss_parts(x, None, 0.0, 1.0, 1.0, grad=True, mean=True, **WHERE).grad,
+    ]
+    assert all(r.shape == shape for r in results)
+
+
+def test_numbers_are_not_rounded_to_float32():
+    x = torch.ones(2, 4, dtype=torch.float64)
+    made = launch.euler_maruyama_step(x, x, 0.0, 0.1, **WHERE)
+    assert torch.equal(made, torch.full_like(x, 1.0 + 0.1))
+
+
+def test_noise_does_not_wrap():
+    """Indices that an int32 product of step and row would confuse give different words."""
+    word = [
+        launch.numbered_words(1, 4, device="cpu", seed=0, stream=0, first_path=path, offset=offset)
+        for path, offset in [(0, 0), (0, 2**32), (0, 2**34), (2**31, 0), (2**32, 0), (2**63, 0)]
+    ]
+    assert len({tuple(w[0].tolist()) for w in word}) == len(word)
+
+
+def test_inputs_are_left_alone():
+    x, s = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.ones(3, 5)
+    before = x.clone(), s.clone()
+    launch.linear_step(x, [s], torch.ones(2, 3), 1, **WHERE)
+    langevin_step(x, s, mode="batch", size=0.1, alpha=1.0, **WHERE)
+    dsm_loss_parts(x, s, 1.0, 1.0, 1.0, grad=True, **WHERE)
+    assert torch.equal(x, before[0])
+    assert torch.equal(s, before[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: launch.linear_step(x, [x] * 5, torch.ones(1, 7), 0, **WHERE), "at most 4"),
+        (lambda x: launch.linear_step(x, [x], torch.ones(1, 4), 0, **WHERE), "table must be"),
+        (lambda x: launch.linear_step(x, [x], torch.ones(1, 3), 1, **WHERE), "row must index"),
+        (lambda x: launch.perturb(x, torch.ones(2), 1.0, **WHERE), "alpha must be"),
+        (lambda x: launch.perturb(x, 1.0, 1.0, **WHERE, out=torch.empty(3, 6)), "out must be like x"),
+        (
+            lambda x: launch.perturb(x, 1.0, 1.0, **{**WHERE, "step": torch.tensor(1.0)}),
+            "step as a tensor must be int64",
+        ),
+        (lambda x: langevin_step(x, x, mode="other", size=0.1, alpha=1.0, **WHERE), "mode must be"),
+        (lambda x: langevin_step(x, x, mode="batch", size=torch.ones(3), alpha=1.0, **WHERE), "one number"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(3, 5))
