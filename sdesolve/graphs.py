@@ -7,6 +7,7 @@ seed and first path live in device memory, so that each replay draws new samples
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -123,17 +124,18 @@ class CapturedSampler:
 _captured: OrderedDict[object, CapturedSampler] = OrderedDict()
 
 
-def captured(key: object, sampler: StraightSampler, device: torch.device) -> CapturedSampler:
-    """The captured form of ``sampler``, kept for the last few keys: a capture costs as much as several samplings.
+def captured(key: object, build: Callable[[], StraightSampler], device: torch.device) -> CapturedSampler:
+    """The captured form of what ``build`` makes, kept for the last few keys: a capture costs several samplings.
 
     Raises:
         ValueError: ``device`` is not a CUDA device.
     """
-    if device.type != "cuda":
-        raise ValueError(
-            f"cuda_graph=True needs device='cuda', got {str(device)!r}; elsewhere a sampler runs step by step"
-        )
     if key not in _captured:
+        sampler = build()
+        if device.type != "cuda":
+            raise ValueError(
+                f"cuda_graph=True needs device='cuda', got {str(device)!r}; elsewhere a sampler runs step by step"
+            )
         _captured[key] = CapturedSampler(sampler, device)
         while len(_captured) > _CAPTURED_AT_ONCE:
             _captured.popitem(last=False)

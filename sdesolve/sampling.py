@@ -74,12 +74,15 @@ def sample(
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
         where = torch.empty(0, device=device).device
-        straight = StraightSampler(
-            process, score, backward, solver, times, shape, denoise=denoise, dtype=dtype, device=where
-        )
         key = (id(score), id(process), type(solver), tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
         if not isinstance(path, BrownianPath) or path.substeps != 1 or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
+
+        def straight() -> StraightSampler:
+            return StraightSampler(
+                process, score, backward, solver, times, shape, denoise=denoise, dtype=dtype, device=where
+            )
+
         return captured(key, straight, where)(path.seed, path.first_path)
     with torch.no_grad():
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)

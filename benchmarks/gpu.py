@@ -1,0 +1,244 @@
+"""Checks every kernel on a GPU against the reference, then measures: one command, one JSON file, one table.
+
+From the repository's root, on a machine with a GPU, a tree and no installation::
+
+    PYTHONPATH=.:kernels python benchmarks/gpu.py --out gpu.json
+
+and the same code on a machine without one, in a minute::
+
+    PYTHONPATH=.:kernels python benchmarks/gpu.py --device cpu --quick --out cpu.json
+
+A kernel is timed in a dtype only if every check of it in that dtype held; the rest goes on. Each section ends with the
+report written, so a run that is killed keeps what it had; a section that fails leaves its traceback. Sizes are measured
+from the most to the least telling, and what does not fit into ``--budget-seconds`` is dropped and named.
+
+Needs torch, numpy and Triton; the sampler's section also what sdesolve imports: jaxtyping (with wadler_lindig), scipy,
+safetensors, tqdm. All but torch, numpy, scipy and Triton are pure Python or small wheels that can be carried along and
+put on PYTHONPATH; what is missing is named first thing, with the sections that go without. numba is needed for
+``--device cpu`` only. ``torch.compile`` on a CPU would need a C++ compiler: there its "aot_eager" backend stands in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+_NEEDED = {
+    "kernels": ("torch", "numpy"),
+    "kernels on a GPU": ("triton",),
+    "kernels on a CPU": ("numba",),
+    "sampler": ("scipy", "jaxtyping", "wadler_lindig", "safetensors", "tqdm"),
+}
+Record = dict[str, Any]
+Work = Callable[[], Iterable[Record]]
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--device", default="cuda", help='"cuda", or "cpu" as a stand-in')
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds: to see that everything runs")
+    parser.add_argument("--tiny", action="store_true", help="with --quick: one dtype, no self-check of the launchers")
+    parser.add_argument("--budget-seconds", type=float, default=520.0, help="largest sizes are dropped to keep to it")
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="for the report")
+    parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="check processes")
+    parser.add_argument("--spoil", help="break this kernel's ops on purpose, to see its gate close")
+    return parser.parse_args(argv)
+
+
+def _missing() -> dict[str, list[str]]:
+    lacks = {use: [name for name in names if importlib.util.find_spec(name) is None] for use, names in _NEEDED.items()}
+    return {use: names for use, names in lacks.items() if names}
+
+
+class Run:
+    """The report, the clock and the sections."""
+
+    def __init__(self, options: argparse.Namespace, command: list[str]) -> None:
+        self.options = options
+        self._start = time.monotonic()
+        shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        self.report: Record = {
+            "schema": 1, "complete": False, "command": command, "date": options.date, "options": shown,
+            "missing": _missing(), "machine": {}, "checks": {}, "sections": {}, "measurements": [], "refused": [],
+            "dropped": [], "targets": [],
+        }  # fmt: skip
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return float(self.options.budget_seconds) - (time.monotonic() - self._start)
+
+    def write(self) -> None:
+        """The report as it is now, whole or not at all."""
+        out: Path = self.options.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = out.with_name(out.name + ".part")
+        draft.write_text(json.dumps(self.report, indent=1, default=float) + "\n")
+        draft.replace(out)
+
+    def section(self, name: str, work: Work, needs: float = 0.0) -> None:
+        """Runs a part; its records go to the report as they come. ``needs``: seconds below which it is dropped."""
+        if self.left() < needs:
+            self.report["dropped"].append(name)
+            print(f"[{name}] dropped: {self.left():.0f} s left, {needs:.0f} needed", flush=True)
+            return
+        start, before = time.monotonic(), len(self.report["measurements"])
+        print(f"[{name}] {self.left():.0f} s left", flush=True)
+        state: Record = {"status": "running"}
+        self.report["sections"][name] = state
+        try:
+            for record in work():
+                self.report["measurements"].append(record)
+                if self.left() < 0:
+                    state["cut"] = True
+                    self.report["dropped"].append(f"{name}: the rest")
+                    break
+            state["status"] = "done"
+        except Exception:
+            state["status"] = "failed"
+            state["traceback"] = traceback.format_exc()
+            print(state["traceback"], flush=True)
+        state["seconds"] = round(time.monotonic() - start, 2)
+        state["records"] = len(self.report["measurements"]) - before
+        self.write()
+
+
+def main(argv: list[str] | None = None) -> Record:
+    """Runs it all and returns the report."""
+    options = _arguments(argv)
+    run = Run(options, [sys.executable, *sys.argv])
+    missing = run.report["missing"]
+    for use, names in missing.items():
+        print(f"missing for {use}: {', '.join(names)}; carry them as wheels and put them on PYTHONPATH", flush=True)
+    run.write()
+    if "kernels" in missing or f"kernels on a {'CPU' if options.device == 'cpu' else 'GPU'}" in missing:
+        raise SystemExit("nothing can run without these; see above")
+    _sections(run)
+    run.report["complete"] = not run.report["dropped"] and all(
+        s["status"] == "done" for s in run.report["sections"].values()
+    )
+    run.write()
+    from gpu_targets import table
+
+    print(table(run.report), flush=True)
+    return run.report
+
+
+def _sections(run: Run) -> None:
+    # After the check of what is missing: these import torch and the kernels.
+    import torch
+    from gpu_device import machine
+    from gpu_measure import Size, compiled, large, memory, small
+    from gpu_ops import CASES, spoil
+    from gpu_targets import judge
+    from gpu_worker import Gates
+
+    options, report = run.options, run.report
+    where = machine(options.device)
+    report["machine"] = where.describe()
+    print(json.dumps(report["machine"], indent=1), flush=True)
+    run.write()
+    if options.spoil:
+        spoil(options.spoil)
+    gates = Gates()
+    run.section("checks", functools.partial(_checks, run, gates))
+    report["checks"] = gates.summary()
+    run.write()
+
+    quick, gpu = options.quick, not where.stand_in
+    count = 3 if quick else 15
+    main, dtypes = torch.float32, (torch.float32,) if options.tiny else (torch.float32, torch.bfloat16)
+    units = 1 << 10 if quick else 1 << 20
+    sizes = {n: Size(f"{n} {'KiB' if quick else 'MiB'}", bytes=n * units) for n in (64, 256, 1024)}
+    shapes = (Size("CIFAR 64", shape=(64, 3, 32, 32)), Size("1k", shape=(64, 16)))
+    backend = "inductor" if gpu else "aot_eager"
+    refused: list[Record] = report["refused"]
+
+    def add(section: str, size: Size, dtype: torch.dtype, work: Work, needs: float) -> None:
+        run.section(f"{section}, {size.name}, {str(dtype).removeprefix('torch.')}", work, needs if gpu else 0.0)
+        where.release()  # of the states, which end with the section
+
+    def add_large(size: Size, needs: float, check: bool = False) -> None:
+        for dtype in dtypes:
+            work = functools.partial(large, where, gates, size, dtype, count, refused, check)
+            add("large", size, dtype, work, needs)
+        report["machine"][f"clocks after {size.name}"] = where.clocks()
+
+    def add_compiled(size: Size, needs: float) -> None:
+        for dtype in dtypes:
+            for case in CASES.values():
+                if case.launcher or (options.tiny and case.kernel not in ("euler_maruyama_step", "dsm_loss")):
+                    continue
+                work = functools.partial(compiled, where, gates, case, size, dtype, count, backend, refused)
+                add(f"compiled, {case.name}", size, dtype, work, needs)
+
+    # When time is short the largest size is what goes first, then comparisons with the compiler, the last sizes first.
+    add_large(sizes[64], 10, check=True)
+    add_large(sizes[256], 15)
+    for size in shapes:
+        for dtype in dtypes:
+            work = functools.partial(small, where, gates, size, dtype, 3 if quick else 9, 4 if quick else 20, refused)
+            add("small", size, dtype, work, 10)
+    add("memory", sizes[256], main, functools.partial(memory, where, gates, sizes[256], main, refused), 5)
+    if "sampler" in report["missing"]:
+        report["sections"]["sampler"] = {"status": f"skipped: missing {report['missing']['sampler']}", "seconds": 0.0}
+    else:
+        run.section("sampler", functools.partial(_sampler, run, where), 30 if gpu else 0)
+    add_large(sizes[1024], 150)
+    add_compiled(sizes[256], 20)
+    for size in shapes[quick:]:
+        add_compiled(size, 20)
+    if not quick:
+        add_compiled(sizes[64], 25)
+        add_compiled(sizes[1024], 30)
+    report["checks"] = gates.summary()
+    report["targets"] = judge(report["measurements"], refused, where.stand_in)
+
+
+def _checks(run: Run, gates: Any) -> Iterator[Record]:
+    """Fills the gates; measures nothing. In processes of their own on a GPU, in this one where the CPU stands in."""
+    from gpu_device import machine
+    from gpu_worker import in_processes, in_this_process, units
+
+    options = run.options
+    work = units(options.device == "cpu", options.quick)
+    if options.tiny:
+        work = [u for u in work if u["dtypes"] == ["float32"] and not u["suite"].startswith("launcher")]
+    if options.device == "cpu":
+        where = machine("cpu")
+        for unit in work:
+            if not unit["suite"].startswith("launcher"):
+                gates.add(in_this_process(unit, where, options.quick))
+        work = [u for u in work if u["suite"].startswith("launcher")]
+    if work:
+        seconds = max(30.0, 0.5 * run.left())
+        for records in in_processes(work, options.device, options.quick, options.jobs, seconds, options.spoil):
+            gates.add(records)
+            run.report["checks"] = gates.summary()
+            run.write()
+    for name, gate in gates.summary()["gates"].items():
+        state = "open" if gate["open"] else f"CLOSED: {gate['why']}"
+        print(f"  {name}: {gate['passed']} hold, {gate['failed']} fail, {state}", flush=True)
+    yield from ()
+
+
+def _sampler(run: Run, where: Any) -> Iterator[Record]:
+    from gpu_sampler import sampler
+
+    quick = run.options.quick
+    return sampler(where, batch=2 if quick else 64, steps=4 if quick else 100, channels=4 if quick else 64,
+                   count=2 if quick else 7)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The figures that the project set itself, and whether a run reached them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["judge", "table"]
+
+Record = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """At least `wanted` of a ratio, at every size measured in its section."""
+
+    text: str
+    wanted: float
+    section: str
+    case: str
+    dtype: str
+    ratio: str
+
+
+_L, _S, _F = "large", "small", "float32"
+_TARGETS = (
+    Target("euler_maruyama_step: copy bandwidth, float32", 0.90, _L, "euler_maruyama_step", _F, "of copy"),
+    Target("euler_maruyama_step: copy bandwidth, bfloat16", 0.85, _L, "euler_maruyama_step", "bfloat16", "of copy"),
+    Target("euler_maruyama_step: times eager (same formula)", 6.0, _L, "euler_maruyama_step", _F, "eager / ours"),
+    Target("the same step by linear_step: times eager predictor", 6.0, _L, "linear_step", _F, "eager / ours"),
+    Target("langevin_step: of its 16-byte roofline", 0.80, _L, "langevin_step/batch", _F, "of copy"),
+    Target("dsm_loss with gradient: of its 8-byte roofline", 0.85, _L, "dsm_loss", _F, "of copy"),
+    Target("the same by the launcher, one pass", 0.85, _L, "dsm_loss/one pass", _F, "of copy"),
+    Target("dsm_loss with gradient: times eager", 5.0, _L, "dsm_loss", _F, "eager / ours"),
+    Target("normal: write bandwidth", 0.90, _L, "normal", _F, "of write"),
+    Target("normal: times torch.randn", 1.4, _L, "normal", _F, "randn / ours"),
+    Target("goal: langevin_step, times eager", 3.0, _L, "langevin_step/batch", _F, "eager / ours"),
+    Target("goal: small euler_maruyama_step, times eager", 8.0, _S, "euler_maruyama_step", _F, "eager / ours"),
+    Target("goal: the same in a graph, times eager", 15.0, _S, "euler_maruyama_step", _F, "eager / ours in a graph"),
+    Target("goal: small langevin_step, times eager", 10.0, _S, "langevin_step/batch", _F, "eager / ours"),
+)
+
+
+def judge(measurements: list[Record], refused: list[Record], stand_in: bool) -> list[Record]:
+    """Each target with its worst size; a target without a measurement is not reached."""
+    rows = []
+    for target in _TARGETS:
+        found = [
+            m
+            for m in measurements
+            if (m["section"], m.get("case"), m.get("dtype")) == (target.section, target.case, target.dtype)
+        ]
+        values = {m["size"]: m["ratios"][target.ratio]["median"] for m in found if target.ratio in m["ratios"]}
+        closed = [r["why"] for r in refused if (r["case"], r["dtype"]) == (target.case, target.dtype)]
+        worst = min(values, key=lambda size: values[size]) if values else None
+        got = values[worst] if worst is not None else None
+        if stand_in:
+            verdict = "not judged (no GPU)"
+        elif closed:
+            verdict = "refused: " + closed[0]
+        elif got is None:
+            verdict = "not measured"
+        elif got >= target.wanted:
+            verdict = "reached"
+        else:
+            verdict = f"missed by {100 * (1 - got / target.wanted):.1f}%"
+        rows.append({"target": target.text, "wanted": target.wanted, "got": got, "worst_size": worst,
+                     "by_size": values, "verdict": verdict})  # fmt: skip
+    return rows
+
+
+def _number(value: float | None, digits: str = ".3g") -> str:
+    return "-" if value is None else format(value, digits)
+
+
+def _times(m: Record) -> str:
+    parts = []
+    for key, label in (("us", "us"), ("host_us", "host"), ("graph_us", "graph"), ("row_us", "in a row")):
+        if key in m:
+            parts.append(label + ": " + ", ".join(f"{name} {v['median']:.4g}" for name, v in m[key].items()))
+    ratios = ", ".join(f"{name} {v['median']:.3g}" for name, v in m["ratios"].items())
+    failed = f" | no graph: {m['graph_error'][:80]}" if "graph_error" in m else ""
+    return f"{m['section']:9}{m['case']:30}{m['dtype']:9}{m['size']:9} {'; '.join(parts)} | {ratios}{failed}"
+
+
+def table(report: Record) -> str:
+    """Times, then the rest, the targets last: a terminal keeps the end."""
+    lines = [_times(m) for m in report["measurements"] if "us" in m]
+    for m in report["measurements"]:
+        if "check" in m:
+            lines.append(f"{m['section']:9}{m['check']}: {'holds' if m['ok'] else m['problem']}")
+        elif "tensors" in m:
+            lines.append(f"{m['section']:9}{m['case']:30}{m['dtype']:9}{m['size']:9} tensors: {m['tensors']}")
+        elif "ms" in m:
+            medians = {name: round(v["median"], 3) for name, v in m["ms"].items()}
+            lines.append(f"{m['section']:9}ms: {medians}; overhead {_rounded(m['overhead'])}")
+    gates = report["checks"].get("gates", {})
+    closed = {name: gate["why"] for name, gate in gates.items() if not gate["open"]}
+    passed, failed = (sum(gate[key] for gate in gates.values()) for key in ("passed", "failed"))
+    lines.append(f"checks: {passed} hold, {failed} do not; {len(gates) - len(closed)} of {len(gates)} gates open")
+    lines += [f"  closed: {name}: {why}" for name, why in closed.items()]
+    lines += [f"  error: {e['suite']} {e['kernel']} {e['dtype']}: {e['error'].strip().splitlines()[-1][:150]}"
+              for e in report["checks"].get("errors", [])]  # fmt: skip
+    if report["refused"]:
+        lines.append(f"not timed because their gates are closed: {len(report['refused'])} measurements")
+    lines += [f"section {name}: {s['status']}" for name, s in report["sections"].items() if s["status"] != "done"]
+    lines += [f"dropped for time: {name}" for name in report["dropped"]]
+    lines += ["", f"{'target':54}{'wanted':>8}{'got':>8}  {'worst at':9} verdict"]
+    lines += [f"{t['target']:54}{t['wanted']:>8}{_number(t['got']):>8}  {t['worst_size'] or '-':9} {t['verdict']}"
+              for t in report["targets"]]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in values.items()}
