@@ -45,6 +45,7 @@ def interleave(
     rounds: int = 30,
     min_seconds: float = 1e-3,
     synchronize: Callable[[], object] | None = None,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Time each callable once a round, in an order that rotates from round to round.
 
@@ -54,6 +55,8 @@ def interleave(
         rounds: Number of rounds, at least 2.
         min_seconds: A callable quicker than this is called several times a round, and the mean is taken.
         synchronize: Called before each reading of the clock, for work that a device finishes later.
+        settle: Seconds to sleep before each timing. OpenMP's threads spin for some milliseconds after their last piece
+            of work, on the cores of whoever is timed next.
 
     Raises:
         ValueError: `baseline` is not among the callables, or there are fewer than two rounds.
@@ -65,6 +68,7 @@ def interleave(
     wait = synchronize or (lambda: None)
 
     def seconds(call: Callable[[], object], repeats: int) -> float:
+        time.sleep(settle)
         wait()
         start = time.perf_counter()
         for _ in range(repeats):

@@ -74,6 +74,7 @@ class StraightSampler:
             c.to(dtype=dtype, device=device) for c in (process.alpha(last), process.sigma(last).square())
         )
         self._denoise = denoise
+        self._backward = backward  # kept alive: captured samplers are told apart by the identity of what they run
 
     @torch.no_grad()
     def __call__(self, seed: int | Tensor, first_path: int | Tensor = 0) -> Tensor:

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import step_function
-from .library import PLACE, define, launch_place
+from .dispatch import backend_for, step_function
+from .library import PLACE, Route, define, launch_place, recording, route
 from .reference_steps import compute_dtype
 
 __all__ = ["noise_product", "reduced", "root", "scaled"]
+
+
+_LARGE = 1 << 17
 
 
 def scaled(v: Tensor, c: Any) -> Tensor:
     """``c v`` in the dtype of ``v``, for a number or a tensor of shape ``()`` or ``(batch,)``, rounded once."""
     if not isinstance(c, Tensor):
         return v * c
+    if v.numel() > _LARGE and route(v, c) is Route.PLAIN and not recording(v, c):
+        out = _scaled_at_once(v, c)
+        if out is not None:
+            return out
     wide = compute_dtype(v.dtype)
     if c.dtype != wide:
         c = c.to(wide)
@@ -27,6 +34,17 @@ def scaled(v: Tensor, c: Any) -> Tensor:
     # Of as many dimensions as v: a 0-d factor would be rounded to 16 bits first, and underflow there.
     product = v * c.reshape(-1, *(1,) * (v.dim() - 1))
     return product if v.dtype == wide else product.to(v.dtype)
+
+
+def _scaled_at_once(v: Tensor, c: Tensor) -> Tensor | None:
+    """`scaled` by our kernel, if it runs here: it rounds without a wide copy, and leaves torch's threads asleep.
+
+    Those spin on after a product, on the cores that our own threads need for the next step.
+    """
+    if backend_for("scaled", v.device) != "numba":
+        return None
+    out: Tensor = step_function("scaled", v.device)(v, c, out=torch.empty_like(v))
+    return out
 
 
 def root(dt: Any, v: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """One definition of an op, three ways to call it: at once, recorded by autograd, or through `torch.library`.
 
 Compilers, fake tensors, function transforms and dispatch modes see the registered op. Plain eager calls skip the
-dispatcher and the wrappers round a custom op in Python, which cost several times what a step on a thousand elements
-does (`kernels/README.md` has the figures); both ways run the same implementation and the same gradient.
+dispatcher and the wrappers round a custom op in Python, which add 8 us to a step on a thousand elements that takes 14,
+and 42 to the 21 that it takes when autograd records it. Both ways run the same implementation and the same gradient.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sdesolve_kernels as k
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,6 +52,7 @@ def states(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", [*OPS, *LOSS])
 @given(data=st.data())
+@settings(max_examples=40)
 def test_a_part_of_the_batch(name: str, data: st.DataObject) -> None:
     op = (OPS | LOSS)[name]
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -95,17 +96,25 @@ def test_in_place(name: str, dtype: torch.dtype) -> None:
 
 
 def test_out_that_overlaps_an_input_elsewhere() -> None:
-    """Reading an element after it was written would be wrong; a copy is made."""
-    for shift in (-3, 1, 40):
-        memory = torch.arange(300, dtype=torch.float64)
-        x, out = memory[50:150].view(10, 10), memory[50 + shift : 150 + shift].view(10, 10)
-        expected = k.euler_maruyama_step(x, x.clone(), x.clone(), 0.1, seed=0)
-        k.euler_maruyama_step(x, x, x, 0.1, seed=0, out=out)
-        assert torch.equal(out, expected)
-    memory = torch.arange(1.0, 301.0)
-    c, x = memory[5:15], memory[:100].view(10, 10)
-    expected = k.perturb(x, c.clone(), 0.0, seed=0)
-    assert torch.equal(k.perturb(x, c, 0.0, seed=0, out=x), expected)
+    """Reading an element after it was written would be wrong; a copy is made. Large enough for several tiles."""
+    for shift in (-3, 1, 40, 5000):
+        memory = torch.arange(20_000, dtype=torch.float64)
+        x, out = memory[50:10_050].view(100, 100), memory[50 + shift : 10_050 + shift].view(100, 100)
+        if shift == -3:
+            x, out = out, x
+        apart = torch.randn(100, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        expected = [k.euler_maruyama_step(*v, 0.1, seed=0) for v in ((x, apart, apart), (apart, apart, x))]
+        before = memory.clone()
+        assert torch.equal(k.euler_maruyama_step(x, apart, apart, 0.1, seed=0, out=out), expected[0])
+        memory.copy_(before)
+        assert torch.equal(k.euler_maruyama_step(apart, apart, x, 0.1, seed=0, out=out), expected[1])
+    memory = torch.arange(1.0, 20_001.0)
+    c, x = memory[9_000:9_100], memory[:10_000].view(100, 100)
+    expected = [k.perturb(x, c.clone(), 0.0, seed=0), k.perturb(x, 1.0, c.clone(), seed=0)]
+    before = memory.clone()
+    assert torch.equal(k.perturb(x, c, 0.0, seed=0, out=x), expected[0])
+    memory.copy_(before)
+    assert torch.equal(k.perturb(x, 1.0, c, seed=0, out=x), expected[1])
 
 
 def layouts(t: Tensor) -> dict[str, Tensor]:

@@ -223,6 +223,26 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale() -> None:
     assert (output.grad != 0).double().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_large_states(dtype: torch.dtype) -> None:
+    """They are made by a kernel of ours; small ones, which gradcheck sees, by torch."""
+    shape = (5, 40_000)
+    x, s, w = random(shape, 1, dtype), random(shape, 2, dtype), random((5,), 3).abs()
+
+    def gradients(x: Tensor, s: Tensor, w: Tensor) -> list[Tensor]:
+        x, s = x.requires_grad_(), s.requires_grad_()
+        loss = k.dsm_loss(x, s, w - 1.0, 0.3, w, reduction="none", seed=0).double() @ w
+        step = k.euler_maruyama_step(x, s, 1.0, w, seed=0).double().square().sum() / 2
+        return [*torch.autograd.grad(loss, (x, s)), *torch.autograd.grad(step, (x, s))]
+
+    got = gradients(x.clone(), s.clone(), w)
+    with k.use_backend("reference"):
+        exact = gradients(x.double(), s.double(), w)
+    for a, b in zip(got, exact, strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(a.double(), b, rtol=4 * eps, atol=float(4 * eps * b.abs().max()) + 1e-9)
+
+
 def test_the_mean_comes_from_the_clean_state() -> None:
     """Trap 12: a mean built from the state after its noise was added carries that noise."""
     x, s = random((64, 48), 1), random((64, 48), 2)

@@ -23,7 +23,7 @@ from .sums import finish_loss, finish_norms, norms, residual
 from .threads import split
 from .tile import SCRATCH, SUMS, TILE, unit_count
 
-__all__ = ["dsm_loss", "euler_maruyama_step", "langevin_step", "linear_step", "noise_product", "perturb"]
+__all__ = ["dsm_loss", "euler_maruyama_step", "langevin_step", "linear_step", "noise_product", "perturb", "scaled"]
 
 _GRAIN = 1 << 17  # elements a thread takes at least: 60 us of work, a little more than the handing over
 _DOUBLES = {n: ctypes.c_double * n for n in range(2, 7)}
@@ -237,6 +237,11 @@ def noise_product(v: Tensor, c: Any, *, out: Tensor, **where: Any) -> Tensor:
     return _combine(out, (), _plain(c), v, where)
 
 
+def scaled(v: Tensor, c: Any, *, out: Tensor) -> Tensor:
+    """``c v``, rounded once."""
+    return _combine(out, ((_plain(c), v),))
+
+
 def langevin_step(x: Tensor, score: Tensor, *, mode: str, size: Any, alpha: Any, out: Tensor, **where: Any) -> Tensor:
     """See `reference_steps.langevin_step`."""
     if mode == "fixed":
@@ -255,19 +260,16 @@ def _size(score: Tensor, mode: str, snr: float, alpha: Any, where: dict[str, Any
     score = score.contiguous()
     rows = score.shape[0]
     m = score.numel() // rows
-    partial = torch.empty(2, rows * -(-m // TILE), dtype=torch.float64)
-    noise_at = 0 if mode == "dimension" else partial[1].data_ptr()
-    arguments = (score.data_ptr(), partial.data_ptr(), noise_at, *_place(where, m))
-    _run(norms(_NAMES[score.dtype]), arguments, rows, m)
-    keep, scratch = int(mode == "sample"), _scratch.address
-    s: Any = finish_norms(partial.data_ptr(), keep, rows, m, scratch)
-    n: Any = chi_mean(m) if noise_at == 0 else finish_norms(noise_at, keep, rows, m, scratch)
-    if keep:
+    each = int(mode == "sample")
+    partial = torch.empty(2, rows if each and m <= TILE else unit_count(rows, m), dtype=torch.float64)
+    score_at, noise_at = partial.data_ptr(), 0 if mode == "dimension" else partial[1].data_ptr()
+    _run(norms(_NAMES[score.dtype]), (score.data_ptr(), score_at, noise_at, each, *_place(where, m)), rows, m)
+    s: Any = finish_norms(score_at, each, rows, m)
+    n: Any = chi_mean(m) if noise_at == 0 else finish_norms(noise_at, each, rows, m)
+    if each:
         s, n = partial[:, :rows].unbind(0)
-    elif s == 0.0:
-        s = math.nan if n == 0.0 else math.copysign(0.0, s)
-        ratio = math.inf if s == 0.0 else math.nan
-        return _scaled(ratio, snr, alpha, score)
+    elif s == 0.0:  # what IEEE division gives, which Python's refuses
+        return _scaled(math.inf if n > 0.0 else math.nan, snr, alpha, score)
     return _scaled(n / s, snr, alpha, score)
 
 

@@ -22,24 +22,25 @@ __all__ = ["finish_loss", "finish_norms", "norms", "residual"]
 
 _U64 = np.uint64
 _float64 = at[np.float64]
-# Rows up to here are summed by four running sums, longer ones by folding (which costs some 100 cycles a row).
-_SHORT = 64
+# Rows up to the first are summed side by side, up to the second by four running sums each, longer ones by folding,
+# which costs some 100 cycles a row.
+_NARROW, _SHORT = 8, 64
 
 
 @inline
-def _store_sums(squares: Any, partial_at: Any, row: Any, height: Any, j: Any, width: Any, m: Any) -> None:
-    """The sum of each row of a unit to its place among the partial sums; `squares` are overwritten."""
-    pieces = (m + TILE - 1) // TILE
-    first = row * pieces + j // TILE
-    partial = _float64(partial_at, first + height)[first:]
-    if m > _SHORT:
+def _row_sums(squares: Any, sums: Any, height: Any, width: Any) -> None:
+    """The sum of each row of a unit to `sums`, float64; `squares` are overwritten."""
+    if width <= _NARROW:
+        for j in range(1, width):
+            column = squares[j:]
+            for i in range(height):
+                squares[i * width] += column[i * width]
         for i in range(height):
-            partial[i] = np.float64(tile_sum(squares[i * width : (i + 1) * width], width))
-    else:
+            sums[i] = np.float64(squares[i * width])
+    elif width <= _SHORT:
         for i in range(height):
             part = squares[i * width : (i + 1) * width]
-            zero = squares.dtype.type(0)
-            a, b, c, d = zero, zero, zero, zero
+            a = b = c = d = squares.dtype.type(0)
             for n in range(width // 4):
                 a += part[4 * n]
                 b += part[4 * n + 1]
@@ -47,7 +48,25 @@ def _store_sums(squares: Any, partial_at: Any, row: Any, height: Any, j: Any, wi
                 d += part[4 * n + 3]
             for n in range(width // 4 * 4, width):
                 a += part[n]
-            partial[i] = np.float64((a + c) + (b + d))
+            sums[i] = np.float64((a + c) + (b + d))
+    else:
+        for i in range(height):
+            sums[i] = np.float64(tile_sum(squares[i * width : (i + 1) * width], width))
+
+
+@inline
+def _store(sums: Any, partial_at: Any, first: Any, height: Any) -> None:
+    partial = _float64(partial_at, first + height)[first:]
+    for i in range(height):
+        partial[i] = sums[i]
+
+
+@inline
+def _store_norms(sums: Any, partial_at: Any, unit: Any, height: Any) -> None:
+    """The sum of the norms of a unit's rows, as one number."""
+    for i in range(height):
+        sums[i] = np.sqrt(sums[i])
+    _float64(partial_at, unit + 1)[unit] = tile_sum(sums, height)
 
 
 @inline
@@ -146,7 +165,10 @@ def residual(dtype: str) -> Callable[..., None]:
                     kept[i] = rounded(total[i])
             for i in range(size):
                 total[i] *= total[i]
-            _store_sums(total, partial_at, row, height, j, width, m)
+            sums = _float64(scratch + BUFFER, TILE)
+            _row_sums(total, sums, height, width)
+            # Units are rows or pieces of rows, so either number counts them.
+            _store(sums, partial_at, row if m <= TILE else unit, height)
         if loss_at != 0:
             finish(partial_at, weight_at, weight_value, loss_at, mean, rows, m, scratch)
 
@@ -161,41 +183,53 @@ def norms(dtype: str) -> Callable[..., None]:
     memory, buffer, fill = at[stored], at[compute], noise_tile(compute)
 
     def norm_tiles(
-        score_at: Any, score_partial_at: Any, noise_partial_at: Any,
+        score_at: Any, score_partial_at: Any, noise_partial_at: Any, each: Any,
         seed: Any, stream: Any, first_path: Any, offset: Any,
         rows: Any, m: Any, start: Any, stop: Any, scratch: Any,
     ) -> None:  # fmt: skip
-        """Units `start` to `stop`; no noise is made where ``noise_partial_at`` is 0."""
-        total = buffer(scratch, TILE)
+        """Units `start` to `stop`; no noise is made where ``noise_partial_at`` is 0.
+
+        A unit of whole rows writes the sum of their norms, or with `each` the square of each; a unit that is a piece
+        of a row writes its sum of squares.
+        """
+        total, sums = buffer(scratch, TILE), _float64(scratch + BUFFER, TILE)
         for unit in range(start, stop):
             row, height, j, width = unit_place(unit, rows, m)
             begin, size = row * m + j, height * width
             score = memory(score_at, begin + size)[begin:]
             for i in range(size):
                 total[i] = widen(score[i]) * widen(score[i])
-            _store_sums(total, score_partial_at, row, height, j, width, m)
+            _row_sums(total, sums, height, width)
+            if m > TILE or each:
+                _store(sums, score_partial_at, unit if m > TILE else row, height)
+            else:
+                _store_norms(sums, score_partial_at, unit, height)
             if noise_partial_at != 0:
                 path, n = _U64(first_path) + _U64(row), _U64(offset) + _U64(j)
                 made = buffer(fill(scratch, _U64(seed), _U64(stream), path, n, height, width), size)
                 for i in range(size):
                     made[i] *= made[i]
-                _store_sums(made, noise_partial_at, row, height, j, width, m)
+                _row_sums(made, sums, height, width)
+                if m > TILE or each:
+                    _store(sums, noise_partial_at, unit if m > TILE else row, height)
+                else:
+                    _store_norms(sums, noise_partial_at, unit, height)
 
     return kernel(norm_tiles)
 
 
 @kernel
-def finish_norms(partial_at: Any, keep: Any, rows: Any, m: Any, scratch: Any) -> Any:
-    """The mean of the norms; with `keep`, the norm of each row replaces the first of the sums, row by row."""
+def finish_norms(partial_at: Any, each: Any, rows: Any, m: Any) -> Any:
+    """The mean of the norms of all rows; or, with `each`, the norm of row i in place of partial sum i, and 0."""
+    if m <= TILE and not each:
+        units = (rows + TILE // m - 1) // (TILE // m)
+        return _total(_float64(partial_at, units), 0, units) / rows
     pieces = (m + TILE - 1) // TILE
-    partial, block = _float64(partial_at, rows * pieces), _float64(scratch, TILE)
-    total = 0.0
-    for first in range(0, rows, TILE):
-        size = min(TILE, rows - first)
-        for i in range(size):
-            block[i] = np.sqrt(_total(partial, first + i, pieces))
-        if keep:
-            for i in range(size):
-                partial[first + i] = block[i]
-        total += tile_sum(block, size)
+    partial, total = _float64(partial_at, rows * pieces), 0.0
+    for i in range(rows):
+        norm = np.sqrt(_total(partial, i, pieces))
+        if each:
+            partial[i] = norm
+        else:
+            total += norm
     return total / rows

@@ -150,8 +150,8 @@ def noise_tile(dtype: Any) -> Callable[..., Any]:
         if height > 1 and 4 * blocks != width:
             for i in range(height):
                 packed, made = z[i * width : (i + 1) * width], z[4 * blocks * i + skip : 4 * blocks * i + skip + width]
-                for j in range(width):  # the source is never behind the place it goes to
-                    packed[j] = made[j]
+                for entry in range(width):  # the source is never behind the place it goes to
+                    packed[entry] = made[entry]
             return scratch + Z
         return scratch + Z + itemsize * skip
 
