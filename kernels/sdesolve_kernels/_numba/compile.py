@@ -35,19 +35,28 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any], variant: str = "") -> Callable[..., Any]:
     """Compile a kernel that runs without the GIL, cached on disk where that is possible.
 
     Numba's cache notices a change of the file that holds the kernel, but not of the helpers it inlines from other
-    files; so the digest of this whole folder goes into the name under which the kernel is cached. Numba itself falls
-    back from ``__pycache__`` to the user's cache folder; where neither can be written the kernel is compiled in each
-    process.
+    files; so the digest of this whole folder goes into the name under which the kernel is cached. It also tells
+    closures apart by a hash of what they close over, which for compiled functions holds a number drawn anew in each
+    process: such a kernel would be compiled, and stored once more, every time (4 s before a first training step). So
+    the name says which variant a closure is, and that hash is left out. Numba itself falls back from ``__pycache__`` to
+    the user's cache folder; where neither can be written the kernel is compiled in each process.
+
+    Args:
+        function: The kernel.
+        variant: What the closure depends on; together with the function's name it must say all of it.
     """
-    function.__qualname__ = f"{function.__qualname__}-{_DIGEST}"
+    function.__qualname__ = f"{function.__qualname__}-{variant}-{_DIGEST}"
     try:
-        compiled: Callable[..., Any] = _njit(nogil=True, cache=True, **_OPTIONS)(function)
+        compiled: Any = _njit(nogil=True, cache=True, **_OPTIONS)(function)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
         compiled = _njit(nogil=True, **_OPTIONS)(function)
-    return compiled
+    if variant:
+        compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), _DIGEST)
+    named: Callable[..., Any] = compiled
+    return named

@@ -119,7 +119,7 @@ def rows(kind: str) -> Callable[..., None]:
                     j += length
                 at += run
 
-    return kernel(fill_rows)
+    return kernel(fill_rows, kind)
 
 
 @functools.cache
@@ -168,4 +168,4 @@ def columns(kind: str) -> Callable[..., None]:
                         for i in range(size):
                             places[i * path_stride] = values[i]
 
-    return kernel(fill_columns)
+    return kernel(fill_columns, kind)

@@ -44,7 +44,7 @@ def _spread(dtype: Any) -> Callable[..., None]:
                 for j in range(width):
                     part[j] = value
 
-    return kernel(spread_rows)
+    return kernel(spread_rows, dtype.__name__)
 
 
 spread = {np.float32: _spread(np.float32), np.float64: _spread(np.float64)}
@@ -121,4 +121,4 @@ def combine(dtype: str) -> Callable[..., None]:
             for i in range(size):
                 out[i] = rounded(total[i])
 
-    return kernel(combine_tiles)
+    return kernel(combine_tiles, dtype)

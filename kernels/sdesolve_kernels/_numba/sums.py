@@ -108,7 +108,7 @@ def finish_loss(compute: Any) -> Callable[..., None]:
         if mean:
             loss[0] = compute(total / rows)
 
-    return kernel(finish_rows)
+    return kernel(finish_rows, compute.__name__)
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def residual(dtype: str) -> Callable[..., None]:
         if loss_at != 0:
             finish(partial_at, weight_at, weight_value, loss_at, mean, rows, m, scratch)
 
-    return kernel(residual_tiles)
+    return kernel(residual_tiles, dtype)
 
 
 @functools.cache
@@ -215,7 +215,7 @@ def norms(dtype: str) -> Callable[..., None]:
                 else:
                     _store_norms(sums, noise_partial_at, unit, height)
 
-    return kernel(norm_tiles)
+    return kernel(norm_tiles, dtype)
 
 
 @kernel

@@ -155,4 +155,4 @@ def noise_tile(dtype: Any) -> Callable[..., Any]:
             return scratch + Z
         return scratch + Z + itemsize * skip
 
-    return kernel(fill_tile)
+    return kernel(fill_tile, dtype.__name__)
