@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,6 @@ def dsm_loss(
     parts = dsm_loss_parts(
         output, x0, p, q, 1.0, loss=True, grad=residual is not None, upstream=m / 2, out=residual, **where
     )
-    assert parts.loss is not None  # asked for
-    loss = parts.loss * (weight.to(parts.loss) if isinstance(weight, Tensor) else weight)
+    unweighted = cast(Tensor, parts.loss)  # asked for, so it is there
+    loss = unweighted * (weight.to(unweighted) if isinstance(weight, Tensor) else weight)
     return out.copy_(loss.mean() if mean else loss)
