@@ -140,7 +140,7 @@ class BrownianPath(AbstractNoise):
         device: torch.device | str | None = None,
     ) -> Tensor:
         batch, *channels = shape
-        dt = times.diff(dim=0).abs() / self.substeps
+        dt = torch.as_tensor(times, dtype=torch.float64).diff(dim=0).abs() / self.substeps
         z = self._normals(step, len(dt), batch, math.prod(channels), dtype, device)
         scale = dt.sqrt().to(dtype=dtype, device=z.device)
         return z.reshape(len(dt), *shape) * scale.reshape(*scale.shape, *(1,) * (len(shape) + 1 - scale.ndim))

@@ -15,7 +15,7 @@ from sdesolve import grids
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.checks import check_diffusion, check_drift, check_pair, check_state
 from sdesolve.saving import SaveAt, SavePlan
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, State, noise_shape
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
 from sdesolve.solution import DivergenceError, Solution, Stats
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
@@ -86,8 +86,19 @@ def solve(
             "no fused kernel covers this call: whole trajectories run eagerly; use backend='auto' or 'eager'"
         )
     watched = _Watched(sde)
-    shape = _increment_shape(watched, solver, x0, times)
-    stepper = choose_stepper(solver, watched, watched.field, sde, noise, times, x0, shape, eager=backend == "eager")
+    shape, elementwise = _increment_shape(watched, solver, x0, times)
+    stepper = choose_stepper(
+        solver,
+        watched,
+        watched.field,
+        sde,
+        noise,
+        times,
+        x0,
+        shape,
+        elementwise=elementwise,
+        eager=backend == "eager",
+    )
     run = _Integration(watched, stepper, times, noise, x0, shape, check_finite)
     plan = SavePlan(times, save_at)
     x = x0
@@ -250,8 +261,11 @@ def _noise_of(sde: AbstractSDE, seed: int | None, noise: AbstractNoise | None) -
     return BrownianPath(seed)
 
 
-def _increment_shape(sde: _Watched, solver: AbstractSolver, x0: Tensor, times: Tensor) -> tuple[int, ...]:
-    """Shape of ``dW``, batch included. Evaluates the diffusion once where the noise type does not settle it."""
+def _increment_shape(sde: _Watched, solver: AbstractSolver, x0: Tensor, times: Tensor) -> tuple[tuple[int, ...], bool]:
+    """Shape of ``dW``, batch included, and whether element ``j`` of it drives element ``j`` of the state alone.
+
+    Evaluates the diffusion once where the noise type does not settle it.
+    """
     t = times[0].to(dtype=x0.dtype, device=x0.device)
     g = None
     if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
@@ -260,7 +274,8 @@ def _increment_shape(sde: _Watched, solver: AbstractSolver, x0: Tensor, times: T
     if solver.own_component_diffusion and sde.noise is Noise.DIAGONAL and x0.numel():
         with torch.no_grad():
             check_own_component(sde, x0.detach(), t)
-    return (x0.shape[0], *noise_shape(sde.noise, x0, g))
+    elementwise = sde.noise in (Noise.ADDITIVE, Noise.DIAGONAL) and not (g is not None and is_matrix(g, x0))
+    return (x0.shape[0], *noise_shape(sde.noise, x0, g)), elementwise
 
 
 def _chunk_steps(shape: tuple[int, ...]) -> int:

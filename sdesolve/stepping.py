@@ -128,6 +128,7 @@ def choose_stepper(
     x0: Tensor,
     shape: tuple[int, ...],
     *,
+    elementwise: bool,
     eager: bool,
 ) -> AbstractStepper:
     """The quickest way to carry out these steps.
@@ -141,6 +142,8 @@ def choose_stepper(
         times: the whole grid.
         x0: the start.
         shape: of an increment, batch included.
+        elementwise: each element of the increment drives the same element of the state alone. Its shape does not tell:
+            a square matrix diffusion has increments of the state's shape too.
         eager: the caller wants the solver's own torch code.
     """
 
@@ -155,7 +158,7 @@ def choose_stepper(
         table = solver.table(equation, times)
         if table is not None:
             return TableStepper(field, sde, table, noise, x0)
-    if isinstance(solver, EulerMaruyama) and sde.noise in (Noise.DIAGONAL, Noise.ADDITIVE) and shape == x0.shape:
+    if isinstance(solver, EulerMaruyama) and elementwise:
         return EulerStepper(sde, noise)
     return plain(f"no kernel does {type(solver).__name__} on {sde.noise} noise; its step runs in torch")
 

@@ -11,6 +11,8 @@ settings.register_profile(
     "sdesolve", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", parent=settings.get_profile("sdesolve"), derandomize=False, max_examples=1000)
+NOT_RUN = pytest.StashKey[list[str]]()
+
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sdesolve"))
 
 
@@ -23,6 +25,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") != "cpu":
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[NOT_RUN] = [item.name for item in left_out]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
-        terminalreporter.write_line("not run: the same tests on a GPU (--device cuda on a machine that has one)")
+        names = ", ".join(config.stash.get(NOT_RUN, [])) or "none of those chosen"
+        terminalreporter.write_line(f"not run, as they need a GPU (--device cuda): {names}")
+        terminalreporter.write_line(
+            "kernels on a GPU are checked by benchmarks/gpu.py, which this run did not start on one"
+        )

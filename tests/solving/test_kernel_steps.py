@@ -75,6 +75,20 @@ def test_a_table_with_a_time_per_sample():
     torch.testing.assert_close(a.x1, b.x1, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_a_matrix_of_any_shape_is_not_taken_for_elementwise_noise(channels):
+    """With as many channels as components the increment has the state's shape, and still mixes components."""
+    G = torch.linspace(-1, 1, 3 * channels, dtype=torch.float64).reshape(3, channels)
+    forward = sds.SDE(lambda x, t: -x, lambda x, t: G.expand(len(x), 3, channels), noise="additive")
+    x0 = torch.ones(5, 3, dtype=torch.float64)
+    dW = sds.BrownianPath(0).increments(torch.tensor([0.0, 0.5]), (5, channels), dtype=torch.float64)[0]
+    sol = sds.solve(forward, x0, 0.0, 0.5, 1, solver=EM, seed=0)
+    torch.testing.assert_close(sol.x1, 0.5 * x0 + dW @ G.T, rtol=1e-12, atol=1e-12)
+    reverse = sds.ReverseSDE(forward, lambda x, t: -x)
+    back = sds.solve(reverse, x0, 0.5, 0.0, 1, solver=EM, seed=0).x1
+    torch.testing.assert_close(back, x0 - 0.5 * (-x0 + x0 @ (G @ G.T)) + dW @ G.T, rtol=1e-12, atol=1e-12)
+
+
 def test_what_no_kernel_covers_runs_in_torch_and_says_why():
     x0 = torch.ones(4, 3)
     coarse = sds.solve(EQUATIONS["diagonal"], x0, 0.0, 1.0, 4, solver=EM, noise=sds.BrownianPath(0, substeps=2))
@@ -144,9 +158,8 @@ def test_a_captured_sampler_needs_a_cuda_device():
         sds.sample(process, DATA.score(process), (4, 3), steps=4, seed=0, cuda_graph=True, solver=sds.Heun())
 
 
+@pytest.mark.gpu
 def test_a_captured_sampler_replays_with_new_seeds(device):
-    if device.type != "cuda":
-        return  # capture exists on CUDA devices only; the summary says that this run had none
     process = sds.VP()
     net = sds.nn.MLP((3,), width=64).to(device)
     score = sds.NetworkScore(net, process)
