@@ -1,0 +1,1 @@
+"""Whole trajectories in one kernel, generated from a step written in torch."""
