@@ -36,9 +36,7 @@ class Expression:
 
     __slots__ = ("args", "data", "depends", "dtype", "number", "op")
 
-    def __init__(
-        self, op: str, args: tuple[Expression, ...], data: Any, dtype: str, depends: int, number: int
-    ) -> None:
+    def __init__(self, op: str, args: tuple[Expression, ...], data: Any, dtype: str, depends: int, number: int) -> None:
         self.op, self.args, self.data, self.dtype, self.depends, self.number = op, args, data, dtype, depends, number
 
     def __repr__(self) -> str:

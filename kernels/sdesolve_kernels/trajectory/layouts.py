@@ -74,9 +74,7 @@ def select(e: np.ndarray, dim: int, index: int) -> np.ndarray:
 
 
 @view("slice")
-def slice_(
-    e: np.ndarray, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> np.ndarray:
+def slice_(e: np.ndarray, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> np.ndarray:
     return e[(slice(None),) * (dim % e.ndim) + (slice(start, end, step),)]
 
 
@@ -317,9 +315,7 @@ HANDLERS["max"], HANDLERS["min"] = _extreme_and_place("max"), _extreme_and_place
 def _logical(name: str, start: bool) -> Callable[..., Traced]:
     def handler(tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False) -> Traced:
         fold = _chain(tracer, name, start, BOOL)
-        return tracer.traced(
-            _reduced(cast(tracer.graph, a.elements, BOOL), _axes(a, dim), keepdim, fold), torch.bool
-        )
+        return tracer.traced(_reduced(cast(tracer.graph, a.elements, BOOL), _axes(a, dim), keepdim, fold), torch.bool)
 
     return handler
 
@@ -362,7 +358,7 @@ def vector_norm(
     tracer: Tracer,
     func: Any,
     a: Traced,
-    ord: float = 2,  # noqa: A002
+    ord: float = 2,
     dim: Any = None,
     keepdim: bool = False,
     *,

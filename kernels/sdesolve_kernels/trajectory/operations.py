@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdesolve_kernels.trajectory.expressions import BOOL, Expression, Graph
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, result_meta
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, result_dtype
 
 __all__ = ["HANDLERS"]
 
@@ -57,23 +58,25 @@ def pointwise(name: str, function: Callable[..., Expression], *, compare: bool =
     """
 
     def handler(tracer: Tracer, func: Any, *args: Any, **kwargs: Any) -> Traced:
-        meta = result_meta(func, args, kwargs)
-        dtype = _common(args) if compare else meta.dtype
-        operands = [elements_of(tracer, a, dtype_name(dtype)) for a in args]
+        dtype = result_dtype(func, args, kwargs)
+        operands = [elements_of(tracer, a, dtype_name(_common(args) if compare else dtype)) for a in args]
         if "alpha" in kwargs:
-            operands[1] = apply(lambda b: tracer.graph.op("mul", b, scale), operands[1]) if (
-                scale := tracer.graph.const(kwargs["alpha"], dtype_name(dtype))
-            ).data != 1 else operands[1]
+            operands[1] = (
+                apply(lambda b: tracer.graph.op("mul", b, scale), operands[1])
+                if (scale := tracer.graph.const(kwargs["alpha"], dtype_name(dtype))).data != 1
+                else operands[1]
+            )
         out = apply(lambda *e: function(tracer.graph, *e), *operands)
-        return tracer.traced(out, meta.dtype)
+        return tracer.traced(out, dtype)
 
     HANDLERS[name] = handler
 
 
 def _common(args: Any) -> torch.dtype:
-    metas = [torch.empty(a.shape, dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a for a in args[:2]]
+    """The dtype in which torch compares."""
     with torch.utils._python_dispatch._disable_current_modes():
-        return metas[0].dtype if len(metas) == 1 else torch.result_type(*metas)
+        singles = [torch.ones((1,) * a.ndim, dtype=a.dtype) if isinstance(a, Tensor) else a for a in args[:2]]
+        return singles[0].dtype if len(singles) == 1 else torch.result_type(*singles)
 
 
 def _op(name: str) -> Callable[..., Expression]:
@@ -139,9 +142,7 @@ pointwise("log10", lambda g, a: g.op("mul", g.op("log", a), _number(g, 0.4342944
 pointwise("erfc", lambda g, a: g.op("sub", _number(g, 1.0, a), g.op("erf", a)))
 pointwise("isnan", _isnan, compare=True)
 pointwise("isinf", _isinf, compare=True)
-pointwise(
-    "isfinite", lambda g, a: g.op("lt", g.op("abs", a), _number(g, float("inf"), a)), compare=True
-)
+pointwise("isfinite", lambda g, a: g.op("lt", g.op("abs", a), _number(g, float("inf"), a)), compare=True)
 pointwise("pow", _op("pow"))
 pointwise("remainder", _remainder)
 pointwise("fmod", lambda g, a, b: g.op("sub", a, g.op("mul", g.op("trunc", g.op("div", a, b)), b)))
@@ -151,15 +152,15 @@ pointwise("fmod", lambda g, a, b: g.op("sub", a, g.op("mul", g.op("trunc", g.op(
 def div(tracer: Tracer, func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Traced:
     """Division, true or rounded."""
     kwargs = {} if rounding_mode is None else {"rounding_mode": rounding_mode}
-    meta = result_meta(func, (a, b), kwargs)
-    dtype = dtype_name(meta.dtype)
+    dtype = result_dtype(func, (a, b), kwargs)
+    name = dtype_name(dtype)
     rounding = {None: None, "floor": "floor", "trunc": "trunc"}[rounding_mode]
 
     def divide(x: Expression, y: Expression) -> Expression:
         q = tracer.graph.op("div", x, y)
         return tracer.graph.op(rounding, q) if rounding else q
 
-    return tracer.traced(apply(divide, elements_of(tracer, a, dtype), elements_of(tracer, b, dtype)), meta.dtype)
+    return tracer.traced(apply(divide, elements_of(tracer, a, name), elements_of(tracer, b, name)), dtype)
 
 
 @handles("where")
@@ -167,11 +168,11 @@ def where(tracer: Tracer, func: Any, condition: Traced, a: Any = None, b: Any = 
     """``a`` where the condition holds."""
     if a is None:
         raise Unsupported("it asks for the indices where a condition holds")
-    meta = result_meta(func, (condition, a, b), {})
-    dtype = dtype_name(meta.dtype)
+    dtype = result_dtype(func, (condition, a, b), {})
+    name = dtype_name(dtype)
     c = cast(tracer.graph, condition.elements, BOOL)
-    out = apply(_where(tracer), c, elements_of(tracer, a, dtype), elements_of(tracer, b, dtype))
-    return tracer.traced(out, meta.dtype)
+    out = apply(_where(tracer), c, elements_of(tracer, a, name), elements_of(tracer, b, name))
+    return tracer.traced(out, dtype)
 
 
 def _where(tracer: Tracer) -> Callable[..., Expression]:
@@ -186,25 +187,27 @@ def masked_fill(tracer: Tracer, func: Any, a: Traced, mask: Traced, value: Any) 
 
 
 @handles("clamp", "clip")
-def clamp(tracer: Tracer, func: Any, a: Traced, min: Any = None, max: Any = None) -> Traced:  # noqa: A002
+def clamp(tracer: Tracer, func: Any, a: Traced, min: Any = None, max: Any = None) -> Traced:
     """Limits; nan stays nan."""
-    meta = result_meta(func, (a, min, max), {})
-    dtype = dtype_name(meta.dtype)
-    out = elements_of(tracer, a, dtype)
-    for name, bound in (("max", min), ("min", max)):
+    dtype = result_dtype(func, (a, min, max), {})
+    name = dtype_name(dtype)
+    out = elements_of(tracer, a, name)
+    for op, bound in (("max", min), ("min", max)):
         if bound is not None:
-            out = apply(lambda x, y, n=name: tracer.graph.op(n, x, y), out, elements_of(tracer, bound, dtype))
-    return tracer.traced(out, meta.dtype)
+            out = apply(functools.partial(tracer.graph.op, op), out, elements_of(tracer, bound, name))
+    return tracer.traced(out, dtype)
 
 
 @handles("clamp_min")
-def clamp_min(tracer: Tracer, func: Any, a: Traced, min: Any) -> Traced:  # noqa: A002
+def clamp_min(tracer: Tracer, func: Any, a: Traced, min: Any) -> Traced:
     """Lower limit."""
-    return clamp(tracer, torch.ops.aten.clamp.Tensor if isinstance(min, Tensor) else torch.ops.aten.clamp.default, a, min)
+    return clamp(
+        tracer, torch.ops.aten.clamp.Tensor if isinstance(min, Tensor) else torch.ops.aten.clamp.default, a, min
+    )
 
 
 @handles("clamp_max")
-def clamp_max(tracer: Tracer, func: Any, a: Traced, max: Any) -> Traced:  # noqa: A002
+def clamp_max(tracer: Tracer, func: Any, a: Traced, max: Any) -> Traced:
     """Upper limit."""
     overload = torch.ops.aten.clamp.Tensor if isinstance(max, Tensor) else torch.ops.aten.clamp.default
     return clamp(tracer, overload, a, None, max)
@@ -319,5 +322,3 @@ def is_same_size(tracer: Tracer, func: Any, a: Traced, b: Traced) -> bool:
 def has_same_storage(tracer: Tracer, func: Any, a: Traced, b: Traced) -> bool:
     """Asked by forward-mode differentiation before it lets a tangent share a layout."""
     return a.elements.size == b.elements.size
-
-

@@ -67,7 +67,7 @@ class Writer:
                 continue
             words = self._text(e, text, fused, known)
             # A leaf that is a target as well must be read before anything is written.
-            if e.args and ((uses[e.number] > 1 and e.op != "neg") or len(words) > _LONGEST) or (
+            if (e.args and ((uses[e.number] > 1 and e.op != "neg") or len(words) > _LONGEST)) or (
                 not e.args and e.number in finals and e.op != "const"
             ):
                 name = self._name()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import traceback
-from pathlib import Path
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -21,7 +21,7 @@ from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cas
 __all__ = ["Inputs", "Program", "Signature", "trace"]
 
 _HANDLERS = {**HANDLERS}
-assert layouts and matrices  # they register their handlers
+_REGISTERED = (layouts, matrices)  # importing them adds their handlers
 
 _LARGEST_PROGRAM = 40_000
 
@@ -155,8 +155,8 @@ def _own_row(graph: Graph, roots: Sequence[Expression], row: int) -> list[Expres
             return e
         if e.data[0] != row:
             raise Unsupported(
-                "it couples the paths of the batch: what it returns for one depends on another (a mean or sort over the "
-                "batch, or x[0] for x[:, 0])"
+                "it couples the paths of the batch: what it returns for one depends on another (a mean or sort over "
+                "the batch, or x[0] for x[:, 0])"
             )
         return graph.leaf(e.op, (0, *e.data[1:]), e.dtype)
 

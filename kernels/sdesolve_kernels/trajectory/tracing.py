@@ -240,17 +240,18 @@ def cast(graph: Graph, elements: np.ndarray, dtype: str) -> np.ndarray:
     return out.reshape(elements.shape)
 
 
-def result_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """Shapes and dtypes torch gives the result, found without data."""
+def result_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype:
+    """The dtype torch gives the result of an elementwise operation: that of the operation on single ones.
 
-    def meta(a: Any) -> Any:
-        if not isinstance(a, Tensor):
-            return a
-        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+    Meta tensors would do, if their kernels did not import torch's compiler.
+    """
 
-    kwargs = {k: (torch.device("meta") if k == "device" else v) for k, v in kwargs.items()}
+    def single(a: Any) -> Any:
+        return torch.ones((1,) * a.ndim, dtype=a.dtype) if isinstance(a, Tensor) else a
+
     with torch.utils._python_dispatch._disable_current_modes():
-        return func(*tree_map(meta, args), **tree_map(meta, kwargs))
+        made: torch.dtype = func(*tree_map(single, args), **tree_map(single, kwargs)).dtype
+    return made
 
 
 def user_line() -> str:
