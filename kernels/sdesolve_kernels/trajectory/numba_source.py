@@ -15,6 +15,7 @@ from typing import final
 from sdesolve_kernels.trajectory.expressions import Expression, topological
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
+from sdesolve_kernels.trajectory.tracing import dtype_name
 
 __all__ = ["NumbaKernel", "numba_kernel"]
 
@@ -85,7 +86,7 @@ def numba_kernel(plan: Plan, increments: Sequence[str]) -> NumbaKernel:
 class _Printer:
     def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
         signature = plan.program.signature
-        self.plan, self.dtype = plan, "float32" if "32" in str(signature.dtype) else "float64"
+        self.plan, self.dtype = plan, dtype_name(signature.dtype)
         self.increments = increments
         self.lanes = _LANES[self.dtype]
         self.rows = 0
@@ -115,7 +116,9 @@ class _Printer:
                 return f"z{e.data[1]}"
             case "column" | "uniform" | "invariant":
                 name = f"{e.op[0]}{e.data}"
-                return f"({name} != 0)" if e.dtype == "bool" else name
+                if e.dtype == "bool":
+                    return f"({name} != 0)"
+                return name if e.dtype == self.dtype else f"{_kind(e.dtype)}({name})"
             case "path":
                 return f"p{e.data[1]}[path * {self._stride(e.data[1])} + {e.data[2]}]"
             case _:
@@ -162,7 +165,7 @@ class _Printer:
             {e.data[1] for e in topological(plan.invariants) if e.op == "path"} | {m.parameter for m in plan.matrices}
         )
         for i in used:
-            kind = str(plan.program.captured[i].dtype).removeprefix("torch.")
+            kind = dtype_name(plan.program.captured[i].dtype)
             head.append(f"    p{i} = pointer_{kind}(pointers[{i}])")
         source = "\n".join([*head, *indented(body, 1)]) + "\n"
         words = 1 + (len(self.noise_counts) if "two-point" in self.increments else 0)
@@ -175,16 +178,20 @@ class _Printer:
     # Parts of a block -------------------------------------------------------------------------------------------
     def _load(self) -> list[str]:
         """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
-        carried = self._carried()
+        plan, carried = self.plan, self._carried()
         lines = ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
         for i, row in enumerate(self.state):
             value = f"x_in[path * {carried} + {i}]" if i < carried else "REAL(0)"
             lines.append(f"    {self._at(row)} = {value}")
-        if self.plan.invariants:
-            targets = [(self._at(row), e) for row, e in zip(self.invariant, self.plan.invariants, strict=True)]
+        if plan.invariants:
+            targets = [(self._at(row), self._real(e)) for row, e in zip(self.invariant, plan.invariants, strict=True)]
             lines += ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
             lines += indented(self.writer.lines(targets), 1)
         return lines
+
+    def _real(self, e: Expression) -> Expression:
+        """As it is kept in a row."""
+        return self.plan.program.graph.cast(e, self.dtype)
 
     def _reads(self, roots: Sequence[Expression]) -> list[str]:
         """Lines that read the leaves of some expressions from their rows."""

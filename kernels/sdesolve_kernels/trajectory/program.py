@@ -18,7 +18,7 @@ from sdesolve_kernels.trajectory.expressions import Expression, Graph, topologic
 from sdesolve_kernels.trajectory.operations import HANDLERS
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, filled, user_line
 
-__all__ = ["Inputs", "Program", "Signature", "trace"]
+__all__ = ["Inputs", "Program", "Signature", "trace", "traced_shape"]
 
 _HANDLERS = {**HANDLERS}
 _REGISTERED = (layouts, matrices)  # importing them adds their handlers
@@ -121,6 +121,25 @@ def trace(step: Step, signature: Signature, observe: Observe | None = None) -> P
     raise problems[0]
 
 
+def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> tuple[int, ...]:
+    """Shape of what a function returns for one path, found without computing it; refuses as `trace` does.
+
+    The shape is that without the batch axis, or all of it if there is none.
+    """
+    orders = (False, True) if signature.batch == 1 else (True, False)
+    problems: list[Unsupported] = []
+    for by_path in orders:
+        tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
+        try:
+            with tracer, torch.no_grad():
+                made = _called(function, _inputs(tracer, signature))
+        except Unsupported as problem:
+            problems.append(problem)
+        else:
+            return tuple(made.shape)
+    raise problems[0]
+
+
 def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool) -> Program:
     graph = Graph()
     first, tracer = _rows(graph, step, signature, observe, by_path, 3)
@@ -170,21 +189,8 @@ def _rows(
 ) -> tuple[tuple[list[list[Expression]], list[list[Expression]], tuple[int, ...] | None], Tracer]:
     """Expressions of each row of the state after a step, and of the observation, and the observation's shape."""
     tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path)
-    name = dtype_name(signature.dtype)
-
-    def per_row(kind: str, shape: tuple[int, ...], start: int) -> Traced:
-        count = math.prod(shape)
-        leaves = [graph.leaf(kind, (r, start + i), name) for r in range(rows) for i in range(count)]
-        return _frozen(tracer, filled(leaves, (rows, *shape)), signature.dtype)
-
-    def number(what: str) -> Traced:
-        return _frozen(tracer, filled([graph.leaf("time", what, name)], ()), signature.dtype)
-
-    states = tuple(per_row("state", s, at) for s, at in zip(signature.states, _starts(signature.states), strict=True))
-    noises = tuple(per_row("noise", s, at) for s, at in zip(signature.noises, _starts(signature.noises), strict=True))
-    columns = [graph.leaf("row", j, name) for j in range(signature.columns)]
-    row = _frozen(tracer, filled(columns, (signature.columns,)), signature.dtype)
-    inputs = Inputs(states, noises, number("t0"), number("t1"), number("dt"), number("scale"), row)
+    name, inputs = dtype_name(signature.dtype), _inputs(tracer, signature)
+    states = inputs.states
     with tracer, torch.no_grad():
         outputs = [_result(tracer, a) for a in _called(step, inputs)]
         seen = None if observe is None else _result(tracer, _called(observe, states[0]))
@@ -199,6 +205,25 @@ def _rows(
         raise Unsupported(f"the observable must return one row per path, (batch, ...), got shape {tuple(seen.shape)}")
     observed = [list(cast(graph, seen.elements[r : r + 1], name).flat) for r in range(rows)]
     return (after, observed, tuple(seen.shape[1:])), tracer
+
+
+def _inputs(tracer: Tracer, signature: Signature) -> Inputs:
+    """What a step is called with, as leaves."""
+    graph, rows, name = tracer.graph, tracer.rows, dtype_name(signature.dtype)
+
+    def per_row(kind: str, shape: tuple[int, ...], start: int) -> Traced:
+        count = math.prod(shape)
+        leaves = [graph.leaf(kind, (r, start + i), name) for r in range(rows) for i in range(count)]
+        return _frozen(tracer, filled(leaves, (rows, *shape)), signature.dtype)
+
+    def number(what: str) -> Traced:
+        return _frozen(tracer, filled([graph.leaf("time", what, name)], ()), signature.dtype)
+
+    states = tuple(per_row("state", s, at) for s, at in zip(signature.states, _starts(signature.states), strict=True))
+    noises = tuple(per_row("noise", s, at) for s, at in zip(signature.noises, _starts(signature.noises), strict=True))
+    columns = [graph.leaf("row", j, name) for j in range(signature.columns)]
+    row = _frozen(tracer, filled(columns, (signature.columns,)), signature.dtype)
+    return Inputs(states, noises, number("t0"), number("t1"), number("dt"), number("scale"), row)
 
 
 def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:
