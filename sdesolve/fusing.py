@@ -142,8 +142,6 @@ def _obstacle(task: Task) -> str:
         return "the batch is empty"
     if task.equation.noise is not Noise.NONE and not (isinstance(noise, BrownianPath) and noise.substeps == 1):
         return "increments are coarse, or come from a noise of another class than BrownianPath"
-    if any(task.plan.inside.values()):
-        return "some times to save lie between grid points"
     name = backend_for("trajectory", task.x0.device)
     return f"the {name} back end makes no generated kernels" if name == "reference" else ""
 
@@ -159,6 +157,7 @@ def _kernel_for(task: Task, held: Contents, table: Table | None) -> _Kernel | st
         x0.device,
         backend_for("trajectory", x0.device),
         task.noise.kind if isinstance(task.noise, BrownianPath) else None,
+        bool(task.plan.inside),
         None if table is None else (table.noisy, tuple(r.shape[1] for r in table.rows), table.times.shape[1]),
     )
     if held.complete and key in _kernels:
@@ -206,7 +205,7 @@ def _build(task: Task, held: Contents, table: Table | None) -> _Kernel:
         return step(inputs)
 
     before = task.watched.evaluations
-    observable = task.plan.observable
+    observable = None if task.plan.inside else task.plan.observable
     program = trace(counted, signature, None if observable is None else lambda x: observed(observable, x))
     evaluations = (task.watched.evaluations - before) // max(calls, 1)
     task.watched.evaluations = before
@@ -276,21 +275,15 @@ def _run(task: Task, kernel: _Kernel, held: Contents, table: Table | None) -> Fu
     if kernel.normals and isinstance(path, BrownianPath):
         first = path.first_step * (kernel.normals // kernel.draws)
         places = [(path.seed, int(path.stream), path.first_path, first)]
-    last = len(task.times) - 1
+    captured = kernel.captured if kernel.where is None else tuple(held.tensors[i] for i in kernel.where)
+    rows = None if table is None else _row_numbers(table)
+    if plan.inside:
+        return _between(task, kernel, Launch(task.x0, task.times, rows, places, _around(plan), False, captured))
     saves = sorted(k for k, slots in plan.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
-    plain = saves == [last] and plan.observable is None and not plan.moments
-    captured = kernel.captured if kernel.where is None else tuple(held.tensors[i] for i in kernel.where)
+    plain = saves == [len(task.times) - 1] and plan.observable is None and not plan.moments
     saved = kernel.trajectory.run(
-        Launch(
-            task.x0,
-            task.times,
-            None if table is None else _row_numbers(table),
-            places,
-            () if plain else saves,
-            plan.moments,
-            captured,
-        )
+        Launch(task.x0, task.times, rows, places, () if plain else saves, plan.moments, captured)
     )
     shape = kernel.trajectory.plan.program.observed_shape
     shape = tuple(task.x0.shape[1:]) if shape is None else shape
@@ -299,3 +292,25 @@ def _run(task: Task, kernel: _Kernel, held: Contents, table: Table | None) -> Fu
         return Fused(saved.x1, mean, variance, kernel.evaluations, kernel.trajectory.source)
     xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(task.x0), *shape)
     return Fused(saved.x1, xs, None, kernel.evaluations, kernel.trajectory.source)
+
+
+def _around(plan: SavePlan) -> list[int]:
+    """Grid points that a plan needs, those on both sides of a time between two among them."""
+    return sorted({k for k, slots in plan.on_grid.items() if slots} | {k + i for k in plan.inside for i in (0, 1)})
+
+
+def _between(task: Task, kernel: _Kernel, launch: Launch) -> Fused:
+    """A run whose plan has times between grid points: states there follow from those on both sides."""
+    saved = kernel.trajectory.run(launch)
+    assert saved.states is not None
+    states = dict(zip(launch.saves, saved.states.reshape(-1, *task.x0.shape), strict=True))
+    plan, ts = task.plan, task.times.to(task.x0)
+    dts = task.times.diff().to(task.x0)
+    channels = () if task.watched.noise is Noise.NONE else _increment_shapes(task)[0]
+    for k, x in states.items():
+        plan.at_grid_point(k, x)
+        if k in plan.inside:
+            span = Span(ts[k], ts[k + 1], dts[k])
+            plan.within_step(k, task.watched, x, states[k + 1], span, task.noise, (len(x), *channels))
+    variances = plan.variances() if plan.moments else None
+    return Fused(saved.x1, plan.states(), variances, kernel.evaluations, kernel.trajectory.source)

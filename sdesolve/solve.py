@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
 from sdesolve.stepping import AbstractStepper, choose_stepper
 
-Backend = Literal["auto", "eager", "fused"]
+Backend = Literal["auto", "fused", "kernel", "eager"]
 
 # Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
 # it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.
@@ -72,9 +72,9 @@ def solve(
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
             for weak convergence at a fraction of the cost.
-        backend: ``auto`` runs the fastest that fits and says in ``stats`` what and why; ``eager`` is the solver's own
-            step in plain torch; ``fused``, a whole trajectory in one generated kernel, refuses rather than fall back.
-            `sdesolve.fusing` and the README say what can be fused.
+        backend: ``fused`` is the whole trajectory in one generated kernel, ``kernel`` one kernel a step, ``eager`` the
+            solver's own step in plain torch; none of these falls back to another. ``auto`` takes the first that can do
+            it, and says in ``stats`` why no earlier one could. The README says what can be fused.
         progress: show a progress bar.
         check_finite: raise `DivergenceError` if the final state is not finite.
 
@@ -91,7 +91,7 @@ def solve(
     check_state(x0)
     times = _grid_of(t0, t1, steps, grid, len(x0))
     noise = _noise_of(sde, seed, noise, increments)
-    for name, value, choices in (("backend", backend, ("auto", "eager", "fused")), ("reduce", reduce, (None, "moments"))):
+    for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     if params is not None:
@@ -104,12 +104,14 @@ def solve(
     watched = _Watched(sde)
     plan = SavePlan(times, save_at, observable, moments=reduce is not None)
     seed_used = noise.seed if isinstance(noise, BrownianPath) and sde.noise is not Noise.NONE else None
-    why = "requested"
-    if backend != "eager":
-        fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
+    why = ""
+    if backend in ("auto", "fused"):
+        with tqdm(total=len(times) - 1, disable=not progress, unit="step", leave=False) as bar:
+            fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
+            bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)
         if isinstance(fused, Fused):
             if check_finite and not bool(fused.x1.isfinite().all()):
-                _eager(solver, sde, watched, noise, times, x0, check_finite, why).report_divergence(x0)
+                _stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True).report_divergence(x0)
             stats = Stats(
                 solver=type(solver).__name__,
                 steps=len(times) - 1,
@@ -122,8 +124,10 @@ def solve(
             return _solution(plan, fused.x1, fused.xs, fused.variances, stats)
         if backend == "fused":
             raise ValueError(f"this integration cannot be fused: {fused}. backend='auto' runs it in another way")
-        why = fused
-    run = _eager(solver, sde, watched, noise, times, x0, check_finite, why if backend == "eager" else "")
+        why = f"; not fused: {fused}"
+    run = _stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=backend == "eager")
+    if backend == "kernel" and run.stepper.backend != "kernel":
+        raise ValueError(f"no kernel does a step of this integration: {run.stepper.reason}")
     x = x0
     plan.at_grid_point(0, x)
     states = enumerate(run.states(x0))
@@ -137,7 +141,7 @@ def solve(
         steps=run.steps,
         nfe=watched.evaluations,
         backend=run.stepper.backend,
-        reason=run.stepper.reason if backend == "eager" else f"{run.stepper.reason}; not fused: {why}",
+        reason=run.stepper.reason + why,
         seed=seed_used,
     )
     return _solution(plan, x, plan.states(), plan.variances() if plan.moments else None, stats)
@@ -149,7 +153,7 @@ def _solution(plan: SavePlan, x1: Tensor, xs: Tensor, variances: Tensor | None, 
     return Solution(x1, plan.ts, x1.new_empty(0, *x1.shape), stats, mean=xs, variance=variances)
 
 
-def _eager(
+def _stepwise(
     solver: AbstractSolver,
     sde: AbstractSDE,
     watched: _Watched,
@@ -157,9 +161,10 @@ def _eager(
     times: Tensor,
     x0: Tensor,
     check_finite: bool,
-    requested: str,
+    *,
+    eager: bool,
 ) -> _Integration:
-    """The integration step by step: by the solver's own torch code if that is ``requested``, else by step kernels."""
+    """The integration step by step: by the solver's own torch code if ``eager``, else by a kernel where one fits."""
     shape, elementwise = _increment_shape(watched, solver, x0, times)
     stepper = choose_stepper(
         solver,
@@ -171,7 +176,7 @@ def _eager(
         x0,
         shape,
         elementwise=elementwise,
-        eager=bool(requested),
+        eager=eager,
     )
     return _Integration(watched, stepper, times, noise, x0, shape, check_finite)
 
