@@ -62,10 +62,13 @@ class _Numba(AbstractDialect):
             return f"(not {args[0]})"
         if name == "sqrt":
             return f"sqrt({inside})"
-        return f"{name}_{dtype}({inside})"
+        return f"{_LONG.get(name, name)}_{dtype}({inside})"
 
     def cast(self, value: str, source: str, target: str) -> str:
         return f"{_kind(target)}({value})"
+
+
+_LONG = {"min": "minimum", "max": "maximum"}
 
 
 def _kind(dtype: str) -> str:
