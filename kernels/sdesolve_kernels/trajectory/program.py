@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory import layouts, matrices
+from sdesolve_kernels.trajectory import compositions, layouts, matrices, reductions
 from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
 from sdesolve_kernels.trajectory.operations import HANDLERS
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, filled, user_line
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unread, Unsupported, cast, dtype_name, filled, user_line
 
 __all__ = ["Inputs", "Program", "Signature", "trace", "traced_shape"]
 
 _HANDLERS = {**HANDLERS}
-_REGISTERED = (layouts, matrices)  # importing them adds their handlers
+_REGISTERED = (compositions, layouts, matrices, reductions)  # importing them adds their handlers
 
 _LARGEST_PROGRAM = 40_000
 
@@ -131,7 +132,7 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
     for by_path in orders:
         tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
         try:
-            with tracer, torch.no_grad():
+            with tracer, Unread(), torch.no_grad():
                 made = _called(function, _inputs(tracer, signature))
         except Unsupported as problem:
             problems.append(problem)
@@ -142,8 +143,11 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
 
 def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool) -> Program:
     graph = Graph()
+    drawn = random.getstate(), np.random.get_state()[2]  # noqa: NPY002
     first, tracer = _rows(graph, step, signature, observe, by_path, 3)
     second, other = _rows(graph, step, signature, observe, by_path, 2)
+    if drawn != (random.getstate(), np.random.get_state()[2]):  # noqa: NPY002
+        raise Unsupported("it draws random numbers in Python; all noise comes from the solver's increments")
     if [id(a) for a in tracer.captured] != [id(a) for a in other.captured]:
         raise Unsupported("it makes new tensors from data outside torch each time it is called")
     own = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[0])]
@@ -191,7 +195,7 @@ def _rows(
     tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path)
     name, inputs = dtype_name(signature.dtype), _inputs(tracer, signature)
     states = inputs.states
-    with tracer, torch.no_grad():
+    with tracer, Unread(), torch.no_grad():
         outputs = [_result(tracer, a) for a in _called(step, inputs)]
         seen = None if observe is None else _result(tracer, _called(observe, states[0]))
     wrong = [(a, s) for a, s in zip(outputs, states, strict=True) if a.shape != s.shape or a.dtype != s.dtype]

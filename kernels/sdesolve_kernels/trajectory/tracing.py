@@ -21,6 +21,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -69,7 +70,7 @@ class Traced(Tensor):
 
     @staticmethod
     def __new__(cls, elements: np.ndarray, dtype: torch.dtype, tracer: Tracer) -> Traced:
-        strides = [s // elements.itemsize for s in elements.strides]
+        strides = _strides(elements)
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, elements.shape, strides=strides, dtype=dtype, device=tracer.device
         )
@@ -88,6 +89,37 @@ class Traced(Tensor):
 
 
 Handler = Callable[..., Any]
+
+_READERS = {
+    getattr(Tensor, name)
+    for name in (
+        "numpy",
+        "tolist",
+        "__array__",
+        "__dlpack__",
+        "apply_",
+        "map_",
+        "data_ptr",
+        "storage",
+        "untyped_storage",
+    )
+}
+
+
+@final
+class Unread(TorchFunctionMode):
+    """Refuses what reads a tensor's memory without an operation, which a `Tracer` does not get to see."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READERS:
+            if (
+                func is Tensor.tolist
+                and isinstance(args[0], Traced)
+                and all(e.op == "const" for e in args[0].elements.flat)
+            ):
+                return np.frompyfunc(lambda e: e.data, 1, 1)(args[0].elements).tolist()
+            raise Unsupported(READS.format(f"Tensor.{func.__name__}()"), user_line())
+        return func(*args, **(kwargs or {}))
 
 
 @final
@@ -198,19 +230,26 @@ class Tracer(TorchDispatchMode):
 
     def _handle(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         handler = self._handlers.get(name)
+        if "out" in kwargs:
+            raise Unsupported(f"it has {name} write its result into a tensor (out=)")
         if handler is not None:
             return handler(self, func, *args, **kwargs)
         if name.endswith("_") and not name.startswith("_") and name[:-1] in self._handlers:
             return self._in_place(func, name[:-1], args, kwargs)
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            return func.decompose(*args, **kwargs)
-        decomposition = torch._decomp.decomposition_table.get(func)
-        if decomposition is not None:
-            return decomposition(*args, **kwargs)
+        with self:  # tensors that a decomposition makes are constants of the trace
+            if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+                return func.decompose(*args, **kwargs)
+            decomposition = torch._decomp.decomposition_table.get(func)
+            if decomposition is not None:
+                return decomposition(*args, **kwargs)
         raise Unsupported(f"it calls {name}, which no kernel is generated for")
 
     def _in_place(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         target, packet = args[0], getattr(torch.ops.aten, name)
+        if torch.Tag.inplace_view in func.tags:  # squeeze_ and such change a tensor's shape, and no element
+            target.elements = self._handlers[name](self, func, *args, **kwargs).elements
+            with torch.utils._mode_utils.no_dispatch():
+                return torch.Tensor.as_strided_(target, target.elements.shape, _strides(target.elements))
         overload = getattr(packet, func._overloadname, packet.default if hasattr(packet, "default") else None)
         if overload is None:
             raise Unsupported(f"it calls {name}_, which no kernel is generated for")
@@ -226,8 +265,13 @@ class Tracer(TorchDispatchMode):
         target.elements[...] = cast(self.graph, value.elements, dtype_name(target.dtype))
 
 
+READS = "it reads the value of a tensor in Python ({}); write it with torch operations, torch.where for a choice"
 _MOST_INPUTS = 1 << 16  # entries of tensors that all paths share; a larger network runs better as matrix products
 _MOST_EXPRESSIONS = 400_000
+
+
+def _strides(elements: np.ndarray) -> list[int]:
+    return [s // elements.itemsize for s in elements.strides]
 
 
 def filled(flat: Sequence[Expression], shape: tuple[int, ...]) -> np.ndarray:
