@@ -232,7 +232,7 @@ def _launched_gradient(s: States, **where: Any) -> Tensor:
     from sdesolve_kernels._triton.launch_denoising import dsm_loss_parts
 
     parts = dsm_loss_parts(
-        s.x, None, 0.0, -1.0 / s.b, s.b.square(), mean=True, grad=True, upstream=1.0 / s.x.shape[0],
+        s.x, None, 0.0, -1.0 / s.b, s.b.square(), mean=True, grad=True,
         **({"first_path": 0, "step": 0} | where),
     )  # fmt: skip
     assert parts.grad is not None
