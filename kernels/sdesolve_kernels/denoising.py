@@ -191,7 +191,7 @@ def dsm_loss(
     if recording(p, q, weight):
         no_gradient("dsm_loss", "it is a given of the training step", p=p, q=q, weight=weight)
     record, mean = recording(output, x0), reduction == "mean"
-    # The factor 2 weight / m would take float16 gradients out of range before a loss scale could lift them.
+    # A float16 gradient comes with a loss scale, as a rule: the one for an upstream of 1 would be thrown away.
     if record and mean and way is Route.PLAIN and output.dtype is not torch.float16:
         return cast(Tensor, _LossAndGradient.apply(output, x0, p, q, weight, mean, where))
     return cast(Tensor, _loss_op.call(way, record, output, x0, p, q, weight, mean, *where))

@@ -18,9 +18,14 @@ _LARGE = 1 << 17
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """Save the inputs of an op, of which some are tensors, for `kept`."""
-    ctx.others = [None if isinstance(v, Tensor) else v for v in inputs]
-    ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
+    """Save the inputs of an op, of which some are tensors and the last seven a place, for `kept`."""
+    tensors, others = [], []
+    for v in inputs[:-7]:
+        tensor = isinstance(v, Tensor)
+        tensors.append(v if tensor else None)
+        others.append(None if tensor else v)
+    ctx.others = (*others, *inputs[-7:-3], None, None, None)
+    ctx.save_for_backward(*tensors, None, None, None, None, *inputs[-3:])
 
 
 def kept(ctx: Any) -> list[Any]:

@@ -100,12 +100,9 @@ class Operands:
         c = number_or_rows(c)
         if not isinstance(c, Tensor):
             return 0, c
-        wide = c.to(compute_dtype(self.out.dtype))
-        self.kept.append(wide)
-        address = wide.data_ptr()
-        if wide.is_contiguous() and (address >= self.end or address + wide.nbytes <= self.begin):
-            return address, 0.0
-        return self._copy(wide), 0.0
+        if _fits(c, self.out, self.begin, self.size):
+            return c.data_ptr(), 0.0
+        return self._copy(c.to(compute_dtype(self.out.dtype))), 0.0
 
     def finish(self) -> Tensor:
         if self.plain is not self.out:
@@ -114,7 +111,12 @@ class Operands:
 
 
 def simple(
-    out: Tensor, terms: Sequence[tuple[Any, Tensor]], noise: Any, gain: Tensor | None, where: dict[str, Any] | None
+    out: Tensor,
+    terms: Sequence[tuple[Any, Tensor]],
+    noise: Any,
+    gain: Tensor | None,
+    where: dict[str, Any] | None,
+    m: int,
 ) -> list[Any] | None:
     """Arguments of `combine` where everything lies as it should; else None.
 
@@ -124,7 +126,7 @@ def simple(
         return None
     arguments = NOTHING.copy()
     arguments[0] = begin = out.data_ptr()
-    span, wide, rows = out.nbytes, compute_dtype(out.dtype), out.shape[0]
+    span = out.nbytes
     i = 1
     for c, s in terms:
         arguments[i] = address = s.data_ptr()
@@ -132,23 +134,30 @@ def simple(
             return None
         if type(c) is float:
             arguments[i + 10] = c
+        elif _fits(c, out, begin, span):
+            arguments[i + 5] = c.data_ptr()
         else:
-            arguments[i + 5] = address = c.data_ptr()
-            if c.dtype is not wide or not c.is_contiguous() or -8 * rows < address - begin < span:
-                return None
+            return None
         i += 1
     if noise is not None:
         arguments[19] = 1
         if type(noise) is float:
             arguments[18] = noise
+        elif _fits(noise, out, begin, span):
+            arguments[17] = noise.data_ptr()
         else:
-            arguments[17] = address = noise.data_ptr()
-            if noise.dtype is not wide or not noise.is_contiguous() or -8 * rows < address - begin < span:
-                return None
+            return None
     if gain is not None:
         arguments[16] = address = gain.data_ptr()
         if not gain.is_contiguous() or (address != begin and -span < address - begin < span):
             return None
     if where is not None:
-        arguments[20:24] = where["seed"], where["stream"], where["first_path"], where["step"] * (out.numel() // rows)
+        arguments[20:24] = where["seed"], where["stream"], where["first_path"], where["step"] * m
     return arguments
+
+
+def _fits(c: Tensor, out: Tensor, begin: int, span: int) -> bool:
+    """Whether a kernel can read the coefficients ``(batch,)`` where they are, while it writes the output."""
+    address = c.data_ptr()
+    apart = address >= begin + span or address + c.nbytes <= begin
+    return apart and c.dtype is compute_dtype(out.dtype) and c.is_contiguous()

@@ -29,7 +29,7 @@ def combined(
     """``sum c_k s_k + noise gain z`` for pairs ``(c_k, s_k)``; without `noise`, no noise."""
     rows = out.shape[0]
     m = out.numel() // rows
-    arguments = simple(out, terms, noise, gain, where)
+    arguments = simple(out, terms, noise, gain, where, m)
     if arguments is not None:
         run(combine(NAMES[out.dtype]), arguments, rows, m)
         return out
@@ -50,10 +50,11 @@ def combined(
 
 def euler_maruyama_step(x: Tensor, f: Tensor, g: Any, dt: Any, *, out: Tensor, **where: Any) -> Tensor:
     """See `reference_steps.euler_maruyama_step`."""
-    dt = number_or_rows(dt)
+    if type(dt) is not float:
+        dt = number_or_rows(dt)
     root = rows_of(dt, x).abs().sqrt() if isinstance(dt, Tensor) else math.sqrt(abs(dt))
     terms = ((1.0, x), (dt, f))
-    if isinstance(g, Tensor) and g.shape == x.shape and x.dim() > 1:
+    if isinstance(g, Tensor) and g.dim() > 1:  # a coefficient has no more than one
         return combined(out, terms, root, g, where)
     g = number_or_rows(g)
     if isinstance(g, Tensor):
