@@ -34,10 +34,21 @@ def _spread(dtype: Any) -> Callable[..., None]:
         if width == 1:
             for i in range(height):
                 places[i] = c[i]
-        elif height == 1:
-            value = c[0]
-            for j in range(width):
-                places[j] = value
+        elif width == 2:
+            for i in range(height):
+                places[2 * i] = c[i]
+                places[2 * i + 1] = c[i]
+        elif width == 3:
+            for i in range(height):
+                places[3 * i] = c[i]
+                places[3 * i + 1] = c[i]
+                places[3 * i + 2] = c[i]
+        elif width == 4:
+            for i in range(height):
+                places[4 * i] = c[i]
+                places[4 * i + 1] = c[i]
+                places[4 * i + 2] = c[i]
+                places[4 * i + 3] = c[i]
         else:
             for i in range(height):
                 value, part = c[i], places[i * width : (i + 1) * width]
