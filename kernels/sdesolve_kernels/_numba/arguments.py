@@ -47,6 +47,7 @@ scratch = _Scratch()
 
 
 def run(kernel: Callable[..., None], arguments: Sequence[Any], rows: int, m: int) -> None:
+    """Run a kernel over all units of ``(rows, m)`` states, in threads where there is enough work for them."""
     units = unit_count(rows, m)
     if rows * m < ALONE:
         kernel(*arguments, rows, m, 0, units, scratch.address)
