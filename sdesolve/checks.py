@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractSolver
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
+from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
 STATE_DTYPES = (torch.float32, torch.float64)
 
@@ -34,9 +34,15 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
     if not isinstance(sde, AbstractSDE):
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {type(sde).__name__}; wrap it in sds.SDE")
+    name = type(solver).__name__
+    if not isinstance(solver, AbstractOneStep) and not isinstance(sde, AbstractSemilinear):
+        raise ValueError(
+            f"{name} integrates the reverse SDE or probability flow of a linear diffusion, process.reverse(score) or "
+            f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "
+            "EulerMaruyama or Heun"
+        )
     if (sde.calculus, sde.noise) in solver.supported:
         return
-    name = type(solver).__name__
     calculi = sorted({str(c) for c, n in solver.supported if n is sde.noise})
     noises = sorted({str(n) for c, n in solver.supported if c is sde.calculus})
     if sde.noise is not Noise.NONE and all(n is Noise.NONE for _, n in solver.supported):
@@ -44,6 +50,11 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
             f"{name} integrates ODEs and this is an SDE with {sde.noise} noise. Use EulerMaruyama or another SDE "
             "solver; to sample with an ODE solver, integrate process.probability_flow(score), or pass stochasticity=0 "
             "to sample"
+        )
+    if sde.noise is Noise.NONE and (Calculus.ITO, Noise.ADDITIVE) in solver.supported:
+        raise ValueError(
+            f"{name} adds noise and this is an ODE: integrate process.reverse(score), leave stochasticity=0 out of "
+            "sample, or take a deterministic sampler such as DPMSolverPP"
         )
     raise ValueError(
         f"{name} does not converge to the {sde.calculus} solution of an SDE with {sde.noise} noise. With "

@@ -70,12 +70,14 @@ def sample(
     times = _times(process, steps, grid)
     path = _path(seed, noise)
     if stochasticity is None:
+        stochasticity = solver.stochasticity
+    if stochasticity is None:
         stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
         where = torch.empty(0, device=device).device
-        key = (id(score), id(process), type(solver), tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
-        if not isinstance(path, BrownianPath) or path.substeps != 1 or path.first_step:
+        key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
+        if not isinstance(path, BrownianPath) or not path.plain or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
 
         def straight() -> StraightSampler:
