@@ -91,7 +91,7 @@ def disassemble(launch: Launch, capability: int) -> tuple[str, str]:
     compiled: Any = triton.compile(
         source(launch),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "enable_fp_fusion": True},
+        options={"num_warps": launch.num_warps, "enable_fp_fusion": launch.fp_fusion},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
