@@ -39,8 +39,8 @@ def _fill_with(numbers: Any) -> Any:
         s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, lanes: Any
     ) -> Any:
         """Rows from ``base`` on; returns how many rows lie before the one for entry ``index``."""
-        seed, stream = _U64(noise[3 * source]), _U64(noise[3 * source + 1])
-        path = _U64(noise[3 * source + 2]) + _U64(first)
+        seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
+        path = _U64(noise[4 * source + 2]) + _U64(first)
         q, skip = _U64(index) >> _2, index & 3
         for b in range((skip + count + 3) // 4):
             for l in range(lanes):  # noqa: E741
@@ -85,8 +85,8 @@ def _signs(kind: Any) -> Any:
         s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, fresh: Any, lanes: Any
     ) -> Any:
         """Rows of +-1, from one bit each; `words` is kept between calls, and made anew where 128 bits are used up."""
-        seed, stream = _U64(noise[3 * source]), _U64(noise[3 * source + 1])
-        path = _U64(noise[3 * source + 2]) + _U64(first)
+        seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
+        path = _U64(noise[4 * source + 2]) + _U64(first)
         for j in range(count):
             bit = (index + j) & 127
             if bit == 0 or (fresh and j == 0):

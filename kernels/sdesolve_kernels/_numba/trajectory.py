@@ -7,6 +7,7 @@ and ctypes calls it, without the GIL.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import linecache
@@ -35,20 +36,20 @@ def cache_folder() -> Path:
     return Path(base) / "sdesolve"
 
 
-def load(source: str) -> tuple[Entry, bool]:
-    """The kernel of a generated source, and whether it had to be compiled."""
+@functools.lru_cache(maxsize=256)
+def load(source: str) -> Entry:
+    """The kernel of a generated source, from this process, from disk, or compiled now."""
     import llvmlite.binding as llvm
 
     _initialise(llvm)
     key = _key(source, llvm)
     path = cache_folder() / f"{key}.o"
     code = _read(path)
-    fresh = code is None
     if code is None:
         code = _compiled(source, key, llvm)
         _write(path, code)
         _write(path.with_suffix(".py"), source.encode())
-    return _loaded(code, llvm), fresh
+    return _loaded(code, llvm)
 
 
 def _initialise(llvm: Any) -> None:

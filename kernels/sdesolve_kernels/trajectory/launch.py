@@ -42,8 +42,7 @@ class Launch:
         x0: ``(batch, *state)``.
         times: ``(steps + 1,)``, float64 on the host.
         rows: the solver's numbers for each step, ``(steps, columns)``, float64 on the host; ``None`` without any.
-        places: seed, stream and first path of each source of noise.
-        first_step: index of the first step in the noise's sequence.
+        places: seed, stream, first path, and index of the first number, of each source of noise.
         saves: steps after which to save, increasing; 0 is the start.
         moments: save mean and variance over the paths instead of every path.
         captured: tensors the program reads, as `Program.captured`.
@@ -52,8 +51,7 @@ class Launch:
     x0: Tensor
     times: Tensor
     rows: Tensor | None
-    places: Sequence[tuple[int, int, int]]
-    first_step: int
+    places: Sequence[tuple[int, int, int, int]]
     saves: Sequence[int]
     moments: bool
     captured: Sequence[Tensor]
@@ -110,7 +108,7 @@ class NumbaTrajectory(AbstractTrajectory):
         self.plan = plan
         self._kernel = numba_kernel(plan, increments)
         self.source = self._kernel.source
-        self._entry, self.was_compiled = load(self.source)
+        self._entry = load(self.source)
 
     def run(self, launch: Launch) -> Saved:
         x0 = launch.x0.detach().contiguous()
@@ -140,7 +138,6 @@ class NumbaTrajectory(AbstractTrajectory):
                 uniforms.data_ptr(),
                 batch,
                 steps,
-                launch.first_step,
                 saves.data_ptr(),
                 0 if states is None else states.data_ptr(),
                 0 if moments is None else moments.data_ptr(),

@@ -62,10 +62,13 @@ class _Numba(AbstractDialect):
             return f"(not {args[0]})"
         if name == "sqrt":
             return f"sqrt({inside})"
-        return f"{name}_{dtype}({inside})"
+        return f"{_LONG.get(name, name)}_{dtype}({inside})"
 
     def cast(self, value: str, source: str, target: str) -> str:
         return f"{_kind(target)}({value})"
+
+
+_LONG = {"min": "minimum", "max": "maximum"}
 
 
 def _kind(dtype: str) -> str:
@@ -155,9 +158,9 @@ class _Printer:
             "    a = whole(arguments)",
             "    x_in, x_out = real(a[0]), real(a[1])",
             "    table, uniforms = real(a[2]), real(a[3])",
-            "    paths, steps, first_step, saves = a[4], a[5], a[6], whole(a[7])",
-            "    saved, moments, blocks = real(a[8]), double(a[9]), a[10]",
-            "    noise, pointers = whole(a[11]), whole(a[12])",
+            "    paths, steps, saves = a[4], a[5], whole(a[6])",
+            "    saved, moments, blocks = real(a[7]), double(a[8]), a[9]",
+            "    noise, pointers = whole(a[10]), whole(a[11])",
             f"    s, words = real(scratch), word(scratch + {self.rows * self.lanes * itemsize})",
         ]
         head = [line.replace("real(", f"pointer_{self.dtype}(") for line in head]
@@ -221,7 +224,7 @@ class _Printer:
             kind = self.increments[g].replace("-", "_")
             if m == 0:
                 continue
-            fill, index = f"{kind}_fill_{self.dtype}", f"(first_step + k) * {m}"
+            fill, index = f"{kind}_fill_{self.dtype}", f"noise[{4 * g + 3}] + k * {m}"
             if kind == "two_point":
                 lines += [
                     f"{fill}(s, {base * self.lanes}, word({self._words(g)}), noise, {g}, first, {index}, {m}, k == 0, "
@@ -262,9 +265,9 @@ class _Printer:
             lines += self._compute([(self._at(r), e) for r, e in zip(rows, self.plan.observed, strict=True)])
         start = rows[0] * self.lanes if rows else 0
         lines += [
-            "if a[8] != 0:",
+            "if a[7] != 0:",
             f"    keep(saved, (slot * paths + first) * {width}, s, {start}, {width}, lanes, LANES)",
-            "if a[9] != 0:",
+            "if a[8] != 0:",
             f"    accumulate(moments, (slot * blocks + block) * {2 * width}, s, {start}, {width}, lanes, LANES)",
             "slot += 1",
         ]

@@ -248,6 +248,9 @@ def gelu(tracer: Tracer, func: Any, a: Traced, *, approximate: str = "none") -> 
 def to_copy(tracer: Tracer, func: Any, a: Traced, *, dtype: torch.dtype | None = None, **options: Any) -> Traced:
     """Another dtype; the device is the kernel's."""
     dtype = a.dtype if dtype is None else dtype
+    device = options.get("device")
+    if device is not None and torch.device(device).type != tracer.device.type:
+        raise Unsupported(f"it moves a tensor to {device}, and the state is on {tracer.device}")
     if dtype not in _FLOAT_RESULT and dtype not in (torch.int64, torch.int32, torch.bool):
         raise Unsupported(f"it converts to {dtype}; generated kernels compute in float32 and float64")
     return tracer.traced(cast(tracer.graph, a.elements, dtype_name(dtype)).copy(), dtype)

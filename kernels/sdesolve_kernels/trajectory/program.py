@@ -198,7 +198,7 @@ def _rows(
     if wrong:
         a, s = wrong[0]
         raise Unsupported(f"the step turns {s.dtype} {tuple(s.shape)} into {a.dtype} {tuple(a.shape)}")
-    after = [[e for a in outputs for e in a.elements[r].flat] for r in range(rows)]
+    after = [[e for a in outputs for e in a.elements[r : r + 1].flat] for r in range(rows)]
     if seen is None:
         return (after, [[] for _ in range(rows)], None), tracer
     if seen.ndim == 0 or seen.shape[0] != rows:
