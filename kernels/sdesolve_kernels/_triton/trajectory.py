@@ -52,7 +52,7 @@ def load(source: str) -> Any:
 
 def run(
     kernel: TritonKernel, x_in: Tensor, x_out: Tensor, table: Tensor, uniforms: Tensor, captured: Sequence[Tensor],
-    places: Sequence[tuple[int, int, int]], steps: int, first_step: int,
+    places: Sequence[tuple[int, int, int, int]], steps: int,
     saves: Tensor | None = None, saved: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches a kernel on the current stream.
@@ -64,9 +64,8 @@ def run(
         table: ``(steps, columns)``, contiguous.
         uniforms: ``(uniforms,)``.
         captured: tensors the program reads, contiguous.
-        places: seed, stream and first path of each source of noise.
+        places: seed, stream, first path and index of the first number of each source of noise.
         steps: how many to take.
-        first_step: index of the first in the noise's sequence.
         saves: steps after which to save, increasing, int64, if the kernel's shape says to save.
         saved: ``(saves, paths, width)``, or for moments float64 ``(saves, programs, 2, width)``: mean, then sum of
             squared deviations.
@@ -77,10 +76,10 @@ def run(
     if saves is not None:
         arguments += [saves, saved]
         slots = len(saves)
-    arguments += [paths, steps, first_step]
+    arguments += [paths, steps]
     for g in kernel.sources:
-        seed, stream, first_path = places[g]
-        arguments += [signed(seed), stream, first_path]
+        seed, *rest = places[g]
+        arguments += [signed(seed), *rest]
     if saves is not None:
         arguments.append(slots)
     grid = (-(-paths // kernel.shape.lanes), 1, 1)

@@ -59,7 +59,7 @@ class TritonTrajectory(AbstractTrajectory):
             size, dtype = ((programs, 2), torch.float64) if moments else ((batch,), x0.dtype)
             saved = torch.empty(slots, *size, kernel.width, dtype=dtype, device=device)
         if batch:
-            run(kernel, x0, x1, table, uniforms, captured, launch.places, steps, launch.first_step, saves, saved)
+            run(kernel, x0, x1, table, uniforms, captured, launch.places, steps, saves, saved)
         if saved is not None and moments:
             return Saved(x1, None, combined(saved, kernel.shape.lanes, batch))
         return Saved(x1, saved, None)

@@ -1,7 +1,8 @@
 """Where a step's random numbers come from in generated Triton source.
 
 The generator makes blocks of four words. A normal or a three-point number takes a word (normals in pairs), a two-point
-number one bit. A source with ``m`` numbers a step uses entries ``n m ... n m + m - 1`` of its sequence in step ``n``.
+number one bit. A source with ``m`` numbers a step uses entries ``first + k m ... first + k m + m - 1`` of its sequence in step
+``k`` of a launch, whatever ``first`` is.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ _MAKERS = {"normal": "normals", "three-point": "three_points", "two-point": "wor
 
 
 def period(sources: Sequence[Source], operations: int) -> int:
-    """Steps after which the numbers of all sources start a new word or block again; 1 if a group would be too long."""
+    """Steps after which the numbers of all sources start a new block or word again; 0 if these are too many to group."""
     steps = max((s.period for s in sources), default=4)
-    return steps if steps * operations <= _LARGEST_GROUP else 1
+    return steps if steps * operations <= _LARGEST_GROUP else 0
 
 
 @final
@@ -55,55 +56,56 @@ class Source:
     def _words(self, steps: int) -> int:
         return steps * self.count // self.per_word
 
-    def enter(self, steps: int) -> tuple[list[str], str]:
-        """Lines before a run of groups, and an expression for the most groups it may have.
+    def _moving(self, steps: int) -> bool:
+        """Whether a group may start anywhere in a block: two-point numbers that take no whole blocks."""
+        return self._words(steps) % 4 != 0
+
+    def enter(self, steps: int) -> tuple[list[str], str, str]:
+        """Lines before a run of groups, whether there can be one, and the most groups it may have.
 
         Counters of the generator are split in 32-bit halves; within a run the upper one does not change.
         """
-        g, words = self.index, self._words(steps)
-        shift = 7 if self.per_word == _BITS else 2
+        g = self.index
+        per_block = 4 * self.per_word
         lines = [
-            f"q{g} = n * {self.count} >> {shift}",
+            f"n{g} = first{g} + k * {self.count}",
+            f"q{g} = n{g} // {per_block}",
             f"low{g}, high{g} = q{g}.to(tl.uint32), (stream{g} + 256 * (q{g} >> 32)).to(tl.uint32)",
         ]
-        if words % 4:
-            lines.append(f"w{g} = n * {self.count} >> 5")  # the index of the first word, whose place in a block varies
-        return lines, f"(({2**32} - (q{g} & {2**32 - 1})) * 4 - 4) // {words}"
+        if self._moving(steps):
+            lines.append(f"w{g} = n{g} // {_BITS}")  # index of the first word
+        start = self.per_word if self._moving(steps) else per_block
+        groups = f"(({2**32} - (q{g} & {2**32 - 1})) * 4 - 4) // {self._words(steps)}"
+        return lines, f"(n{g} % {start} == 0)", groups
 
     def turn(self, steps: int) -> list[str]:
         """Lines at the end of a group."""
         g, words = self.index, self._words(steps)
-        if words % 4 == 0:
-            return [f"low{g} += {words // 4}"]
-        return [f"w{g} += {words}", f"low{g} = (w{g} >> 2).to(tl.uint32)"]
+        if self._moving(steps):
+            return [f"w{g} += {words}", f"low{g} = (w{g} // 4).to(tl.uint32)"]
+        return [f"low{g} += {words // 4}"]
 
     def group(self, steps: int) -> Place:
         """Numbers of a group of steps."""
-        words = self._words(steps)
-        shift = f"(w{self.index} & 3)" if words % 4 else ""
+        shift = f"w{self.index} % 4" if self._moving(steps) else ""
         low, high = f"low{self.index}", f"high{self.index}"
-        return Place(self, words, math.gcd(words, 4), shift, lambda block: (_plus(low, block), high), [], "")
+        return Place(self, self._words(steps), shift, lambda block: (_plus(low, block), high), [], "")
 
     def single(self) -> Place:
         """Numbers of one step, wherever it starts."""
         g, m = self.index, self.count
-        start = [f"n{g} = n * {m}"]
+        start = [f"n{g} = first{g} + k * {m}", f"q{g} = n{g} // {4 * self.per_word}"]
         if self.per_word == 1:
-            start.append(f"q{g} = n{g} >> 2")
-            shift, words, stride, bit = f"(n{g} & 3)", m, math.gcd(m, 4), ""
-            if stride == 4:
-                shift = ""
+            shift, words, bit = f"n{g} % 4", m, ""
         else:
-            start.append(f"q{g} = n{g} >> 7")
-            shift, stride, bit = f"(n{g} >> 5 & 3)", 1, f"(n{g} & 31)"
-            words = -(-(m + _BITS - math.gcd(m, _BITS)) // _BITS)
-
+            shift, bit = f"n{g} // {_BITS} % 4", f"n{g} % {_BITS}"
+            words = (m + 2 * _BITS - 2) // _BITS
 
         def counter(block: int) -> tuple[str, str]:  # a step's blocks may lie on both sides of 2^32
             q = _plus(f"q{g}", block)
             return f"({q}).to(tl.uint32)", f"(stream{g} + 256 * ({q} >> 32)).to(tl.uint32)"
 
-        return Place(self, words, stride, shift, counter, start, bit)
+        return Place(self, words, shift, counter, start, bit)
 
 
 def _plus(name: str, offset: int) -> str:
@@ -117,8 +119,7 @@ class Place:
     Args:
         source: whose they are.
         words: words they take, from the first on.
-        stride: what the first one's place in its block is a multiple of.
-        shift: that place; empty if it is 0.
+        shift: the first one's place in its block; empty if it is 0.
         counter: for a block after the first, the lower half of its counter and the word that holds the upper half.
         start: lines that come first.
         bit: for two-point numbers, the first one's place in its word; empty if it is 0.
@@ -128,15 +129,12 @@ class Place:
         self,
         source: Source,
         words: int,
-        stride: int,
         shift: str,
         counter: Callable[[int], tuple[str, str]],
         start: list[str],
         bit: str,
     ) -> None:
         self._source, self._words, self._shift, self._counter, self._bit = source, words, shift, counter, bit
-        self._farthest = 4 - stride if shift else 0
-        self._stride = stride
         self._start = start
         self._blocks: set[int] = set()
         self._made: set[str] = set()
@@ -171,12 +169,9 @@ class Place:
         if name in self._made:
             return [], name
         self._made.add(name)
-        choices = [e + shift for shift in range(0, self._farthest + 1, self._stride)]
-        lines = [line for block in sorted({c // 4 for c in choices}) for line in self._block(block)]
-        names = [f"n{g}_{c}" for c in choices]
-        several = ", ".join(names)
-        picked = {1: several, 2: f"tl.where({self._shift} == 0, {several})"}
-        return [*lines, f"{name} = {picked.get(len(names), f'pick({self._shift}, {several})')}"], name
+        lines = [line for block in (e // 4, (e + 3) // 4) for line in self._block(block)]
+        choices = ", ".join(f"n{g}_{e + shift}" for shift in range(4))
+        return [*lines, f"{name} = pick({self._shift}, {choices})"], name
 
     def _block(self, block: int) -> list[str]:
         if block in self._blocks:

@@ -58,7 +58,7 @@ class TritonKernel:
         width: numbers saved for each path at a saving time.
         parameters: captured tensors that it reads, in the order in which it takes them.
         sources: sources of noise that it reads, likewise.
-        group: steps in a turn of the innermost loop.
+        group: steps in a turn of the innermost loop, or 0: it takes single ones.
     """
 
     source: str
@@ -238,9 +238,9 @@ class _Printer:
     # The kernel -------------------------------------------------------------------------------------------------
     def _trajectory(self) -> list[str]:
         pointers = ["x_in", "x_out", "table", "uniforms", *(f"p{i}" for i in self.parameters)]
-        integers = ["paths", "steps", "first_step"]
+        integers = ["paths", "steps"]
         for s in self.sources:
-            integers += [f"seed{s.index}", f"stream{s.index}", f"first_path{s.index}"]
+            integers += [f"seed{s.index}", f"stream{s.index}", f"first_path{s.index}", f"first{s.index}"]
         if self._saving:
             pointers += ["saves", "saved" if self.shape.keep else "moments"]
             integers.append("slots")
@@ -286,20 +286,23 @@ class _Printer:
 
     def _advance(self) -> list[str]:
         """From step ``k`` to step ``stop``."""
-        if self.group == 1:
+        if self.group == 0:
             body = [*self._single(), "k += 1"]
             return ["while k < stop:", *indented(body, 1)]
         p, columns = self.group, self._columns
         limits = [f"tl.minimum((stop - k) // {p}, {2**30})"]
-        start = ["n = first_step + k"]
+        start: list[str] = []
+        aligned: list[str] = []
         for s in self.sources:
-            lines, limit = s.enter(p)
+            lines, condition, limit = s.enter(p)
             start += lines
+            aligned.append(condition)
             limits.append(limit)
-        smallest = limits[0]
-        for limit in limits[1:]:
-            smallest = f"tl.minimum({smallest}, {limit})"
-        start.append(f"groups = tl.where(n & {p - 1} == 0, {smallest}, 0).to(tl.int32)")
+        start.append(f"groups = {limits[0]}")
+        start += [f"groups = tl.minimum(groups, {limit})" for limit in limits[1:]]
+        if aligned:
+            start.append(f"groups = tl.where({' & '.join(aligned)}, groups, 0)")
+        start.append("groups = groups.to(tl.int32)")
         if columns:
             start.append(f"at = table + k * {columns}")
         group: list[str] = []
@@ -321,9 +324,7 @@ class _Printer:
 
     def _single(self) -> list[str]:
         """One step, wherever in a block its numbers start."""
-        lines = ["n = first_step + k"] if self.sources else []
-        if self._columns:
-            lines.append(f"at = table + k * {self._columns}")
+        lines = [f"at = table + k * {self._columns}"] if self._columns else []
         return lines + self._call_step(0, {s.index: s.single() for s in self.sources})
 
     def _call_step(self, group_step: int, places: dict[int, Place]) -> list[str]:
