@@ -4,7 +4,7 @@
 once, in float64: fewer roundings, and half the multiplications of an Euler-Maruyama step. Division by what is known
 early becomes multiplication by its reciprocal, which has the same zeros, infinities and nans.
 
-``(y + x p) + x q`` becomes ``y + x (p + q)``, which rounds once less at the size of ``y``; other sums keep their order.
+Noise is finite, so a zero of a matrix diffusion takes no part in a step. ``(y + x p) + x q`` becomes ``y + x (p + q)``, which rounds once less at the size of ``y``; other sums keep their order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,22 @@ _LATE = STATE | PATH
 
 def rearranged(graph: Graph, roots: Iterable[Expression]) -> list[Expression]:
     """The same values up to rounding."""
-    return _sums(graph, _products(graph, list(roots)))
+    return _sums(graph, _products(graph, _without_zeros(graph, list(roots))))
+
+
+def _without_zeros(graph: Graph, roots: list[Expression]) -> list[Expression]:
+    """Products of a constant 0 with increments of noise, which would be nan if those were not finite."""
+    finite: set[int] = set()
+    new: dict[int, Expression] = {}
+    for e in topological(roots):
+        if e.op in ("noise", "time") or (e.op == "mul" and all(a.number in finite for a in e.args)):
+            finite.add(e.number)
+        zero = e.op == "mul" and any(a.op == "const" and a.data == 0 for a in e.args)
+        if zero and any(a.number in finite for a in e.args):
+            new[e.number] = graph.const(0, e.dtype)
+        else:
+            new[e.number] = graph.with_args(e, [new[a.number] for a in e.args]) if e.args else e
+    return [new[e.number] for e in roots]
 
 
 def _products(graph: Graph, roots: list[Expression]) -> list[Expression]:
