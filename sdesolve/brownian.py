@@ -117,7 +117,9 @@ class BrownianPath(AbstractNoise):
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, got {self.seed}")
         if self.kind not in get_args(Increments):
-            raise ValueError(f"increments must be one of {', '.join(map(repr, get_args(Increments)))}, got {self.kind!r}")
+            raise ValueError(
+                f"increments must be one of {', '.join(map(repr, get_args(Increments)))}, got {self.kind!r}"
+            )
 
     @property
     def plain(self) -> bool:

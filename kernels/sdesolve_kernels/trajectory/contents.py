@@ -155,7 +155,7 @@ class _Walk:
     def _class(self, kind: type) -> None:
         """Values and methods that instances of a user's class find on it."""
         for base in kind.__mro__:
-            if _is_foreign(base.__module__) or id(base) in self._seen and base is not kind:
+            if _is_foreign(base.__module__) or (id(base) in self._seen and base is not kind):
                 continue
             self._seen.setdefault(id(base), len(self._seen))
             for name, value in vars(base).items():
@@ -167,7 +167,9 @@ class _Walk:
                     value = value.fget
                 if isinstance(value, functools.cached_property):
                     value = value.func
-                if isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType | types.WrapperDescriptorType):
+                if isinstance(
+                    value, types.MemberDescriptorType | types.GetSetDescriptorType | types.WrapperDescriptorType
+                ):
                     continue
                 self.key.append(name)
                 self.visit(value)

@@ -116,9 +116,7 @@ class NumbaTrajectory(AbstractTrajectory):
         steps = len(launch.times) - 1
         blocks = -(-batch // kernel.lanes)
         table, uniforms = tables(plan, launch)
-        captured = [
-            contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)
-        ]
+        captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
         x1 = torch.empty_like(x0)
         saves = torch.tensor([*launch.saves, -1], dtype=torch.int64)
         slots = len(launch.saves)
@@ -153,7 +151,9 @@ class NumbaTrajectory(AbstractTrajectory):
             scratch = torch.empty(kernel.scratch + 64, dtype=torch.uint8)
             entry(address, -(-scratch.data_ptr() // 64) * 64, start, stop)
 
-        cost = kernel.lanes * steps * (0.1 * len(plan.states) + 0.5 * sum(map(math.prod, plan.program.signature.noises)))
+        cost = (
+            kernel.lanes * steps * (0.1 * len(plan.states) + 0.5 * sum(map(math.prod, plan.program.signature.noises)))
+        )
         split(work, blocks, max(1, int(_PIECE / max(cost, 1.0))))
         return Saved(x1, states, None if moments is None else combined(moments, kernel.lanes, batch))
 
@@ -167,8 +167,7 @@ def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
     dt = launch.times.diff()
     times = {"t0": launch.times[:-1], "t1": launch.times[1:], "dt": dt, "scale": dt.abs().sqrt()}
     shared = [
-        None if by_path else _on_host(c)
-        for c, by_path in zip(launch.captured, plan.program.by_path, strict=True)
+        None if by_path else _on_host(c) for c, by_path in zip(launch.captured, plan.program.by_path, strict=True)
     ]
     values = evaluate([*plan.columns, *plan.uniforms], times, launch.rows, shared)
     n = len(plan.columns)
@@ -197,5 +196,3 @@ def contiguous(c: Tensor, dtype: torch.dtype) -> Tensor:
     """As generated code reads it: in order, whole numbers as int64."""
     c = c.detach().contiguous()
     return c.to(torch.int64) if dtype == torch.int32 else c
-
-

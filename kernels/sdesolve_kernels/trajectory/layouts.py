@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -389,3 +390,56 @@ def cumulative(tracer: Tracer, func: Any, a: Traced, dim: int, *, dtype: torch.d
     for i in range(1, len(out)):
         out[i] = apply(lambda x, y: tracer.graph.op(name, x, y), out[i - 1], out[i])
     return tracer.traced(np.moveaxis(out, 0, dim), dtype)
+
+
+def _spread(tracer: Tracer, a: Traced, dim: Any, correction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance along some axes, which are kept with length 1; two passes, as torch."""
+    g, name, axes = tracer.graph, dtype_name(a.dtype), _axes(a, dim)
+    count = math.prod(a.shape[i] for i in axes)
+
+    def average(e: np.ndarray, n: float) -> np.ndarray:
+        scale = g.const(1.0 / n if n > 0 else float("nan"), name)
+        return apply(lambda s: g.op("mul", s, scale), _reduced(e, axes, True, _chain(tracer, "add", 0.0, name)))
+
+    mean = average(a.elements, count)
+    apart = apply(lambda x, m: g.op("sub", x, m), a.elements, mean)
+    return mean, average(apply(lambda d: g.op("mul", d, d), apart), count - correction)
+
+
+def _spread_of(result: str) -> Callable[..., Any]:
+    def handler(
+        tracer: Tracer, func: Any, a: Traced, dim: Any = None, *args: Any, correction: float | None = 1, **options: Any
+    ) -> Any:
+        if isinstance(dim, bool):  # the oldest form: var(unbiased)
+            dim, args = None, (dim, *args)
+        keepdim = bool(options.get("keepdim", False))
+        for i, flag in enumerate(args):  # unbiased, keepdim
+            correction, keepdim = (float(flag), keepdim) if i == 0 else (correction, bool(flag))
+        mean, variance = _spread(tracer, a, dim, 1.0 if correction is None else correction)
+        out = {"mean": mean, "var": variance}
+        if "std" in result:
+            out["std"] = apply(lambda v: tracer.graph.op("sqrt", v), variance)
+        shaped = [out[k] if keepdim else out[k].squeeze(_axes(a, dim)) for k in result.split("_")]
+        made = [tracer.traced(e, a.dtype) for e in shaped]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    return handler
+
+
+for _result in ("var", "std", "var_mean", "std_mean"):
+    HANDLERS[_result] = _spread_of(_result)
+
+
+@handles("native_layer_norm")
+def layer_norm(
+    tracer: Tracer, func: Any, a: Traced, shape: Sequence[int], weight: Traced | None, bias: Traced | None, eps: float
+) -> tuple[Traced, Traced, Traced]:
+    g, name = tracer.graph, dtype_name(a.dtype)
+    mean, variance = _spread(tracer, a, list(range(-len(shape), 0)), 0.0)
+    one, small = g.const(1.0, name), g.const(eps, name)
+    scale = apply(lambda v: g.op("div", one, g.op("sqrt", g.op("add", v, small))), variance)
+    out = apply(lambda x, m, s: g.op("mul", g.op("sub", x, m), s), a.elements, mean, scale)
+    for name_of, factor in (("mul", weight), ("add", bias)):
+        if factor is not None:
+            out = apply(functools.partial(g.op, name_of), out, factor.elements)
+    return tracer.traced(out, a.dtype), tracer.traced(mean, a.dtype), tracer.traced(scale, a.dtype)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import final
 
 from sdesolve_kernels.trajectory.expressions import Expression, topological
+from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
+from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented, needed
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
 __all__ = ["NumbaKernel", "numba_kernel"]
@@ -91,7 +92,7 @@ class _Printer:
         signature = plan.program.signature
         self.plan, self.dtype = plan, dtype_name(signature.dtype)
         self.increments = increments
-        self.lanes = _LANES[self.dtype]
+        self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
         self.rows = 0
         self.state = [self._row() for _ in plan.states]
         self.invariant = [self._row() for _ in plan.invariants]
@@ -144,6 +145,7 @@ class _Printer:
         block += self._store()
         body += indented(block, 1)
         itemsize = 4 if self.dtype == "float32" else 8
+        size = self.rows * self.lanes * itemsize
         head = [
             '"""A trajectory kernel, generated: state in rows of s, one column per path of a block."""',
             "",
@@ -151,6 +153,7 @@ class _Printer:
             "",
             f"REAL = {_kind(self.dtype)}",
             f"LANES = {self.lanes}  # paths in a block",
+            f"WORDS = {size}  # bytes before the generator's words",
             f"CARRIED = {len(plan.states)}  # numbers carried from step to step",
             "",
             "",
@@ -161,7 +164,7 @@ class _Printer:
             "    paths, steps, saves = a[4], a[5], whole(a[6])",
             "    saved, moments, blocks = real(a[7]), double(a[8]), a[9]",
             "    noise, pointers = whole(a[10]), whole(a[11])",
-            f"    s, words = real(scratch), word(scratch + {self.rows * self.lanes * itemsize})",
+            "    s, words = real(scratch), word(scratch + WORDS)",
         ]
         head = [line.replace("real(", f"pointer_{self.dtype}(") for line in head]
         used = sorted(
@@ -196,10 +199,10 @@ class _Printer:
         """As it is kept in a row."""
         return self.plan.program.graph.cast(e, self.dtype)
 
-    def _reads(self, roots: Sequence[Expression]) -> list[str]:
-        """Lines that read the leaves of some expressions from their rows."""
+    def _reads(self, roots: Sequence[Expression], known: dict[int, str]) -> list[str]:
+        """Lines that read what some expressions start from out of its rows, besides what is ``known``."""
         lines: dict[str, str] = {}
-        for e in topological(roots):
+        for e in needed(roots, known):
             match e.op:
                 case "state":
                     lines[f"x{e.data[1]}"] = self._at(self.state[e.data[1]])
@@ -246,13 +249,62 @@ class _Printer:
 
     def _words(self, source: int) -> str:
         """Address of the words that a source of signs keeps."""
-        itemsize = 4 if self.dtype == "float32" else 8
-        return f"scratch + {self.rows * self.lanes * itemsize + (1 + source) * 4 * self.lanes * 4}"
+        return f"scratch + WORDS + {(1 + source) * 4 * self.lanes * 4}"
 
     def _compute(self, targets: list[tuple[str, Expression]]) -> list[str]:
+        """Loops over lanes that assign expressions to rows.
+
+        One loop, if there is no matrix product. Otherwise one up to each depth of products, which leaves the vectors to
+        be multiplied, and whatever later loops need, in rows of their own; the targets are written by the last.
+        """
         targets = [(t, e) for t, e in targets if not (e.op == "state" and t == self._at(self.state[e.data[1]]))]
-        body = self._reads([e for _, e in targets]) + self.writer.lines(targets)
-        return ["for l in range(LANES):", *indented(body, 1)] if targets else []
+        if not targets:
+            return []
+        depth = _depths([e for _, e in targets])
+        order = topological(e for _, e in targets)
+        last = max(depth[e.number] for _, e in targets)
+        kept: dict[int, str] = {}
+        lines: list[str] = []
+        for level in range(last + 1):
+            products = [e for e in order if e.op == "product" and depth[e.number] == level]
+            here: list[tuple[str, Expression]] = []
+            calls: list[str] = []
+            for e in products:
+                vector, result = self._rows(len(e.args)), self._rows(e.data.rows)
+                here += [(self._at(vector + i), a) for i, a in enumerate(e.args)]
+                calls.append(self._product(e.data, vector, result))
+                for i in range(e.data.rows):
+                    element = self.plan.program.graph.element(e, i)
+                    kept[element.number] = self._at(result + i)
+            later = {
+                a.number: a
+                for e in order
+                if depth[e.number] > level and e.op != "element"
+                for a in e.args
+                if depth[a.number] == level and a.args and a.number not in kept and a.op != "product"
+            }
+            stores = {a.number: self._at(self._row()) for a in later.values()}
+            here += [(stores[n], a) for n, a in later.items()]
+            here += targets if level == last else []
+            known = {n: f"y{n}" for n in kept}
+            reads = [
+                f"y{n} = {kept[n]}"
+                for n in sorted({e.number for e in needed([e for _, e in here], known)} & kept.keys())
+            ]
+            body = reads + self._reads([e for _, e in here], known) + self.writer.lines(here, known)
+            lines += ["for l in range(LANES):", *indented(body, 1), *calls]
+            kept |= stores
+        return lines
+
+    def _rows(self, count: int) -> int:
+        self.rows += count
+        return self.rows - count
+
+    def _product(self, m: Matrix, vector: int, result: int) -> str:
+        return (
+            f"product(s, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, {m.offset}, {m.rows}, {m.columns}, "
+            f"{m.down}, {m.across}, LANES)"
+        )
 
     def _save(self, width: int) -> list[str]:
         """The state, or what is observed of it, to its place or into the moments."""
@@ -260,8 +312,6 @@ class _Printer:
         lines: list[str] = []
         if self.plan.program.observed_shape is not None:
             rows = self.observed
-            used = sorted({e.data for e in topological(self.plan.observed) if e.op == "column"})
-            assert not used, "an observation does not depend on time"
             lines += self._compute([(self._at(r), e) for r, e in zip(rows, self.plan.observed, strict=True)])
         start = rows[0] * self.lanes if rows else 0
         lines += [
@@ -275,6 +325,14 @@ class _Printer:
 
     def _store(self) -> list[str]:
         return [f"keep(x_out, first * {self._carried()}, s, 0, {self._carried()}, lanes, LANES)"]
+
+
+def _depths(roots: Sequence[Expression]) -> dict[int, int]:
+    """How many matrix products lie one behind the other below each expression."""
+    depth: dict[int, int] = {}
+    for e in topological(roots):
+        depth[e.number] = max((depth[a.number] for a in e.args), default=0) + (e.op == "element")
+    return depth
 
 
 def _natural(item: tuple[str, str]) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from typing import final
 
 from sdesolve_kernels.trajectory.expressions import Expression, topological
 
-__all__ = ["AbstractDialect", "Writer", "indented"]
+__all__ = ["AbstractDialect", "Writer", "indented", "needed"]
 
 _OPERATORS = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
@@ -55,7 +55,7 @@ class Writer:
             known: names of expressions that have been computed already; grows.
         """
         known = {} if known is None else known
-        order = _needed([e for _, e in roots], known)
+        order = needed([e for _, e in roots], known)
         uses = Counter(a.number for e in order for a in e.args)
         uses.update(e.number for _, e in roots)
         text: dict[int, str] = {}
@@ -121,7 +121,7 @@ class Writer:
         return self._dialect.call("fma", [_stripped(x), _stripped(y), _stripped(z)], e.dtype)
 
 
-def _needed(roots: Iterable[Expression], known: dict[int, str]) -> list[Expression]:
+def needed(roots: Iterable[Expression], known: dict[int, str]) -> list[Expression]:
     """Topological order that stops at what is known."""
     if not known:
         return topological(roots)

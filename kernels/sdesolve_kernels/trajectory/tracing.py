@@ -12,6 +12,7 @@ values that ``Tensor.numpy()`` reads while tracing for constants, and it knows n
 from __future__ import annotations
 
 import itertools
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -145,12 +146,12 @@ class Tracer(TorchDispatchMode):
         leaf = self.graph.leaf
         shape = tuple(tensor.shape)
         if by_path:
-            count = int(np.prod(shape[1:], dtype=np.int64))
+            count = math.prod(shape[1:])
             flat = [leaf("path", (r, index, i), name) for r in range(self.rows) for i in range(count)]
             shape = (self.rows, *shape[1:])
         else:
-            if tensor.numel() > _LARGEST_INPUT:
-                raise Unsupported(f"it uses a tensor of shape {shape}, with too many entries for a generated kernel")
+            if sum(t.numel() for t in (*self.captured, tensor)) > _MOST_INPUTS:
+                raise Unsupported("the tensors that it uses have too many entries for a generated kernel")
             flat = [leaf("shared", (index, i), name) for i in range(tensor.numel())]
         elements = filled(flat, shape)
         elements.flags.writeable = False
@@ -174,6 +175,8 @@ class Tracer(TorchDispatchMode):
             raise Unsupported(
                 f"it draws random numbers ({name}); all noise comes from the solver's increments", user_line()
             )
+        if len(self.graph) > _MOST_EXPRESSIONS:
+            raise Unsupported("its step has too many operations for a generated kernel")
         flat, spec = tree_flatten((args, kwargs))
         if not any(isinstance(a, Tensor) for a in flat):
             return self._factory(func, args, kwargs)
@@ -223,7 +226,8 @@ class Tracer(TorchDispatchMode):
         target.elements[...] = cast(self.graph, value.elements, dtype_name(target.dtype))
 
 
-_LARGEST_INPUT = 1 << 17
+_MOST_INPUTS = 1 << 16  # entries of tensors that all paths share; a larger network runs better as matrix products
+_MOST_EXPRESSIONS = 400_000
 
 
 def filled(flat: Sequence[Expression], shape: tuple[int, ...]) -> np.ndarray:
