@@ -188,6 +188,7 @@ def _build(task: Task, held: Contents, table: Table | None) -> _Kernel:
     state = tuple(x0.shape[1:])
     columns = 0
     calls = 0
+    noises: tuple[tuple[int, ...], ...]
     step: Callable[[Inputs], Sequence[Tensor]]
     if table is not None and isinstance(task.solver, AbstractTabulated):
         columns = _row_numbers(table).shape[1]

@@ -50,7 +50,9 @@ def shared_matrix(elements: np.ndarray) -> Matrix | None:
     parameter, offset = first.data
     if elements[1, 0].op != "shared" or elements[0, 1].op != "shared":
         return None
-    made = Matrix(parameter, offset, *elements.shape, elements[1, 0].data[1] - offset, elements[0, 1].data[1] - offset)
+    rows, columns = elements.shape
+    down, across = elements[1, 0].data[1] - offset, elements[0, 1].data[1] - offset
+    made = Matrix(parameter, offset, rows, columns, down, across)
     for (i, j), e in np.ndenumerate(elements):
         if e.op != "shared" or e.data != (parameter, made.entry(i, j)):
             return None

@@ -302,8 +302,8 @@ class _Printer:
 
     def _product(self, m: Matrix, vector: int, result: int) -> str:
         return (
-            f"product(s, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, {m.offset}, {m.rows}, {m.columns}, "
-            f"{m.down}, {m.across}, LANES)"
+            f"product(s, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, {m.offset}, {m.rows}, "
+            f"{m.columns}, {m.down}, {m.across}, LANES)"
         )
 
     def _save(self, width: int) -> list[str]:

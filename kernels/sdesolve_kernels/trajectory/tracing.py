@@ -70,17 +70,17 @@ class Traced(Tensor):
     @staticmethod
     def __new__(cls, elements: np.ndarray, dtype: torch.dtype, tracer: Tracer) -> Traced:
         strides = [s // elements.itemsize for s in elements.strides]
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, elements.shape, strides=strides, dtype=dtype, device=tracer.device
-        )
+        made = Tensor._make_wrapper_subclass(cls, elements.shape, strides=strides, dtype=dtype, device=tracer.device)
         made.elements, made.tracer = elements, tracer
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         for a in tree_flatten((args, kwargs or {}))[0]:
             if isinstance(a, Traced):
                 return a.tracer.run(func, args, kwargs or {})
