@@ -40,13 +40,14 @@ class Model:
     params: Callable[[int, torch.device], Tensor] | None = None
     solver: Callable[[], Any] = sds.EulerMaruyama
 
-    def solve(self, paths: int, steps: int, device: torch.device | str = "cpu", **options: Any) -> sds.Solution:
+    def solve(self, paths: int, steps: int | None = None, device: torch.device | str = "cpu", **options: Any) -> sds.Solution:
         """One run through the public function."""
         device = torch.device(device)
         if self.params is not None:
             options["params"] = self.params(paths, device)
         options = {"solver": self.solver(), "seed": 0, **options}
-        return sds.solve(self.sde(device), self.start(paths, device), *self.span, steps, **options)
+        span = () if "grid" in options else (*self.span, steps or self.steps)
+        return sds.solve(self.sde(device), self.start(paths, device), *span, **options)
 
 
 def _same(*x0: float) -> Callable[[int, torch.device], Tensor]:

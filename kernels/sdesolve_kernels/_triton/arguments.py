@@ -31,13 +31,18 @@ _FLAGS = {"seed": 1, "first_path": 2, "step": 4, "row": 8}
 
 
 class Launch(NamedTuple):
-    """One kernel launch: what a recorder sees in place of the device."""
+    """One kernel launch: what a recorder sees in place of the device.
+
+    ``fp_fusion``: whether the compiler may form multiply-adds. ``path_steps``: of a generated trajectory, paths of a
+    thread times steps in a turn of its innermost loop.
+    """
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
     num_warps: int
     fp_fusion: bool = True
+    path_steps: int = 0
 
 
 _recorder: list[Launch] | None = None

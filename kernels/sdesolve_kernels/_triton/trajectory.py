@@ -84,15 +84,21 @@ def run(
         arguments.append(slots)
     grid = (-(-paths // kernel.shape.lanes), 1, 1)
     function = load(kernel.source)
-    if record(lambda: Launch(function, grid, dict(zip(function.arg_names, arguments, strict=True)), kernel.shape.warps, False)):
+    warps = kernel.shape.warps
+
+    def launch() -> Launch:
+        named = dict(zip(function.arg_names, arguments, strict=True))
+        return Launch(function, grid, named, warps, False, max(kernel.group, 1) * kernel.shape.lanes // (32 * warps))
+
+    if record(launch):
         return
     if INTERPRETED:
-        function[grid](*arguments, num_warps=kernel.shape.warps, **_OPTIONS)
+        function[grid](*arguments, num_warps=warps, **_OPTIONS)
         return
     with torch.cuda.device(x_in.device):
         key = kernel.source, torch.cuda.current_device()
         compiled = _compiled.get(key)
         if compiled is None:
-            options = {"num_warps": kernel.shape.warps, **_OPTIONS}
+            options = {"num_warps": warps, **_OPTIONS}
             compiled = _compiled[key] = function.warmup(*arguments, **options, grid=grid)
         compiled[grid](*arguments)

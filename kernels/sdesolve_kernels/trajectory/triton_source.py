@@ -23,7 +23,7 @@ from sdesolve_kernels.trajectory.triton_noise import Place, Source, period
 
 __all__ = ["Shape", "TritonKernel", "triton_kernel"]
 
-_MOST_ENTRIES = 8192  # of all matrices kept whole: each is a load and a multiply-add in the source
+_MOST_ENTRIES = 4608  # of all matrices kept whole: each is a load and a multiply-add in the source
 _LINE = 116
 
 
