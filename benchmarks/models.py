@@ -11,10 +11,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any, final
 
-import sdesolve as sds
 import torch
-from sdesolve.sde import AbstractSDE
 from torch import Tensor
+
+import sdesolve as sds
+from sdesolve.sde import AbstractSDE
 
 __all__ = ["MODELS", "Model", "stress_parameters"]
 
@@ -40,18 +41,32 @@ class Model:
     params: Callable[[int, torch.device], Tensor] | None = None
     solver: Callable[[], Any] = sds.EulerMaruyama
 
-    def solve(self, paths: int, steps: int | None = None, device: torch.device | str = "cpu", **options: Any) -> sds.Solution:
+    def early(self, steps: int) -> Tensor:
+        """The first times of a full-size run's grid."""
+        first, last = self.span
+        return first + (last - first) * torch.arange(steps + 1, dtype=torch.float64) / self.steps
+
+    def solve(
+        self, paths: int, steps: int | None = None, device: torch.device | str = "cpu", **options: Any
+    ) -> sds.Solution:
         """One run through the public function."""
-        device = torch.device(device)
+        device, dtype = torch.device(device), options.pop("dtype", torch.float32)
         if self.params is not None:
             options["params"] = self.params(paths, device)
         options = {"solver": self.solver(), "seed": 0, **options}
         span = () if "grid" in options else (*self.span, steps or self.steps)
-        return sds.solve(self.sde(device), self.start(paths, device), *span, **options)
+        return sds.solve(self.sde(device), self.start(paths, device).to(dtype), *span, **options)
 
 
 def _same(*x0: float) -> Callable[[int, torch.device], Tensor]:
     return lambda paths, device: torch.tensor(x0, device=device).repeat(paths, 1)
+
+
+def _normal(width: int) -> Callable[[int, torch.device], Tensor]:
+    def start(paths: int, device: torch.device) -> Tensor:
+        return torch.randn(paths, width, generator=torch.Generator().manual_seed(0)).to(device)
+
+    return start
 
 
 # Bacterial stress response ---------------------------------------------------------------------------------------
@@ -65,8 +80,8 @@ _GRIDS = (
 
 def stress_parameters(points: int) -> Tensor:
     """``(1680 points^2, 6)``: S and D on so many points each between 0.1 and 100, with every tau, v0, n and eta."""
-    axis = torch.logspace(-1, 2, points).tolist()
-    return torch.tensor(list(itertools.product(axis, axis, *_GRIDS)))
+    axis = torch.logspace(-1, 2, points)
+    return torch.cartesian_prod(axis, axis, *(torch.tensor(values) for values in _GRIDS))
 
 
 def _stress_params(paths: int, device: torch.device) -> Tensor:
@@ -158,6 +173,6 @@ MODELS = {
         (0.0, 10.0), 2000,
     ),
     "mixture": Model(
-        _mixture_reverse, lambda paths, device: torch.randn(paths, 2, device=device), (1.0, 1e-3), 256
+        _mixture_reverse, _normal(2), (1.0, 1e-3), 256
     ),
 }  # fmt: skip

@@ -56,7 +56,9 @@ def figures(launch: Launch, architecture: int, itemsize: int) -> Row:
     from ._triton import aot
 
     counting = Path(aot.__file__).read_bytes()
-    content = f"{aot.source(launch).hash()} {aot.TRITON_VERSION} {architecture} {itemsize} {launch.num_warps} {launch[4:]}"
+    content = (
+        f"{aot.source(launch).hash()} {aot.TRITON_VERSION} {architecture} {itemsize} {launch.num_warps} {launch[4:]}"
+    )
     file = _cache_folder() / f"{hashlib.sha256(content.encode() + counting).hexdigest()}.json"
     try:
         found: Row = json.loads(file.read_text())

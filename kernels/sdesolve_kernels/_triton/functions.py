@@ -70,6 +70,7 @@ def _by_torch(function: Any) -> Any:
 
 
 if isinstance(minimum, JITFunction):
+
     @triton.jit
     def acos(x):
         return libdevice.acos(x)
@@ -143,7 +144,9 @@ if isinstance(minimum, JITFunction):
         return libdevice.atan2(y, x)
 
 else:
-    acos, asin, atan, cos, cosh, erf = map(_by_torch, (torch.acos, torch.asin, torch.atan, torch.cos, torch.cosh, torch.erf))
+    acos, asin, atan, cos, cosh, erf = map(
+        _by_torch, (torch.acos, torch.asin, torch.atan, torch.cos, torch.cosh, torch.erf)
+    )
     exp, expm1, log, log1p, sin = map(_by_torch, (torch.exp, torch.expm1, torch.log, torch.log1p, torch.sin))
     sinh, tan, tanh, trunc, nearest = map(_by_torch, (torch.sinh, torch.tan, torch.tanh, torch.trunc, torch.round))
     power, atan2 = map(_by_torch, (torch.pow, torch.atan2))

@@ -44,9 +44,7 @@ class TritonTrajectory(AbstractTrajectory):
         table, uniforms = tables(plan, launch)
         steady = bool(plan.columns) and steps > 0 and torch.equal(table, table[:1].expand_as(table))
         keep, moments = slots > 0 and not launch.moments, slots > 0 and launch.moments
-        kernel = self._kernel(
-            shape_for(batch, self._operations, keep=keep, moments=moments, steady=steady)
-        )
+        kernel = self._kernel(shape_for(batch, self._operations, keep=keep, moments=moments, steady=steady))
         self.source = kernel.source
         table, uniforms = _moved(table[:1] if steady else table, uniforms, device)
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]

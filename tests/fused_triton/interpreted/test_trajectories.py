@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import sdesolve as sds
 import torch
 from sdesolve_kernels import dispatch, use_backend
 from sdesolve_kernels._triton import trajectory as launcher
 from sdesolve_kernels.trajectory.triton_source import Shape
+
+import sdesolve as sds
 
 # Normals agree within this (kernels/README.md), and enter a state a few times over.
 NOISE = {torch.float32: 1e-5, torch.float64: 2e-14}
@@ -185,7 +186,9 @@ def test_a_large_step_takes_single_steps_only():
         return x
 
     sde = sds.SDE(rough, lambda x, t: 0.1 * x, noise="diagonal")
-    ours = assert_same(sde, start(2, 4), 0.0, 0.1, 3, solver=sds.EulerMaruyama(), noise=sds.BrownianPath(0, first_step=1))
+    ours = assert_same(
+        sde, start(2, 4), 0.0, 0.1, 3, solver=sds.EulerMaruyama(), noise=sds.BrownianPath(0, first_step=1)
+    )
     assert "for _ in range" not in ours.stats.source
 
 
