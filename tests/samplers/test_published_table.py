@@ -1,9 +1,9 @@
 """Relative Wasserstein distances on a Gaussian with a decaying spectrum, worked out independently of this library.
 
-EDM with data ``N(0, diag(lam))``, ``lam_k = c k^-2`` for k = 1 ... 256 with mean 1/4; a Karras grid of n points from 80 to
-0.002, then 0, where the last step is the denoiser's output; start ``N(0, 80^2 I)``. Figures without a star in
-reference tables of Pierret and Galerne's recursion (ICML 2025) are to be met within 1%, those with one, at the floor that
-the start sets, within 3%.
+EDM with data ``N(0, diag(lam))``, ``lam_k = c k^-2`` for k = 1 ... 256 with mean 1/4; a Karras grid of n points from 80
+to 0.002, then 0, where the last step is the denoiser's output; start ``N(0, 80^2 I)``. The figures come from the
+recursion of Pierret and Galerne (ICML 2025), written scheme by scheme. They are to be met within 1%, and within 3% at
+the floor that the start sets.
 """
 
 from __future__ import annotations
