@@ -87,7 +87,7 @@ class AbstractRungeKutta(AbstractTabulated):
         end = torch.full_like(here.times, p.process.t_max)
         rho = torch.where(churned, gain * here.rho, here.rho)
         t = p.time_of(-rho.log(), here.times, end)
-        return torch.where(churned & (here.times < end), t, here.times)
+        return torch.where(churned, t, here.times)
 
 
 class AbstractChurned(AbstractRungeKutta):

@@ -42,6 +42,22 @@ def test_a_grid_to_zero_ends_with_tweedie(solver, process):
     torch.testing.assert_close(to_zero, denoised, rtol=1e-8, atol=1e-9)
 
 
+def test_nothing_is_left_to_denoise_at_zero_noise():
+    """Where the score of data without density does not exist, and one evaluation more would be one too many."""
+    process, seen = sds.EDM(), []
+    exact = sds.Gaussian(torch.tensor([0.5, 2.0]), torch.zeros(2)).score(process)
+
+    def score(x, t):
+        seen.append(float(t))
+        return exact(x, t)
+
+    grid = torch.cat([process.time_grid(9), ZERO])
+    x = sds.sample(process, score, (4, 2), grid=grid, solver=sds.DPMSolverPP(2), seed=0, dtype=torch.float64)
+    torch.testing.assert_close(x, torch.tensor([0.5, 2.0], dtype=torch.float64).expand(4, 2))
+    assert len(seen) == 10
+    assert min(seen) > 0
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("solver", SAMPLERS, ids=repr)
 def test_evaluations_are_as_stated_and_inside_the_grid(solver, backend):

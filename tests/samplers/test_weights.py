@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def equation(process, solver, score):
 @settings(max_examples=60)
 def test_exponential_moments_are_their_integrals(eta, m):
     got = float(exponential_moments(torch.tensor([eta], dtype=torch.float64), 5)[0, m])
-    expected, _ = quad(lambda u: eta * 2.718281828459045 ** (-eta * (1 - u)) * u**m, 0, 1, epsabs=1e-13, epsrel=1e-12)
+    expected, _ = quad(lambda u: eta * math.exp(-eta * (1 - u)) * u**m, 0, 1, epsabs=1e-13, epsrel=1e-12)
     assert got == pytest.approx(expected, rel=2e-10, abs=1e-13)
 
 
@@ -122,7 +124,7 @@ def test_edm_heun_is_the_published_algorithm():
     process, data = sds.EDM(), sds.Gaussian(torch.zeros(3), torch.tensor([1.0, 0.3, 2.0]))
     score = data.score(process)
     t = torch.cat([process.time_grid(6), torch.zeros(1, dtype=torch.float64)]).tolist()
-    churn, low, high, extra = 3.0, 0.05, 50.0, 1.003
+    churn, low, high, extra = 3.0, 0.05, 10.0, 1.003
     z = sds.BrownianPath(3).increments(torch.arange(8.0), (4, 3), dtype=torch.float64)
     x = x0 = process.sample_prior((4, 3), seed=1, dtype=torch.float64)
     for k in range(7):
@@ -139,24 +141,56 @@ def test_edm_heun_is_the_published_algorithm():
     torch.testing.assert_close(sol.x1, x, rtol=1e-10, atol=1e-10)
 
 
-def test_unipc_in_one_row_is_predict_evaluate_correct():
-    """The algorithm step by step, with the state that is corrected and the prediction kept apart."""
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc_in_one_row_is_predict_evaluate_correct(variant):
+    """Zhao et al. 2023, order 2, written out with the corrected state and the prediction kept apart."""
     process, data = sds.VP(), sds.Gaussian(torch.zeros(3), torch.tensor([1.0, 0.3, 2.0]))
-    score, solver, times = data.score(process), sds.UniPC(2), process.time_grid(8)
-    sde = process.probability_flow(score)
-    p = Schedule.of(solver, sde, times)
-    w, v = solver.predicting(p), solver.correcting(p)
+    score, times = data.score(process), process.time_grid(8)
+    alpha, sigma, lam = process.alpha(times), process.sigma(times), 0.5 * process.log_snr(times)
+    h = lam.diff()
+    B = h if variant == "bh1" else 1 - (-h).exp()
     y = x = x0 = process.sample_prior((4, 3), seed=1, dtype=torch.float64)
     D = []
     for k in range(8):
         D.insert(0, score.denoise(y, times[k]))
+        if k:  # correct x, which so far is the state at the start of step k - 1
+            linear = sigma[k] / sigma[k - 1] * x + alpha[k] * (1 - (-h[k - 1]).exp()) * D[1]
+            if k == 1:
+                x = linear + 0.5 * alpha[k] * B[0] * (D[0] - D[1])
+            else:
+                r = -h[k - 2] / h[k - 1]
+                R = torch.tensor([[1.0, 1.0], [r, 1.0]], dtype=torch.float64)
+                hh = -float(h[k - 1])
+                phi1 = (math.exp(hh) - 1) / hh - 1
+                phi2 = phi1 / hh - 0.5
+                rho = torch.linalg.solve(R, torch.tensor([phi1, 2 * phi2], dtype=torch.float64) / -B[k - 1])
+                x = linear - alpha[k] * -B[k - 1] * (rho[0] * (D[2] - D[1]) / r + rho[1] * (D[0] - D[1]))
+        y = sigma[k + 1] / sigma[k] * x + alpha[k + 1] * (1 - (-h[k]).exp()) * D[0]
         if k:
-            a = p.sigma[k] / p.sigma[k - 1]
-            x = a * x + sum(c * d for c, d in zip(v[k - 1], D, strict=False))
-        y = p.sigma[k + 1] / p.sigma[k] * x + sum(c * d for c, d in zip(w[k], D, strict=False))
-    got = sds.solve(sde, x0, grid=times, solver=solver)
+            y = y + 0.5 * alpha[k + 1] * B[k] * (D[0] - D[1]) * h[k] / h[k - 1]
+    got = sds.solve(process.probability_flow(score), x0, grid=times, solver=sds.UniPC(2, variant))
     assert got.stats.nfe == 8
     torch.testing.assert_close(got.x1, y, rtol=1e-10, atol=1e-10)
+
+
+def test_deis_integrates_its_polynomial_in_time():
+    """Zhang and Chen 2023, eq. 15, by adaptive quadrature: ``int prod_j (t - t_j) / (t_i - t_j) drho``."""
+    process = sds.VP()
+    times = process.time_grid(5)
+    row = sds.DEIS(3).table(process.probability_flow(lambda x, t: -x), times).rows[0][4]
+    t = times.tolist()
+
+    def slope(u):  # d rho / dt = g^2 / (2 alpha sigma)
+        return float(process.squared_diffusion(u) / (2 * process.alpha(u) * process.sigma(u)))
+
+    def weight(i):
+        others = [j for j in (4, 3, 2) if j != i]
+        return lambda u: slope(u) * math.prod((u - t[j]) / (t[i] - t[j]) for j in others)
+
+    for column, i in enumerate((4, 3, 2), start=1):
+        integral, _ = quad(weight(i), t[4], t[5], epsabs=1e-12, epsrel=1e-11, limit=200)
+        expected = -float(process.alpha(t[5]) * process.sigma(t[i])) * integral
+        assert float(row[column]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_first_orders_coincide():
