@@ -85,7 +85,9 @@ def fitted_order(solver, process, stochasticity, counts):
 @pytest.mark.parametrize(("solver", "order"), DETERMINISTIC, ids=repr)
 def test_order_on_the_flow(solver, order, process):
     assert solver.ode_order == order
-    assert fitted_order(solver, process, 0.0, (128, 256, 512)) == pytest.approx(order, abs=0.15)
+    slow = isinstance(solver, (sds.DEIS, sds.LinearMultistep)) and order > 2  # to come close to its order
+    counts = (128, 256, 512) if slow else (64, 128, 256)
+    assert fitted_order(solver, process, 0.0, counts) == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
