@@ -79,7 +79,7 @@ def sample(
     if cuda_graph:
         where = torch.empty(0, device=device).device
         key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
-        if not isinstance(path, BrownianPath) or path.substeps != 1 or path.first_step:
+        if not isinstance(path, BrownianPath) or not path.plain or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
 
         def straight() -> StraightSampler:

@@ -76,7 +76,7 @@ def equation(process, solver):
 def test_rows_by_kernel_are_rows_in_torch(solver, process, dtype):
     sde, grid = equation(process, solver), process.time_grid(12)
     x0 = process.sample_prior((5, 3), seed=1, dtype=dtype)
-    a = sds.solve(sde, x0, grid=grid, solver=solver, seed=0)
+    a = sds.solve(sde, x0, grid=grid, solver=solver, seed=0, backend="kernel")
     b = sds.solve(sde, x0, grid=grid, solver=solver, seed=0, backend="eager")
     assert (a.stats.backend, b.stats.backend) == ("kernel", "eager")
     assert a.stats.nfe == b.stats.nfe == 12 * solver.evaluations
