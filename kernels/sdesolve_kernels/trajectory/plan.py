@@ -101,7 +101,7 @@ class _Hoisted:
         if e.op == "const" or e.depends & self._stops:
             return False
         # A uniform is a number already; only what a path's own parameters take part in is worth a place for each path.
-        return self._names[0] != "invariant" or bool(e.depends & PATH)
+        return self._names[0] != "invariant" or (bool(e.depends & PATH) and e.op not in ("product", "element"))
 
     def _late_first(self, roots: Iterable[Expression], early: set[int]) -> list[Expression]:
         """Topological order that does not enter what is known early."""
