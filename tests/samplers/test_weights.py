@@ -136,7 +136,9 @@ def test_edm_heun_is_the_published_algorithm():
         if t[k + 1] > 0:
             x = x_hat + (t[k + 1] - t_hat) * 0.5 * (d + (x - score.denoise(x, t[k + 1])) / t[k + 1])
     solver = sds.EDMHeun(churn, (low, high), extra)
-    sol = sds.solve(process.reverse(score), x0, grid=torch.tensor(t, dtype=torch.float64), solver=solver, seed=3)
+    sol = sds.solve(
+        process.reverse(score), x0, grid=torch.tensor(t, dtype=torch.float64), solver=solver, seed=3, backend="kernel"
+    )
     assert sol.stats.nfe == 13
     torch.testing.assert_close(sol.x1, x, rtol=1e-10, atol=1e-10)
 
@@ -168,7 +170,7 @@ def test_unipc_in_one_row_is_predict_evaluate_correct(variant):
         y = sigma[k + 1] / sigma[k] * x + alpha[k + 1] * (1 - (-h[k]).exp()) * D[0]
         if k:
             y = y + 0.5 * alpha[k + 1] * B[k] * (D[0] - D[1]) * h[k] / h[k - 1]
-    got = sds.solve(process.probability_flow(score), x0, grid=times, solver=sds.UniPC(2, variant))
+    got = sds.solve(process.probability_flow(score), x0, grid=times, solver=sds.UniPC(2, variant), backend="kernel")
     assert got.stats.nfe == 8
     torch.testing.assert_close(got.x1, y, rtol=1e-10, atol=1e-10)
 
