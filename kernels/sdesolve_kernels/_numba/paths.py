@@ -170,5 +170,4 @@ def product(
 for (_name, _dtype), _function in FUNCTIONS.items():
     globals()[f"{_name}_{_dtype}"] = _function
 
-NAMES = [name for name in globals() if not name.startswith("_")]
-__all__ = NAMES
+# Generated code imports every public name of this module.

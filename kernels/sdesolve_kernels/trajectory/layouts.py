@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from sdesolve_kernels.trajectory.expressions import Expression
-from sdesolve_kernels.trajectory.operations import HANDLERS, apply, handles
+from sdesolve_kernels.trajectory.operations import HANDLERS, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name
 
 __all__: list[str] = []
@@ -117,7 +117,7 @@ def repeat(e: np.ndarray, repeats: Sequence[int]) -> np.ndarray:
 
 def _split(tracer: Tracer, a: Traced, sizes: Sequence[int], dim: int) -> list[Traced]:
     edges = np.cumsum([0, *sizes])
-    return [tracer.traced(slice_(a.elements, dim, i, j), a.dtype) for i, j in zip(edges[:-1], edges[1:], strict=True)]
+    return [tracer.traced(slice_(a.elements, dim, i, j), a.dtype) for i, j in itertools.pairwise(edges)]
 
 
 @handles("split")

@@ -143,10 +143,10 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
 
 def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool) -> Program:
     graph = Graph()
-    drawn = random.getstate(), np.random.get_state()[2]  # noqa: NPY002
+    drawn = _drawn()
     first, tracer = _rows(graph, step, signature, observe, by_path, 3)
     second, other = _rows(graph, step, signature, observe, by_path, 2)
-    if drawn != (random.getstate(), np.random.get_state()[2]):  # noqa: NPY002
+    if drawn != _drawn():
         raise Unsupported("it draws random numbers in Python; all noise comes from the solver's increments")
     if [id(a) for a in tracer.captured] != [id(a) for a in other.captured]:
         raise Unsupported("it makes new tensors from data outside torch each time it is called")
@@ -168,6 +168,12 @@ def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: b
     if size > _LARGEST_PROGRAM:
         raise Unsupported(f"its step has {size} operations for each path, more than the {_LARGEST_PROGRAM} of a kernel")
     return program
+
+
+def _drawn() -> object:
+    """Changes with every random number that Python's or numpy's global generator makes."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), state["state"]["pos"], state["has_gauss"], state["state"]["key"].tobytes()
 
 
 def _own_row(graph: Graph, roots: Sequence[Expression], row: int) -> list[Expression]:

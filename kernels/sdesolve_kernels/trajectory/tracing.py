@@ -70,18 +70,19 @@ class Traced(Tensor):
 
     @staticmethod
     def __new__(cls, elements: np.ndarray, dtype: torch.dtype, tracer: Tracer) -> Traced:
-        strides = _strides(elements)
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, elements.shape, strides=strides, dtype=dtype, device=tracer.device
+        made = Tensor._make_wrapper_subclass(
+            cls, elements.shape, strides=_strides(elements), dtype=dtype, device=tracer.device
         )
         made.elements, made.tracer = elements, tracer
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         for a in tree_flatten((args, kwargs or {}))[0]:
             if isinstance(a, Traced):
                 return a.tracer.run(func, args, kwargs or {})
@@ -226,7 +227,9 @@ class Tracer(TorchDispatchMode):
     def _factory(self, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
         made = func(*args, **kwargs)
-        return tree_map(lambda a: self.constant(a) if isinstance(a, Tensor) else a, made)
+        return tree_map(
+            lambda a: self.constant(a.clone() if a._is_zerotensor() else a) if isinstance(a, Tensor) else a, made
+        )
 
     def _handle(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         handler = self._handlers.get(name)
