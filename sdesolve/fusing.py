@@ -22,12 +22,15 @@ from sdesolve_kernels.trajectory import (
     Launch,
     Signature,
     Unsupported,
+    batch_kind,
+    check_batch,
     compile_trajectory,
     contents,
     trace,
     traced_shape,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.saving import SavePlan, observed
@@ -82,7 +85,7 @@ class Fused:
         x1: final state.
         xs: saved states or observations, or means.
         variances: with moments.
-        evaluations: of the drift, a step.
+        evaluations: of the drift, saving included.
         source: of the kernel.
     """
 
@@ -105,6 +108,8 @@ class _Kernel:
         evaluations: of the drift, a step.
         normals: taken from the sequence of each source in a step.
         draws: how many of the noise's steps those are.
+        read: tensors whose values were made into the kernel: places as in ``where``, and the values.
+        batches: kinds of batch that the trace is known to be right for (`check_batch`), and why not for others.
     """
 
     trajectory: AbstractTrajectory
@@ -113,6 +118,8 @@ class _Kernel:
     evaluations: int
     normals: int
     draws: int
+    read: tuple[tuple[int, Tensor], ...]
+    batches: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 _kernels: OrderedDict[Hashable, _Kernel | str] = OrderedDict()
@@ -124,13 +131,40 @@ def fuse(task: Task) -> Fused | str:
     if why:
         return why
     held = contents(task.solver, task.equation, task.plan.observable)
-    if torch.is_grad_enabled() and (task.x0.requires_grad or any(t.requires_grad for t in held.tensors)):
-        return "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
+    if _wants_gradient(task.x0, *held.tensors):
+        return _NO_GRADIENT
     table = None
     if isinstance(task.solver, AbstractTabulated) and isinstance(task.equation, AbstractSemilinear):
         table = task.solver.table(task.equation, task.times)
     kernel = _kernel_for(task, held, table)
-    return kernel if isinstance(kernel, str) else _run(task, kernel, held, table)
+    if isinstance(kernel, str):
+        return kernel
+    if _wants_gradient(*kernel.captured):
+        return _NO_GRADIENT
+    return _right_for_batch(task, kernel, table) or _run(task, kernel, held, table)
+
+
+_NO_GRADIENT = "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _right_for_batch(task: Task, kernel: _Kernel, table: Table | None) -> str:
+    """Why a kernel is not right for a batch of this size; empty if it is."""
+    kind = batch_kind(len(task.x0))
+    if kind not in kernel.batches:
+        step, observe = _step(task, table)[0], _observe(task)
+        before = task.watched.evaluations
+        try:
+            check_batch(kernel.trajectory.plan.program, step, observe, len(task.x0))
+            kernel.batches[kind] = ""
+        except Unsupported as problem:
+            kernel.batches[kind] = str(problem)
+        finally:
+            task.watched.evaluations = before
+    return kernel.batches[kind]
 
 
 def _obstacle(task: Task) -> str:
@@ -140,6 +174,10 @@ def _obstacle(task: Task) -> str:
         return "there is a time grid per sample"
     if len(task.x0) == 0 or task.x0.numel() == 0:
         return "the batch is empty"
+    if type(task.x0) not in (Tensor, torch.nn.Parameter):
+        return f"the state is a {type(task.x0).__name__}"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "it takes part in a torch.func transform or in forward-mode differentiation"
     if task.equation.noise is not Noise.NONE and not (isinstance(noise, BrownianPath) and noise.substeps == 1):
         return "increments are coarse, or come from a noise of another class than BrownianPath"
     name = backend_for("trajectory", task.x0.device)
@@ -156,22 +194,25 @@ def _kernel_for(task: Task, held: Contents, table: Table | None) -> _Kernel | st
         x0.dtype,
         x0.device,
         backend_for("trajectory", x0.device),
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled(x0.device.type),
         task.noise.kind if isinstance(task.noise, BrownianPath) else None,
         bool(task.plan.inside),
         None if table is None else (table.noisy, tuple(r.shape[1] for r in table.rows), table.times.shape[1]),
     )
     if held.complete and key in _kernels:
         _kernels.move_to_end(key)
-        return _kernels[key]
+        found = _kernels[key]
+        if isinstance(found, str) or all(torch.equal(held.tensors[i], value) for i, value in found.read):
+            return found
     made: _Kernel | str
     try:
         made = _build(task, held, table)
         # Making a trace may fill caches that the functions keep; if it changes them each time, it is no function.
         after = contents(task.solver, task.equation, task.plan.observable)
-        if held.complete and after.key != held.key:
-            held = after
-            made = _build(task, held, table)
-            if contents(task.solver, task.equation, task.plan.observable).key != held.key:
+        if after.key != held.key:
+            made = _build(task, after, table)
+            if contents(task.solver, task.equation, task.plan.observable).key != after.key:
                 return "a function changes Python values that it holds (a counter, a cache) each time it is called"
             return made
     except Unsupported as problem:
@@ -185,31 +226,22 @@ def _kernel_for(task: Task, held: Contents, table: Table | None) -> _Kernel | st
 
 def _build(task: Task, held: Contents, table: Table | None) -> _Kernel:
     x0 = task.x0
-    state = tuple(x0.shape[1:])
-    columns = 0
-    calls = 0
-    noises: tuple[tuple[int, ...], ...]
-    step: Callable[[Inputs], Sequence[Tensor]]
-    if table is not None and isinstance(task.solver, AbstractTabulated):
-        columns = _row_numbers(table).shape[1]
-        step, memory, draws = _tabulated_step(task.solver, task.watched.field, table), task.solver.memory, table.draws
-        noises = ((draws, *state),) if draws else ()
-    else:
-        memory, draws = 0, 1
-        noises = _increment_shapes(task)
-        step = _one_step(task)
-    signature = Signature(x0.dtype, x0.device, (state,) * (1 + memory), noises, columns, len(x0))
+    step, noises, columns = _step(task, table)
+    states = (tuple(x0.shape[1:]),) * (
+        1 + (task.solver.memory if isinstance(task.solver, AbstractTabulated) and columns else 0)
+    )
+    signature = Signature(x0.dtype, x0.device, states, noises, columns, len(x0))
+    evaluations, before = 0, task.watched.evaluations
 
     def counted(inputs: Inputs) -> Sequence[Tensor]:
-        nonlocal calls
-        calls += 1
-        return step(inputs)
+        nonlocal evaluations
+        first = task.watched.evaluations
+        after = step(inputs)
+        evaluations = task.watched.evaluations - first
+        return after
 
-    before = task.watched.evaluations
-    observable = None if task.plan.inside else task.plan.observable
     try:
-        program = trace(counted, signature, None if observable is None else lambda x: observed(observable, x))
-        evaluations = (task.watched.evaluations - before) // max(calls, 1)
+        program = trace(counted, signature, _observe(task))
     finally:
         task.watched.evaluations = before
     kind = task.noise.kind if isinstance(task.noise, BrownianPath) else "normal"
@@ -218,8 +250,30 @@ def _build(task: Task, held: Contents, table: Table | None) -> _Kernel:
     where = None
     if held.complete and all(id(c) in places for c in program.captured):
         where = tuple(places[id(c)] for c in program.captured)
-    normals = sum(math.prod(n) for n in noises)
-    return _Kernel(trajectory, where, () if where is not None else program.captured, evaluations, normals, draws)
+    return _Kernel(
+        trajectory,
+        where,
+        () if where is not None else program.captured,
+        evaluations,
+        sum(math.prod(n) for n in noises),
+        1 if table is None else table.draws,
+        () if where is None else tuple((where[i], program.captured[i].detach().clone()) for i in program.read),
+    )
+
+
+def _observe(task: Task) -> Callable[[Tensor], Tensor] | None:
+    observable = None if task.plan.inside else task.plan.observable
+    return None if observable is None else lambda x: observed(observable, x)
+
+
+def _step(
+    task: Task, table: Table | None
+) -> tuple[Callable[[Inputs], Sequence[Tensor]], tuple[tuple[int, ...], ...], int]:
+    """The solver's step, the shapes of its sources of noise, and how many numbers are tabulated for it."""
+    if table is None or not isinstance(task.solver, AbstractTabulated):
+        return _one_step(task), _increment_shapes(task), 0
+    noises = ((table.draws, *task.x0.shape[1:]),) if table.draws else ()
+    return _tabulated_step(task.solver, task.watched.field, table), noises, _row_numbers(table).shape[1]
 
 
 def _one_step(task: Task) -> Callable[[Inputs], Sequence[Tensor]]:
@@ -282,6 +336,7 @@ def _run(task: Task, kernel: _Kernel, held: Contents, table: Table | None) -> Fu
     rows = None if table is None else _row_numbers(table)
     if plan.inside:
         return _between(task, kernel, Launch(task.x0, task.times, rows, places, _around(plan), False, captured))
+    evaluations = kernel.evaluations * (len(task.times) - 1)
     saves = sorted(k for k, slots in plan.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
     plain = saves == [len(task.times) - 1] and plan.observable is None and not plan.moments
@@ -292,9 +347,9 @@ def _run(task: Task, kernel: _Kernel, held: Contents, table: Table | None) -> Fu
     shape = tuple(task.x0.shape[1:]) if shape is None else shape
     if saved.moments is not None:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
-        return Fused(saved.x1, mean, variance, kernel.evaluations, kernel.trajectory.source)
+        return Fused(saved.x1, mean, variance, evaluations, kernel.trajectory.source)
     xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(task.x0), *shape)
-    return Fused(saved.x1, xs, None, kernel.evaluations, kernel.trajectory.source)
+    return Fused(saved.x1, xs, None, evaluations, kernel.trajectory.source)
 
 
 def _around(plan: SavePlan) -> list[int]:
@@ -306,6 +361,7 @@ def _between(task: Task, kernel: _Kernel, launch: Launch) -> Fused:
     """A run whose plan has times between grid points: states there follow from those on both sides."""
     saved = kernel.trajectory.run(launch)
     assert saved.states is not None
+    before = task.watched.evaluations
     states = dict(zip(launch.saves, saved.states.reshape(-1, *task.x0.shape), strict=True))
     plan, ts = task.plan, task.times.to(task.x0)
     dts = task.times.diff().to(task.x0)
@@ -316,4 +372,5 @@ def _between(task: Task, kernel: _Kernel, launch: Launch) -> Fused:
             span = Span(ts[k], ts[k + 1], dts[k])
             plan.within_step(k, task.watched, x, states[k + 1], span, task.noise, (len(x), *channels))
     variances = plan.variances() if plan.moments else None
-    return Fused(saved.x1, plan.states(), variances, kernel.evaluations, kernel.trajectory.source)
+    evaluations = kernel.evaluations * (len(task.times) - 1) + task.watched.evaluations - before
+    return Fused(saved.x1, plan.states(), variances, evaluations, kernel.trajectory.source)

@@ -115,7 +115,7 @@ def solve(
             stats = Stats(
                 solver=type(solver).__name__,
                 steps=len(times) - 1,
-                nfe=fused.evaluations * (len(times) - 1),
+                nfe=fused.evaluations,
                 backend="fused",
                 reason="the whole trajectory is one generated kernel",
                 seed=seed_used,

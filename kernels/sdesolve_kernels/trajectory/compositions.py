@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from sdesolve_kernels.trajectory.alike import mapped
 from sdesolve_kernels.trajectory.expressions import I64, Expression, Graph
-from sdesolve_kernels.trajectory.operations import apply, handles, number, pointwise, whole_quotient
+from sdesolve_kernels.trajectory.operations import handles, number, pointwise, whole_quotient
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, dtype_name
 
 __all__: list[str] = []
@@ -85,7 +86,7 @@ def rounded(tracer: Tracer, func: Any, a: Traced, *, decimals: int = 0) -> Trace
     g = tracer.graph
     scale = g.const(10.0 ** abs(decimals), dtype_name(a.dtype))
     there, back = ("mul", "div") if decimals >= 0 else ("div", "mul")
-    return tracer.traced(apply(lambda x: g.op(back, g.op("round", g.op(there, x, scale)), scale), a.elements), a.dtype)
+    return tracer.traced(mapped(lambda x: g.op(back, g.op("round", g.op(there, x, scale)), scale), a.elements), a.dtype)
 
 
 # Remainders ------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def softplus(tracer: Tracer, func: Any, a: Traced, beta: float = 1, threshold: f
         smooth = g.op("div", g.op("log1p", g.op("exp", scaled)), number(g, beta, x))
         return g.op("where", g.op("gt", scaled, number(g, threshold, x)), x, smooth)
 
-    return tracer.traced(apply(one, a.elements), a.dtype)
+    return tracer.traced(mapped(one, a.elements), a.dtype)
 
 
 @handles("gelu")
@@ -249,4 +250,4 @@ def gelu(tracer: Tracer, func: Any, a: Traced, *, approximate: str = "none") -> 
             inner = g.op("erf", g.op("mul", x, number(g, 0.7071067811865476, x)))
         return g.op("mul", g.op("mul", half, x), g.op("add", unit, inner))
 
-    return tracer.traced(apply(one, a.elements), a.dtype)
+    return tracer.traced(mapped(one, a.elements), a.dtype)

@@ -155,17 +155,18 @@ def stack(tracer: Tracer, func: Any, tensors: Sequence[Traced], dim: int = 0) ->
     return tracer.traced(np.stack(arrays, dim), dtype)
 
 
-def _whole_numbers(index: Traced) -> np.ndarray:
-    if any(e.op != "const" for e in index.elements.flat):
+def _whole_numbers(tracer: Tracer, index: Traced) -> np.ndarray:
+    """The entries of an index, which are made into the kernel: those of an outside tensor are noted as read."""
+    flat = tracer.values(index)
+    if flat is None:
         raise Unsupported("it indexes with a tensor that is not constant; torch.where chooses by value")
-    flat = [e.data for e in index.elements.flat]
     return np.array(flat, dtype=bool if index.dtype == torch.bool else np.int64).reshape(index.shape)
 
 
 @handles("index")
 def index(tracer: Tracer, func: Any, a: Traced, indices: Sequence[Traced | None]) -> Traced:
     """Indexing by constant tensors, laid out as torch does."""
-    where = [slice(None) if i is None else _whole_numbers(i) for i in indices]
+    where = [slice(None) if i is None else _whole_numbers(tracer, i) for i in indices]
     return tracer.traced(a.elements[tuple(where)], a.dtype)
 
 
@@ -176,19 +177,19 @@ def index_put(
     if accumulate:
         raise Unsupported("it accumulates into indexed places")
     out = a.elements.copy()
-    where = tuple(slice(None) if i is None else _whole_numbers(i) for i in indices)
+    where = tuple(slice(None) if i is None else _whole_numbers(tracer, i) for i in indices)
     out[where] = cast(tracer.graph, values.elements, dtype_name(a.dtype))
     return tracer.traced(out, a.dtype)
 
 
 @handles("index_select")
 def index_select(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced) -> Traced:
-    return tracer.traced(np.take(a.elements, _whole_numbers(which).reshape(-1), dim), a.dtype)
+    return tracer.traced(np.take(a.elements, _whole_numbers(tracer, which).reshape(-1), dim), a.dtype)
 
 
 @handles("gather")
 def gather(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced, *, sparse_grad: bool = False) -> Traced:
-    where = _whole_numbers(which)
+    where = _whole_numbers(tracer, which)
     # Along other axes the index may be shorter, and then only so much is picked.
     part = tuple(slice(None if i == dim % a.ndim else n) for i, n in enumerate(where.shape))
     return tracer.traced(np.take_along_axis(a.elements[part], where, dim), a.dtype)

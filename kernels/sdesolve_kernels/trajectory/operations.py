@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdesolve_kernels.trajectory.alike import mapped
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph
 from sdesolve_kernels.trajectory.tracing import READS, Traced, Tracer, Unsupported, cast, dtype_name, result_dtype
 
@@ -29,16 +30,6 @@ def handles(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return handler
 
     return register
-
-
-def apply(function: Callable[..., Expression], *arrays: Any) -> np.ndarray:
-    """``function`` elementwise, with broadcasting; always an array."""
-    out = np.frompyfunc(function, len(arrays), 1)(*arrays)
-    if isinstance(out, np.ndarray):
-        return out
-    made = np.empty((), dtype=object)
-    made[()] = out
-    return made
 
 
 def elements_of(tracer: Tracer, value: Any, dtype: str) -> np.ndarray:
@@ -80,8 +71,8 @@ def pointwise(
         if alpha != 1:
             # The scaled operand is the one that is added to, or subtracted from, the other.
             scaled, scale = 0 if name == "rsub" else 1, tracer.graph.const(alpha, kind)
-            operands[scaled] = apply(lambda b: tracer.graph.op("mul", b, scale), operands[scaled])
-        return tracer.traced(apply(lambda *e: rule(tracer.graph, *e), *operands), dtype)
+            operands[scaled] = mapped(lambda b: tracer.graph.op("mul", b, scale), operands[scaled])
+        return tracer.traced(mapped(lambda *e: rule(tracer.graph, *e), *operands), dtype)
 
     HANDLERS[name] = handler
 
@@ -167,7 +158,7 @@ def div(tracer: Tracer, func: Any, a: Any, b: Any, *, rounding_mode: str | None 
         q = tracer.graph.op("div", x, y)
         return tracer.graph.op(rounding, q) if rounding else q
 
-    return tracer.traced(apply(divide, elements_of(tracer, a, name), elements_of(tracer, b, name)), dtype)
+    return tracer.traced(mapped(divide, elements_of(tracer, a, name), elements_of(tracer, b, name)), dtype)
 
 
 @handles("where")
@@ -178,7 +169,7 @@ def where(tracer: Tracer, func: Any, condition: Traced, a: Any = None, b: Any = 
     dtype = result_dtype(func, (condition, a, b), {})
     name = dtype_name(dtype)
     c = cast(tracer.graph, condition.elements, BOOL)
-    out = apply(_where(tracer), c, elements_of(tracer, a, name), elements_of(tracer, b, name))
+    out = mapped(_where(tracer), c, elements_of(tracer, a, name), elements_of(tracer, b, name))
     return tracer.traced(out, dtype)
 
 
@@ -190,7 +181,7 @@ def _where(tracer: Tracer) -> Callable[..., Expression]:
 def masked_fill(tracer: Tracer, func: Any, a: Traced, mask: Traced, value: Any) -> Traced:
     """``value`` where the mask holds."""
     dtype = dtype_name(a.dtype)
-    return tracer.traced(apply(_where(tracer), mask.elements, elements_of(tracer, value, dtype), a.elements), a.dtype)
+    return tracer.traced(mapped(_where(tracer), mask.elements, elements_of(tracer, value, dtype), a.elements), a.dtype)
 
 
 @handles("clamp", "clip")
@@ -201,7 +192,7 @@ def clamp(tracer: Tracer, func: Any, a: Traced, min: Any = None, max: Any = None
     out = elements_of(tracer, a, name)
     for op, bound in (("max", min), ("min", max)):
         if bound is not None:
-            out = apply(functools.partial(EXTREMES[op, name], tracer.graph), out, elements_of(tracer, bound, name))
+            out = mapped(functools.partial(EXTREMES[op, name], tracer.graph), out, elements_of(tracer, bound, name))
     return tracer.traced(out, dtype)
 
 

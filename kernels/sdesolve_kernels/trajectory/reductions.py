@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdesolve_kernels.trajectory.alike import mapped, spread, thin
 from sdesolve_kernels.trajectory.expressions import BOOL, Expression
-from sdesolve_kernels.trajectory.operations import EXTREMES, HANDLERS, apply, handles
+from sdesolve_kernels.trajectory.operations import EXTREMES, HANDLERS, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
 
 __all__: list[str] = []
@@ -27,12 +28,17 @@ def _reduced(
     elements: np.ndarray, axes: tuple[int, ...], keepdim: bool, fold: Callable[[list[Expression]], Expression]
 ) -> np.ndarray:
     """``fold`` over the given axes."""
+    (elements,), same = thin(elements)
+    if any(i - elements.ndim in same for i in axes):  # a sum over the batch is long, whatever its rows are
+        elements, same = spread(elements, same), ()
     kept = [i for i in range(elements.ndim) if i not in axes]
     moved = elements.transpose(kept + list(axes)).reshape(*(elements.shape[i] for i in kept), -1)
     out = np.empty(moved.shape[:-1], dtype=object)
     for i in np.ndindex(out.shape):
         out[i] = fold(list(moved[i]))
-    return np.expand_dims(out, axes) if keepdim else out
+    out = np.expand_dims(out, axes)
+    out = spread(out, same)
+    return out if keepdim else out.squeeze(axes)
 
 
 def _chain(tracer: Tracer, name: str, start: float, dtype: str) -> Callable[[list[Expression]], Expression]:
@@ -63,7 +69,7 @@ def mean(
     total = sum_(tracer, func, a, dim, keepdim, dtype=dtype)
     count = a.elements.size // max(total.elements.size, 1)
     scale = tracer.graph.const(1.0 / count if count else float("nan"), dtype_name(total.dtype))
-    return tracer.traced(apply(lambda e: tracer.graph.op("mul", e, scale), total.elements), total.dtype)
+    return tracer.traced(mapped(lambda e: tracer.graph.op("mul", e, scale), total.elements), total.dtype)
 
 
 @handles("prod")
@@ -119,8 +125,8 @@ def _shifted(tracer: Tracer, a: Traced, dim: Any) -> tuple[np.ndarray, np.ndarra
     g, name = tracer.graph, dtype_name(a.dtype)
     top = _reduced(a.elements, _axes(a, dim), True, _chain(tracer, "max", 0.0, name))
     finite = g.const(float("inf"), name), g.const(0.0, name)
-    top = apply(lambda e: g.op("where", g.op("eq", g.op("abs", e), finite[0]), finite[1], e), top)
-    return top, apply(lambda e, m: g.op("exp", g.op("sub", e, m)), a.elements, top)
+    top = mapped(lambda e: g.op("where", g.op("eq", g.op("abs", e), finite[0]), finite[1], e), top)
+    return top, mapped(lambda e, m: g.op("exp", g.op("sub", e, m)), a.elements, top)
 
 
 @handles("logsumexp")
@@ -128,7 +134,7 @@ def logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = Fa
     g, axes = tracer.graph, _axes(a, dim)
     top, powers = _shifted(tracer, a, dim)
     total = _reduced(powers, axes, True, _chain(tracer, "add", 0.0, dtype_name(a.dtype)))
-    out = apply(lambda s, m: g.op("add", g.op("log", s), m), total, top)
+    out = mapped(lambda s, m: g.op("add", g.op("log", s), m), total, top)
     return tracer.traced(out if keepdim else out.squeeze(axes), a.dtype)
 
 
@@ -136,12 +142,12 @@ def logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = Fa
 def softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
     g, name = tracer.graph, dtype_name(a.dtype)
     top = _reduced(a.elements, _axes(a, dim), True, _chain(tracer, "max", 0.0, name))
-    shifted = apply(lambda e, m: g.op("sub", e, m), a.elements, top)
-    powers = apply(lambda e: g.op("exp", e), shifted)
+    shifted = mapped(lambda e, m: g.op("sub", e, m), a.elements, top)
+    powers = mapped(lambda e: g.op("exp", e), shifted)
     total = _reduced(powers, _axes(a, dim), True, _chain(tracer, "add", 0.0, name))
     if "log" in func.overloadpacket.__name__:
-        return tracer.traced(apply(lambda e, s: g.op("sub", e, g.op("log", s)), shifted, total), a.dtype)
-    return tracer.traced(apply(lambda e, s: g.op("div", e, s), powers, total), a.dtype)
+        return tracer.traced(mapped(lambda e, s: g.op("sub", e, g.op("log", s)), shifted, total), a.dtype)
+    return tracer.traced(mapped(lambda e, s: g.op("div", e, s), powers, total), a.dtype)
 
 
 @handles("linalg_vector_norm")
@@ -156,23 +162,23 @@ def vector_norm(
     dtype: torch.dtype | None = None,
 ) -> Traced:
     g, name, axes = tracer.graph, dtype_name(a.dtype), _axes(a, dim)
-    size = apply(lambda e: g.op("abs", e), a.elements)
+    size = mapped(lambda e: g.op("abs", e), a.elements)
     if ord in (float("inf"), float("-inf")):
         out = _reduced(size, axes, keepdim, _chain(tracer, "max" if ord > 0 else "min", 0.0, name))
     elif ord == 2:
-        squares = apply(lambda e: g.op("mul", e, e), a.elements)
-        out = apply(lambda e: g.op("sqrt", e), _reduced(squares, axes, keepdim, _chain(tracer, "add", 0.0, name)))
+        squares = mapped(lambda e: g.op("mul", e, e), a.elements)
+        out = mapped(lambda e: g.op("sqrt", e), _reduced(squares, axes, keepdim, _chain(tracer, "add", 0.0, name)))
     elif ord == 0:
         zero = g.const(0.0, name)
-        present = apply(lambda e: g.cast(g.op("ne", e, zero), name), a.elements)
+        present = mapped(lambda e: g.cast(g.op("ne", e, zero), name), a.elements)
         out = _reduced(present, axes, keepdim, _chain(tracer, "add", 0.0, name))
     elif ord == 1:
         out = _reduced(size, axes, keepdim, _chain(tracer, "add", 0.0, name))
     else:
         power, root = g.const(ord, name), g.const(1.0 / ord, name)
-        powers = apply(lambda e: g.op("pow", e, power), size)
+        powers = mapped(lambda e: g.op("pow", e, power), size)
         total = _reduced(powers, axes, keepdim, _chain(tracer, "add", 0.0, name))
-        out = apply(lambda e: g.op("pow", e, root), total)
+        out = mapped(lambda e: g.op("pow", e, root), total)
     return tracer.traced(out, a.dtype)
 
 
@@ -182,7 +188,7 @@ def cumulative(tracer: Tracer, func: Any, a: Traced, dim: int, *, dtype: torch.d
     dtype = _sum_dtype(a, dtype)
     out = np.moveaxis(cast(tracer.graph, a.elements, dtype_name(dtype)), dim, 0).copy()
     for i in range(1, len(out)):
-        out[i] = apply(lambda x, y: tracer.graph.op(name, x, y), out[i - 1], out[i])
+        out[i] = mapped(lambda x, y: tracer.graph.op(name, x, y), out[i - 1], out[i])
     return tracer.traced(np.moveaxis(out, 0, dim), dtype)
 
 
@@ -193,11 +199,11 @@ def _spread(tracer: Tracer, a: Traced, dim: Any, correction: float) -> tuple[np.
 
     def average(e: np.ndarray, n: float) -> np.ndarray:
         scale = g.const(1.0 / n if n > 0 else float("nan"), name)
-        return apply(lambda s: g.op("mul", s, scale), _reduced(e, axes, True, _chain(tracer, "add", 0.0, name)))
+        return mapped(lambda s: g.op("mul", s, scale), _reduced(e, axes, True, _chain(tracer, "add", 0.0, name)))
 
     mean = average(a.elements, count)
-    apart = apply(lambda x, m: g.op("sub", x, m), a.elements, mean)
-    return mean, average(apply(lambda d: g.op("mul", d, d), apart), count - correction)
+    apart = mapped(lambda x, m: g.op("sub", x, m), a.elements, mean)
+    return mean, average(mapped(lambda d: g.op("mul", d, d), apart), count - correction)
 
 
 def _spread_of(result: str) -> Callable[..., Any]:
@@ -212,7 +218,7 @@ def _spread_of(result: str) -> Callable[..., Any]:
         mean, variance = _spread(tracer, a, dim, 1.0 if correction is None else correction)
         out = {"mean": mean, "var": variance}
         if "std" in result:
-            out["std"] = apply(lambda v: tracer.graph.op("sqrt", v), variance)
+            out["std"] = mapped(lambda v: tracer.graph.op("sqrt", v), variance)
         shaped = [out[k] if keepdim else out[k].squeeze(_axes(a, dim)) for k in result.split("_")]
         made = [tracer.traced(e, a.dtype) for e in shaped]
         return made[0] if len(made) == 1 else tuple(made)
@@ -231,9 +237,9 @@ def layer_norm(
     g, name = tracer.graph, dtype_name(a.dtype)
     mean, variance = _spread(tracer, a, list(range(-len(shape), 0)), 0.0)
     one, small = g.const(1.0, name), g.const(eps, name)
-    scale = apply(lambda v: g.op("div", one, g.op("sqrt", g.op("add", v, small))), variance)
-    out = apply(lambda x, m, s: g.op("mul", g.op("sub", x, m), s), a.elements, mean, scale)
+    scale = mapped(lambda v: g.op("div", one, g.op("sqrt", g.op("add", v, small))), variance)
+    out = mapped(lambda x, m, s: g.op("mul", g.op("sub", x, m), s), a.elements, mean, scale)
     for name_of, factor in (("mul", weight), ("add", bias)):
         if factor is not None:
-            out = apply(functools.partial(g.op, name_of), out, factor.elements)
+            out = mapped(functools.partial(g.op, name_of), out, factor.elements)
     return tracer.traced(out, a.dtype), tracer.traced(mean, a.dtype), tracer.traced(scale, a.dtype)
