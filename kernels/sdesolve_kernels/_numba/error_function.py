@@ -22,7 +22,7 @@ _ERF = {
         *(1.6447136109911874855e-6, -1.6206346355458368456e-7, 1.3711112406519361068e-8, -7.7796989289713133495e-10),
     ),
 }
-# erf x = 1 - e^Q(x) for x >= 1, largest error 1.6e-8 and 6.6e-18. Fitted up to where it rounds to 1, and falling beyond.
+# erf x = 1 - e^Q(x) for x >= 1, largest error 1.6e-8 and 6.6e-18; Q falls on beyond where erf rounds to 1
 _ERFC = {
     "float32": polynomial(-0.00267106821, -1.11744017, -0.654487455, -0.0886345677, 0.0147780395, -0.00115038561),
     "float64": polynomial(
