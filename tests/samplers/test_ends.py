@@ -146,6 +146,8 @@ def test_bad_settings(make, message):
         ({"solver": sds.SDEDPMSolverPP(2), "stochasticity": 0}, "SDEDPMSolverPP adds noise and this is an ODE"),
         ({"solver": sds.DDIM(0.5), "stochasticity": 1.0}, r"DDIM\(eta=0.5\) is made for stochasticity 0.5.*has 1"),
         ({"solver": sds.Ancestral(), "stochasticity": 2.0}, "made for stochasticity 1, and this equation has 2"),
+        ({"solver": sds.UniPC(3), "steps": 2}, "order 3 needs the values of 3 steps, and this grid has 2"),
+        ({"solver": sds.DEIS(4), "steps": 3}, "order 4 needs the values of 4 steps"),
         ({"grid": torch.tensor([1.0, 0.5, 0.5])}, "strictly increasing or strictly decreasing"),
         ({"grid": torch.tensor([0.1, 1.0])}, r"decreases within \[0, t_max = 1.0\]"),
         ({"grid": torch.tensor([1.5, 0.1])}, r"decreases within \[0, t_max = 1.0\]"),
