@@ -35,9 +35,10 @@ class AbstractPredictorCorrectorMultistep(AbstractDataMultistep):
         w, v = self.predicting(schedule), self.correcting(schedule)
         b[:, : w.shape[1]] += w
         if v is not None:
-            change = v.clone()
-            change[:, 1 : w.shape[1] + 1] -= w[:, : v.shape[1] - 1]
-            b[1:, : v.shape[1]] += a[1:, None] * change[:-1]
+            change = torch.zeros_like(b)
+            change[:, : v.shape[1]] += v
+            change[:, 1 : w.shape[1] + 1] -= w
+            b[1:] += a[1:, None] * change[:-1]
         return b
 
 
