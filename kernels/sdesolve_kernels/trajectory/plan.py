@@ -14,6 +14,7 @@ from typing import final
 from sdesolve_kernels.trajectory.expressions import PATH, STATE, TIME, Expression, Graph, topological
 from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.program import Program
+from sdesolve_kernels.trajectory.rearranging import rearranged
 from sdesolve_kernels.trajectory.rolling import Forms
 
 __all__ = ["Plan", "plan"]
@@ -52,7 +53,7 @@ class Plan:
 def plan(program: Program) -> Plan:
     """Splits a program by when its parts are known."""
     graph = program.graph
-    roots = [*program.states, *program.observed]
+    roots = rearranged(graph, [*program.states, *program.observed])
     outer = _Hoisted(graph, "column", "uniform")
     roots = outer.replaced(roots)
     inner = _Hoisted(graph, "invariant", "invariant")
