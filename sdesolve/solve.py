@@ -12,11 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdesolve import grids
+from sdesolve.adaptive import integrate
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.checks import check_diffusion, check_drift, check_pair, check_state
 from sdesolve.saving import SaveAt, SavePlan
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
 from sdesolve.solution import DivergenceError, Solution, Stats
+from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
 from sdesolve.stepping import AbstractStepper, choose_stepper
@@ -36,7 +38,7 @@ def solve(
     t1: float | Tensor | None = None,
     steps: int | None = None,
     *,
-    solver: AbstractSolver,
+    solver: AbstractSolver | AbstractAdaptive,
     grid: Tensor | None = None,
     seed: int | None = None,
     noise: AbstractNoise | None = None,
@@ -53,7 +55,8 @@ def solve(
         t0: start time; a number, or ``(batch,)`` for a start per sample.
         t1: end time, on either side of ``t0``; likewise.
         steps: number of equal steps. Times are ``t0 + (t1 - t0) k / steps``, computed in float64 for each ``k``.
-        solver: the scheme, such as ``EulerMaruyama()``.
+        solver: the scheme, such as ``EulerMaruyama()``. An adaptive one (`DormandPrince`) takes no ``steps`` or
+            ``grid``, and ``save_at`` only as times, whose states its interpolant gives.
         grid: explicit times instead of ``t0, t1, steps``: ``(steps + 1,)`` or ``(steps + 1, batch)``, monotone.
         seed: short for ``noise=BrownianPath(seed)``. Without either, a seed is drawn from torch's default generator; it
             is in ``stats.seed``, so the run can be repeated.
@@ -74,9 +77,19 @@ def solve(
             does not converge for this calculus and noise type.
         TypeError: bad types or dtypes.
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
+        RuntimeError: an adaptive solver cannot meet its tolerances.
     """
     check_pair(solver, sde)
     check_state(x0)
+    if isinstance(solver, AbstractAdaptive):
+        if steps is not None or grid is not None or isinstance(save_at, str):
+            raise ValueError(
+                f"{type(solver).__name__} chooses its own steps: give t0 and t1, and save_at=[times] for states "
+                'between; no steps, no grid and no save_at="grid"'
+            )
+        if backend == "fused":
+            raise ValueError(f"{type(solver).__name__} has no fused kernel; use backend='auto' or 'eager'")
+        return _adapted(sde, x0, _grid_of(t0, t1, 1, None, len(x0)), solver, save_at, progress)
     times = _grid_of(t0, t1, steps, grid, len(x0))
     noise = _noise_of(sde, seed, noise)
     if backend not in ("auto", "eager", "fused"):
@@ -118,6 +131,27 @@ def solve(
         seed=noise.seed if isinstance(noise, BrownianPath) and sde.noise is not Noise.NONE else None,
     )
     return Solution(x1=x, ts=plan.ts, xs=plan.states(), stats=stats)
+
+
+def _adapted(
+    sde: AbstractSDE, x0: Tensor, ends: Tensor, solver: AbstractAdaptive, save_at: SaveAt, progress: bool
+) -> Solution:
+    plan = SavePlan(ends, save_at)
+    plan.at_grid_point(0, x0)
+    t0, t1 = (t.expand(len(x0)) for t in ends)
+    arrival = integrate(sde, solver, x0, t0, t1, plan, progress=progress)
+    plan.at_grid_point(1, arrival.x)
+    stats = Stats(
+        solver=type(solver).__name__,
+        steps=int(arrival.accepted.amax()) if len(x0) else 0,
+        nfe=arrival.calls,
+        backend="eager",
+        reason="steps differ between samples",
+        accepted=arrival.accepted,
+        rejected=arrival.rejected,
+        evaluations=arrival.evaluations,
+    )
+    return Solution(x1=arrival.x, ts=plan.ts, xs=plan.states(), stats=stats)
 
 
 @final

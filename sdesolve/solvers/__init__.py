@@ -1,7 +1,9 @@
 """Solvers: one scheme a file."""
 
+from sdesolve.solvers.adaptive import AbstractAdaptive as AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver as AbstractSolver
 from sdesolve.solvers.base import Span as Span
+from sdesolve.solvers.dormand_prince import DormandPrince as DormandPrince
 from sdesolve.solvers.euler_maruyama import EulerMaruyama as EulerMaruyama
 from sdesolve.solvers.heun import Heun as Heun
 from sdesolve.solvers.milstein import Milstein as Milstein
