@@ -30,7 +30,9 @@ from sdesolve.solution import Solution as Solution
 from sdesolve.solve import solve as solve
 from sdesolve.solvers import RK4 as RK4
 from sdesolve.solvers import DormandPrince as DormandPrince
+from sdesolve.solvers import DPMSolverPP as DPMSolverPP
 from sdesolve.solvers import EulerMaruyama as EulerMaruyama
 from sdesolve.solvers import Heun as Heun
 from sdesolve.solvers import Milstein as Milstein
+from sdesolve.solvers import SDEDPMSolverPP as SDEDPMSolverPP
 from sdesolve.training import train as train

@@ -63,9 +63,9 @@ class AbstractNoise(abc.ABC):
 class Place(TypedDict):
     """Where a kernel finds the normals of one step: what all step kernels of `sdesolve_kernels` take."""
 
-    seed: int
+    seed: int | Tensor
     stream: int
-    first_path: int
+    first_path: int | Tensor
     step: int
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
 from sdesolve.solvers.adaptive import AbstractAdaptive
-from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
 STATE_DTYPES = (torch.float32, torch.float64)
 
@@ -35,9 +35,15 @@ def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> N
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
     if not isinstance(sde, AbstractSDE):
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {type(sde).__name__}; wrap it in sds.SDE")
+    name = type(solver).__name__
+    if not isinstance(solver, AbstractOneStep) and not isinstance(sde, AbstractSemilinear):
+        raise ValueError(
+            f"{name} integrates the reverse SDE or probability flow of a linear diffusion, process.reverse(score) or "
+            f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "
+            "EulerMaruyama or Heun"
+        )
     if (sde.calculus, sde.noise) in solver.supported:
         return
-    name = type(solver).__name__
     calculi = sorted({str(c) for c, n in solver.supported if n is sde.noise})
     noises = sorted({str(n) for c, n in solver.supported if c is sde.calculus})
     if sde.noise is not Noise.NONE and all(n is Noise.NONE for _, n in solver.supported):

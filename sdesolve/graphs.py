@@ -11,20 +11,23 @@ from collections.abc import Callable
 from typing import final
 
 import torch
-from sdesolve_kernels import Stream, linear_step, perturb
+from sdesolve_kernels import Stream, perturb
 from torch import Tensor
 
+from sdesolve.brownian import Place
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import Score
-from sdesolve.sde import AbstractSemilinear, Noise, per_sample
-from sdesolve.solvers.base import AbstractSolver, AbstractTabulated
+from sdesolve.sde import AbstractSemilinear, per_sample
+from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.tabulated import AbstractTabulated
+from sdesolve.stepping import KernelRows, blank_memory
 
 _CAPTURED_AT_ONCE = 4
 
 
 @final
 class StraightSampler:
-    """Prior, steps ``x <- a x + b s(x, t) + c z``, and Tweedie's formula: a function of a seed that never waits.
+    """Prior, steps of rows ``a x + sum_i b_i y_i + c z``, and Tweedie's formula: a function of a seed that never waits.
 
     All coefficients and times are on the device before the first step, and nothing in a call reads a tensor on the host
     if ``seed`` and ``first_path`` are integers, or if they are tensors on a device that is not the host.
@@ -33,7 +36,7 @@ class StraightSampler:
         process: the forward diffusion.
         score: ``grad_x log p_t(x)``.
         backward: the reverse SDE or probability flow of both.
-        solver: one whose step is a row of coefficients, such as `EulerMaruyama`.
+        solver: one whose steps are rows of coefficients (`AbstractTabulated`).
         times: decreasing grid, float64.
         shape: ``(batch, *state)``.
         denoise: end with Tweedie's formula.
@@ -41,7 +44,7 @@ class StraightSampler:
         device: of the samples.
 
     Raises:
-        ValueError: the step of ``solver`` is no row of coefficients on this equation.
+        ValueError: the steps of ``solver`` are no rows of coefficients on this equation.
     """
 
     def __init__(
@@ -58,17 +61,17 @@ class StraightSampler:
         device: torch.device,
     ) -> None:
         table = solver.table(backward, times) if isinstance(solver, AbstractTabulated) else None
-        if table is None:
+        if table is None or not isinstance(solver, AbstractTabulated):
             raise ValueError(
-                f"a sampler is captured whole only if its step is a row of coefficients, and {type(solver).__name__} "
+                f"a sampler is captured whole only if its steps are rows of coefficients, and {type(solver).__name__} "
                 f"on {type(backward).__name__} is not; use EulerMaruyama(), or leave cuda_graph out"
             )
-        self._score, self._steps = score, len(times) - 1
-        self._table = table.to(dtype=dtype, device=device)
-        self._times = times.to(dtype=dtype, device=device).unbind(0)
+        self._score = score
+        self._rows = KernelRows(solver, table, dtype, device)
+        self._end = times[-1].to(dtype=dtype, device=device)
         self._zeros = torch.zeros(shape, dtype=dtype, device=device)
+        self._blank = blank_memory(solver, self._zeros)
         self._prior = process.prior.std
-        self._stochastic = backward.noise is not Noise.NONE
         last = times[-1]
         self._alpha, self._sigma2 = (
             c.to(dtype=dtype, device=device) for c in (process.alpha(last), process.sigma(last).square())
@@ -80,14 +83,16 @@ class StraightSampler:
     def __call__(self, seed: int | Tensor, first_path: int | Tensor = 0) -> Tensor:
         """Draws the batch of rows ``first_path ...`` for a seed: the same as `sample` draws."""
         x = perturb(self._zeros, 0.0, self._prior, seed=seed, stream=Stream.INITIAL, first_path=first_path)
-        for k in range(self._steps):
-            s = self._score(x, self._times[k])
-            x = linear_step(
-                x, [s], self._table, k, stochastic=self._stochastic, seed=seed, first_path=first_path, step=k
-            )
+        memory = self._blank
+
+        def place(n: int) -> Place:
+            return {"seed": seed, "stream": Stream.DRIVING, "first_path": first_path, "step": n}
+
+        for k in range(self._rows.steps):
+            x, memory = self._rows.step(k, self._score, x, memory, place)
         if not self._denoise:
             return x
-        s = self._score(x, self._times[-1])
+        s = self._score(x, self._end)
         return (x + per_sample(self._sigma2, x) * s) / per_sample(self._alpha, x)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from sdesolve.brownian import AbstractNoise
 from sdesolve.grids import check_grid
 from sdesolve.scores.components import real, spectrum
-from sdesolve.sde import AbstractSDE, Noise, is_matrix, noise_shape
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, is_matrix, noise_shape
 from sdesolve.solve import solve
 from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.tabulated import AbstractTabulated
 
 # Rows go through in blocks of so many elements, which stay in cache and below the size at which torch starts threads:
 # a thousand steps of a 64-dimensional elementwise chain take 0.7 s like this and took 14 s in one block on a busy CPU.
@@ -107,7 +108,8 @@ class _Chain:
         g = None
         if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
             g = sde.diffusion(x, grid[0])
-        self.noise_shape = (0,) if sde.noise is Noise.NONE else (len(grid) - 1, *noise_shape(sde.noise, x, g))
+        draws = (len(grid) - 1) * _draws(sde, solver, grid)
+        self.noise_shape = (0,) if sde.noise is Noise.NONE else (draws, *noise_shape(sde.noise, x, g))
         self.matrix_noise = g is not None and is_matrix(g, x)
 
     def run(self, displacement: Tensor, noise: AbstractNoise) -> Tensor:
@@ -230,6 +232,14 @@ class _UnitNoise(_OracleNoise):
         if self._together:
             return dW.reshape(*dW.shape[:2], *(1,) * len(channels)).expand(-1, *shape)
         return dW.reshape(-1, *shape)
+
+
+def _draws(sde: AbstractSDE, solver: AbstractSolver, grid: Tensor) -> int:
+    """Independent draws of noise a step."""
+    if isinstance(solver, AbstractTabulated) and isinstance(sde, AbstractSemilinear):
+        table = solver.table(sde, grid)
+        return 1 if table is None else table.draws
+    return 1
 
 
 def _initial_factor(mean: Tensor, cov0: Tensor, diagonal: bool) -> Tensor:

@@ -74,7 +74,7 @@ def sample(
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
         where = torch.empty(0, device=device).device
-        key = (id(score), id(process), type(solver), tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
+        key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
         if not isinstance(path, BrownianPath) or path.substeps != 1 or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
 

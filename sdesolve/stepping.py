@@ -1,9 +1,9 @@
 """How the steps of an integration are carried out: by the solver's own torch code, or by one kernel that does the same.
 
-The solver's `step` is the definition. A kernel takes its place where it computes the same formula in one pass over
-memory, with the noise made where it is used:
+The solver's `step`, or its `table` with `row_step`, is the definition. A kernel takes its place where it computes the
+same formula in one pass over memory, with the noise made where it is used:
 
-- a solver that is a row of coefficients on a semilinear equation (`AbstractTabulated`) runs as ``linear_step``;
+- each row of a tabulated solver on a semilinear equation runs as ``linear_step``;
 - Euler-Maruyama with noise of the state's shape runs as ``euler_maruyama_step``.
 """
 
@@ -13,13 +13,17 @@ import abc
 from collections.abc import Callable
 from typing import final
 
+import torch
 from sdesolve_kernels import euler_maruyama_step, linear_step
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath, Place
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
-from sdesolve.solvers.base import AbstractSolver, AbstractTabulated, Span
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise
+from sdesolve.solvers.base import AbstractOneStep, AbstractSolver, Span
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table, row_step
+
+Memory = tuple[Tensor, ...]
 
 
 class AbstractStepper(abc.ABC):
@@ -39,13 +43,13 @@ class AbstractStepper(abc.ABC):
 
 @final
 class SolverStepper(AbstractStepper):
-    """The solver's own step, in torch, with increments drawn for a run of steps at a time."""
+    """The step of a one-step solver, in torch, with increments drawn for a run of steps at a time."""
 
     backend = "eager"
 
     def __init__(
         self,
-        solver: AbstractSolver,
+        solver: AbstractOneStep,
         sde: AbstractSDE,
         noise: AbstractNoise,
         x0: Tensor,
@@ -70,31 +74,108 @@ class SolverStepper(AbstractStepper):
 
 
 @final
-class TableStepper(AbstractStepper):
-    """``x <- a x + b s(x, t) + c z``, one field evaluation and one kernel a step, coefficients from a float64 table."""
+class KernelRows:
+    """A table on the device of the state: step ``k`` as one ``linear_step`` kernel for each row."""
+
+    def __init__(self, solver: AbstractTabulated, table: Table, dtype: torch.dtype, device: torch.device) -> None:
+        self._solver, self._noisy, self._draws = solver, table.noisy, table.draws
+        self._rows = tuple(rows.to(dtype=dtype, device=device) for rows in table.rows)
+        self._times = [t.unbind(0) for t in table.times.to(dtype=dtype, device=device).unbind(0)]
+        self._skipped = table.skipped.tolist()
+        self.steps = table.steps
+
+    def step(
+        self, k: int, field: Field, x: Tensor, memory: Memory, place: Callable[[int], Place]
+    ) -> tuple[Tensor, Memory]:
+        """State and memory after step ``k``; draw ``n`` of the whole integration has its normals at ``place(n)``."""
+
+        def evaluate(y: Tensor, i: int = 0) -> Tensor:
+            return y if self._skipped[k][i] else field(y, self._times[k][i])
+
+        return self._solver.advance(evaluate, self._at(k, place), x, memory)
+
+    def _at(self, k: int, place: Callable[[int], Place]) -> list[Row]:
+        rows: list[Row] = []
+        draw = k * self._draws
+        for table, noisy in zip(self._rows, self._noisy, strict=True):
+            where = place(draw)
+
+            def row(
+                x: Tensor, *terms: Tensor, table: Tensor = table, noisy: bool = noisy, where: Place = where
+            ) -> Tensor:
+                return linear_step(x, terms, table, k, stochastic=noisy, **where)
+
+            rows.append(row)
+            draw += noisy
+        return rows
+
+
+@final
+class KernelTableStepper(AbstractStepper):
+    """Rows of a tabulated solver by kernel, with noise made in place."""
 
     backend = "kernel"
-    reason = "each step is one linear_step kernel, with coefficients tabulated in float64"
+    reason = "each row of a step is one linear_step kernel, with coefficients tabulated in float64"
 
-    def __init__(
-        self,
-        field: Callable[[Tensor, Tensor], Tensor],
-        sde: AbstractSDE,
-        table: Tensor,
-        noise: AbstractNoise,
-        x0: Tensor,
-    ) -> None:
-        self._field = field
-        self._table = table.to(dtype=x0.dtype, device=x0.device)
+    def __init__(self, solver: AbstractTabulated, field: Field, table: Table, noise: AbstractNoise, x0: Tensor) -> None:
+        self._rows = KernelRows(solver, table, x0.dtype, x0.device)
+        self._field, self._memory = field, blank_memory(solver, x0)
+        self._blank = self._memory
         self._noise = noise
-        self._stochastic = sde.noise is not Noise.NONE
 
     def begin(self, first: int, times: Tensor) -> None:
-        del first, times
+        del times
+        if first == 0:
+            self._memory = self._blank
 
     def advance(self, k: int, x: Tensor, span: Span) -> Tensor:
-        s = self._field(x, span.t0)
-        return linear_step(x, [s], self._table, k, stochastic=self._stochastic, **_place(self._noise, k))
+        x, self._memory = self._rows.step(k, self._field, x, self._memory, lambda n: _place(self._noise, n))
+        return x
+
+
+@final
+class TorchTableStepper(AbstractStepper):
+    """Rows of a tabulated solver in torch, with normals drawn for a run of steps at a time."""
+
+    backend = "eager"
+
+    def __init__(
+        self, solver: AbstractTabulated, field: Field, table: Table, noise: AbstractNoise, x0: Tensor, why: str
+    ) -> None:
+        self._solver, self._field, self._table, self._noise = solver, field, table, noise
+        self._rows = [rows.to(x0).unbind(0) for rows in table.rows]
+        self._times = [t.unbind(0) for t in table.times.to(x0).unbind(0)]
+        self._skipped = table.skipped.tolist()
+        self._x0, self._memory = x0, blank_memory(solver, x0)
+        self._blank = self._memory
+        self._first, self._normals = 0, x0.new_zeros(0)
+        self.reason = why
+
+    def begin(self, first: int, times: Tensor) -> None:
+        if first == 0:
+            self._memory = self._blank
+        self._first, draws = first, self._table.draws
+        if draws:
+            # Steps of unit length, so that increments are standard normals.
+            unit = torch.arange((len(times) - 1) * draws + 1, dtype=torch.float64)
+            self._normals = self._noise.increments(
+                unit, tuple(self._x0.shape), step=first * draws, dtype=self._x0.dtype, device=self._x0.device
+            )
+
+    def advance(self, k: int, x: Tensor, span: Span) -> Tensor:
+        draws = self._table.draws
+        ours = iter(self._normals[(k - self._first) * draws : (k - self._first + 1) * draws])
+        normals = [next(ours) if noisy else None for noisy in self._table.noisy]
+        rows = [numbers[k] for numbers in self._rows]
+        x, self._memory = row_step(
+            self._solver, self._field, self._times[k], rows, normals, x, self._memory, self._skipped[k]
+        )
+        return x
+
+
+def blank_memory(solver: AbstractTabulated, x: Tensor) -> Memory:
+    """What a solver carries before the first step."""
+    return (torch.zeros_like(x, requires_grad=False),) * solver.memory
 
 
 @final
@@ -121,7 +202,7 @@ class EulerStepper(AbstractStepper):
 def choose_stepper(
     solver: AbstractSolver,
     sde: AbstractSDE,
-    field: Callable[[Tensor, Tensor], Tensor],
+    field: Field,
     equation: AbstractSDE,
     noise: AbstractNoise,
     times: Tensor,
@@ -147,24 +228,29 @@ def choose_stepper(
         eager: the caller wants the solver's own torch code.
     """
 
-    def plain(why: str) -> AbstractStepper:
-        return SolverStepper(solver, sde, noise, x0, shape, why)
-
+    plain = not isinstance(noise, BrownianPath) or noise.substeps != 1
     if eager:
-        return plain("requested")
-    if not (isinstance(noise, BrownianPath) and noise.substeps == 1) and sde.noise is not Noise.NONE:
-        return plain("the noise is not a plain sequence of normals: coarse increments, or a noise of another class")
+        why = "requested"
+    elif plain and sde.noise is not Noise.NONE:
+        why = "the noise is not a plain sequence of normals: coarse increments, or a noise of another class"
+    else:
+        why = ""
     if isinstance(solver, AbstractTabulated) and isinstance(equation, AbstractSemilinear):
         table = solver.table(equation, times)
-        if table is not None:
-            return TableStepper(field, sde, table, noise, x0)
-    if isinstance(solver, EulerMaruyama) and elementwise:
+        if table is not None and not why:
+            return KernelTableStepper(solver, field, table, noise, x0)
+        if table is not None and not isinstance(solver, AbstractOneStep):
+            return TorchTableStepper(solver, field, table, noise, x0, why)
+    if isinstance(solver, EulerMaruyama) and elementwise and not why:
         return EulerStepper(sde, noise)
-    return plain(f"no kernel does {type(solver).__name__} on {sde.noise} noise; its step runs in torch")
+    if not isinstance(solver, AbstractOneStep):
+        raise TypeError(f"{type(solver).__name__} has no step for {type(equation).__name__}")
+    why = why or f"no kernel does {type(solver).__name__} on {sde.noise} noise; its step runs in torch"
+    return SolverStepper(solver, sde, noise, x0, shape, why)
 
 
-def _place(noise: AbstractNoise, k: int) -> Place:
-    """Where the normals of step ``k`` stand; any place will do for an ODE, which makes none."""
+def _place(noise: AbstractNoise, n: int) -> Place:
+    """Where the normals of draw ``n`` stand; any place will do for an ODE, which makes none."""
     if isinstance(noise, BrownianPath) and noise.substeps == 1:
-        return noise.place(k)
-    return {"seed": 0, "stream": 0, "first_path": 0, "step": k}
+        return noise.place(n)
+    return {"seed": 0, "stream": 0, "first_path": 0, "step": n}

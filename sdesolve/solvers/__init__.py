@@ -1,10 +1,14 @@
 """Solvers: one scheme a file."""
 
 from sdesolve.solvers.adaptive import AbstractAdaptive as AbstractAdaptive
+from sdesolve.solvers.base import AbstractOneStep as AbstractOneStep
 from sdesolve.solvers.base import AbstractSolver as AbstractSolver
 from sdesolve.solvers.base import Span as Span
 from sdesolve.solvers.dormand_prince import DormandPrince as DormandPrince
+from sdesolve.solvers.dpm_solver_pp import DPMSolverPP as DPMSolverPP
+from sdesolve.solvers.dpm_solver_pp import SDEDPMSolverPP as SDEDPMSolverPP
 from sdesolve.solvers.euler_maruyama import EulerMaruyama as EulerMaruyama
 from sdesolve.solvers.heun import Heun as Heun
 from sdesolve.solvers.milstein import Milstein as Milstein
 from sdesolve.solvers.rk4 import RK4 as RK4
+from sdesolve.solvers.tabulated import AbstractTabulated as AbstractTabulated

@@ -1,14 +1,14 @@
-"""What a solver is: one pure step, and what it can be used on."""
+"""What a solver is, and what it can be used on; solvers whose step works on any SDE."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import final
 
 from torch import Tensor
 
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
+from sdesolve.sde import AbstractSDE, Calculus, Noise
 
 Supported = frozenset[tuple[Calculus, Noise]]
 
@@ -37,48 +37,57 @@ class Span:
 
 
 class AbstractSolver(abc.ABC):
-    """A fixed-step solver: a pure function from the state at the start of a step to the state at its end.
+    """A fixed-step solver, with pure steps: either an `AbstractOneStep` or an `AbstractTabulated` one, or both.
 
-    Capabilities are class attributes, compared with the SDE before the first step:
+    Two solvers of one class with the same settings are equal. Capabilities are attributes, compared with the SDE before
+    the first step:
 
     Attributes:
         supported: pairs of calculus and noise type that the scheme converges for.
         strong_order: order of ``E|X_h - X|`` in the step size, on SDEs whose noise is neither additive nor none;
-            ``None`` if the scheme is for ODEs only.
-        weak_order: order of ``|E f(X_h) - E f(X)|``, likewise.
-        ode_order: order on an ODE.
-        evaluations: drift evaluations a step.
+            ``None`` if the scheme is for ODEs only, or for additive noise only.
+        weak_order: order of ``|E f(X_h) - E f(X)|``; ``None`` if the scheme is for ODEs only.
+        ode_order: order on an ODE; ``None`` if the scheme is not for ODEs.
+        evaluations: evaluations of the drift (for a reverse SDE or probability flow, of the score) a step.
         own_component_diffusion: whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone.
     """
 
-    supported: ClassVar[Supported]
-    strong_order: ClassVar[float | None]
-    weak_order: ClassVar[float | None]
-    ode_order: ClassVar[int]
-    evaluations: ClassVar[int]
-    own_component_diffusion: ClassVar[bool] = False
+    supported: Supported
+    strong_order: float | None
+    weak_order: float | None
+    ode_order: int | None
+    evaluations: int
+    own_component_diffusion: bool = False
+
+    @final
+    def settings(self) -> dict[str, object]:
+        """What the solver was made with."""
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in _CAPABILITIES}
+
+    @final
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+    @final
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.settings() == other.settings()
+
+    @final
+    def __hash__(self) -> int:
+        return hash((type(self), *self.settings().items()))
+
+
+_CAPABILITIES = frozenset(AbstractSolver.__annotations__) | {"memory"}
+
+
+class AbstractOneStep(AbstractSolver):
+    """A solver for any SDE of a supported kind: its step is a function of state, times and Brownian increment."""
 
     @abc.abstractmethod
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
         """The state at ``span.t1`` from the state ``x: (batch, *state)`` at ``span.t0``.
 
         ``dW`` is the Brownian increment over the step, of the shape that `AbstractSDE` tabulates; ``None`` for an ODE.
-        """
-
-
-class AbstractTabulated(AbstractSolver):
-    """A solver whose step on a semilinear equation is a row of numbers: ``x <- a x + b s(x, t) + c z``."""
-
-    @abc.abstractmethod
-    def table(self, sde: AbstractSemilinear, times: Tensor) -> Tensor | None:
-        """Rows ``(a, b, c)`` for the steps between consecutive ``times``, in float64.
-
-        Args:
-            sde: the equation, with field ``s``.
-            times: ``(steps + 1,)`` or ``(steps + 1, batch)``, float64.
-
-        Returns:
-            ``(steps, 3)`` or ``(steps, 3, batch)``; ``None`` if the rates of ``sde`` depend on more than time.
         """
 
 

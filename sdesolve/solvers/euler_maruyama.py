@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import final
 
-import torch
 from torch import Tensor
 
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
-from sdesolve.solvers.base import AbstractTabulated, Span, noise_term, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
+from sdesolve.solvers.tabulated import AbstractSingleRow, Table, single_row
 
 
 @final
-class EulerMaruyama(AbstractTabulated):
+class EulerMaruyama(AbstractSingleRow, AbstractOneStep):
     """``x' = x + f(x, t) dt + g(x, t) dW``.
 
     Strong order 1/2 (1 for additive noise), weak order 1, Euler's method on an ODE. Converges to the Ito solution, so a
@@ -29,9 +29,10 @@ class EulerMaruyama(AbstractTabulated):
         t, dt = span.t0, span.dt
         return x + sde.drift(x, t) * dt + noise_term(sde, x, t, dW)
 
-    def table(self, sde: AbstractSemilinear, times: Tensor) -> Tensor | None:
+    def table(self, sde: AbstractSemilinear, times: Tensor) -> Table | None:
         rates = sde.rates(times[:-1])
         if rates is None:
             return None
         dt = times.diff(dim=0)
-        return torch.stack([1.0 + rates.linear * dt, rates.field * dt, rates.noise * dt.abs().sqrt()], dim=1)
+        a, b, c = 1.0 + rates.linear * dt, rates.field * dt, rates.noise * dt.abs().sqrt()
+        return single_row(times, a, b, c, noisy=sde.noise is not Noise.NONE)

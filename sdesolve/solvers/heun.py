@@ -7,11 +7,11 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractSolver, Span, noise_term, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
 
 
 @final
-class Heun(AbstractSolver):
+class Heun(AbstractOneStep):
     """An Euler step as predictor ``y``, then ``x' = x + (f(x, t) + f(y, t')) dt / 2 + (g(x, t) + g(y, t')) dW / 2``.
 
     Second order on an ODE. On a Stratonovich SDE strong order 1/2, which becomes 1 when the noise commutes (scalar, or

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from sdesolve.sde import AbstractSDE, Calculus, Noise, per_sample
-from sdesolve.solvers.base import AbstractSolver, Span, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 _NOISE = (Noise.NONE, Noise.ADDITIVE, Noise.DIAGONAL, Noise.SCALAR)
 
 
 @final
-class Milstein(AbstractSolver):
+class Milstein(AbstractOneStep):
     """``x' = x + f dt + g dW + (g . grad) g (dW^2 - |dt|) / 2``, without ``|dt|`` for a Stratonovich SDE.
 
     Strong and weak order 1. The derivative of the diffusion is taken by forward-mode automatic differentiation. For

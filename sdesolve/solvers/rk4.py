@@ -7,11 +7,11 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractSolver, Span, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 
 @final
-class RK4(AbstractSolver):
+class RK4(AbstractOneStep):
     """The classical four-stage Runge-Kutta method, order 4, for ODEs such as the probability flow. Kutta 1901."""
 
     supported = supports(ito=(Noise.NONE,))

@@ -1,0 +1,155 @@
+"""Solvers of semilinear equations, whose steps are linear combinations with coefficients known before the first step.
+
+Reverse SDEs and probability flows of linear diffusions are linear in the state and in the score, with rates that depend
+on time alone. So whatever a scheme integrates exactly or expands in a series, each of its stages ends up as
+
+    ``row(x, y_1, ..., y_K) = a x + b_1 y_1 + ... + b_K y_K + c z``
+
+with numbers ``(a, b_1, ..., b_K, c)`` that are computed for the whole grid at once, in float64. A scheme is a table of
+such rows and a few lines that say what they are applied to. Those lines run in plain torch, by the ``linear_step``
+kernel, and under a tracer.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from sdesolve.sde import AbstractSemilinear, per_sample
+from sdesolve.solvers.base import AbstractSolver
+
+
+class Row(Protocol):
+    """``a x + b_1 terms_1 + ... + b_K terms_K + c z`` for one step; at most four terms."""
+
+    def __call__(self, x: Tensor, /, *terms: Tensor) -> Tensor: ...
+
+
+class Evaluate(Protocol):
+    """The field ``s(x, t)`` at evaluation time ``i`` of a step; ``x`` itself where the step skips that evaluation."""
+
+    def __call__(self, x: Tensor, i: int = 0, /) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All numbers of a scheme on a grid, float64 on the host; ``[, batch]`` for grids with times per sample.
+
+    Attributes:
+        times: where the field is evaluated, ``(steps, evaluations[, batch])``.
+        rows: ``(steps, K + 2[, batch])`` for each `Row` of a step, with columns ``(a, b_1, ..., b_K, c)``.
+        noisy: for each `Row`, whether it adds noise; where not, its last column is 0. The ``j``-th noisy row of step
+            ``k`` takes the standard normals of step ``k draws + j`` of the driving noise.
+        skipped: ``(steps, evaluations)``, true where all coefficients of an evaluation are 0 and none is needed. The
+            time there is a safe one all the same.
+    """
+
+    times: Tensor
+    rows: tuple[Tensor, ...]
+    noisy: tuple[bool, ...]
+    skipped: Tensor
+
+    @property
+    def draws(self) -> int:
+        """Independent draws of noise a step."""
+        return sum(self.noisy)
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+
+class AbstractTabulated(AbstractSolver):
+    """A solver whose steps on a semilinear equation are rows of a `Table`.
+
+    Attributes:
+        memory: tensors of the state's shape that are carried from step to step beside the state; zero at the start.
+    """
+
+    memory: int = 0
+
+    @abc.abstractmethod
+    def table(self, sde: AbstractSemilinear, times: Tensor) -> Table | None:
+        """The numbers of the scheme for the steps between consecutive ``times``.
+
+        Args:
+            sde: the equation.
+            times: ``(steps + 1,)`` or ``(steps + 1, batch)``, float64.
+
+        Returns:
+            The table; ``None`` if the rates of ``sde`` depend on more than time.
+
+        Raises:
+            ValueError: the scheme is not one for this equation or grid.
+        """
+
+    @abc.abstractmethod
+    def advance(
+        self, field: Evaluate, rows: Sequence[Row], x: Tensor, memory: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """State and memory after a step, from those before it: pure, without a look at any value."""
+
+
+class AbstractSingleRow(AbstractTabulated):
+    """``x <- a x + b s(x, t) + c z``: one evaluation and one row a step."""
+
+    @final
+    def advance(
+        self, field: Evaluate, rows: Sequence[Row], x: Tensor, memory: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (row,) = rows
+        return row(x, field(x)), memory
+
+
+def single_row(times: Tensor, a: Tensor, b: Tensor, c: Tensor, *, noisy: bool) -> Table:
+    """The table of an `AbstractSingleRow` that evaluates the field at the start of each step."""
+    return Table(times[:-1, None], (torch.stack([a, b, c], dim=1),), (noisy,), none_skipped(times, 1))
+
+
+def none_skipped(times: Tensor, evaluations: int) -> Tensor:
+    """`Table.skipped` of a scheme that makes every evaluation of every step."""
+    return torch.zeros(len(times) - 1, evaluations, dtype=torch.bool)
+
+
+def row_step(
+    solver: AbstractTabulated,
+    field: Callable[[Tensor, Tensor], Tensor],
+    times: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    normals: Sequence[Tensor | None],
+    x: Tensor,
+    memory: tuple[Tensor, ...],
+    skipped: Sequence[bool] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One step in plain torch, a pure function of numbers and tensors: the definition, and what a tracer is shown.
+
+    Args:
+        solver: the scheme.
+        field: ``s(x, t)``.
+        times: evaluation times, ``()`` or ``(batch,)`` each.
+        rows: coefficients of each row, ``(K + 2,)`` or ``(K + 2, batch)``.
+        normals: for each row, standard normals like ``x``, or ``None`` for a row without noise.
+        x: the state.
+        memory: what the solver carries.
+        skipped: evaluations not to make; by default all are made, and what is not needed is multiplied by 0.
+    """
+
+    def evaluate(y: Tensor, i: int = 0) -> Tensor:
+        return y if skipped is not None and skipped[i] else field(y, times[i])
+
+    def row(numbers: Tensor, z: Tensor | None) -> Row:
+        def combine(y: Tensor, *terms: Tensor) -> Tensor:
+            a, *b, c = (per_sample(number, y) for number in numbers.unbind(0))
+            total = a * y
+            for b_i, term in zip(b, terms, strict=True):
+                total = total + b_i * term
+            return total if z is None else total + c * z
+
+        return combine
+
+    return solver.advance(evaluate, [row(*pair) for pair in zip(rows, normals, strict=True)], x, memory)
