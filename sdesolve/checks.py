@@ -36,7 +36,7 @@ def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> N
     if not isinstance(sde, AbstractSDE):
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {type(sde).__name__}; wrap it in sds.SDE")
     name = type(solver).__name__
-    if not isinstance(solver, AbstractOneStep) and not isinstance(sde, AbstractSemilinear):
+    if not isinstance(solver, AbstractOneStep | AbstractAdaptive) and not isinstance(sde, AbstractSemilinear):
         raise ValueError(
             f"{name} integrates the reverse SDE or probability flow of a linear diffusion, process.reverse(score) or "
             f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "

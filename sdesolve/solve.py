@@ -21,6 +21,7 @@ from sdesolve.solution import DivergenceError, Solution, Stats
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
+from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.stepping import AbstractStepper, choose_stepper
 
 Backend = Literal["auto", "eager", "fused"]
@@ -91,7 +92,8 @@ def solve(
             raise ValueError(f"{type(solver).__name__} has no fused kernel; use backend='auto' or 'eager'")
         return _adapted(sde, x0, _grid_of(t0, t1, 1, None, len(x0)), solver, save_at, progress)
     times = _grid_of(t0, t1, steps, grid, len(x0))
-    noise = _noise_of(sde, seed, noise)
+    random = sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
+    noise = _noise_of(random, seed, noise)
     if backend not in ("auto", "eager", "fused"):
         raise ValueError(f"backend must be 'auto', 'eager' or 'fused', got {backend!r}")
     if backend == "fused":
@@ -114,6 +116,8 @@ def solve(
     )
     run = _Integration(watched, stepper, times, noise, x0, shape, check_finite)
     plan = SavePlan(times, save_at)
+    if plan.inside and isinstance(solver, PredictorCorrector):
+        raise ValueError("a corrected chain has states at grid points alone; save_at holds times between them")
     x = x0
     plan.at_grid_point(0, x)
     states = enumerate(run.states(x0))
@@ -128,7 +132,7 @@ def solve(
         nfe=watched.evaluations,
         backend=stepper.backend,
         reason=stepper.reason,
-        seed=noise.seed if isinstance(noise, BrownianPath) and sde.noise is not Noise.NONE else None,
+        seed=noise.seed if isinstance(noise, BrownianPath) and random else None,
     )
     return Solution(x1=x, ts=plan.ts, xs=plan.states(), stats=stats)
 
@@ -283,7 +287,7 @@ def _grid_of(
     return times
 
 
-def _noise_of(sde: AbstractSDE, seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
+def _noise_of(random: bool, seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
     if seed is not None and noise is not None:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
     if noise is not None:
@@ -291,7 +295,7 @@ def _noise_of(sde: AbstractSDE, seed: int | None, noise: AbstractNoise | None) -
             raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
         return noise
     if seed is None:
-        seed = 0 if sde.noise is Noise.NONE else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+        seed = 0 if not random else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
     return BrownianPath(seed)
 
 

@@ -10,5 +10,6 @@ from sdesolve.solvers.dpm_solver_pp import SDEDPMSolverPP as SDEDPMSolverPP
 from sdesolve.solvers.euler_maruyama import EulerMaruyama as EulerMaruyama
 from sdesolve.solvers.heun import Heun as Heun
 from sdesolve.solvers.milstein import Milstein as Milstein
+from sdesolve.solvers.predictor_corrector import PredictorCorrector as PredictorCorrector
 from sdesolve.solvers.rk4 import RK4 as RK4
 from sdesolve.solvers.tabulated import AbstractTabulated as AbstractTabulated
