@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
@@ -51,6 +51,11 @@ def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> N
             f"{name} integrates ODEs and this is an SDE with {sde.noise} noise. Use EulerMaruyama or another SDE "
             "solver; to sample with an ODE solver, integrate process.probability_flow(score), or pass stochasticity=0 "
             "to sample"
+        )
+    if sde.noise is Noise.NONE and (Calculus.ITO, Noise.ADDITIVE) in solver.supported:
+        raise ValueError(
+            f"{name} adds noise and this is an ODE: integrate process.reverse(score), leave stochasticity=0 out of "
+            "sample, or take a deterministic sampler such as DPMSolverPP"
         )
     raise ValueError(
         f"{name} does not converge to the {sde.calculus} solution of an SDE with {sde.noise} noise. With "

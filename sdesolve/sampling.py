@@ -70,6 +70,8 @@ def sample(
     times = _times(process, steps, grid)
     path = _path(seed, noise)
     if stochasticity is None:
+        stochasticity = solver.stochasticity
+    if stochasticity is None:
         stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:

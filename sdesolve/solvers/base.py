@@ -49,6 +49,8 @@ class AbstractSolver(abc.ABC):
         weak_order: order of ``|E f(X_h) - E f(X)|``; ``None`` if the scheme is for ODEs only.
         ode_order: order on an ODE; ``None`` if the scheme is not for ODEs.
         evaluations: evaluations of the drift (for a reverse SDE or probability flow, of the score) a step.
+        stochasticity: of the reverse SDE that the scheme is made for (`ReverseSDE`), 0 being the probability flow;
+            ``None`` if it takes any.
         own_component_diffusion: whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone.
     """
 
@@ -57,6 +59,7 @@ class AbstractSolver(abc.ABC):
     weak_order: float | None
     ode_order: int | None
     evaluations: int
+    stochasticity: float | None = None
     own_component_diffusion: bool = False
 
     @final

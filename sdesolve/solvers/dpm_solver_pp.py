@@ -7,12 +7,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve.grids import whole_number
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.data_prediction import AbstractDataMultistep
 from sdesolve.solvers.multistep import by_order, exponential_moments
-from sdesolve.solvers.schedule import Schedule
+from sdesolve.solvers.schedule import Schedule, check_order
 
 
 @final
@@ -65,14 +64,6 @@ class SDEDPMSolverPP(AbstractDataMultistep):
 
     def weights(self, schedule: Schedule, a: Tensor) -> Tensor:
         return _expansion(schedule, self.order)
-
-
-def check_order(order: int, most: int, name: str) -> int:
-    """Refuses an order that is not 1 ... ``most``."""
-    whole_number(order, "order", 1)
-    if order > most:
-        raise ValueError(f"{name} has orders 1 to {most}, got {order}: the weights of higher ones are not known")
-    return order
 
 
 def _expansion(p: Schedule, order: int) -> Tensor:

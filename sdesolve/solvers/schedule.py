@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.grids import whole_number
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSemilinear
+from sdesolve.solvers.base import AbstractSolver
 
 # The log-SNR is infinite without noise. e^-700 is the last power that is not 0, and the half log-SNR of no process gets
 # there by itself, so steps to zero noise have this length: finite, and every exponential of it is right.
@@ -41,7 +43,7 @@ class Schedule:
     lam: Tensor
 
     @classmethod
-    def of(cls, solver: object, sde: AbstractSemilinear, times: Tensor) -> Schedule:
+    def of(cls, solver: AbstractSolver, sde: AbstractSemilinear, times: Tensor) -> Schedule:
         """What ``solver`` needs of ``sde`` on a grid.
 
         Raises:
@@ -58,7 +60,13 @@ class Schedule:
         process = sde.forward
         log_alpha, sigma = process.log_alpha(times), process.sigma(times)
         alpha, lam = log_alpha.exp(), log_alpha - sigma.log()
-        schedule = cls(process, _stochasticity(sde), times, alpha, sigma, sigma / alpha, lam)
+        stochasticity = sde.stochasticity if isinstance(sde, ReverseSDE) else 0.0
+        if solver.stochasticity is not None and solver.stochasticity != stochasticity:
+            raise ValueError(
+                f"{solver!r} is made for stochasticity {solver.stochasticity:g}, and this equation has "
+                f"{stochasticity:g}: give the same to both, or leave it out"
+            )
+        schedule = cls(process, stochasticity, times, alpha, sigma, sigma / alpha, lam)
         schedule._check(name)
         return schedule
 
@@ -118,10 +126,9 @@ class Schedule:
             )
 
 
-def _stochasticity(sde: ReverseSDE | ProbabilityFlow) -> float:
-    return sde.stochasticity if isinstance(sde, ReverseSDE) else 0.0
-
-
-def columns(numbers: Tensor, like: Tensor) -> Tensor:
-    """``(steps,)`` numbers that broadcast against ``like: (steps,)`` or ``(steps, batch)``."""
-    return numbers.reshape(-1, *(1,) * (like.ndim - 1))
+def check_order(order: int, most: int, name: str) -> int:
+    """Refuses an order that is not 1 ... ``most``."""
+    whole_number(order, "order", 1)
+    if order > most:
+        raise ValueError(f"{name} has orders 1 to {most}, got {order}: no more values than that are kept")
+    return order
