@@ -47,6 +47,7 @@ class PredictorCorrector(AbstractSolver):
         self.ode_order = predictor.ode_order
         self.evaluations = predictor.evaluations + self.n
         self.own_component_diffusion = predictor.own_component_diffusion
+        self.stochasticity = predictor.stochasticity
 
 
 def reversed_diffusion(sde: AbstractSDE) -> AbstractDiffusion:
