@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdesolve.checks import check_drift
-from sdesolve.saving import SavePlan
+from sdesolve.saving import SaveAt, SavePlan
 from sdesolve.sde import AbstractSDE, per_sample
-from sdesolve.solution import DivergenceError
+from sdesolve.solution import DivergenceError, Solution, Stats
 from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
@@ -34,6 +34,28 @@ class Arrival(NamedTuple):
     rejected: Tensor
     evaluations: Tensor
     calls: int
+
+
+def solve_adaptively(
+    sde: AbstractSDE, x0: Tensor, ends: Tensor, solver: AbstractAdaptive, save_at: SaveAt, *, progress: bool
+) -> Solution:
+    """The solution from the first to the last of ``ends``, ``(2,)`` or ``(2, batch)``; raises what `integrate` does."""
+    plan = SavePlan(ends, save_at)
+    plan.at_grid_point(0, x0)
+    t0, t1 = (t.expand(len(x0)) for t in ends)
+    arrival = integrate(sde, solver, x0, t0, t1, plan, progress=progress)
+    plan.at_grid_point(1, arrival.x)
+    stats = Stats(
+        solver=type(solver).__name__,
+        steps=int(arrival.accepted.amax()) if len(x0) else 0,
+        nfe=arrival.calls,
+        backend="eager",
+        reason="steps differ between samples",
+        accepted=arrival.accepted,
+        rejected=arrival.rejected,
+        evaluations=arrival.evaluations,
+    )
+    return Solution(x1=arrival.x, ts=plan.ts, xs=plan.states(), stats=stats)
 
 
 def integrate(

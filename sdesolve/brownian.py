@@ -5,13 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import TypedDict
+from typing import Literal, TypedDict, get_args
 
 import torch
-from sdesolve_kernels import Stream, normal
+from sdesolve_kernels import Stream, normal, words
 from torch import Tensor
 
 from sdesolve.grids import whole_number
+
+Increments = Literal["normal", "two-point", "three-point"]
 
 _BRIDGE_DEPTH = 20
 _BLOCK_ELEMENTS = 1 << 22
@@ -97,12 +99,19 @@ class BrownianPath(AbstractPaths):
     Times between grid points come from a Brownian bridge on a dyadic tree of depth 20 under each (sub)step, whose nodes
     are integers; a float time never seeds anything.
 
+    For weak convergence alone, where only expectations matter, the normals may be replaced by simpler numbers of the
+    same first moments, at a fraction of the cost: ``two-point``, +-1 with equal chances, keeps weak order 1;
+    ``three-point``, +-sqrt(3) with chances 1/6 and else 0, weak order 2 (Kloeden and Platen 1992, sections 14.1 and
+    14.2). Number ``n`` of a path is then bit ``n mod 128`` of block ``n div 128`` of the generator, or its word
+    ``n mod 4`` of block ``n div 4`` (below ``2^32 div 6``: minus; from ``2^32 - 2^32 div 6``: plus).
+
     Args:
         seed: in [0, 2^64).
         first_path: path index of row 0, so that a shard can ask for its own rows.
         first_step: step index that counts as 0, so that an integration can go on where another stopped.
         substeps: how many fine increments make one step.
         stream: which of the independent noise streams (`sdesolve_kernels.Stream`).
+        kind: of increments, ``normal``, ``two-point`` or ``three-point``.
 
     Raises:
         TypeError: an argument is not an integer.
@@ -114,12 +123,22 @@ class BrownianPath(AbstractPaths):
     first_step: int = 0
     substeps: int = 1
     stream: int = Stream.DRIVING
+    kind: Increments = "normal"
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("first_path", 0), ("first_step", 0), ("substeps", 1), ("stream", 0)):
             whole_number(getattr(self, name), name, least)
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, got {self.seed}")
+        if self.kind not in get_args(Increments):
+            raise ValueError(
+                f"increments must be one of {', '.join(map(repr, get_args(Increments)))}, got {self.kind!r}"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether each increment is one normal of the path's sequence, scaled: what step kernels make themselves."""
+        return self.substeps == 1 and self.kind == "normal"
 
     def rows(self, first: int) -> BrownianPath:
         """The paths of a shard whose row 0 is row ``first`` of this batch."""
@@ -135,14 +154,16 @@ class BrownianPath(AbstractPaths):
         It has no coarse increments: a corrector's steps are its own, whatever the grid.
         """
         first = self.first_step * whole_number(draws, "draws", 1)
-        return dataclasses.replace(self, stream=Stream.CORRECTOR, first_step=first, substeps=1)
+        return dataclasses.replace(self, stream=Stream.CORRECTOR, first_step=first, substeps=1, kind="normal")
 
     def place(self, step: int) -> Place:
         """Where the normals of step ``step`` stand, for a kernel that makes them itself.
 
         Raises:
-            ValueError: an increment of this path is a sum of several normals (``substeps > 1``).
+            ValueError: an increment of this path is a sum of several normals (``substeps > 1``), or no normal.
         """
+        if self.kind != "normal":
+            raise ValueError(f"increments are {self.kind} numbers; a step kernel makes normals")
         if self.substeps != 1:
             raise ValueError(f"increments are sums of {self.substeps} normals; a kernel makes one for each step")
         return {
@@ -176,6 +197,8 @@ class BrownianPath(AbstractPaths):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
+        if self.kind != "normal":
+            raise ValueError(f"{self.kind} increments are no Brownian path and have no values between grid points")
         if not 0.0 <= theta <= 1.0:
             raise ValueError(f"theta is a fraction of a step, in [0, 1], got {theta}")
         r = self.substeps
@@ -243,6 +266,9 @@ class BrownianPath(AbstractPaths):
         device: torch.device | str | None,
         out: Tensor | None = None,
     ) -> Tensor:
+        if self.kind != "normal":
+            made = self._simple(batch, count, offset, device).to(dtype if out is None else out.dtype)
+            return made if out is None else out.copy_(made.reshape(out.shape))
         return normal(
             batch,
             count,
@@ -254,3 +280,22 @@ class BrownianPath(AbstractPaths):
             device=None if out is not None else device,
             out=out,
         )
+
+    def _simple(self, batch: int, count: int, offset: int, device: torch.device | str | None) -> Tensor:
+        """Two- or three-point numbers of mean 0 and variance 1, ``(batch, count)``, float64."""
+
+        def block_words(first: int, number: int) -> Tensor:
+            return words(
+                batch, number, seed=self.seed, stream=self.stream, first_path=self.first_path, offset=first,
+                device=device,
+            )  # fmt: skip
+
+        if self.kind == "three-point":
+            w = block_words(offset, count)
+            sixth = 2**32 // 6
+            return math.sqrt(3.0) * ((w >= 2**32 - sixth).double() - (w < sixth).double())
+        first, last = offset // 32, (offset + count - 1) // 32
+        w = block_words(first, max(last - first + 1, 0))
+        bits = (w[:, :, None] >> torch.arange(32, device=w.device)) & 1
+        start = offset - 32 * first
+        return 2.0 * bits.reshape(batch, -1)[:, start : start + count].double() - 1.0

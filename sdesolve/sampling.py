@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,8 +13,9 @@ from sdesolve.graphs import StraightSampler, captured
 from sdesolve.reverse import Score
 from sdesolve.sde import Calculus, Noise, per_sample
 from sdesolve.solve import solve
-from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.tabulated import AbstractTabulated
 
 
 def sample(
@@ -46,11 +45,12 @@ def sample(
         shape: of the result.
         solver: ``EulerMaruyama()`` by default.
         steps: number of steps on the process's own grid (`AbstractDiffusion.time_grid`).
-        grid: explicit decreasing times instead of ``steps``.
+        grid: explicit decreasing times instead of ``steps``. For samplers made for reverse equations, such as
+            `DPMSolverPP`, it may end at 0; the last step then is Tweedie's formula and nothing is left to denoise.
         seed: for the start and the driving noise; drawn from torch's default generator if not given.
         noise: the driving noise instead; a `BrownianPath` also gives seed and first path of the start.
         stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, or between or above (`ReverseSDE`). By
-            default 1 if the solver integrates SDEs with additive noise, and 0 if it does not.
+            default what the solver is made for; 1 if that is any SDE with additive noise, 0 if it takes ODEs only.
         denoise: finish with Tweedie's formula ``(x + sigma^2 score) / alpha`` at the last time, which removes the noise
             that is left there at the cost of one score evaluation.
         dtype: float32 or float64.
@@ -67,7 +67,9 @@ def sample(
     if not isinstance(process, AbstractDiffusion):
         raise TypeError(f"process must be a linear diffusion such as VP(), got {type(process).__name__}")
     solver = EulerMaruyama() if solver is None else solver
-    times = _times(process, steps, grid)
+    times = _times(process, solver, steps, grid)
+    if bool((process.sigma(times[-1]) == 0).any()):
+        denoise = False  # nothing is left to remove
     path = _path(seed, noise)
     if stochasticity is None:
         stochasticity = solver.stochasticity
@@ -77,7 +79,7 @@ def sample(
     if cuda_graph:
         where = torch.empty(0, device=device).device
         key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
-        if not isinstance(path, BrownianPath) or path.substeps != 1 or path.first_step:
+        if not isinstance(path, BrownianPath) or not path.plain or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
 
         def straight() -> StraightSampler:
@@ -107,15 +109,17 @@ def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> T
     return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
 
 
-def _times(process: AbstractDiffusion, steps: int | None, grid: Tensor | None) -> Tensor:
+def _times(process: AbstractDiffusion, solver: AbstractSolver, steps: int | None, grid: Tensor | None) -> Tensor:
     if (steps is None) == (grid is None):
         raise ValueError("give steps, the number of steps on the process's own grid, or grid, explicit times")
     times = process.time_grid(steps) if grid is None else grids.check_grid(grid)  # type: ignore[arg-type]
     first, last = float(times[0].max()), float(times[-1].min())
-    if times.ndim != 1 or not (0 < last < first <= process.t_max * (1 + 1e-12)) or math.isinf(first):
+    to_zero = isinstance(solver, AbstractTabulated) and not isinstance(solver, AbstractOneStep)
+    if times.ndim != 1 or not (0 <= last < first <= process.t_max * (1 + 1e-12)) or (last == 0 and not to_zero):
+        hint = "; to end at 0 take a sampler such as DPMSolverPP, whose last step can be exact" if last == 0 else ""
         raise ValueError(
-            f"a sampling grid is (steps + 1,) and decreases within (0, t_max = {process.t_max}]; got shape "
-            f"{tuple(times.shape)} from {first} to {last}"
+            f"a sampling grid is (steps + 1,) and decreases within {'[' if to_zero else '('}0, t_max = "
+            f"{process.t_max}]; got shape {tuple(times.shape)} from {first} to {last}{hint}"
         )
     return times
 

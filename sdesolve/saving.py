@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from sdesolve.sde import AbstractSDE, Noise, per_sample
 from sdesolve.solvers.base import Span
 
 SaveAt = Sequence[float] | Tensor | Literal["grid"] | None
+Observable = Callable[[Tensor], Tensor]
 
 _SAME_TIME = 1e-9  # of the length of the grid: nearer than this, a time is a grid point
 
@@ -32,16 +33,22 @@ class SavePlan:
     Args:
         grid: ``(steps + 1,)`` or ``(steps + 1, batch)``, float64.
         save_at: times, in the direction of integration; ``"grid"`` for every grid point; ``None`` for the end alone.
+        observable: what to keep of a state instead of all of it, ``(batch, *state) -> (batch, *values)``.
+        moments: keep mean and variance over the batch instead of every path.
 
     Raises:
         ValueError: a time outside the grid or out of order; times inside steps on a grid with a time per sample.
     """
 
-    def __init__(self, grid: Tensor, save_at: SaveAt) -> None:
+    def __init__(
+        self, grid: Tensor, save_at: SaveAt, observable: Observable | None = None, *, moments: bool = False
+    ) -> None:
         steps = len(grid) - 1
+        self.observable, self.moments = observable, moments
         self.on_grid: dict[int, list[int]] = defaultdict(list)
         self.inside: dict[int, list[tuple[int, float]]] = defaultdict(list)
         self._states: list[Tensor | None]
+        self._variances: list[Tensor | None]
         if save_at is None or isinstance(save_at, str):
             if isinstance(save_at, str) and save_at != "grid":
                 raise ValueError(f'save_at takes times, "grid" or None, got {save_at!r}')
@@ -53,6 +60,15 @@ class SavePlan:
             self.ts = torch.as_tensor(save_at, dtype=torch.float64).cpu()
             self._place(grid)
         self._states = [None] * len(self.ts)
+        self._variances = [None] * len(self.ts)
+
+    def _keep(self, slot: int, x: Tensor) -> None:
+        kept = x if self.observable is None else observed(self.observable, x)
+        if self.moments:
+            kept = kept.double()
+            self._variances[slot] = kept.var(0) if len(kept) > 1 else torch.full_like(kept[0], math.nan)
+            kept = kept.mean(0)
+        self._states[slot] = kept
 
     def _place(self, grid: Tensor) -> None:
         if self.ts.ndim != 1 or self.ts.numel() == 0:
@@ -81,7 +97,7 @@ class SavePlan:
     def at_grid_point(self, k: int, x: Tensor) -> None:
         """Keeps the state at grid point ``k`` if it was asked for."""
         for slot in self.on_grid.get(k, ()):
-            self._states[slot] = x
+            self._keep(slot, x)
 
     def within_step(
         self,
@@ -96,11 +112,11 @@ class SavePlan:
         """Keeps the states asked for inside step ``k``."""
         for slot, theta in self.inside.get(k, ()):
             if sde.noise is Noise.NONE:
-                self._states[slot] = _hermite(sde, x, x_next, span, theta)
+                self._keep(slot, _hermite(sde, x, x_next, span, theta))
             else:
                 b = noise.bridge(k, theta, shape, dtype=x.dtype, device=x.device)
                 chord = x + theta * (x_next - x)
-                self._states[slot] = chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b)
+                self._keep(slot, chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b))
 
     def fill(self, slot: int, x: Tensor, rows: Tensor) -> None:
         """Keeps the ``rows: (batch,)`` of a state that samples reach one after another."""
@@ -108,8 +124,24 @@ class SavePlan:
         self._states[slot] = x if old is None else torch.where(per_sample(rows, x), x, old)
 
     def states(self) -> Tensor:
-        """All kept states, ``(times, batch, *state)``."""
+        """All that was kept, ``(times, batch, *values)``, or means ``(times, *values)``."""
         return torch.stack([x for x in self._states if x is not None])
+
+    def variances(self) -> Tensor:
+        """Variances over the batch, ``(times, *values)``."""
+        return torch.stack([x for x in self._variances if x is not None])
+
+
+def observed(observable: Observable, x: Tensor) -> Tensor:
+    """``observable(x)``, checked."""
+    y = observable(x)
+    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"observable must return a tensor with a row per path, ({len(x)}, ...), for a state of shape "
+            f"{tuple(x.shape)}; got {got}"
+        )
+    return y
 
 
 def _hermite(sde: AbstractSDE, x: Tensor, x_next: Tensor, span: Span, theta: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -183,6 +183,10 @@ class SDE(AbstractSDE):
             raise ValueError("an SDE has noise; for an equation without any, use sdesolve.ODE(drift)")
         self._drift, self._diffusion = drift, diffusion
 
+    def with_params(self, params: Any) -> SDE:
+        """This SDE with ``params`` as a third argument of both functions: ``f(x, t, params)``, ``g(x, t, params)``."""
+        return SDE(_bound(self._drift, params), _bound(self._diffusion, params), self.noise.value, self.calculus.value)
+
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         return self._drift(x, t)
 
@@ -212,8 +216,19 @@ class ODE(AbstractODE):
             raise TypeError(f"drift must be a function of (x, t), got {type(drift).__name__}")
         self._drift = drift
 
+    def with_params(self, params: Any) -> ODE:
+        """This ODE with ``params`` as a third argument of its function: ``f(x, t, params)``."""
+        return ODE(_bound(self._drift, params))
+
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         return self._drift(x, t)
+
+
+def _bound(function: Callable[..., Tensor], params: Any) -> Field:
+    def of_state_and_time(x: Tensor, t: Tensor) -> Tensor:
+        return function(x, t, params)
+
+    return of_state_and_time
 
 
 def _member(kind: type[enum.StrEnum], value: str, name: str):  # type: ignore[no-untyped-def]  # kind(value)

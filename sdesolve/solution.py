@@ -15,8 +15,9 @@ class Stats:
         solver: name of the solver.
         steps: steps taken.
         nfe: evaluations of the drift (for a reverse SDE or probability flow, of the score), saving included.
-        backend: what ran: ``eager``, the solver's step in torch, or ``kernel``, one kernel for each step.
-        reason: which kernel, or why none.
+        backend: what ran: ``fused``, the whole trajectory in one generated kernel; ``kernel``, one kernel for each
+            step; or ``eager``, the solver's step in torch.
+        reason: which kernel, or why no faster one.
         seed: seed of the driving noise; ``None`` for an ODE or for noise that has none.
         source: the generated kernel, if one ran.
         accepted: with an adaptive solver, steps that each sample took, ``(batch,)``; ``steps`` is the most of any.
@@ -43,14 +44,19 @@ class Solution:
     Attributes:
         x1: state at the end of the grid, ``(batch, *state)``.
         ts: times of ``xs``, float64 on the host, ``(times,)`` or ``(times, batch)``.
-        xs: saved states, ``(times, batch, *state)``; the final state alone unless ``save_at`` was given.
+        xs: saved states, ``(times, batch, *state)``; the final state alone unless ``save_at`` was given. With an
+            ``observable``, its values instead. Empty, with no times, if ``reduce`` was given.
         stats: how it was made.
+        mean: of what ``xs`` would hold over the batch, ``(times, *state)``, float64, if ``reduce="moments"``.
+        variance: likewise, unbiased.
     """
 
     x1: Tensor
     ts: Tensor
     xs: Tensor
     stats: Stats
+    mean: Tensor | None = None
+    variance: Tensor | None = None
 
 
 class DivergenceError(FloatingPointError):

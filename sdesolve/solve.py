@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdesolve import grids
-from sdesolve.adaptive import integrate
-from sdesolve.brownian import AbstractNoise, BrownianPath
+from sdesolve.adaptive import solve_adaptively
+from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
 from sdesolve.checks import check_diffusion, check_drift, check_pair, check_state
-from sdesolve.saving import SaveAt, SavePlan
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
+from sdesolve.fusing import AbstractCounted, Fused, Task, fuse
+from sdesolve.saving import Observable, SaveAt, SavePlan
+from sdesolve.sde import ODE, SDE, AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
 from sdesolve.solution import DivergenceError, Solution, Stats
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver, Span
@@ -24,7 +25,8 @@ from sdesolve.solvers.milstein import check_own_component
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.stepping import AbstractStepper, choose_stepper
 
-Backend = Literal["auto", "eager", "fused"]
+Backend = Literal["auto", "fused", "kernel", "eager"]
+_PLAIN = ("auto", "eager")
 
 # Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
 # it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.
@@ -44,6 +46,10 @@ def solve(
     seed: int | None = None,
     noise: AbstractNoise | None = None,
     save_at: SaveAt = None,
+    params: Any = None,
+    observable: Observable | None = None,
+    reduce: Literal["moments"] | None = None,
+    increments: Increments | None = None,
     backend: Backend = "auto",
     progress: bool = False,
     check_finite: bool = True,
@@ -65,8 +71,15 @@ def solve(
         save_at: times whose states to keep, ``"grid"`` for every grid point, or ``None`` for the last. A time between
             grid points is reached by a Brownian bridge of the same path (`SavePlan`), and asking for it changes nothing
             else.
-        backend: ``auto`` runs the fastest that fits and says in ``stats`` what and why; ``eager`` is the solver's own
-            step in plain torch; ``fused``, a whole trajectory in one kernel, refuses rather than fall back.
+        params: given to the functions of an `SDE` or `ODE` as a third argument: a tensor, or a tuple or dictionary of
+            them. A tensor of ``batch`` rows has a row for each path, others are shared by all.
+        observable: keep ``observable(x)``, ``(batch, *values)``, in ``xs`` in place of the state.
+        reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path.
+        increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
+            for weak convergence at a fraction of the cost.
+        backend: ``fused`` is the whole trajectory in one generated kernel, ``kernel`` one kernel a step, ``eager`` the
+            solver's own step in plain torch; none of these falls back to another. ``auto`` takes the first that can do
+            it, and says in ``stats`` why no earlier one could. The README says what can be fused.
         progress: show a progress bar.
         check_finite: raise `DivergenceError` if the final state is not finite.
 
@@ -82,42 +95,56 @@ def solve(
     """
     check_pair(solver, sde)
     check_state(x0)
-    if isinstance(solver, AbstractAdaptive):
-        if steps is not None or grid is not None or isinstance(save_at, str):
-            raise ValueError(
-                f"{type(solver).__name__} chooses its own steps: give t0 and t1, and save_at=[times] for states "
-                'between; no steps, no grid and no save_at="grid"'
+    if params is not None:
+        if not isinstance(sde, SDE | ODE):
+            raise TypeError(
+                f"params go to the functions of an SDE or ODE, and {type(sde).__name__} is neither; let its functions "
+                "hold their parameters"
             )
-        if backend == "fused":
-            raise ValueError(f"{type(solver).__name__} has no fused kernel; use backend='auto' or 'eager'")
-        return _adapted(sde, x0, _grid_of(t0, t1, 1, None, len(x0)), solver, save_at, progress)
+        sde = sde.with_params(params)
+    if isinstance(solver, AbstractAdaptive):
+        given = any(value is not None for value in (steps, grid, observable, reduce))
+        if given or isinstance(save_at, str) or backend not in _PLAIN:
+            raise ValueError(
+                f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
+                "for states between; no steps, grid, observable, reduce or kernel backend"
+            )
+        return solve_adaptively(sde, x0, _grid_of(t0, t1, 1, None, len(x0)), solver, save_at, progress=progress)
     times = _grid_of(t0, t1, steps, grid, len(x0))
     random = sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
-    noise = _noise_of(random, seed, noise)
-    if backend not in ("auto", "eager", "fused"):
-        raise ValueError(f"backend must be 'auto', 'eager' or 'fused', got {backend!r}")
-    if backend == "fused":
-        raise ValueError(
-            "no fused kernel covers this call: whole trajectories run eagerly; use backend='auto' or 'eager'"
-        )
+    noise = _noise_of(random, seed, noise, increments)
+    for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     watched = _Watched(sde)
-    shape, elementwise = _increment_shape(watched, solver, x0, times)
-    stepper = choose_stepper(
-        solver,
-        watched,
-        watched.field,
-        sde,
-        noise,
-        times,
-        x0,
-        shape,
-        elementwise=elementwise,
-        eager=backend == "eager",
-    )
-    run = _Integration(watched, stepper, times, noise, x0, shape, check_finite)
-    plan = SavePlan(times, save_at)
+    plan = SavePlan(times, save_at, observable, moments=reduce is not None)
     if plan.inside and isinstance(solver, PredictorCorrector):
         raise ValueError("a corrected chain has states at grid points alone; save_at holds times between them")
+    seed_used = noise.seed if isinstance(noise, BrownianPath) and random else None
+    why = ""
+    if backend in ("auto", "fused"):
+        with tqdm(total=len(times) - 1, disable=not progress, unit="step", leave=False) as bar:
+            fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
+            bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)
+        if isinstance(fused, Fused):
+            if check_finite and not bool(fused.x1.isfinite().all()):
+                _stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True).report_divergence(x0)
+            stats = Stats(
+                solver=type(solver).__name__,
+                steps=len(times) - 1,
+                nfe=fused.evaluations * (len(times) - 1),
+                backend="fused",
+                reason="the whole trajectory is one generated kernel",
+                seed=seed_used,
+                source=fused.source,
+            )
+            return _solution(plan, fused.x1, fused.xs, fused.variances, stats)
+        if backend == "fused":
+            raise ValueError(f"this integration cannot be fused: {fused}. backend='auto' runs it in another way")
+        why = f"; not fused: {fused}"
+    run = _stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=backend == "eager")
+    if backend == "kernel" and run.stepper.backend != "kernel":
+        raise ValueError(f"no kernel does a step of this integration: {run.stepper.reason}")
     x = x0
     plan.at_grid_point(0, x)
     states = enumerate(run.states(x0))
@@ -130,36 +157,49 @@ def solve(
         solver=type(solver).__name__,
         steps=run.steps,
         nfe=watched.evaluations,
-        backend=stepper.backend,
-        reason=stepper.reason,
-        seed=noise.seed if isinstance(noise, BrownianPath) and random else None,
+        backend=run.stepper.backend,
+        reason=run.stepper.reason + why,
+        seed=seed_used,
     )
-    return Solution(x1=x, ts=plan.ts, xs=plan.states(), stats=stats)
+    return _solution(plan, x, plan.states(), plan.variances() if plan.moments else None, stats)
 
 
-def _adapted(
-    sde: AbstractSDE, x0: Tensor, ends: Tensor, solver: AbstractAdaptive, save_at: SaveAt, progress: bool
-) -> Solution:
-    plan = SavePlan(ends, save_at)
-    plan.at_grid_point(0, x0)
-    t0, t1 = (t.expand(len(x0)) for t in ends)
-    arrival = integrate(sde, solver, x0, t0, t1, plan, progress=progress)
-    plan.at_grid_point(1, arrival.x)
-    stats = Stats(
-        solver=type(solver).__name__,
-        steps=int(arrival.accepted.amax()) if len(x0) else 0,
-        nfe=arrival.calls,
-        backend="eager",
-        reason="steps differ between samples",
-        accepted=arrival.accepted,
-        rejected=arrival.rejected,
-        evaluations=arrival.evaluations,
+def _solution(plan: SavePlan, x1: Tensor, xs: Tensor, variances: Tensor | None, stats: Stats) -> Solution:
+    if variances is None:
+        return Solution(x1=x1, ts=plan.ts, xs=xs, stats=stats)
+    return Solution(x1, plan.ts, x1.new_empty(0, *x1.shape), stats, mean=xs, variance=variances)
+
+
+def _stepwise(
+    solver: AbstractSolver,
+    sde: AbstractSDE,
+    watched: _Watched,
+    noise: AbstractNoise,
+    times: Tensor,
+    x0: Tensor,
+    check_finite: bool,
+    *,
+    eager: bool,
+) -> _Integration:
+    """The integration step by step: by the solver's own torch code if ``eager``, else by a kernel where one fits."""
+    shape, elementwise = _increment_shape(watched, solver, x0, times)
+    stepper = choose_stepper(
+        solver,
+        watched,
+        watched.field,
+        sde,
+        noise,
+        times,
+        x0,
+        shape,
+        elementwise=elementwise,
+        eager=eager,
     )
-    return Solution(x1=arrival.x, ts=plan.ts, xs=plan.states(), stats=stats)
+    return _Integration(watched, stepper, times, noise, x0, shape, check_finite)
 
 
 @final
-class _Watched(AbstractSDE):
+class _Watched(AbstractCounted):
     """An SDE that counts its drift evaluations, and checks what its functions return until told to stop."""
 
     def __init__(self, sde: AbstractSDE) -> None:
@@ -287,16 +327,20 @@ def _grid_of(
     return times
 
 
-def _noise_of(random: bool, seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
+def _noise_of(
+    random: bool, seed: int | None, noise: AbstractNoise | None, increments: Increments | None
+) -> AbstractNoise:
     if seed is not None and noise is not None:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
+    if increments is not None and noise is not None:
+        raise ValueError("increments is short for noise=BrownianPath(seed, kind=increments); give one of them")
     if noise is not None:
         if not isinstance(noise, AbstractNoise):
             raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
         return noise
     if seed is None:
         seed = 0 if not random else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
-    return BrownianPath(seed)
+    return BrownianPath(seed, kind=increments or "normal")
 
 
 def _increment_shape(sde: _Watched, solver: AbstractSolver, x0: Tensor, times: Tensor) -> tuple[tuple[int, ...], bool]:

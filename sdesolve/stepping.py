@@ -269,11 +269,11 @@ def choose_stepper(
             raise TypeError(f"correctors take noise from a BrownianPath, not from {type(noise).__name__}")
         solver.corrector.check(x0)
         return CorrectedStepper(predictor, solver, process, field, times, noise, x0)
-    plain = not isinstance(noise, BrownianPath) or noise.substeps != 1
+    plain = not isinstance(noise, BrownianPath) or not noise.plain
     if eager:
         why = "requested"
     elif plain and sde.noise is not Noise.NONE:
-        why = "the noise is not a plain sequence of normals: coarse increments, or a noise of another class"
+        why = "the noise is not a plain sequence of normals: coarse or weak increments, or a noise of another class"
     else:
         why = ""
     if isinstance(solver, AbstractTabulated) and isinstance(equation, AbstractSemilinear):
@@ -292,6 +292,6 @@ def choose_stepper(
 
 def _place(noise: AbstractNoise, n: int) -> Place:
     """Where the normals of draw ``n`` stand; any place will do for an ODE, which makes none."""
-    if isinstance(noise, BrownianPath) and noise.substeps == 1:
+    if isinstance(noise, BrownianPath) and noise.plain:
         return noise.place(n)
     return {"seed": 0, "stream": 0, "first_path": 0, "step": n}

@@ -167,6 +167,6 @@ def _check_memoryless(sampler: Sampler, process: AbstractDiffusion, data: Gaussi
 
 
 _EXPECTED = (
-    "on mixtures the oracle knows deterministic samplers, and ones whose steps are x' = m(x) + c z each for itself, such "
-    "as EulerMaruyama or Ancestral. On Gaussian data it knows all"
+    "on mixtures the oracle knows deterministic samplers, and ones whose steps are x' = m(x) + c z each for itself, "
+    "such as EulerMaruyama or Ancestral. On Gaussian data it knows all"
 )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
@@ -145,6 +144,8 @@ class _Mixture:
 
 def _inverse(law: _Mixture, low: float, high: float, u: Tensor) -> Tensor:
     """Quantiles by monotone cubic interpolation of the inverse distribution function, on a mesh of 8192 points."""
+    from scipy.interpolate import PchipInterpolator  # not with the package: importing it takes longer than the rest
+
     y = torch.linspace(low, high, 8193, dtype=torch.float64)
     F = law.distribution(y)
     rising = torch.cat([torch.ones(1, dtype=torch.bool), F[1:] > F.cummax(0).values[:-1]])

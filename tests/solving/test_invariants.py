@@ -148,7 +148,9 @@ def test_the_number_of_steps_is_the_number_asked_for(t1, steps):
         seen.append(t)
         return torch.ones_like(x)
 
-    sol = sds.solve(sds.ODE(drift), torch.zeros(1), 0.0, t1, steps, solver=sds.EulerMaruyama(), save_at="grid")
+    sol = sds.solve(
+        sds.ODE(drift), torch.zeros(1), 0.0, t1, steps, solver=sds.EulerMaruyama(), save_at="grid", backend="eager"
+    )
     assert len(seen) == steps == sol.stats.steps == sol.stats.nfe
     assert sol.ts[0] == 0.0
     assert sol.ts[-1] == t1
@@ -167,7 +169,7 @@ def test_stats_say_what_ran():
         "RK4",
         3,
         12,
-        "eager",
+        "fused",
         None,
     )
     assert sol.stats.reason

@@ -41,7 +41,7 @@ class NoReads(TorchDispatchMode):
 def test_euler_maruyama_by_kernel_is_its_own_step(name, dtype, seed, steps, backwards):
     x0 = torch.linspace(0.5, 1.5, 12, dtype=dtype).reshape(4, 3)
     t0, t1 = (1.0, 0.0) if backwards else (0.0, 1.0)
-    a = sds.solve(EQUATIONS[name], x0, t0, t1, steps, solver=EM, seed=seed)
+    a = sds.solve(EQUATIONS[name], x0, t0, t1, steps, solver=EM, seed=seed, backend="kernel")
     b = sds.solve(EQUATIONS[name], x0, t0, t1, steps, solver=EM, seed=seed, backend="eager")
     assert (a.stats.backend, b.stats.backend) == ("kernel", "eager")
     assert "euler_maruyama_step" in a.stats.reason
@@ -56,7 +56,7 @@ def test_reverse_equations_by_table_are_the_solvers_own_steps(process, stochasti
     sde = process.reverse(score, stochasticity) if stochasticity else process.probability_flow(score)
     x0 = process.sample_prior((50, 3), seed=1, dtype=torch.float64)
     grid = process.time_grid(30)
-    a = sds.solve(sde, x0, grid=grid, solver=EM, seed=0)
+    a = sds.solve(sde, x0, grid=grid, solver=EM, seed=0, backend="kernel")
     b = sds.solve(sde, x0, grid=grid, solver=EM, seed=0, backend="eager")
     assert "linear_step" in a.stats.reason
     assert a.stats.nfe == b.stats.nfe == 30
@@ -93,11 +93,11 @@ def test_what_no_kernel_covers_runs_in_torch_and_says_why():
     x0 = torch.ones(4, 3)
     coarse = sds.solve(EQUATIONS["diagonal"], x0, 0.0, 1.0, 4, solver=EM, noise=sds.BrownianPath(0, substeps=2))
     assert coarse.stats.backend == "eager"
-    assert "coarse increments" in coarse.stats.reason
-    milstein = sds.solve(EQUATIONS["diagonal"], x0, 0.0, 1.0, 4, solver=sds.Milstein(), seed=0)
-    assert "no kernel does Milstein" in milstein.stats.reason
+    assert "coarse or weak increments" in coarse.stats.reason
     asked = sds.solve(EQUATIONS["diagonal"], x0, 0.0, 1.0, 4, solver=EM, seed=0, backend="eager")
     assert asked.stats.reason == "requested"
+    with pytest.raises(ValueError, match="no kernel does Milstein on diagonal noise"):
+        sds.solve(EQUATIONS["diagonal"], x0, 0.0, 1.0, 4, solver=sds.Milstein(), seed=0, backend="kernel")
 
 
 def test_the_reference_backend_is_the_oracle_of_all_of_it():

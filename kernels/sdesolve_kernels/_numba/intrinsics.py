@@ -13,11 +13,18 @@ __all__ = [
     "as_float64",
     "as_int32",
     "as_int64",
+    "ceil",
+    "copysign",
+    "floor",
     "fma",
     "from_float16",
     "pointer",
+    "polynomial",
+    "round_to_even",
     "select",
+    "sqrt",
     "to_float16",
+    "trunc",
 ]
 
 # Numba's annotations count the typing context as an argument of the finished intrinsic.
@@ -50,6 +57,64 @@ def select(typing_context: Any, condition: Any, a: Any, b: Any) -> Any:
         return builder.select(*args)
 
     return a(condition, a, b), codegen
+
+
+def polynomial(*coefficients: float) -> Any:
+    """The function ``x -> sum_k coefficients[k] x^k`` of a float, by Horner's rule in fused multiply-adds."""
+
+    @intrinsic
+    def evaluate(typing_context: Any, x: Any) -> Any:
+        if not isinstance(x, types.Float):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            *rest, value = (ir.Constant(context.get_value_type(x), c) for c in coefficients)
+            for c in reversed(rest):
+                value = builder.fma(value, args[0], c)
+            return value
+
+        return x(x), codegen
+
+    return evaluate
+
+
+def _of_a_float(name: str, doc: str) -> Any:
+    def function(typing_context: Any, x: Any) -> Any:
+        if not isinstance(x, types.Float):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.call(builder.module.declare_intrinsic(name, [args[0].type]), args)
+
+        return x(x), codegen
+
+    function.__doc__ = doc
+    return intrinsic(function)
+
+
+# np.sqrt is a call into the C library, which LLVM makes an instruction of in vectors, not in the scalar tail.
+sqrt = _of_a_float("llvm.sqrt", "The square root of x, NaN below 0.")
+
+
+# Instructions from SSE4.1, ARMv8 and AVX on; LLVM calls the C library's function of the same name elsewhere.
+floor = _of_a_float("llvm.floor", "The largest whole number that is at most x, of the same type.")
+ceil = _of_a_float("llvm.ceil", "The smallest whole number that is at least x, of the same type.")
+trunc = _of_a_float("llvm.trunc", "x without its fractional part, of the same type.")
+round_to_even = _of_a_float("llvm.rint", "The whole number nearest to x, the even one of two, of the same type.")
+
+
+@intrinsic
+def copysign(typing_context: Any, magnitude: Any, sign: Any) -> Any:
+    """The float `magnitude` with the sign bit of the float `sign`."""
+    if magnitude != sign or not isinstance(sign, types.Float):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        function = ir.FunctionType(kind, (kind, kind))
+        return builder.call(builder.module.declare_intrinsic("llvm.copysign", [kind], function), args)
+
+    return sign(magnitude, sign), codegen
 
 
 def _bitcast(source: Any, target: Any, doc: str) -> Any:

@@ -1,0 +1,25 @@
+"""Elementary functions that LLVM vectorises in a loop over lanes, where a call into the C library keeps it scalar.
+
+Each is a branch-free sequence of arithmetic, explicit fused multiply-adds and selects, so that its bits do not depend
+on whether, or how wide, a loop was vectorised. Special values are torch's, and subnormal numbers are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .circular import CIRCULAR
+from .error_function import ERROR_FUNCTION
+from .exponentials import EXPONENTIALS
+from .inverse_circular import INVERSE_CIRCULAR
+from .logarithms import LOGARITHMS
+from .powers import POWERS
+from .rounding import ROUNDING
+
+__all__ = ["FUNCTIONS"]
+
+# By name, as torch has it, and precision.
+FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = (
+    EXPONENTIALS | LOGARITHMS | POWERS | ERROR_FUNCTION | CIRCULAR | INVERSE_CIRCULAR | ROUNDING
+)

@@ -1,0 +1,173 @@
+"""What generated trajectory kernels are written with: noise for a block of paths, saving, moments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from .box_muller import normals32, normals64
+from .compile import inline
+from .functions import FUNCTIONS
+from .intrinsics import fma, pointer, select
+from .philox import philox
+
+F32, F64, I64 = np.float32, np.float64, np.int64
+INF, NAN = np.inf, np.nan
+sqrt = np.sqrt
+_U64, _2, _3 = np.uint64, np.uint64(2), np.uint64(3)
+
+
+def _pointer(element: Any) -> Any:
+    @inline
+    def typed(address: Any) -> Any:
+        return pointer(address, element)
+
+    return typed
+
+
+pointer_float32, pointer_float64 = _pointer(types.float32), _pointer(types.float64)
+pointer_int64, pointer_bool = _pointer(types.int64), _pointer(types.boolean)
+whole, double, word = pointer_int64, pointer_float64, _pointer(types.uint32)
+
+
+def _fill_with(numbers: Any) -> Any:
+    """A function that makes numbers in pairs from words, for all lanes of a block, an entry of the sequence a row."""
+
+    @inline
+    def fill(
+        s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, lanes: Any
+    ) -> Any:
+        """Rows from ``base`` on; returns how many rows lie before the one for entry ``index``."""
+        seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
+        path = _U64(noise[4 * source + 2]) + _U64(first)
+        q, skip = _U64(index) >> _2, index & 3
+        for b in range((skip + count + 3) // 4):
+            for l in range(lanes):  # noqa: E741
+                w0, w1, w2, w3 = philox(seed, stream, path + _U64(l), q + _U64(b))
+                words[l] = np.uint32(w0)
+                words[lanes + l] = np.uint32(w1)
+                words[2 * lanes + l] = np.uint32(w2)
+                words[3 * lanes + l] = np.uint32(w3)
+            row = base + 4 * b * lanes
+            for pair in range(2):
+                for l in range(lanes):  # noqa: E741
+                    z0, z1 = numbers(words[2 * pair * lanes + l], words[(2 * pair + 1) * lanes + l])
+                    s[row + 2 * pair * lanes + l] = z0
+                    s[row + (2 * pair + 1) * lanes + l] = z1
+        return skip
+
+    return fill
+
+
+def _three_points(kind: Any) -> Any:
+    low, high = np.uint32(2**32 // 6), np.uint32(2**32 - 2**32 // 6)
+    zero, up, down = kind(0.0), kind(3.0**0.5), kind(-(3.0**0.5))
+
+    @inline
+    def numbers(w0: Any, w1: Any) -> Any:
+        a = select(w0 < low, down, select(w0 >= high, up, zero))
+        b = select(w1 < low, down, select(w1 >= high, up, zero))
+        return a, b
+
+    return numbers
+
+
+normal_fill_float32, normal_fill_float64 = _fill_with(normals32), _fill_with(normals64)
+three_point_fill_float32, three_point_fill_float64 = _fill_with(_three_points(F32)), _fill_with(_three_points(F64))
+
+
+def _signs(kind: Any) -> Any:
+    one, two = kind(1.0), kind(2.0)
+
+    @inline
+    def fill(
+        s: Any,
+        base: Any,
+        words: Any,
+        noise: Any,
+        source: Any,
+        first: Any,
+        index: Any,
+        count: Any,
+        fresh: Any,
+        lanes: Any,
+    ) -> Any:
+        """Rows of +-1, from one bit each; `words` is kept between calls, and made anew where 128 bits are used up."""
+        seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
+        path = _U64(noise[4 * source + 2]) + _U64(first)
+        for j in range(count):
+            bit = (index + j) & 127
+            if bit == 0 or (fresh and j == 0):
+                q = _U64((index + j) >> 7)
+                for l in range(lanes):  # noqa: E741
+                    w0, w1, w2, w3 = philox(seed, stream, path + _U64(l), q)
+                    words[l] = np.uint32(w0)
+                    words[lanes + l] = np.uint32(w1)
+                    words[2 * lanes + l] = np.uint32(w2)
+                    words[3 * lanes + l] = np.uint32(w3)
+            row, shift, word_row = base + j * lanes, np.uint32(bit & 31), (bit >> 5) * lanes
+            for l in range(lanes):  # noqa: E741
+                s[row + l] = kind((words[word_row + l] >> shift) & np.uint32(1)) * two - one
+        return 0
+
+    return fill
+
+
+two_point_fill_float32, two_point_fill_float64 = _signs(F32), _signs(F64)
+
+
+@inline
+def keep(out: Any, offset: Any, s: Any, start: Any, width: Any, count: Any, lanes: Any) -> Any:
+    """Rows from ``start`` on, of the first ``count`` lanes, to ``(count, width)`` numbers."""
+    for j in range(width):
+        for l in range(count):  # noqa: E741
+            out[offset + l * width + j] = s[start + j * lanes + l]
+
+
+@inline
+def accumulate(out: Any, offset: Any, s: Any, start: Any, width: Any, count: Any, lanes: Any) -> Any:
+    """Mean, and sum of squared distances to it, of the first ``count`` lanes of each row, in float64."""
+    for j in range(width):
+        mean, squares = 0.0, 0.0
+        for l in range(count):  # noqa: E741
+            mean += F64(s[start + j * lanes + l])
+        mean /= count
+        for l in range(count):  # noqa: E741
+            d = F64(s[start + j * lanes + l]) - mean
+            squares += d * d
+        out[offset + j] = mean
+        out[offset + width + j] = squares
+
+
+@inline
+def product(
+    s: Any, vector: Any, result: Any, m: Any, offset: Any, rows: Any, columns: Any, down: Any, across: Any, lanes: Any
+) -> Any:
+    """``rows x columns`` matrix times the vector in rows ``vector`` on, to rows ``result`` on.
+
+    Four columns at a time: then a sum is loaded and stored once for four products.
+    """
+    zero, fours = m[offset] - m[offset], columns // 4 * 4
+    for i in range(rows):
+        out, at = result + i * lanes, offset + i * down
+        for l in range(lanes):  # noqa: E741
+            s[out + l] = zero
+        for j in range(0, fours, 4):
+            c0, c1 = m[at + j * across], m[at + (j + 1) * across]
+            c2, c3 = m[at + (j + 2) * across], m[at + (j + 3) * across]
+            row = vector + j * lanes
+            for l in range(lanes):  # noqa: E741
+                total = fma(c1, s[row + lanes + l], fma(c0, s[row + l], s[out + l]))
+                s[out + l] = fma(c3, s[row + 3 * lanes + l], fma(c2, s[row + 2 * lanes + l], total))
+        for j in range(fours, columns):
+            c, row = m[at + j * across], vector + j * lanes
+            for l in range(lanes):  # noqa: E741
+                s[out + l] = fma(c, s[row + l], s[out + l])
+
+
+for (_name, _dtype), _function in FUNCTIONS.items():
+    globals()[f"{_name}_{_dtype}"] = _function
+
+# Generated code imports every public name of this module.

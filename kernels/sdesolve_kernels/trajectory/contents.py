@@ -1,0 +1,206 @@
+"""What a function holds: enough to tell, before a kernel is used again, that nothing it depends on has changed.
+
+A trace is right for as long as the Python values it read are the same. `contents` goes through a function the way
+Python would look names up: closure cells, defaults, the globals its code names, attributes of the objects it is bound
+to or finds there. Numbers and text go into the key by value. Tensors go in by shape and dtype only and come back in a
+list, in the order they were found: their values are arguments of the kernel.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import functools
+import sys
+import types
+from collections.abc import Hashable, Iterator
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Contents", "contents"]
+
+_MOST = 20_000  # objects looked at
+_SMALL = 1 << 16  # bytes of a numpy array compared by value
+_VALUES = (bool, int, str, bytes, complex, type(None), type(Ellipsis), torch.dtype, torch.device, range)
+_OURS = frozenset(("torch", "numpy", "sdesolve", "sdesolve_kernels", "scipy", "jaxtyping", "builtins", "typing"))
+_FOREIGN = frozenset(sys.stdlib_module_names) | _OURS
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What was found.
+
+    Attributes:
+        key: equal for two walks that found the same values, and tensors of the same shapes.
+        tensors: found on the way, each once.
+        complete: whether everything could be looked into; if not, the key cannot be trusted.
+    """
+
+    key: tuple[Hashable, ...]
+    tensors: tuple[Tensor, ...]
+    complete: bool
+
+
+def contents(*roots: object) -> Contents:
+    """Everything that ``roots`` hold."""
+    walk = _Walk()
+    for root in roots:
+        walk.visit(root)
+    return Contents(tuple(walk.key), tuple(walk.tensors), walk.complete)
+
+
+def _is_foreign(module: str | None) -> bool:
+    """Whether code of a module is taken as fixed: the standard library's, torch's and this package's own."""
+    return module is not None and module.partition(".")[0] in _FOREIGN
+
+
+@final
+class _Walk:
+    def __init__(self) -> None:
+        self.key: list[Hashable] = []
+        self.tensors: list[Tensor] = []
+        self.complete = True
+        self._seen: dict[int, int] = {}
+        self._alive: list[object] = []  # so that no identity is used twice
+
+    def visit(self, value: Any) -> None:
+        key = self.key
+        kind = type(value)
+        if kind is float:
+            key.append((float, value, str(value)) if value == 0 or value != value else (float, value))
+            return
+        if kind in _VALUES:
+            key.append((kind, value))
+            return
+        known = self._seen.get(id(value))
+        if known is not None:
+            key.append(("again", known))
+            return
+        if len(self._seen) > _MOST:
+            self.complete = False
+            return
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
+        self._look_into(value, kind)
+
+    def _look_into(self, value: Any, kind: type) -> None:
+        key = self.key
+        if isinstance(value, Tensor):
+            key.append((kind, tuple(value.shape), value.dtype, value.device))
+            self.tensors.append(value)
+        elif kind is types.FunctionType:
+            self._function(value)
+        elif kind is types.MethodType:
+            key.append("method")
+            self.visit(value.__func__)
+            self.visit(value.__self__)
+        elif kind is functools.partial:
+            key.append("partial")
+            for part in (value.func, value.args, value.keywords):
+                self.visit(part)
+        elif issubclass(kind, dict):
+            key.append((kind, len(value)))
+            for name, item in value.items():
+                self.visit(name)
+                self.visit(item)
+        elif issubclass(kind, list | tuple | collections.deque):
+            key.append((kind, len(value)))
+            for item in value:
+                self.visit(item)
+        elif issubclass(kind, set | frozenset):
+            key.append((kind, frozenset(value)))
+        elif isinstance(value, np.ndarray | np.generic):
+            if value.nbytes > _SMALL or value.dtype.hasobject:
+                self.complete = False
+            else:
+                key.append((kind, value.shape, value.dtype, value.tobytes()))
+        elif isinstance(value, enum.Enum | types.CodeType | types.BuiltinFunctionType | types.ModuleType):
+            key.append(("is", value))
+        elif isinstance(value, type):
+            key.append(("class", value))
+            self._class(value)
+        else:
+            self._object(value, kind)
+
+    def _function(self, function: types.FunctionType) -> None:
+        self.key.append(("function", function.__code__))
+        if _is_foreign(function.__module__) and not function.__closure__:
+            return
+        for cell in function.__closure__ or ():
+            try:
+                self.visit(cell.cell_contents)
+            except ValueError:
+                self.key.append("empty cell")
+        self.visit(function.__defaults__)
+        self.visit(function.__kwdefaults__)
+        if not _is_foreign(function.__module__):
+            self._globals(function)
+
+    def _globals(self, function: types.FunctionType) -> None:
+        names = set(_names(function.__code__))
+        for name in sorted(names & function.__globals__.keys()):
+            value = function.__globals__[name]
+            self.key.append(name)
+            if not isinstance(value, types.ModuleType):
+                self.visit(value)
+            elif not _is_foreign(value.__name__):
+                for attribute in sorted(names & vars(value).keys()):
+                    self.visit(vars(value)[attribute])
+
+    def _class(self, kind: type) -> None:
+        """Values and methods that instances of a user's class find on it."""
+        for base in kind.__mro__:
+            if _is_foreign(base.__module__) or (id(base) in self._seen and base is not kind):
+                continue
+            self._seen.setdefault(id(base), len(self._seen))
+            for name, value in vars(base).items():
+                if name in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__"):
+                    continue
+                if isinstance(value, staticmethod | classmethod):
+                    value = value.__func__
+                if isinstance(value, property):
+                    value = value.fget
+                if isinstance(value, functools.cached_property):
+                    value = value.func
+                if isinstance(
+                    value, types.MemberDescriptorType | types.GetSetDescriptorType | types.WrapperDescriptorType
+                ):
+                    continue
+                self.key.append(name)
+                self.visit(value)
+
+    def _object(self, value: Any, kind: type) -> None:
+        self.key.append(("object", kind))
+        state = getattr(value, "__dict__", None)
+        slots = list(_slots(kind))
+        if state is None and not slots:
+            if kind.__module__ not in ("_abc", "builtins") or kind.__name__ not in ("_abc_data", "object"):
+                self.complete = False
+            return
+        self._class(kind)
+        for name, item in (state or {}).items():
+            self.key.append(name)
+            self.visit(item)
+        for name in slots:
+            if hasattr(value, name):
+                self.key.append(name)
+                self.visit(getattr(value, name))
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Global and attribute names that code, and code inside it, uses."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        yield from ((slots,) if isinstance(slots, str) else slots)

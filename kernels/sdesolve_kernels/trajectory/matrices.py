@@ -1,0 +1,147 @@
+"""Matrix products of expressions: written out where they are small, kept whole where they are not.
+
+A product of a row of the state with a matrix of shared parameters of more than a few hundred entries stays one
+`Expression`, which generated code computes in a loop: written out, a network's layer would be thousands of lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, final
+
+import numpy as np
+
+from sdesolve_kernels.trajectory.expressions import Expression, Graph
+from sdesolve_kernels.trajectory.operations import apply, handles
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
+
+__all__ = ["Matrix"]
+
+_WRITTEN_OUT = 96  # entries
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Matrix:
+    """A ``rows x columns`` matrix inside a shared parameter: entry ``(i, j)`` is ``offset + i down + j across``."""
+
+    parameter: int
+    offset: int
+    rows: int
+    columns: int
+    down: int
+    across: int
+
+    @property
+    def depends(self) -> int:
+        return 0
+
+    def entry(self, i: int, j: int) -> int:
+        return self.offset + i * self.down + j * self.across
+
+
+def shared_matrix(elements: np.ndarray) -> Matrix | None:
+    """``elements: (rows, columns)`` as places in one shared parameter, if they lie regularly in one."""
+    if elements.shape[0] < 2 or elements.shape[1] < 2:
+        return None
+    first = elements[0, 0]
+    if first.op != "shared":
+        return None
+    parameter, offset = first.data
+    if elements[1, 0].op != "shared" or elements[0, 1].op != "shared":
+        return None
+    rows, columns = elements.shape
+    down, across = elements[1, 0].data[1] - offset, elements[0, 1].data[1] - offset
+    made = Matrix(parameter, offset, rows, columns, down, across)
+    for (i, j), e in np.ndenumerate(elements):
+        if e.op != "shared" or e.data != (parameter, made.entry(i, j)):
+            return None
+    return made
+
+
+def _dot(g: Graph, a: Any, b: Any, dtype: str) -> Expression:
+    return g.sum([g.op("mul", x, y) for x, y in zip(a, b, strict=True)], dtype)
+
+
+def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+    """``(m, k) @ (k, n)``."""
+    out = np.empty((a.shape[0], b.shape[1]), dtype=object)
+    whole = shared_matrix(b.T) if b.size > _WRITTEN_OUT else None
+    if whole is None and a.size > _WRITTEN_OUT and shared_matrix(a) is not None:
+        return matmul(g, b.T, a.T, dtype).T
+    for i in range(a.shape[0]):
+        if whole is not None and not all(e.op == "const" for e in a[i]):
+            product = g.product(whole, list(a[i]), dtype)
+            out[i] = [g.element(product, j) for j in range(b.shape[1])]
+        else:
+            out[i] = [_dot(g, a[i], b[:, j], dtype) for j in range(b.shape[1])]
+    return out
+
+
+def _operands(tracer: Tracer, a: Traced, b: Traced) -> tuple[np.ndarray, np.ndarray, str]:
+    name = dtype_name(a.dtype)
+    if a.dtype != b.dtype:
+        raise RuntimeError(f"expected both factors to have one dtype, got {a.dtype} and {b.dtype}")
+    return cast(tracer.graph, a.elements, name), cast(tracer.graph, b.elements, name), name
+
+
+@handles("mm")
+def mm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
+    x, y, name = _operands(tracer, a, b)
+    _check(x.shape[1] == y.shape[0], a, b)
+    return tracer.traced(matmul(tracer.graph, x, y, name), a.dtype)
+
+
+@handles("bmm")
+def bmm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
+    x, y, name = _operands(tracer, a, b)
+    _check(x.shape[0] == y.shape[0] and x.shape[2] == y.shape[1], a, b)
+    out = np.empty((x.shape[0], x.shape[1], y.shape[2]), dtype=object)
+    for i in range(x.shape[0]):
+        out[i] = matmul(tracer.graph, x[i], y[i], name)
+    return tracer.traced(out, a.dtype)
+
+
+@handles("mv")
+def mv(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
+    x, y, name = _operands(tracer, a, b)
+    _check(x.shape[1] == y.shape[0], a, b)
+    return tracer.traced(matmul(tracer.graph, y[None], x.T, name)[0], a.dtype)
+
+
+@handles("dot", "vdot")
+def dot(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
+    x, y, name = _operands(tracer, a, b)
+    _check(x.shape == y.shape, a, b)
+    return tracer.traced(matmul(tracer.graph, x[None], y[:, None], name).reshape(()), a.dtype)
+
+
+def _scaled(tracer: Tracer, e: np.ndarray, scale: float, name: str) -> np.ndarray:
+    factor = tracer.graph.const(scale, name)
+    return e if scale == 1 else apply(lambda x: tracer.graph.op("mul", x, factor), e)
+
+
+@handles("addmm", "addmv", "baddbmm", "addbmm")
+def addmm(tracer: Tracer, func: Any, c: Traced, a: Traced, b: Traced, *, beta: float = 1, alpha: float = 1) -> Traced:
+    kind = func.overloadpacket.__name__
+    product = {"addmm": mm, "addmv": mv, "baddbmm": bmm}[kind](tracer, func, a, b)
+    name = dtype_name(c.dtype)
+    left = _scaled(tracer, product.elements, alpha, name)
+    return tracer.traced(
+        apply(lambda x, y: tracer.graph.op("add", x, y), left, _scaled(tracer, c.elements, beta, name)), c.dtype
+    )
+
+
+@handles("linear")
+def linear(tracer: Tracer, func: Any, a: Traced, weight: Traced, bias: Traced | None = None) -> Traced:
+    x, w, name = _operands(tracer, a, weight)
+    _check(x.shape[-1] == w.shape[1], a, weight)
+    out = matmul(tracer.graph, x.reshape(-1, x.shape[-1]), w.T, name).reshape(*x.shape[:-1], w.shape[0])
+    if bias is not None:
+        out = apply(lambda s, c: tracer.graph.op("add", s, c), out, bias.elements)
+    return tracer.traced(out, a.dtype)
+
+
+def _check(fits: bool, a: Traced, b: Traced) -> None:
+    if not fits:
+        raise RuntimeError(f"matrix shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit")

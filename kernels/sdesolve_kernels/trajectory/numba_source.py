@@ -1,0 +1,283 @@
+"""A plan as the source of a Numba kernel: blocks of paths, one step after another, lanes of a block side by side.
+
+Everything a block carries lies in one piece of scratch memory, in rows with an entry per lane, and stays in the
+first-level cache; each loop over lanes has a constant length and only contiguous accesses at constant distances, which
+is what LLVM needs to vectorise it. Normals are made for a few steps at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import final
+
+from sdesolve_kernels.trajectory.expressions import Expression, topological
+from sdesolve_kernels.trajectory.numba_lanes import Lanes
+from sdesolve_kernels.trajectory.plan import Plan
+from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
+from sdesolve_kernels.trajectory.tracing import dtype_name
+
+__all__ = ["NumbaKernel", "numba_kernel"]
+
+_LANES = {"float32": 128, "float64": 64}
+_CHUNK = 12  # normals a path that are made at a time, at least
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class NumbaKernel:
+    """Generated source, and what a launch must know of it.
+
+    Attributes:
+        source: of a module that defines ``trajectory(arguments, scratch, start, stop)``.
+        lanes: paths in a block.
+        scratch: bytes of scratch memory.
+        width: numbers saved for each path at a saving time.
+    """
+
+    source: str
+    lanes: int
+    scratch: int
+    width: int
+
+
+@final
+class _Numba(AbstractDialect):
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+
+    def constant(self, value: float | bool, dtype: str) -> str:
+        if dtype in ("bool", "int64"):
+            return repr(value)
+        text = repr(value) if math.isfinite(value) else {math.inf: "INF", -math.inf: "-INF"}.get(value, "NAN")
+        return f"{_kind(dtype)}({text})"
+
+    def call(self, name: str, args: Sequence[str], dtype: str) -> str:
+        inside = ", ".join(args)
+        if name == "fma":
+            return f"fma({inside})"
+        if name == "where":
+            return f"select({inside})"
+        if name == "not":
+            return f"(not {args[0]})"
+        if name == "sqrt":
+            return f"sqrt({inside})"
+        return f"{_LONG.get(name, name)}_{dtype}({inside})"
+
+    def cast(self, value: str, source: str, target: str) -> str:
+        return f"{_kind(target)}({value})"
+
+
+_LONG = {"min": "minimum", "max": "maximum"}
+
+
+def _kind(dtype: str) -> str:
+    return {"float32": "F32", "float64": "F64", "int64": "I64", "bool": "bool"}[dtype]
+
+
+def numba_kernel(plan: Plan, increments: Sequence[str]) -> NumbaKernel:
+    """Source for a plan.
+
+    Args:
+        plan: what to compute.
+        increments: for each source of noise how its numbers are made: ``normal``, ``two-point`` or ``three-point``.
+    """
+    return _Printer(plan, increments).kernel()
+
+
+@final
+class _Printer:
+    def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
+        signature = plan.program.signature
+        self.plan, self.dtype = plan, dtype_name(signature.dtype)
+        self.increments = increments
+        self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
+        writer = Writer(_Numba(self.dtype), self._leaf)
+        self.writer = writer
+        self.rows = Lanes(plan.program.graph, self.lanes, len(plan.columns), writer, self._place)
+        self.state = self.rows.rows(len(plan.states))
+        self.invariant = self.rows.rows(len(plan.invariants))
+        self.observed = self.rows.rows(len(plan.observed))
+        self.noise_counts = [math.prod(s) for s in signature.noises]
+        self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(self.noise_counts, increments, strict=True)]
+        counts = zip(self.noise_counts, self.per_fill, increments, strict=True)
+        self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
+
+    def _leaf(self, e: Expression) -> str:
+        match e.op:
+            case "state":
+                return f"x{e.data[1]}"
+            case "noise":
+                return f"z{e.data[1]}"
+            case "column" | "uniform" | "invariant":
+                name = f"{e.op[0]}{e.data}"
+                if e.dtype == "bool":
+                    return f"({name} != 0)"
+                return name if e.dtype == self.dtype else f"{_kind(e.dtype)}({name})"
+            case "path":
+                return f"p{e.data[1]}[path * {self._stride(e.data[1])} + {e.data[2]}]"
+            case _:
+                raise AssertionError(e)
+
+    def _stride(self, parameter: int) -> int:
+        return math.prod(self.plan.program.captured[parameter].shape[1:])
+
+    def kernel(self) -> NumbaKernel:
+        plan = self.plan
+        width = len(plan.observed) if plan.program.observed_shape is not None else self._carried()
+        body: list[str] = []
+        block = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
+        block += self._load()
+        block += ["slot = 0", "if saves[0] == 0:", *indented(self._save(width), 1)]
+        block += ["for k in range(steps):", *indented(self._step(width), 1)]
+        block += self._store()
+        body += [f"u{j} = uniforms[{j}]" for j in _numbers("u", block)]
+        body += ["for block in range(start, stop):", *indented(block, 1)]
+        itemsize = 4 if self.dtype == "float32" else 8
+        size = self.rows.count * self.lanes * itemsize
+        head = [
+            '"""A trajectory kernel, generated: state in rows of s, one column per path of a block."""',
+            "",
+            "from sdesolve_kernels._numba.paths import *",
+            "",
+            f"REAL = {_kind(self.dtype)}",
+            f"LANES = {self.lanes}  # paths in a block",
+            f"WORDS = {size}  # bytes before the generator's words",
+            f"CARRIED = {len(plan.states)}  # numbers carried from step to step",
+            "",
+            "",
+            "def trajectory(arguments, scratch, start, stop):",
+            "    a = whole(arguments)",
+            "    x_in, x_out = real(a[0]), real(a[1])",
+            "    table, uniforms = real(a[2]), real(a[3])",
+            "    paths, steps, saves = a[4], a[5], whole(a[6])",
+            "    saved, moments, blocks = real(a[7]), double(a[8]), a[9]",
+            "    noise, pointers = whole(a[10]), whole(a[11])",
+            "    s, words = real(scratch), word(scratch + WORDS)",
+        ]
+        head = [line.replace("real(", f"pointer_{self.dtype}(") for line in head]
+        used = sorted(
+            {e.data[1] for e in topological(plan.invariants) if e.op == "path"} | {m.parameter for m in plan.matrices}
+        )
+        for i in used:
+            kind = dtype_name(plan.program.captured[i].dtype)
+            head.append(f"    p{i} = pointer_{kind}(pointers[{i}])")
+        source = "\n".join([*head, *indented(body, 1)]) + "\n"
+        words = 1 + (len(self.noise_counts) if "two-point" in self.increments else 0)
+        scratch = self.rows.count * self.lanes * itemsize + words * 4 * self.lanes * 4
+        return NumbaKernel(source, self.lanes, scratch, width)
+
+    def _carried(self) -> int:
+        return math.prod(self.plan.program.signature.states[0])
+
+    # Parts of a block -------------------------------------------------------------------------------------------
+    def _load(self) -> list[str]:
+        """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
+        plan, carried = self.plan, self._carried()
+        lines = ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
+        for i in range(len(plan.states)):
+            value = f"x_in[path * {carried} + {i}]" if i < carried else "REAL(0)"
+            lines.append(f"    {self.rows.at(self.state + i)} = {value}")
+        if plan.invariants:
+            targets = [(self.rows.at(self.invariant + i), self._real(e)) for i, e in enumerate(plan.invariants)]
+            lines += ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
+            lines += indented(self.writer.lines(targets), 1)
+        return lines
+
+    def _real(self, e: Expression) -> Expression:
+        """As it is kept in a row."""
+        return self.plan.program.graph.cast(e, self.dtype)
+
+    def _place(self, e: Expression) -> tuple[str, str]:
+        """Name and row of what a lane starts from."""
+        if e.op == "state":
+            return f"x{e.data[1]}", str((self.state + e.data[1]) * self.lanes)
+        if e.op == "invariant":
+            return f"i{e.data}", str((self.invariant + e.data) * self.lanes)
+        source, j = self._source(e.data[1])
+        return f"z{e.data[1]}", f"n{source} + {j * self.lanes}" if j else f"n{source}"
+
+    def _source(self, noise: int) -> tuple[int, int]:
+        for source, count in enumerate(self.noise_counts):
+            if noise < count:
+                return source, noise
+            noise -= count
+        raise AssertionError("a noise leaf beyond the signature")
+
+    def _step(self, width: int) -> list[str]:
+        plan = self.plan
+        lines: list[str] = []
+        for g, (m, n, base) in enumerate(zip(self.noise_counts, self.per_fill, self.noise, strict=True)):
+            kind = self.increments[g].replace("-", "_")
+            if m == 0:
+                continue
+            fill, index = f"{kind}_fill_{self.dtype}", f"noise[{4 * g + 3}] + k * {m}"
+            if kind == "two_point":
+                lines += [
+                    f"{fill}(s, {base * self.lanes}, word({self._words(g)}), noise, {g}, first, {index}, {m}, k == 0, "
+                    "LANES)",
+                    f"n{g} = {base * self.lanes}",
+                ]
+                continue
+            lines += [
+                f"if k % {n} == 0:",
+                f"    skip{g} = {fill}(s, {base * self.lanes}, words, noise, {g}, first, {index}, {n * m}, LANES)",
+                f"n{g} = {base * self.lanes} + (skip{g} + k % {n} * {m}) * LANES",
+            ]
+        computed = self._compute(self.state, plan.states)
+        lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in _numbers("c", computed)]
+        lines += computed
+        lines += ["if saves[slot] == k + 1:", *indented(self._save(width), 1)]
+        return lines
+
+    def _words(self, source: int) -> str:
+        """Address of the words that a source of signs keeps."""
+        return f"scratch + WORDS + {(1 + source) * 4 * self.lanes * 4}"
+
+    def _compute(self, first: int, expressions: Sequence[Expression]) -> list[str]:
+        """Lines that assign expressions to rows from ``first`` on; what stays as it is is left alone."""
+        targets = [(first + i, e) for i, e in enumerate(expressions)]
+        return self.rows.compute(
+            [(row, e) for row, e in targets if not (e.op == "state" and self.state + e.data[1] == row)]
+        )
+
+    def _save(self, width: int) -> list[str]:
+        """The state, or what is observed of it, to its place or into the moments."""
+        lines: list[str] = []
+        row = self.state
+        if self.plan.program.observed_shape is not None:
+            row = self.observed
+            lines += self._compute(row, self.plan.observed)
+        start = row * self.lanes
+        lines += [
+            "if a[7] != 0:",
+            f"    keep(saved, (slot * paths + first) * {width}, s, {start}, {width}, lanes, LANES)",
+            "if a[8] != 0:",
+            f"    accumulate(moments, (slot * blocks + block) * {2 * width}, s, {start}, {width}, lanes, LANES)",
+            "slot += 1",
+        ]
+        return lines
+
+    def _store(self) -> list[str]:
+        return [f"keep(x_out, first * {self._carried()}, s, 0, {self._carried()}, lanes, LANES)"]
+
+
+def _numbers(letter: str, lines: Sequence[str]) -> list[int]:
+    """Which of the names ``c0, c1, ...`` some lines use."""
+    pattern = re.compile(rf"\b{letter}(\d+)\b")
+    return sorted({int(n) for line in lines for n in pattern.findall(line)})
+
+
+def _steps_a_fill(m: int, kind: str) -> int:
+    """Steps whose numbers are made at once: whole blocks of the generator if the first one starts a block."""
+    if m == 0 or kind == "two-point":
+        return 1
+    whole = 4 // math.gcd(4, m)
+    return whole * max(1, _CHUNK // (whole * m))
+
+
+def _rows_a_fill(count: int, kind: str) -> int:
+    """Rows that ``count`` numbers need wherever in a block the first of them lies."""
+    return count if kind == "two-point" else -(-(count + 3) // 4) * 4

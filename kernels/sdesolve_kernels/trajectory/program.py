@@ -1,0 +1,264 @@
+"""One path's step as a program: what it carries, what it reads, and an expression for everything it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdesolve_kernels.trajectory import layouts, matrices
+from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
+from sdesolve_kernels.trajectory.operations import HANDLERS
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, filled, user_line
+
+__all__ = ["Inputs", "Program", "Signature", "trace", "traced_shape"]
+
+_HANDLERS = {**HANDLERS}
+_REGISTERED = (layouts, matrices)  # importing them adds their handlers
+
+_LARGEST_PROGRAM = 40_000
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What a step takes, for one path.
+
+    Attributes:
+        dtype: of the state, float32 or float64.
+        device: where the kernel will run.
+        states: shapes of the tensors carried from step to step.
+        noises: shapes of the standard normals drawn in a step, one for each source of noise.
+        columns: length of the row of numbers that the solver tabulates for each step.
+        batch: paths in the call that is traced.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    states: tuple[tuple[int, ...], ...]
+    noises: tuple[tuple[int, ...], ...]
+    columns: int
+    batch: int
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a traced step is called with.
+
+    Attributes:
+        states: ``(batch, *state)`` each.
+        noises: standard normals, ``(batch, *shape)`` each.
+        t0, t1: times at the ends of the step, ``()``.
+        dt: ``t1 - t0``, ``()``.
+        scale: ``sqrt|dt|``, ``()``.
+        row: the solver's numbers for this step, ``(columns,)``.
+    """
+
+    states: tuple[Tensor, ...]
+    noises: tuple[Tensor, ...]
+    t0: Tensor
+    t1: Tensor
+    dt: Tensor
+    scale: Tensor
+    row: Tensor
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced step.
+
+    Attributes:
+        signature: what it takes.
+        graph: where its expressions live.
+        states: the state after the step, flattened over all tensors carried.
+        observed: what is observed of a state, flattened; empty if nothing but the state itself is.
+        observed_shape: of the observation, for one path; ``None`` if there is none.
+        captured: tensors from outside that it reads, in order of `Expression.data` of ``shared`` and ``path`` leaves.
+        by_path: which of them have a row per path.
+    """
+
+    signature: Signature
+    graph: Graph
+    states: tuple[Expression, ...]
+    observed: tuple[Expression, ...]
+    observed_shape: tuple[int, ...] | None
+    captured: tuple[Tensor, ...]
+    by_path: tuple[bool, ...]
+
+
+Step = Callable[[Inputs], Sequence[Tensor]]
+Observe = Callable[[Tensor], Tensor]
+
+
+def trace(step: Step, signature: Signature, observe: Observe | None = None) -> Program:
+    """Traces ``step``, and ``observe`` on the first state.
+
+    The batch that is traced has three rows and, once more, two: a step that is right for a path on its own gives every
+    row the same expression of that row's inputs. One that does not couples the paths of the batch, or depends on its
+    size.
+
+    A tensor with one row for each path of the call is read as such, and if that fails as one that all paths share.
+
+    Raises:
+        Unsupported: the step cannot become a kernel; says which operation stands in the way, and in which line.
+    """
+    orders = (False, True) if signature.batch == 1 else (True, False)
+    problems: list[Unsupported] = []
+    for by_path in orders:
+        try:
+            return _trace(step, signature, observe, by_path)
+        except Unsupported as problem:
+            problems.append(problem)
+    raise problems[0]
+
+
+def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> tuple[int, ...]:
+    """Shape of what a function returns for one path, found without computing it; refuses as `trace` does.
+
+    The shape is that without the batch axis, or all of it if there is none.
+    """
+    orders = (False, True) if signature.batch == 1 else (True, False)
+    problems: list[Unsupported] = []
+    for by_path in orders:
+        tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
+        try:
+            with tracer, torch.no_grad():
+                made = _called(function, _inputs(tracer, signature))
+        except Unsupported as problem:
+            problems.append(problem)
+        else:
+            return tuple(made.shape)
+    raise problems[0]
+
+
+def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool) -> Program:
+    graph = Graph()
+    first, tracer = _rows(graph, step, signature, observe, by_path, 3)
+    second, other = _rows(graph, step, signature, observe, by_path, 2)
+    if [id(a) for a in tracer.captured] != [id(a) for a in other.captured]:
+        raise Unsupported("it makes new tensors from data outside torch each time it is called")
+    own = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[0])]
+    seen = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[1])]
+    if any(e != own[0] for e in own) or any(e != seen[0] for e in seen):
+        raise Unsupported("its rows are not treated alike: it depends on a path's place in the batch, or on its size")
+    shape = first[2]
+    program = Program(
+        signature,
+        graph,
+        tuple(own[0]),
+        tuple(seen[0]) if observe is not None else (),
+        shape,
+        tuple(tracer.captured),
+        tuple(tracer.captured_by_path),
+    )
+    size = len(topological([*program.states, *program.observed]))
+    if size > _LARGEST_PROGRAM:
+        raise Unsupported(f"its step has {size} operations for each path, more than the {_LARGEST_PROGRAM} of a kernel")
+    return program
+
+
+def _own_row(graph: Graph, roots: Sequence[Expression], row: int) -> list[Expression]:
+    """Expressions of row ``row`` as if it were row 0; refuses any other row's inputs."""
+
+    def renamed(e: Expression) -> Expression:
+        if e.op not in ("state", "noise", "path"):
+            return e
+        if e.data[0] != row:
+            raise Unsupported(
+                "it couples the paths of the batch: what it returns for one depends on another (a mean or sort over "
+                "the batch, or x[0] for x[:, 0])"
+            )
+        return graph.leaf(e.op, (0, *e.data[1:]), e.dtype)
+
+    if any(e.op == "unknown" for e in roots):
+        raise Unsupported("it returns an index")
+    return graph.rebuilt(roots, renamed)
+
+
+def _rows(
+    graph: Graph, step: Step, signature: Signature, observe: Observe | None, by_path: bool, rows: int
+) -> tuple[tuple[list[list[Expression]], list[list[Expression]], tuple[int, ...] | None], Tracer]:
+    """Expressions of each row of the state after a step, and of the observation, and the observation's shape."""
+    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path)
+    name, inputs = dtype_name(signature.dtype), _inputs(tracer, signature)
+    states = inputs.states
+    with tracer, torch.no_grad():
+        outputs = [_result(tracer, a) for a in _called(step, inputs)]
+        seen = None if observe is None else _result(tracer, _called(observe, states[0]))
+    wrong = [(a, s) for a, s in zip(outputs, states, strict=True) if a.shape != s.shape or a.dtype != s.dtype]
+    if wrong:
+        a, s = wrong[0]
+        raise Unsupported(f"the step turns {s.dtype} {tuple(s.shape)} into {a.dtype} {tuple(a.shape)}")
+    after = [[e for a in outputs for e in a.elements[r : r + 1].flat] for r in range(rows)]
+    if seen is None:
+        return (after, [[] for _ in range(rows)], None), tracer
+    if seen.ndim == 0 or seen.shape[0] != rows:
+        raise Unsupported(f"the observable must return one row per path, (batch, ...), got shape {tuple(seen.shape)}")
+    observed = [list(cast(graph, seen.elements[r : r + 1], name).flat) for r in range(rows)]
+    return (after, observed, tuple(seen.shape[1:])), tracer
+
+
+def _inputs(tracer: Tracer, signature: Signature) -> Inputs:
+    """What a step is called with, as leaves."""
+    graph, rows, name = tracer.graph, tracer.rows, dtype_name(signature.dtype)
+
+    def per_row(kind: str, shape: tuple[int, ...], start: int) -> Traced:
+        count = math.prod(shape)
+        leaves = [graph.leaf(kind, (r, start + i), name) for r in range(rows) for i in range(count)]
+        return _frozen(tracer, filled(leaves, (rows, *shape)), signature.dtype)
+
+    def number(what: str) -> Traced:
+        return _frozen(tracer, filled([graph.leaf("time", what, name)], ()), signature.dtype)
+
+    states = tuple(per_row("state", s, at) for s, at in zip(signature.states, _starts(signature.states), strict=True))
+    noises = tuple(per_row("noise", s, at) for s, at in zip(signature.noises, _starts(signature.noises), strict=True))
+    columns = [graph.leaf("row", j, name) for j in range(signature.columns)]
+    row = _frozen(tracer, filled(columns, (signature.columns,)), signature.dtype)
+    return Inputs(states, noises, number("t0"), number("t1"), number("dt"), number("scale"), row)
+
+
+def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    sizes = [math.prod(s) for s in shapes]
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _frozen(tracer: Tracer, elements: np.ndarray, dtype: torch.dtype) -> Traced:
+    elements.flags.writeable = False
+    return tracer.traced(elements, dtype)
+
+
+def _result(tracer: Tracer, a: Any) -> Traced:
+    if not isinstance(a, Tensor):
+        raise Unsupported(f"it returns a {type(a).__name__}, not a tensor")
+    made = tracer.known(a)
+    if any(e is None for e in made.elements.flat):
+        raise Unsupported("it uses the index of a largest or smallest entry")
+    return made
+
+
+def _called(function: Callable[..., Any], argument: Any) -> Any:
+    """The call, with whatever goes wrong in it turned into `Unsupported`."""
+    try:
+        return function(argument)
+    except Unsupported:
+        raise
+    except Exception as problem:
+        frames = [f for f in traceback.extract_tb(problem.__traceback__) if not _is_internal(f.filename)]
+        line = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else user_line()
+        text = str(problem).strip().split("\n")[0]
+        raise Unsupported(f"it fails while it is traced ({type(problem).__name__}: {text})", line) from problem
+
+
+def _is_internal(filename: str) -> bool:
+    return filename.startswith(str(torch.__path__[0])) or not {"sdesolve", "sdesolve_kernels"}.isdisjoint(
+        Path(filename).parts
+    )
