@@ -31,12 +31,14 @@ from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.saving import SavePlan, observed
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, noise_shape
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, noise_shape
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
+from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
 from sdesolve.solvers.tabulated import AbstractTabulated, Table, row_step
 
 _KERNELS_KEPT = 128
+_MOST_WEIGHTS = 1 << 16
 
 
 class AbstractCounted(AbstractSDE):
@@ -95,6 +97,30 @@ class Fused:
 
 @final
 @dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """A solver's step as the compiler takes it.
+
+    Attributes:
+        step: pure function of a path's state, numbers and normals.
+        memory: tensors carried beside the state.
+        noises: shapes of the normals of each source; called when a kernel is made.
+        numbers: what the step reads of its row, ``(steps, columns)``, float64; ``None`` if nothing.
+        sources: of noise: path, and how many of its steps one step here takes.
+    """
+
+    step: Callable[[Inputs], Sequence[Tensor]]
+    memory: int
+    noises: Callable[[], tuple[tuple[int, ...], ...]]
+    numbers: Tensor | None
+    sources: tuple[tuple[BrownianPath, int], ...]
+
+    @property
+    def columns(self) -> int:
+        return 0 if self.numbers is None else self.numbers.shape[1]
+
+
+@final
+@dataclasses.dataclass(frozen=True)
 class _Kernel:
     """A compiled step, and where its arguments come from.
 
@@ -103,16 +129,14 @@ class _Kernel:
         where: for each tensor that it reads, its place among the tensors that the functions hold.
         captured: those tensors, if their places are not known; then the kernel is for one call.
         evaluations: of the drift, a step.
-        normals: taken from the sequence of each source in a step.
-        draws: how many of the noise's steps those are.
+        normals: taken from each source of noise in a step.
     """
 
     trajectory: AbstractTrajectory
     where: tuple[int, ...] | None
     captured: tuple[Tensor, ...]
     evaluations: int
-    normals: int
-    draws: int
+    normals: tuple[int, ...]
 
 
 _kernels: OrderedDict[Hashable, _Kernel | str] = OrderedDict()
@@ -126,11 +150,13 @@ def fuse(task: Task) -> Fused | str:
     held = contents(task.solver, task.equation, task.plan.observable)
     if torch.is_grad_enabled() and (task.x0.requires_grad or any(t.requires_grad for t in held.tensors)):
         return "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
-    table = None
-    if isinstance(task.solver, AbstractTabulated) and isinstance(task.equation, AbstractSemilinear):
-        table = task.solver.table(task.equation, task.times)
-    kernel = _kernel_for(task, held, table)
-    return kernel if isinstance(kernel, str) else _run(task, kernel, held, table)
+    if sum(t.numel() for t in held.tensors if isinstance(t, torch.nn.Parameter)) > _MOST_WEIGHTS:
+        return "the functions hold a network whose layers run better as matrix products over the whole batch"
+    recipe = _recipe(task, task.solver)
+    if isinstance(recipe, str):
+        return recipe
+    kernel = _kernel_for(task, held, recipe)
+    return kernel if isinstance(kernel, str) else _run(task, kernel, held, recipe)
 
 
 def _obstacle(task: Task) -> str:
@@ -146,7 +172,7 @@ def _obstacle(task: Task) -> str:
     return f"the {name} back end makes no generated kernels" if name == "reference" else ""
 
 
-def _kernel_for(task: Task, held: Contents, table: Table | None) -> _Kernel | str:
+def _kernel_for(task: Task, held: Contents, recipe: _Recipe) -> _Kernel | str:
     batch, x0 = len(task.x0), task.x0
     key = (
         held.key,
@@ -156,21 +182,22 @@ def _kernel_for(task: Task, held: Contents, table: Table | None) -> _Kernel | st
         x0.dtype,
         x0.device,
         backend_for("trajectory", x0.device),
-        task.noise.kind if isinstance(task.noise, BrownianPath) else None,
         bool(task.plan.inside),
-        None if table is None else (table.noisy, tuple(r.shape[1] for r in table.rows), table.times.shape[1]),
+        recipe.columns,
+        recipe.memory,
+        tuple((path.kind, draws) for path, draws in recipe.sources),
     )
     if held.complete and key in _kernels:
         _kernels.move_to_end(key)
         return _kernels[key]
     made: _Kernel | str
     try:
-        made = _build(task, held, table)
+        made = _build(task, held, recipe)
         # Making a trace may fill caches that the functions keep; if it changes them each time, it is no function.
         after = contents(task.solver, task.equation, task.plan.observable)
         if held.complete and after.key != held.key:
             held = after
-            made = _build(task, held, table)
+            made = _build(task, held, recipe)
             if contents(task.solver, task.equation, task.plan.observable).key != held.key:
                 return "a function changes Python values that it holds (a counter, a cache) each time it is called"
             return made
@@ -183,76 +210,138 @@ def _kernel_for(task: Task, held: Contents, table: Table | None) -> _Kernel | st
     return made
 
 
-def _build(task: Task, held: Contents, table: Table | None) -> _Kernel:
-    x0 = task.x0
+def _build(task: Task, held: Contents, recipe: _Recipe) -> _Kernel:
+    x0, observable = task.x0, None if task.plan.inside else task.plan.observable
     state = tuple(x0.shape[1:])
-    columns = 0
     calls = 0
-    noises: tuple[tuple[int, ...], ...]
-    step: Callable[[Inputs], Sequence[Tensor]]
-    if table is not None and isinstance(task.solver, AbstractTabulated):
-        columns = _row_numbers(table).shape[1]
-        step, memory, draws = _tabulated_step(task.solver, task.watched.field, table), task.solver.memory, table.draws
-        noises = ((draws, *state),) if draws else ()
-    else:
-        memory, draws = 0, 1
-        noises = _increment_shapes(task)
-        step = _one_step(task)
-    signature = Signature(x0.dtype, x0.device, (state,) * (1 + memory), noises, columns, len(x0))
 
     def counted(inputs: Inputs) -> Sequence[Tensor]:
         nonlocal calls
         calls += 1
-        return step(inputs)
+        return recipe.step(inputs)
 
     before = task.watched.evaluations
-    observable = None if task.plan.inside else task.plan.observable
     try:
+        noises = recipe.noises()
+        signature = Signature(x0.dtype, x0.device, (state,) * (1 + recipe.memory), noises, recipe.columns, len(x0))
         program = trace(counted, signature, None if observable is None else lambda x: observed(observable, x))
         evaluations = (task.watched.evaluations - before) // max(calls, 1)
     finally:
         task.watched.evaluations = before
-    kind = task.noise.kind if isinstance(task.noise, BrownianPath) else "normal"
-    trajectory = compile_trajectory(program, [kind] * len(noises))
+    trajectory = compile_trajectory(program, [path.kind for path, _ in recipe.sources])
     places = {id(t): i for i, t in enumerate(held.tensors)}
     where = None
     if held.complete and all(id(c) in places for c in program.captured):
         where = tuple(places[id(c)] for c in program.captured)
-    normals = sum(math.prod(n) for n in noises)
-    return _Kernel(trajectory, where, () if where is not None else program.captured, evaluations, normals, draws)
+    normals = tuple(math.prod(n) for n in noises)
+    return _Kernel(trajectory, where, () if where is not None else program.captured, evaluations, normals)
 
 
-def _one_step(task: Task) -> Callable[[Inputs], Sequence[Tensor]]:
-    solver, sde = task.solver, task.watched
+def _recipe(task: Task, solver: AbstractSolver) -> _Recipe | str:
+    """The step of a solver, whatever kind it is."""
+    path = task.noise if isinstance(task.noise, BrownianPath) else BrownianPath(0)
+    if isinstance(solver, PredictorCorrector):
+        predictor = _recipe(task, solver.predictor)
+        return predictor if isinstance(predictor, str) else _corrected(task, solver, predictor, path)
+    if isinstance(solver, AbstractTabulated) and isinstance(task.equation, AbstractSemilinear):
+        table = solver.table(task.equation, task.times)
+        if table is not None:
+            return _tabulated(task, solver, table, path)
     if not isinstance(solver, AbstractOneStep):
-        raise Unsupported(f"{type(solver).__name__} has no step for {type(task.equation).__name__}")
+        return f"{type(solver).__name__} has no step for {type(task.equation).__name__}"
 
     def step(inputs: Inputs) -> Sequence[Tensor]:
         dW = inputs.noises[0] * inputs.scale if inputs.noises else None
-        return (solver.step(sde, inputs.states[0], Span(inputs.t0, inputs.t1, inputs.dt), dW),)
+        return (solver.step(task.watched, inputs.states[0], Span(inputs.t0, inputs.t1, inputs.dt), dW),)
 
-    return step
+    sources = () if task.watched.noise is Noise.NONE else ((path, 1),)
+    return _Recipe(step, 0, lambda: _increment_shapes(task), None, sources)
 
 
-def _tabulated_step(solver: AbstractTabulated, field: Field, table: Table) -> Callable[[Inputs], Sequence[Tensor]]:
+def _tabulated(task: Task, solver: AbstractTabulated, table: Table, path: BrownianPath) -> _Recipe:
     evaluations, widths = table.times.shape[1], [r.shape[1] for r in table.rows]
+    state = tuple(task.x0.shape[1:])
 
     def step(inputs: Inputs) -> Sequence[Tensor]:
         times = inputs.row[:evaluations].unbind(0)
         rows = inputs.row[evaluations:].split(widths)
-        normals = iter(inputs.noises[0].unbind(1) if inputs.noises else ())
+        normals = iter(inputs.noises[0].unbind(1) if table.draws else ())
         x, *memory = inputs.states
         x, after = row_step(
-            solver, field, times, rows, [next(normals) if n else None for n in table.noisy], x, tuple(memory)
+            solver,
+            task.watched.field,
+            times,
+            rows,
+            [next(normals) if n else None for n in table.noisy],
+            x,
+            tuple(memory),
         )
         return (x, *after)
 
-    return step
+    noises = ((table.draws, *state),) if table.draws else ()
+    sources = ((path, table.draws),) if table.draws else ()
+    return _Recipe(step, solver.memory, lambda: noises, torch.cat([table.times, *table.rows], dim=1), sources)
 
 
-def _row_numbers(table: Table) -> Tensor:
-    """Everything a step reads of a table: evaluation times, then its rows."""
-    return torch.cat([table.times, *table.rows], dim=1)
+def _corrected(task: Task, solver: PredictorCorrector, predictor: _Recipe, path: BrownianPath) -> _Recipe:
+    """Steps of a predictor, each followed by those of a corrector.
+
+    Where a grid ends at zero noise no correction follows: its scale there is 0, at the time of the step before.
+    """
+    process, corrector, n = reversed_diffusion(task.equation), solver.corrector, solver.n
+    corrector.check(task.x0)
+    ends = task.times[1:]
+    noisy = process.sigma(ends) > 0
+    times = torch.where(noisy, ends, task.times[:-1])
+    scales = torch.where(noisy, corrector.scales(process, times), 0.0)
+    numbers = torch.stack([times, scales], dim=1)
+    columns, sources = predictor.columns, len(predictor.sources)
+
+    def step(inputs: Inputs) -> Sequence[Tensor]:
+        ours = dataclasses.replace(inputs, noises=inputs.noises[:sources], row=inputs.row[:columns])
+        x, *memory = predictor.step(ours)
+        t, scale = inputs.row[columns:].unbind(0)
+        for i in range(n):
+            x = corrector.correct(task.watched.field, x, t, scale, _Given(inputs.noises[sources][:, i]), i)
+        return (x, *memory)
+
+    return _Recipe(
+        step,
+        predictor.memory,
+        lambda: (*predictor.noises(), (n, *task.x0.shape[1:])),
+        numbers if predictor.numbers is None else torch.cat([predictor.numbers, numbers], dim=1),
+        (*predictor.sources, (path.correctors(n), n)),
+    )
+
+
+@final
+class _Given(AbstractNoise):
+    """Normals that are there already."""
+
+    def __init__(self, z: Tensor) -> None:
+        self._z = z
+
+    def increments(
+        self,
+        times: Tensor,
+        shape: tuple[int, ...],
+        *,
+        step: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        return self._z[None]
+
+    def bridge(
+        self,
+        step: int,
+        theta: float,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        raise NotImplementedError("these normals belong to no path")
 
 
 def _increment_shapes(task: Task) -> tuple[tuple[int, ...], ...]:
@@ -272,14 +361,13 @@ def _increment_shapes(task: Task) -> tuple[tuple[int, ...], ...]:
     return ((g[-1],) if len(g) == x0.ndim + 1 else state,)
 
 
-def _run(task: Task, kernel: _Kernel, held: Contents, table: Table | None) -> Fused:
-    path, plan = task.noise, task.plan
-    places: list[tuple[int, int, int, int]] = []
-    if kernel.normals and isinstance(path, BrownianPath):
-        first = path.first_step * (kernel.normals // kernel.draws)
-        places = [(path.seed, int(path.stream), path.first_path, first)]
+def _run(task: Task, kernel: _Kernel, held: Contents, recipe: _Recipe) -> Fused:
+    plan, rows = task.plan, recipe.numbers
+    places = [
+        (path.seed, int(path.stream), path.first_path, path.first_step * (m // draws))
+        for (path, draws), m in zip(recipe.sources, kernel.normals, strict=True)
+    ]
     captured = kernel.captured if kernel.where is None else tuple(held.tensors[i] for i in kernel.where)
-    rows = None if table is None else _row_numbers(table)
     if plan.inside:
         return _between(task, kernel, Launch(task.x0, task.times, rows, places, _around(plan), False, captured))
     saves = sorted(k for k, slots in plan.on_grid.items() if slots)
