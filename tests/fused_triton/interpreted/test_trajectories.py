@@ -175,7 +175,7 @@ def test_networks_are_written_out_up_to_a_limit():
         return assert_same(sde, start(3), 0.0, 1.0, 2, solver=sds.EulerMaruyama(), seed=0)
 
     solve(network(17))
-    with pytest.raises(ValueError, match="matrices of .* entries"):
+    with pytest.raises(ValueError, match=r"matrices of \d+ entries"):
         solve(network(80))
 
 
@@ -214,10 +214,9 @@ def test_what_is_not_finite():
     def f(x, t):
         infinite = 1.0 / x
         none = torch.log(x - 2.0)
-        return torch.stack(
-            [infinite[:, 0], none[:, 1], torch.maximum(none, x)[:, 2], torch.minimum(none, x)[:, 3], torch.sign(none)[:, 4],
-             torch.where(none > 0, x, -x)[:, 5], torch.exp(infinite)[:, 6], (x - 3.0).pow(0.5)[:, 7]], dim=1,
-        )  # fmt: skip
+        values = (infinite, none, torch.maximum(none, x), torch.minimum(none, x), torch.sign(none),
+                  torch.where(none > 0, x, -x), torch.exp(infinite), (x - 3.0).pow(0.5))  # fmt: skip
+        return torch.stack([v[:, i] for i, v in enumerate(values)], dim=1)
 
     x = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 2.0], [-0.0, 2.0, 2.5, 2.5, 2.0, 3.5, -0.0, 3.0]])
     options = {"solver": sds.EulerMaruyama(), "check_finite": False}
