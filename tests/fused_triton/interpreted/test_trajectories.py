@@ -8,6 +8,7 @@ import pytest
 import torch
 from sdesolve_kernels import dispatch, use_backend
 from sdesolve_kernels._triton import trajectory as launcher
+from sdesolve_kernels.trajectory import Launch, Signature, compile_trajectory, trace
 from sdesolve_kernels.trajectory.triton_source import Shape
 
 import sdesolve as sds
@@ -44,6 +45,7 @@ def assert_same(sde, x0, *args, numba=False, **options):
     assert ours.stats.backend == "fused"
     assert ours.xs.shape == eager.xs.shape
     assert float((ours.xs - eager.xs).abs().max()) <= tolerance
+    assert float((ours.x1 - eager.x1).abs().max()) <= tolerance
     if numba:
         with use_backend("numba"):
             other = sds.solve(sde, x0, *args, backend="fused", **options)
@@ -100,7 +102,7 @@ def test_starts_inside_a_block(noise, width):
 
 def test_saving_in_programs_that_are_not_full(programs_of_four):
     options = {"solver": sds.EulerMaruyama(), "seed": 3}
-    at = [0.0, 0.25, 0.5, 1.0]
+    at = [0.0, 0.25, 0.625]  # and not the end
     saved = assert_same(SDES["diagonal"], start(7), 0.0, 1.0, 8, save_at=at, **options)
     moments = triton(SDES["diagonal"], start(7), 0.0, 1.0, 8, save_at=at, reduce="moments", **options)
     exact = saved.xs.double()
@@ -161,6 +163,15 @@ def test_memory_and_table():
         (process.reverse(score), sds.EulerMaruyama()),
     ):
         assert_same(equation, x, 1.0, 0.1, 6, solver=solver, seed=1)
+
+
+def test_memory_starts_at_zero():
+    x0 = start()
+    signature = Signature(x0.dtype, x0.device, ((3,), (3,)), (), 0, len(x0))
+    program = trace(lambda inputs: (inputs.states[0] + inputs.states[1], inputs.states[1] + 1.0), signature)
+    with use_backend("triton"):
+        made = compile_trajectory(program, []).run(Launch(x0, torch.arange(5.0).double(), None, (), (), False, ()))
+    assert torch.equal(made.x1, x0 + 6.0)
 
 
 def test_networks_are_written_out_up_to_a_limit():
