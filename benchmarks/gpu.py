@@ -8,8 +8,8 @@ and the same code on a machine without one, in a minute::
 
     PYTHONPATH=.:kernels python benchmarks/gpu.py --device cpu --quick --out cpu.json
 
-A kernel is timed in a dtype only if every check of it in that dtype held; the rest goes on. Each section ends with the
-report written, so a run that is killed keeps what it had; a section that fails leaves its traceback. Sizes are measured
+A kernel is timed in a dtype only if every check of it in that dtype held; the rest goes on. The report is written every
+few seconds, so a run that is killed keeps what it had; a section that fails leaves its traceback. Sizes are measured
 from the most to the least telling, and what does not fit into ``--budget-seconds`` is dropped and named.
 
 Needs torch, numpy and Triton; the sampler's section also what sdesolve imports: jaxtyping (with wadler_lindig), scipy,
@@ -39,6 +39,7 @@ _NEEDED = {
     "kernels on a CPU": ("numba",),
     "sampler": ("scipy", "jaxtyping", "wadler_lindig", "safetensors", "tqdm"),
 }
+_WRITE_EVERY = 5.0  # seconds, at most, whose measurements a killed run loses
 Record = dict[str, Any]
 Work = Callable[[], Iterable[Record]]
 
@@ -66,7 +67,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, command: list[str]) -> None:
         self.options = options
-        self._start = time.monotonic()
+        self._start = self._written = time.monotonic()
         shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         self.report: Record = {
             "schema": 1, "complete": False, "command": command, "date": options.date, "options": shown,
@@ -85,6 +86,7 @@ class Run:
         draft = out.with_name(out.name + ".part")
         draft.write_text(json.dumps(self.report, indent=1, default=float) + "\n")
         draft.replace(out)
+        self._written = time.monotonic()
 
     def section(self, name: str, work: Work, needs: float = 0.0) -> None:
         """Runs a part; its records go to the report as they come. ``needs``: seconds below which it is dropped."""
@@ -99,6 +101,8 @@ class Run:
         try:
             for record in work():
                 self.report["measurements"].append(record)
+                if time.monotonic() - self._written > _WRITE_EVERY:
+                    self.write()
                 if self.left() < 0:
                     state["cut"] = True
                     self.report["dropped"].append(f"{name}: the rest")
@@ -177,7 +181,11 @@ def _sections(run: Run) -> None:
     def add_compiled(size: Size, needs: float) -> None:
         for dtype in dtypes:
             for case in CASES.values():
-                if case.launcher or (options.tiny and case.kernel not in ("euler_maruyama_step", "dsm_loss")):
+                if (
+                    case.launcher
+                    or not case.timed
+                    or (options.tiny and case.kernel not in ("euler_maruyama_step", "dsm_loss"))
+                ):
                     continue
                 work = functools.partial(compiled, where, gates, case, size, dtype, count, backend, refused)
                 add(f"compiled, {case.name}", size, dtype, work, needs)

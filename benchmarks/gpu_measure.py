@@ -76,7 +76,7 @@ def large(
     target = torch.empty_like(s.x)
     state_bytes = s.x.numel() * s.x.element_size()
     for case in CASES.values():
-        if not _open(gates, case, dtype, size, refused):
+        if not case.timed or not _open(gates, case, dtype, size, refused):
             continue
         if check:
             with torch.no_grad() if case.has_out else torch.enable_grad():
@@ -120,7 +120,7 @@ def small(
     """Every case at one small size: the host's time a call, calls in a row, and inside a graph of `repeats` of them."""
     s = states(size.of(dtype), dtype, machine.device)
     for case in CASES.values():
-        if not _open(gates, case, dtype, size, refused):
+        if not case.timed or not _open(gates, case, dtype, size, refused):
             continue
         eager = case.eager(lambda f: f)
         calls: dict[str, Callable[[], object]] = {

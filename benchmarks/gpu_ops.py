@@ -79,6 +79,7 @@ class Case:
         rowwise: A row's result depends on its row alone.
         gradients: Names of the states that it is differentiable in.
         launcher: Calls below the op, where there is Triton; elsewhere the op stands in.
+        timed: Is measured too, where the checks hold.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Case:
     rowwise: bool = True
     gradients: tuple[str, ...] = ()
     launcher: bool = False
+    timed: bool = True
 
     @property
     def kernel(self) -> str:
@@ -220,6 +222,23 @@ def _our_gradient(s: States, **where: Any) -> Tensor:
     return output.grad
 
 
+def _our_per_sample(s: States, **where: Any) -> Tensor:
+    """As a training loop calls it that looks at the losses of samples: the gradient is another pass."""
+    output = s.x.detach().requires_grad_()
+    k.dsm_loss(output, None, 0.0, -1.0 / s.b, s.b.square(), reduction="none", **where).mean().backward()
+    assert output.grad is not None
+    return output.grad
+
+
+def _our_scaled(s: States, **where: Any) -> Tensor:
+    """A gradient that was made for an upstream of 1, which is then another, twice."""
+    output = s.x.detach().requires_grad_()
+    loss = _our_loss(replace(s, x=output), **where)
+    (first,) = torch.autograd.grad(0.75 * loss, output, retain_graph=True)
+    (second,) = torch.autograd.grad(0.25 * loss, output)
+    return first + second
+
+
 def _our_training(s: States, **where: Any) -> Tensor:
     k.perturb(s.f, s.a, s.b, **where)
     return _our_gradient(s, **where)
@@ -232,7 +251,7 @@ def _launched_gradient(s: States, **where: Any) -> Tensor:
     from sdesolve_kernels._triton.launch_denoising import dsm_loss_parts
 
     parts = dsm_loss_parts(
-        s.x, None, 0.0, -1.0 / s.b, s.b.square(), mean=True, grad=True, upstream=1.0 / s.x.shape[0],
+        s.x, None, 0.0, -1.0 / s.b, s.b.square(), mean=True, grad=True,
         **({"first_path": 0, "step": 0} | where),
     )  # fmt: skip
     assert parts.grad is not None
@@ -261,10 +280,8 @@ def _gradient_noise(s: States, where: dict[str, Any]) -> float:
     return 2 * float(s.b.max()) / s.x.numel()
 
 
-def _dsm(name: str, ours: Callable[..., Tensor], eager: Any, passes: int, launcher: bool = False) -> Case:
-    return Case(
-        name, ours, _exact_gradient, eager, passes, _gradient_noise, has_out=False, rowwise=False, launcher=launcher
-    )
+def _dsm(name: str, ours: Callable[..., Tensor], eager: Any, passes: int, **more: bool) -> Case:
+    return Case(name, ours, _exact_gradient, eager, passes, _gradient_noise, has_out=False, rowwise=False, **more)
 
 
 CASES: dict[str, Case] = {
@@ -314,6 +331,8 @@ CASES: dict[str, Case] = {
         ),
         _dsm("dsm_loss", _our_gradient, _eager_gradient, 2),
         _dsm("dsm_loss/one pass", _launched_gradient, _eager_gradient, 2, launcher=True),
+        _dsm("dsm_loss/per sample", _our_per_sample, _eager_gradient, 3),
+        _dsm("dsm_loss/scaled", _our_scaled, _eager_gradient, 6, timed=False),
         _dsm("dsm_loss/training", _our_training, _eager_training, 4),
     )
 }  # fmt: skip

@@ -216,5 +216,5 @@ def test_memory(benchmark: Any) -> None:
     ours, eager = tensors("ours"), tensors("eager")
     benchmark.extra_info |= {"tensors": round(ours, 2), "eager_tensors": round(eager, 2)}
     print(f"\n{benchmark.name}: {ours:.2f} tensors of the batch's size with the gradient, eager {eager:.2f}")
-    assert ours < 2.1
+    assert ours < 1.1
     benchmark.pedantic(lambda: None, rounds=1)

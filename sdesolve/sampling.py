@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,10 @@ from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.graphs import StraightSampler, captured
 from sdesolve.reverse import Score
 from sdesolve.sde import Calculus, Noise, per_sample
-from sdesolve.solve import solve
-from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solve import Backend, solve
+from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.tabulated import AbstractTabulated
 
 
 def sample(
@@ -33,6 +32,7 @@ def sample(
     denoise: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    backend: Backend = "auto",
     progress: bool = False,
     cuda_graph: bool = False,
 ) -> Tensor:
@@ -46,15 +46,17 @@ def sample(
         shape: of the result.
         solver: ``EulerMaruyama()`` by default.
         steps: number of steps on the process's own grid (`AbstractDiffusion.time_grid`).
-        grid: explicit decreasing times instead of ``steps``.
+        grid: explicit decreasing times instead of ``steps``. For samplers made for reverse equations, such as
+            `DPMSolverPP`, it may end at 0; the last step then is Tweedie's formula and nothing is left to denoise.
         seed: for the start and the driving noise; drawn from torch's default generator if not given.
         noise: the driving noise instead; a `BrownianPath` also gives seed and first path of the start.
         stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, or between or above (`ReverseSDE`). By
-            default 1 if the solver integrates SDEs with additive noise, and 0 if it does not.
+            default what the solver is made for; 1 if that is any SDE with additive noise, 0 if it takes ODEs only.
         denoise: finish with Tweedie's formula ``(x + sigma^2 score) / alpha`` at the last time, which removes the noise
             that is left there at the cost of one score evaluation.
         dtype: float32 or float64.
         device: where to sample.
+        backend: as for `solve`.
         progress: show a progress bar.
         cuda_graph: capture the whole sampler as a CUDA graph at the first call with these arguments, and replay it
             with the new seed at later ones (`graphs.CapturedSampler`). The state is then not checked for nan.
@@ -67,7 +69,9 @@ def sample(
     if not isinstance(process, AbstractDiffusion):
         raise TypeError(f"process must be a linear diffusion such as VP(), got {type(process).__name__}")
     solver = EulerMaruyama() if solver is None else solver
-    times = _times(process, steps, grid)
+    times = _times(process, solver, steps, grid)
+    if bool((process.sigma(times[-1]) == 0).any()):
+        denoise = False  # nothing is left to remove
     path = _path(seed, noise)
     if stochasticity is None:
         stochasticity = solver.stochasticity
@@ -89,7 +93,7 @@ def sample(
     with torch.no_grad():
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)
         x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
-        x = solve(backward, x, grid=times, solver=solver, noise=path, progress=progress).x1
+        x = solve(backward, x, grid=times, solver=solver, noise=path, backend=backend, progress=progress).x1
         return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
 
 
@@ -107,15 +111,17 @@ def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> T
     return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
 
 
-def _times(process: AbstractDiffusion, steps: int | None, grid: Tensor | None) -> Tensor:
+def _times(process: AbstractDiffusion, solver: AbstractSolver, steps: int | None, grid: Tensor | None) -> Tensor:
     if (steps is None) == (grid is None):
         raise ValueError("give steps, the number of steps on the process's own grid, or grid, explicit times")
     times = process.time_grid(steps) if grid is None else grids.check_grid(grid)  # type: ignore[arg-type]
     first, last = float(times[0].max()), float(times[-1].min())
-    if times.ndim != 1 or not (0 < last < first <= process.t_max * (1 + 1e-12)) or math.isinf(first):
+    to_zero = isinstance(solver, AbstractTabulated) and not isinstance(solver, AbstractOneStep)
+    if times.ndim != 1 or not (0 <= last < first <= process.t_max * (1 + 1e-12)) or (last == 0 and not to_zero):
+        hint = "; to end at 0 take a sampler such as DPMSolverPP, whose last step can be exact" if last == 0 else ""
         raise ValueError(
-            f"a sampling grid is (steps + 1,) and decreases within (0, t_max = {process.t_max}]; got shape "
-            f"{tuple(times.shape)} from {first} to {last}"
+            f"a sampling grid is (steps + 1,) and decreases within {'[' if to_zero else '('}0, t_max = "
+            f"{process.t_max}]; got shape {tuple(times.shape)} from {first} to {last}{hint}"
         )
     return times
 

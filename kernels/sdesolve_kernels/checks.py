@@ -15,6 +15,7 @@ from .streams import Stream
 
 __all__ = [
     "FLOATS",
+    "alike",
     "check_out",
     "check_output",
     "coefficient",
@@ -93,8 +94,15 @@ def state(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have shape (batch, *state), got (); pass {name}[None] for a batch of one")
 
 
+def alike(v: Any, x: Tensor) -> bool:
+    """Whether `v` is a tensor of the shape, dtype and device of `x`."""
+    return isinstance(v, Tensor) and v.shape == x.shape and v.dtype is x.dtype and v.device == x.device
+
+
 def same_as_state(name: str, v: Tensor, x: Tensor, of: str = "x") -> None:
     """Refuse a tensor that differs from state `x` in shape, dtype or device."""
+    if alike(v, x):
+        return
     if not isinstance(v, Tensor):
         raise TypeError(f"{name} must be a tensor like {of}, got {type(v).__name__}")
     if v.shape != x.shape:
@@ -110,7 +118,8 @@ def same_as_state(name: str, v: Tensor, x: Tensor, of: str = "x") -> None:
 
 def check_output(out: Tensor, x: Tensor, of: str = "x") -> None:
     """Refuse an `out` that the new state does not fit into."""
-    same_as_state("out", out, x, of)
+    if out is not x:
+        same_as_state("out", out, x, of)
     check_own_memory(out)
 
 
@@ -118,7 +127,7 @@ def coefficient(name: str, c: Any, x: Tensor, or_like: str = "") -> float | Tens
     """A coefficient as a float or as a tensor of shape ``()`` or ``(batch,)``; `or_like` names what else would do."""
     if type(c) is float:
         return c
-    if type(c) is Tensor and c.dim() == 1 and c.dtype is x.dtype and len(c) == len(x) and c.device == x.device:
+    if type(c) is Tensor and c.dtype is x.dtype and c.shape == x.shape[:1] and c.device == x.device:
         return c  # the usual case, in half the time
     if not isinstance(c, Tensor):
         if isinstance(c, bool) or not isinstance(c, numbers.Real):

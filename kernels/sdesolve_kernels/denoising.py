@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, SupportsIndex
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, cast
 
+import torch
 from torch import Tensor
 
 from .checks import coefficient, no_gradient, place, same_as_state, state
 from .dispatch import step_function
-from .gradients import scaled
+from .gradients import keep, kept, reduced, scaled
 from .library import PLACE, Route, define, launch_place, recording, route
 from .reference_steps import compute_dtype
 from .steps import Index, empty_like
@@ -18,70 +20,113 @@ from .streams import Stream
 __all__ = ["dsm_loss"]
 
 
-def _made(output: Tensor, mean: bool, keep: bool) -> tuple[Tensor, Tensor]:
+def _empty_loss(output: Tensor, x0: Any, p: Any, q: Any, weight: Any, mean: bool, *place: Any) -> Tensor:
     shape, wide = () if mean else output.shape[:1], compute_dtype(output.dtype)
-    loss = output.new_empty(shape) if output.dtype is wide else output.new_empty(shape, dtype=wide)
-    return loss, empty_like(output) if keep else output.new_empty(0)
+    return output.new_empty(shape) if output.dtype is wide else output.new_empty(shape, dtype=wide)
 
 
-def _loss(
-    output: Tensor, x0: Tensor | None, p: Any, q: Any, weight: Any, mean: bool, keep: bool, *place: Any
-) -> tuple[Tensor, Tensor]:
-    loss, residual = _made(output, mean, keep)
+def _loss_into(loss: Tensor, gradient: Tensor | None, inputs: tuple[Any, ...]) -> None:
+    output, x0, p, q, weight, mean, *place = inputs
     if output.numel():
         run = step_function("dsm_loss", output.device)
-        kept = residual if keep else None
-        run(output, x0, p, q, weight, mean=mean, out=loss, residual=kept, **launch_place(place))
+        run(output, x0, p, q, weight, mean=mean, out=loss, gradient=gradient, **launch_place(tuple(place)))
     else:
         loss.fill_(math.nan)  # the mean of nothing, as torch has it
-    return loss, residual
 
 
-def _loss_fake(
-    output: Tensor, x0: Any, p: Any, q: Any, weight: Any, mean: bool, keep: bool, *place: Any
-) -> tuple[Tensor, Tensor]:
-    return _made(output, mean, keep)
+def _gradient_into(out: Tensor, made: bool, upstream: Any, inputs: Sequence[Any]) -> None:
+    output, x0, p, q, weight, mean, *place = inputs
+    if output.numel():
+        run = step_function("dsm_gradient", output.device)
+        run(output, x0, p, q, weight, upstream, mean=mean, out=out, made=made, **launch_place(tuple(place)))
 
 
-def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, p, _, weight, ctx.mean, ctx.keep, *_ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.numbers = [None if isinstance(c, Tensor) else c for c in (p, weight)]
-    # The residual stands for the gradient, which is 2 weight / m times it: that factor would take 16-bit gradients
-    # below the range of float16 before a loss scale could lift them.
-    ctx.save_for_backward(output[1], *(c if isinstance(c, Tensor) else None for c in (p, weight)))
+# Gradient, for any gradient of the loss ----------------------------------------------------------------------------
 
 
-def _loss_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | None) -> tuple[Any, ...]:
-    residual, *kept = ctx.saved_tensors
-    p, weight = (number if c is None else c for number, c in zip(ctx.numbers, kept, strict=True))
-    grad = grad_residual  # not None in second derivatives alone
-    if grad_loss is not None:
-        if not ctx.keep:
-            raise RuntimeError("sdesolve::dsm_loss was called with keep=False, which leaves nothing to differentiate")
-        batch, m = residual.shape[0], math.prod(residual.shape[1:])
-        per_entry = 2.0 / max(m * batch if ctx.mean else m, 1)
-        if isinstance(weight, Tensor):
-            weight = weight if weight.dtype is grad_loss.dtype else weight.to(grad_loss)
-            grad_loss = grad_loss * per_entry
-        else:
-            weight *= per_entry
-        share = scaled(residual, grad_loss * weight)
-        grad = share if grad is None else grad + share
-    wanted = ctx.needs_input_grad
-    grad_x0 = scaled(-grad, p) if wanted[1] and grad is not None else None
-    return grad if wanted[0] else None, grad_x0, *(None,) * 12
+def _gradient(upstream: Any, *inputs: Any) -> Tensor:
+    out = empty_like(inputs[0])
+    _gradient_into(out, False, upstream, inputs)
+    return out
+
+
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    upstream, output, x0, p, q, weight, mean, *place = kept(ctx)
+    wanted, count = ctx.needs_input_grad, math.prod(output.shape[0 if mean else 1 :])
+    slope = upstream * (weight.to(upstream) if isinstance(weight, Tensor) else weight) * (2.0 / max(count, 1))
+    grad_upstream = None
+    if wanted[0]:
+        grad_upstream = reduced(grad * _gradient_op(1.0, output, x0, p, q, weight, mean, *place), upstream)
+    grad_output, grad_x0 = _shares(scaled(grad, slope), p, wanted[1:3])
+    return grad_upstream, grad_output, grad_x0, *(None,) * 11
+
+
+def _shares(gradient: Tensor, p: Any, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """What reaches output and data, from what reaches their difference ``output - p x0``."""
+    return gradient if wanted[0] else None, scaled(gradient, -p) if wanted[1] else None
+
+
+_LOSS = f"Tensor output, Tensor? x0, Tensor p, Tensor q, Tensor weight, bool mean, {PLACE}"
+_gradient_op = define(
+    "dsm_gradient",
+    f"(Tensor upstream, {_LOSS}) -> Tensor",
+    _gradient,
+    lambda upstream, output, *rest: empty_like(output),
+    lambda ctx, inputs, output: keep(ctx, inputs),
+    _gradient_backward,
+)
+
+
+# Loss --------------------------------------------------------------------------------------------------------------
+
+
+def _loss(*inputs: Any) -> Tensor:
+    loss = _empty_loss(*inputs)
+    _loss_into(loss, None, inputs)
+    return loss
+
+
+def _loss_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    inputs = kept(ctx)
+    return *_shares(_gradient_op(upstream, *inputs), inputs[2], ctx.needs_input_grad), *(None,) * 11
 
 
 _loss_op = define(
     "dsm_loss",
-    f"(Tensor output, Tensor? x0, Tensor p, Tensor q, Tensor weight, bool mean, bool keep, {PLACE}) "
-    "-> (Tensor, Tensor)",
+    f"({_LOSS}) -> Tensor",
     _loss,
-    _loss_fake,
-    _loss_setup,
+    _empty_loss,
+    lambda ctx, inputs, output: keep(ctx, inputs),
     _loss_backward,
 )
+
+
+class _LossAndGradient(torch.autograd.Function):
+    """The mean loss, with the gradient made in the same pass for what it is nearly always multiplied by: 1.
+
+    That takes 8 bytes an element, and the noise once. Any other upstream gradient has it written again, by a kernel
+    where reading the upstream gradient would wait for a device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output, place = inputs[0], inputs[-1]
+        inputs = (*inputs[:-1], *place)
+        loss, ctx.gradient = _empty_loss(*inputs), empty_like(output)
+        _loss_into(loss, ctx.gradient, inputs)
+        keep(ctx, inputs)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        inputs = kept(ctx)
+        # Handed out once, because whoever gets a gradient may write to it.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None or torch.is_grad_enabled():
+            gradient = _gradient_op(upstream, *inputs)
+        else:
+            _gradient_into(gradient, True, upstream, inputs)
+        return *_shares(gradient, inputs[2], ctx.needs_input_grad), *(None,) * 5
 
 
 def dsm_loss(
@@ -123,8 +168,8 @@ def dsm_loss(
 
     Returns:
         Loss in float32 (float64 for float64 data), ``()`` or ``(batch,)`` by `reduction`; NaN where there is nothing to
-        average. Differentiable in `output` and `x0`: one pass makes the loss and keeps one tensor like `output`, from
-        which the gradient is a product.
+        average. Differentiable in `output` and `x0`; nothing is kept for it but the arguments. The mean makes the
+        gradient in the same pass, except in float16 and inside compilers; else a second pass makes the noise again.
 
     Raises:
         TypeError, ValueError: As for `euler_maruyama_step`; a gradient with respect to `p`, `q` or `weight` is asked
@@ -145,7 +190,8 @@ def dsm_loss(
     where = place(output, seed, stream, first_path, step, way is Route.PLAIN)
     if recording(p, q, weight):
         no_gradient("dsm_loss", "it is a given of the training step", p=p, q=q, weight=weight)
-    keep = recording(output, x0)
-    arguments = (output, x0, p, q, weight, reduction == "mean", keep, *where)
-    loss: Tensor = _loss_op.call(way, keep, *arguments)[0]
-    return loss
+    record, mean = recording(output, x0), reduction == "mean"
+    # A float16 gradient comes with a loss scale, as a rule: the one for an upstream of 1 would be thrown away.
+    if record and mean and way is Route.PLAIN and output.dtype is not torch.float16:
+        return cast(Tensor, _LossAndGradient.apply(output, x0, p, q, weight, mean, where))
+    return cast(Tensor, _loss_op.call(way, record, output, x0, p, q, weight, mean, *where))

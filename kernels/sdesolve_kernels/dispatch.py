@@ -31,7 +31,7 @@ class _Backend:
 
 _BACKENDS = {
     "reference": _Backend("sdesolve_kernels.reference", "sdesolve_kernels.fallback", None, "torch"),
-    "numba": _Backend("sdesolve_kernels._numba.fill", "sdesolve_kernels._numba.launch", frozenset({"cpu"}), "numba"),
+    "numba": _Backend("sdesolve_kernels._numba.fill", "sdesolve_kernels.cpu", frozenset({"cpu"}), "numba"),
     "triton": _Backend("sdesolve_kernels.gpu", "sdesolve_kernels.gpu", frozenset({"cuda"}), "triton"),
 }
 # What "auto" tries, in order: the first that runs on the device.

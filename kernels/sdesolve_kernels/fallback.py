@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import reference_steps
 
-__all__ = ["dsm_loss", "euler_maruyama_step", "langevin_step", "linear_step", "noise_product", "perturb"]
+__all__ = [
+    "dsm_gradient",
+    "dsm_loss",
+    "euler_maruyama_step",
+    "langevin_step",
+    "linear_step",
+    "noise_product",
+    "perturb",
+]
 
 
 def _integers(where: dict[str, Any]) -> dict[str, int]:
@@ -69,13 +77,38 @@ def dsm_loss(
     *,
     mean: bool,
     out: Tensor,
-    residual: Tensor | None,
+    gradient: Tensor | None,
     **where: Any,
 ) -> Tensor:
-    """See `reference_steps.dsm_loss`; the mean over the batch if `mean`, and the residual written to `residual`."""
+    """See `reference_steps.dsm_loss`; the mean over the batch if `mean`, and its gradient written to `gradient`."""
     p, q, weight = (torch.as_tensor(c, dtype=None if isinstance(c, Tensor) else torch.float64) for c in (p, q, weight))
-    r = reference_steps.dsm_residual(output, x0, p, q, **_integers(where))
-    if residual is not None:
-        residual.copy_(r)
-    loss = weight.to(r) * reference_steps._flat(r).square().mean(1)
+    loss = reference_steps.dsm_loss(output, x0, p, q, weight, **_integers(where))
+    if gradient is not None:
+        dsm_gradient(output, x0, p, q, weight, 1.0, mean=mean, out=gradient, **where)
     return out.copy_(loss.mean() if mean else loss)
+
+
+def dsm_gradient(
+    output: Tensor,
+    x0: Tensor | None,
+    p: Any,
+    q: Any,
+    weight: Any,
+    upstream: Any,
+    *,
+    mean: bool,
+    out: Tensor,
+    made: bool = False,
+    **where: Any,
+) -> Tensor:
+    """``2 upstream weight (output - p x0 - q z) / m``, and over the batch if `mean`: the gradient of `dsm_loss`.
+
+    `upstream` is the gradient of the loss, a number, ``()`` or ``(batch,)``; `made` says that `out` holds what it is
+    for an upstream of 1, which other backends make use of.
+    """
+    p, q, weight, upstream = (
+        torch.as_tensor(c, dtype=None if isinstance(c, Tensor) else torch.float64) for c in (p, q, weight, upstream)
+    )
+    r = reference_steps.dsm_residual(output, x0, p, q, **_integers(where))
+    scale = upstream.to(r) * weight.to(r) * (2.0 / (output.numel() if mean else output[0].numel()))
+    return out.copy_(scale.reshape(-1, *(1,) * (r.dim() - 1)) * r if scale.dim() else scale * r)

@@ -12,10 +12,25 @@ from .dispatch import backend_for, step_function
 from .library import PLACE, Route, define, launch_place, recording, route
 from .reference_steps import compute_dtype
 
-__all__ = ["noise_product", "reduced", "root", "scaled"]
-
+__all__ = ["keep", "kept", "noise_product", "reduced", "root", "scaled"]
 
 _LARGE = 1 << 17
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Save the inputs of an op, of which some are tensors and the last seven a place, for `kept`."""
+    tensors, others = [], []
+    for v in inputs[:-7]:
+        tensor = isinstance(v, Tensor)
+        tensors.append(v if tensor else None)
+        others.append(None if tensor else v)
+    ctx.others = (*others, *inputs[-7:-3], None, None, None)
+    ctx.save_for_backward(*tensors, None, None, None, None, *inputs[-3:])
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What `keep` saved."""
+    return [other if v is None else v for v, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
 
 
 def scaled(v: Tensor, c: Any) -> Tensor:
@@ -37,11 +52,11 @@ def scaled(v: Tensor, c: Any) -> Tensor:
 
 
 def _scaled_at_once(v: Tensor, c: Tensor) -> Tensor | None:
-    """`scaled` by our kernel, if it runs here: it rounds without a wide copy, and leaves torch's threads asleep.
+    """`scaled` by our kernel, where one runs: it rounds without a wide copy, and leaves torch's threads asleep.
 
     Those spin on after a product, on the cores that our own threads need for the next step.
     """
-    if backend_for("scaled", v.device) != "numba":
+    if backend_for("scaled", v.device) == "reference":
         return None
     out: Tensor = step_function("scaled", v.device)(v, c, out=torch.empty_like(v))
     return out

@@ -25,6 +25,9 @@ PLACE = (
 )
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, type(None)})
+
+
 class Route(enum.Enum):
     """Who looks on while an op is called."""
 
@@ -38,7 +41,8 @@ def route(*tensors: Any) -> Route:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return Route.REGISTERED
     for t in tensors:
-        if type(t) is not Tensor and isinstance(t, Tensor) and type(t) is not torch.nn.Parameter:
+        # Asking a float or None whether it is a tensor takes three times as long as looking its type up.
+        if type(t) not in _PLAIN and isinstance(t, Tensor):
             return Route.REGISTERED
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return Route.TRANSFORMED
@@ -65,7 +69,7 @@ def recording(*tensors: Any) -> bool:
     """Whether autograd would record an op on these."""
     if torch.is_grad_enabled():
         for t in tensors:
-            if isinstance(t, Tensor) and t.requires_grad:
+            if type(t) is not float and isinstance(t, Tensor) and t.requires_grad:
                 return True
     return False
 

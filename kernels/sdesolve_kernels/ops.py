@@ -65,10 +65,6 @@ def _fill(
         kinds = {} if op == "words" else {"dtype": out.dtype}
         made = getattr(module, _REFERENCES[op])(paths, count, **where, device=out.device, **kinds)
         out.copy_(made.reshape(out.shape))
-    elif out.dtype in (torch.float16, torch.bfloat16):
-        made = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        module.fill(op, made, **where)
-        out.copy_(made)
     else:
         module.fill(op, out, **where)
     return out

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from .checks import check_output, coefficient, index, no_gradient, place, same_as_state, state
+from .checks import alike, check_output, coefficient, index, no_gradient, place, same_as_state, state
 from .dispatch import step_function
 from .gradients import noise_product, reduced, root, scaled
 from .library import PLACE, Route, define, define_out, launch_place, read, recording, route
@@ -109,9 +109,9 @@ def euler_maruyama_step(
     """
     state("x", x)
     same_as_state("f", f, x)
-    if isinstance(g, Tensor) and g.dim() > 1 and g.shape == x.shape:
-        same_as_state("g", g, x)
-    else:
+    if not alike(g, x):
+        if isinstance(g, Tensor) and g.dim() > 1 and g.shape == x.shape:
+            same_as_state("g", g, x)  # which says what does not fit
         g = coefficient("g", g, x, or_like="x")
     dt = coefficient("dt", dt, x)
     way = route(x, f, g, dt)

@@ -24,7 +24,7 @@ class Stage(NamedTuple):
 
 
 class AbstractRungeKutta(AbstractTabulated):
-    """Explicit Runge-Kutta in ``rho = sigma / alpha``, in which the flow of a linear diffusion is ``d(x/alpha) = e drho``.
+    """Explicit Runge-Kutta in ``rho = sigma / alpha``, where the flow of a linear diffusion is ``d(x/alpha) = e drho``.
 
     ``e = -sigma s`` is the noise predicted. The score is evaluated at the start and at the end of every stage but the
     last, so once a stage; a step to zero noise makes one evaluation, and is Tweedie's formula.
@@ -87,16 +87,17 @@ class AbstractRungeKutta(AbstractTabulated):
         end = torch.full_like(here.times, p.process.t_max)
         rho = torch.where(churned, gain * here.rho, here.rho)
         t = p.time_of(-rho.log(), here.times, end)
-        return torch.where(churned & (here.times < end), t, here.times)
+        return torch.where(churned, t, here.times)
 
 
 class AbstractChurned(AbstractRungeKutta):
     """A second-order method on the flow that may add noise before each step: "churn".
 
-    With churn, each step first goes back to a higher noise level ``rho^ >= rho`` by adding noise, as EDM's stochastic
-    sampler does: ``rho^ = (1 + min(churn / steps, sqrt(2) - 1)) rho`` where ``rho`` is in ``churn_range``, but no higher
-    than where the process ends. The noise has the standard deviation ``churn_noise sqrt(rho^^2 - rho^2)``. The sampler
-    then follows a reverse SDE whose stochasticity depends on time, to weak order 1. Karras et al. 2022, algorithm 2.
+    With churn, each step first goes back to a higher noise level ``rho^ >= rho`` by adding noise of standard deviation
+    ``churn_noise sqrt(rho^^2 - rho^2)``: ``rho^ = (1 + min(churn / steps, sqrt(2) - 1)) rho`` where ``rho`` is in
+    ``churn_range``, but not above the level where the process ends. As steps get shorter that is a reverse SDE, with a
+    stochasticity that depends on time. Exact noise keeps exact marginals, so in law the order is that on the flow, 2,
+    once ``churn / steps`` is below ``sqrt(2) - 1``. Karras et al. 2022, algorithm 2.
 
     Args:
         churn: ``S_churn``; 0 for the flow.
@@ -125,4 +126,4 @@ class AbstractChurned(AbstractRungeKutta):
         self.churn, self.churn_range, self.churn_noise = float(churn), churn_range, float(churn_noise)
         self.supported = supports(ito=(Noise.ADDITIVE if churn else Noise.NONE,))
         self.stochasticity = 1.0 if churn else 0.0
-        self.weak_order, self.ode_order = (1.0, None) if churn else (None, 2)
+        self.weak_order, self.ode_order = (2.0, None) if churn else (None, 2)

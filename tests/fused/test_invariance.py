@@ -108,13 +108,23 @@ def test_out_that_overlaps_an_input_elsewhere() -> None:
         assert torch.equal(k.euler_maruyama_step(x, apart, apart, 0.1, seed=0, out=out), expected[0])
         memory.copy_(before)
         assert torch.equal(k.euler_maruyama_step(apart, apart, x, 0.1, seed=0, out=out), expected[1])
-    memory = torch.arange(1.0, 20_001.0)
-    c, x = memory[9_000:9_100], memory[:10_000].view(100, 100)
-    expected = [k.perturb(x, c.clone(), 0.0, seed=0), k.perturb(x, 1.0, c.clone(), seed=0)]
-    before = memory.clone()
-    assert torch.equal(k.perturb(x, c, 0.0, seed=0, out=x), expected[0])
-    memory.copy_(before)
-    assert torch.equal(k.perturb(x, 1.0, c, seed=0, out=x), expected[1])
+
+
+@pytest.mark.parametrize("where", [130, 9_000, -30], ids=["in the first tile", "in the last", "across the start"])
+@pytest.mark.parametrize("op", ["signal", "noise", "transposed", "norms"])
+def test_out_that_overlaps_coefficients(op: str, where: int) -> None:
+    """The first tile would overwrite what the later ones still read."""
+    memory = torch.linspace(1.0, 2.0, 20_001)
+    c, out = memory[5_000 + where : 5_100 + where], memory[5_000:15_000].view(100, 100)
+    x = torch.linspace(-1.0, 1.0, 10_000).view(100, 100)
+    calls: dict[str, Callable[..., Tensor]] = {
+        "signal": lambda c, **out: k.perturb(x, c, 0.5, seed=0, **out),
+        "noise": lambda c, **out: k.perturb(x, 1.0, c, seed=0, **out),
+        "transposed": lambda c, **out: k.euler_maruyama_step(x.T, x.T, c, c, seed=0, **out),
+        "norms": lambda c, **out: k.langevin_step(x, x, mode="batch", size=0.2, alpha=c, seed=0, **out),
+    }
+    expected = calls[op](c.clone())
+    assert torch.equal(calls[op](c, out=out), expected)
 
 
 def layouts(t: Tensor) -> dict[str, Tensor]:

@@ -55,9 +55,17 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "noise product": (OPS.noise_product, (double(5, 3), positive(5, grad=False), *PLACE)),
         "dsm": (
             OPS.dsm_loss,
-            (double(5, 3), double(5, 3), double(5, grad=False), number, positive(5, grad=False), True, True, *PLACE),
+            (double(5, 3), double(5, 3), double(5, grad=False), number, positive(5, grad=False), True, *PLACE),
         ),
-        "dsm without data": (OPS.dsm_loss, (double(5, 3), None, number, number, number, False, True, *PLACE)),
+        "dsm gradient": (
+            OPS.dsm_gradient,
+            (double(5), double(5, 3), double(5, 3), double(5, grad=False), number, number, False, *PLACE),
+        ),
+        "dsm gradient of the mean": (
+            OPS.dsm_gradient,
+            (double(), double(5, 3), None, number, number, positive(5, grad=False), True, *PLACE),
+        ),
+        "dsm without data": (OPS.dsm_loss, (double(5, 3), None, number, number, number, False, *PLACE)),
     }
 
 
@@ -256,11 +264,28 @@ def test_out_counts_as_changed_for_autograd(op: str) -> None:
         loss.backward()
 
 
-def test_backward_twice() -> None:
-    """What is kept for the gradient is not written by it."""
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice(reduction: str) -> None:
+    """Whoever gets a gradient may write to it: the next one is made anew."""
     output = double(5, 3)
-    loss = k.dsm_loss(output, None, 0.0, 1.0, 1.0, seed=0)
-    (first,) = torch.autograd.grad(loss, output, retain_graph=True)
+    loss = k.dsm_loss(output, None, 0.0, 1.0, 1.0, reduction=reduction, seed=0)
+    upstream = torch.ones_like(loss)
+    (first,) = torch.autograd.grad(loss, output, upstream, retain_graph=True)
     first.mul_(3)
-    (second,) = torch.autograd.grad(loss, output)
+    (second,) = torch.autograd.grad(loss, output, upstream, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, output, 2 * upstream)
     torch.testing.assert_close(first, 3 * second)
+    torch.testing.assert_close(third, 2 * second)
+
+
+def test_the_loss_keeps_its_arguments_alone() -> None:
+    """No residual, no noise: what autograd holds on to is what it was given."""
+    output, x0, q = double(5, 3), double(5, 3, seed=1), positive(5, grad=False)
+    for dtype, reduction in ((torch.float64, "none"), (torch.float64, "mean"), (torch.float16, "mean")):
+        inputs = [t.detach().to(dtype) for t in (output, x0)]
+        inputs[0].requires_grad_()
+        held: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t) or t, lambda t: t):
+            k.dsm_loss(*inputs, 0.5, q, 1.0, reduction=reduction, seed=0)
+        assert {t.data_ptr() for t in held} <= {t.data_ptr() for t in (*inputs, q)}
+        assert len(held) == 3

@@ -223,6 +223,28 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale() -> None:
     assert (output.grad != 0).double().mean() > 0.99
 
 
+@pytest.mark.parametrize("upstream", [1.0, 0.5, 3.0, -1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(70, 5), (3, 2, 1500)], ids=str)
+def test_gradient_of_the_mean_loss(shape: tuple[int, ...], dtype: torch.dtype, upstream: float) -> None:
+    """It is there before it is asked for, for a gradient of 1 from above; and right for every other."""
+    x, s, w, q = random(shape, 1, dtype), random(shape, 2, dtype), random(shape[:1], 3).abs(), random(shape[:1], 4)
+
+    def gradients(x: Tensor, s: Tensor, weight: Any, **where: Any) -> tuple[Tensor, ...]:
+        x, s = x.requires_grad_(), s.requires_grad_()
+        loss = k.dsm_loss(x, s, 0.4, q, weight, **where)
+        return torch.autograd.grad(loss * upstream, (x, s))
+
+    for weight in (w, 700.0):
+        got = gradients(x.clone(), s.clone(), weight, **PLACE)
+        with k.use_backend("reference"):
+            exact = gradients(x.double(), s.double(), weight, **PLACE)
+        for a, b in zip(got, exact, strict=True):
+            eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+            atol = 1e-6 * float(b.abs().max()) + eps * least  # the last term: the spacing of subnormals
+            torch.testing.assert_close(a.double(), b, rtol=4 * eps, atol=atol)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_large_states(dtype: torch.dtype) -> None:
     """They are made by a kernel of ours; small ones, which gradcheck sees, by torch."""

@@ -67,7 +67,7 @@ def test_wide_accesses(hopper, others):
             continue
         if op not in ("normal", "uniform", "words"):
             assert row["load_bits"] == 128, label
-        if "norms" not in op:
+        if "norms" not in op and op not in ("dsm_loss/value:denoising", "dsm_loss/groups:denoising"):  # sums alone
             assert row["store_bits"] == 128, label
 
 

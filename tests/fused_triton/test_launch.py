@@ -39,6 +39,7 @@ with arguments.recording() as launches:
     launch.fill("normal", x, seed=1, stream=0)
     langevin_step(x, x, mode="batch", size=0.1, alpha=1.0, **where)
     dsm_loss_parts(x, None, 0.0, 1.0, 1.0, grad=True, mean=True, **where)
+    dsm_loss_parts(torch.ones(2000, 4), None, 0.0, 1.0, 1.0, grad=True, mean=True, **where)
     langevin_step(torch.ones(2000, 4), torch.ones(2000, 4), mode="batch", size=0.1, alpha=1.0, **where)
 for item in launches:
     options = {"num_warps": item.num_warps, "enable_fp_fusion": True}

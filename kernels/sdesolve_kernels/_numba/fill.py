@@ -37,10 +37,15 @@ def _two_levels(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, i
 def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, offset: int) -> None:
     """Write numbers of `kind` ("normal", "uniform", "words") into a CPU tensor of shape ``(paths, ...)``, any strides.
 
-    The dimensions after the first hold the entries of a path in row-major order. The type is float32 or float64, and
-    int64 for words.
+    The dimensions after the first hold the entries of a path in row-major order. The type is a floating one, and int64
+    for words.
     """
     if out.numel() == 0:
+        return
+    if out.dtype in (torch.float16, torch.bfloat16):
+        wide = torch.empty(out.shape, dtype=torch.float32)
+        fill(kind, wide, seed=seed, stream=stream, first_path=first_path, offset=offset)
+        out.copy_(wide)
         return
     paths, count = out.shape[0], out.numel() // out.shape[0]
     levels = _two_levels(out.shape[1:], out.stride()[1:])

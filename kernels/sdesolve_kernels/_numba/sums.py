@@ -15,10 +15,10 @@ import numpy as np
 from .compile import inline, kernel
 from .intrinsics import fma
 from .memory import COMPUTE, at, storage
-from .steps import spread
+from .steps import number, spread
 from .tile import BUFFER, TILE, Z, noise_tile, tile_sum, unit_place
 
-__all__ = ["finish_loss", "finish_norms", "norms", "residual"]
+__all__ = ["denoising", "finish_loss", "finish_norms", "norms"]
 
 _U64 = np.uint64
 _float64 = at[np.float64]
@@ -112,11 +112,12 @@ def finish_loss(compute: Any) -> Callable[..., None]:
 
 
 @functools.cache
-def residual(dtype: str) -> Callable[..., None]:
-    """Kernel for ``r = output - p x0 - q z``, kept if asked for, and the sum of its squares."""
+def denoising(dtype: str) -> Callable[..., None]:
+    """Kernel for ``r = output - p x0 - q z``: the sum of its squares, and ``factor weight r``."""
     compute = COMPUTE[dtype]
     stored, widen, rounded = storage(dtype)
     memory, buffer, fill, rows_of = at[stored], at[compute], noise_tile(compute), spread[compute]
+    number_of = number[compute]
     finish = finish_loss(compute)
 
     @inline
@@ -130,24 +131,24 @@ def residual(dtype: str) -> Callable[..., None]:
             for i in range(size):
                 total[i] = fma(c, values[i], total[i])
 
-    def residual_tiles(
-        output_at: Any, x0_at: Any, residual_at: Any, partial_at: Any,
+    def denoising_tiles(
+        output_at: Any, x0_at: Any, gradient_at: Any, factor: Any, partial_at: Any,
         p_at: Any, p_value: Any, q_at: Any, q_value: Any, weight_at: Any, weight_value: Any, loss_at: Any, mean: Any,
         seed: Any, stream: Any, first_path: Any, offset: Any,
         rows: Any, m: Any, start: Any, stop: Any, scratch: Any,
     ) -> None:  # fmt: skip
         """Units `start` to `stop`; then the loss too, unless ``loss_at`` is 0: only where these are all units.
 
-        Where ``x0_at`` or ``residual_at`` is 0 there is none. Coefficients as in `combine`.
+        Where ``x0_at``, ``gradient_at`` or ``partial_at`` is 0 there is none. Coefficients as in `combine`.
         """
         total, each = buffer(scratch, TILE), buffer(scratch + BUFFER, TILE)
         for unit in range(start, stop):
             row, height, j, width = unit_place(unit, rows, m)
             begin, size = row * m + j, height * width
             output = memory(output_at, begin + size)[begin:]
-            for i in range(size):
-                total[i] = widen(output[i])
             if x0_at != 0:
+                for i in range(size):
+                    total[i] = widen(output[i])
                 x0, values = memory(x0_at, begin + size)[begin:], buffer(scratch + Z, size)
                 for i in range(size):
                     values[i] = widen(x0[i])
@@ -156,15 +157,37 @@ def residual(dtype: str) -> Callable[..., None]:
                 subtract(total, values, size, each, p_at, p_value)
             path, n = _U64(first_path) + _U64(row), _U64(offset) + _U64(j)
             made = buffer(fill(scratch, _U64(seed), _U64(stream), path, n, height, width), size)
-            if q_at != 0:
-                rows_of(each, q_at, row, height, width)
-            subtract(total, made, size, each, q_at, q_value)
-            if residual_at != 0:
-                kept = memory(residual_at, begin + size)[begin:]
+            if x0_at == 0 and (q_at == 0 or height == 1):
+                c = -number_of(q_at, q_value, row)
                 for i in range(size):
-                    kept[i] = rounded(total[i])
-            for i in range(size):
-                total[i] *= total[i]
+                    total[i] = fma(c, made[i], widen(output[i]))
+            else:
+                if x0_at == 0:
+                    for i in range(size):
+                        total[i] = widen(output[i])
+                if q_at != 0:
+                    rows_of(each, q_at, row, height, width)
+                subtract(total, made, size, each, q_at, q_value)
+            if gradient_at == 0:
+                for i in range(size):
+                    total[i] *= total[i]
+            else:
+                gradient = memory(gradient_at, begin + size)[begin:]
+                if weight_at != 0 and height > 1:
+                    rows_of(each, weight_at, row, height, width)
+                    c = compute(factor)
+                    for i in range(size):
+                        r = total[i]
+                        gradient[i] = rounded(c * each[i] * r)
+                        total[i] = r * r
+                else:
+                    c = compute(factor) * number_of(weight_at, weight_value, row)
+                    for i in range(size):
+                        r = total[i]
+                        gradient[i] = rounded(c * r)
+                        total[i] = r * r
+            if partial_at == 0:
+                continue
             sums = _float64(scratch + BUFFER, TILE)
             _row_sums(total, sums, height, width)
             # Units are rows or pieces of rows, so either number counts them.
@@ -172,22 +195,22 @@ def residual(dtype: str) -> Callable[..., None]:
         if loss_at != 0:
             finish(partial_at, weight_at, weight_value, loss_at, mean, rows, m, scratch)
 
-    return kernel(residual_tiles, dtype)
+    return kernel(denoising_tiles, dtype)
 
 
 @functools.cache
 def norms(dtype: str) -> Callable[..., None]:
-    """Kernel for the sums of squares of a score, and of the noise at the same places."""
+    """Kernel for the sums of squares of a score, and of the noise at the same places, which it may leave behind."""
     compute = COMPUTE[dtype]
     stored, widen, _ = storage(dtype)
     memory, buffer, fill = at[stored], at[compute], noise_tile(compute)
 
     def norm_tiles(
-        score_at: Any, score_partial_at: Any, noise_partial_at: Any, each: Any,
+        score_at: Any, noise_at: Any, score_partial_at: Any, noise_partial_at: Any, each: Any,
         seed: Any, stream: Any, first_path: Any, offset: Any,
         rows: Any, m: Any, start: Any, stop: Any, scratch: Any,
     ) -> None:  # fmt: skip
-        """Units `start` to `stop`; no noise is made where ``noise_partial_at`` is 0.
+        """Units `start` to `stop`; where ``noise_partial_at`` is 0 no noise is made, where ``noise_at`` is, none kept.
 
         A unit of whole rows writes the sum of their norms, or with `each` the square of each; a unit that is a piece
         of a row writes its sum of squares.
@@ -207,8 +230,15 @@ def norms(dtype: str) -> Callable[..., None]:
             if noise_partial_at != 0:
                 path, n = _U64(first_path) + _U64(row), _U64(offset) + _U64(j)
                 made = buffer(fill(scratch, _U64(seed), _U64(stream), path, n, height, width), size)
-                for i in range(size):
-                    made[i] *= made[i]
+                if noise_at != 0:
+                    noise = buffer(noise_at, begin + size)[begin:]
+                    for i in range(size):
+                        z = made[i]
+                        noise[i] = z
+                        made[i] = z * z
+                else:
+                    for i in range(size):
+                        made[i] *= made[i]
                 _row_sums(made, sums, height, width)
                 if m > TILE or each:
                     _store(sums, noise_partial_at, unit if m > TILE else row, height)

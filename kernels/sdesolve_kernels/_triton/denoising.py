@@ -9,19 +9,34 @@ import triton
 import triton.language as tl
 
 from .steps import PLAIN
-from .tiles import coefficient, column_tile, columns, elements, integer, noise, over_elements, row_length, store
+from .tiles import (
+    NUMBER,
+    coefficient,
+    column_tile,
+    columns,
+    elements,
+    integer,
+    noise,
+    over_elements,
+    row_length,
+    store,
+)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def denoising_kernel(
-    o_ptr, x0_ptr, p_c, q_c, weight_c, upstream_c, grad_ptr, partial_ptr,
+    o_ptr, x0_ptr, p_c, q_c, weight_c, upstream_c, share_c, grad_ptr, partial_ptr,
     batch: tl.int64, m: tl.int64, chunks: tl.int64,
     seed: tl.int64, stream_id: tl.int64, first_path: tl.int64, step: tl.int64,
-    DATA: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, WEIGHT: tl.constexpr,
-    UPSTREAM: tl.constexpr, CHUNKS: tl.constexpr, LOADED: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    DATA: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr, MADE: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, WEIGHT: tl.constexpr, UPSTREAM: tl.constexpr,
+    CHUNKS: tl.constexpr, LOADED: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr, INTERPRETED: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """``r = o - p x0 - q z``; ``grad = upstream 2 weight r / m``; ``partial[splits, batch]`` holds sums of ``r^2``."""
+    """``r = o - p x0 - q z``; ``grad = upstream share weight r``; ``partial[splits, batch]`` holds sums of ``r^2``.
+
+    With ``MADE`` the gradient is there for an upstream of 1: nothing is done if it is.
+    """
     ROWS: tl.constexpr = BLOCK // LANES
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     seed, first_path, step = integer(seed, LOADED & 1), integer(first_path, LOADED & 2), integer(step, LOADED & 4)
@@ -36,7 +51,10 @@ def denoising_kernel(
             coefficient(weight_c, row0, batch, WEIGHT, LANES, BLOCK, DOUBLE), WEIGHT, VEC, LANES, BLOCK
         )
         above = coefficient(upstream_c, row0, batch, UPSTREAM, LANES, BLOCK, DOUBLE)
-        scale = scale * over_elements(above, UPSTREAM, VEC, LANES, BLOCK) * (2.0 / m.to(dtype))
+        share = coefficient(share_c, row0, batch, NUMBER, LANES, BLOCK, DOUBLE)
+        scale = scale * over_elements(above, UPSTREAM, VEC, LANES, BLOCK) * share
+        if MADE:
+            chunks = tl.where(above == 1.0, 0, chunks)
     r_sum = tl.zeros([BLOCK * VEC], dtype)
     for chunk in range(split * CHUNKS, tl.minimum(split * CHUNKS + CHUNKS, chunks)):
         first, column, inside, q = columns(chunk, step * m, m, LANES, BLOCK, VEC, ALIGNED)
@@ -62,9 +80,12 @@ def denoising_kernel(
 @triton.jit(do_not_specialize=PLAIN)
 def loss_kernel(
     partial_ptr, weight_c, loss_ptr, sums_ptr, batch: tl.int64, m: tl.int64, splits: tl.int64,
-    WEIGHT: tl.constexpr, MEAN: tl.constexpr, GROUP: tl.constexpr,
+    WEIGHT: tl.constexpr, MEAN: tl.constexpr, ONE_GROUP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``loss_i = weight_i / m sum_split partial``; with ``MEAN``, the sum over this group of rows too. In float64."""
+    """``loss_i = weight_i / m sum_split partial``; with ``MEAN``, their sum over this group of rows in its place.
+
+    Of one group alone, the mean. In float64.
+    """
     batch, m, splits = batch.to(tl.int64), m.to(tl.int64), splits.to(tl.int64)
     row0 = tl.program_id(0).to(tl.int64) * GROUP
     row = tl.arange(0, GROUP)
@@ -73,9 +94,14 @@ def loss_kernel(
     for split in range(splits):
         total += tl.load(partial_ptr + split * batch + row0 + row, mask=there, other=0.0).to(tl.float64)
     loss = coefficient(weight_c, row0, batch, WEIGHT, 1, GROUP, True) * total / m.to(tl.float64)
-    tl.store(loss_ptr + row0 + row, loss.to(loss_ptr.dtype.element_ty), mask=there)
     if MEAN:
-        tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0), 0))
+        total = tl.sum(tl.where(there, loss, 0.0), 0)
+        if ONE_GROUP:
+            tl.store(loss_ptr, (total / batch.to(tl.float64)).to(loss_ptr.dtype.element_ty))
+        else:
+            tl.store(sums_ptr + tl.program_id(0), total)
+    else:
+        tl.store(loss_ptr + row0 + row, loss.to(loss_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=PLAIN)

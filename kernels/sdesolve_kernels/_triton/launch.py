@@ -17,10 +17,20 @@ from torch import Tensor
 from .arguments import coefficient, launch, prepare, result, state
 from .fill import NORMAL, UNIFORM, WORDS, fill_kernel
 from .geometry import Geometry, geometry, grid
-from .steps import euler_maruyama_kernel, linear_kernel, perturb_kernel
+from .steps import ABSENT, ADDED, FACTOR, euler_maruyama_kernel, linear_kernel, perturb_kernel
 from .tiles import PER_SAMPLE, SHARED
 
-__all__ = ["euler_maruyama_step", "fill", "linear_step", "normal", "numbered_words", "perturb", "uniform"]
+__all__ = [
+    "euler_maruyama_step",
+    "fill",
+    "linear_step",
+    "noise_product",
+    "normal",
+    "numbered_words",
+    "perturb",
+    "scaled",
+    "uniform",
+]
 
 Index = int | Tensor
 _OPS = {"normal": NORMAL.value, "uniform": UNIFORM.value, "words": WORDS.value}
@@ -142,21 +152,36 @@ def linear_step(
     return out if dense is out else out.copy_(dense)
 
 
-def perturb(
-    x0: Tensor, alpha: Tensor | float, sigma: Tensor | float,
-    *, seed: Index, stream: int, first_path: Index, step: Index, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """``alpha x0 + sigma z``; ``alpha`` and ``sigma`` are numbers, ``()`` or ``(batch,)``."""
-    dense, out = result(x0, out)
-    if x0.numel() == 0:
+def _perturbed(
+    x: Tensor, alpha: Tensor | float, sigma: Tensor | float, noise: int, out: Tensor | None, where: dict[str, Any]
+) -> Tensor:
+    dense, out = result(x, out)
+    if x.numel() == 0:
         return out
-    m, tile = tile_of(x0)
-    alpha_c, alpha_kind = coefficient("alpha", alpha, x0)
-    sigma_c, sigma_kind = coefficient("sigma", sigma, x0)
+    m, tile = tile_of(x)
+    alpha_c, alpha_kind = coefficient("alpha", alpha, x)
+    sigma_c, sigma_kind = coefficient("sigma", sigma, x)
     own = {
-        "x_ptr": x0.contiguous(), "alpha_c": alpha_c, "sigma_c": sigma_c, "out_ptr": dense,
-        "batch": x0.shape[0], "m": m, "ALPHA": alpha_kind, "SIGMA": sigma_kind,
+        "x_ptr": x.contiguous(), "alpha_c": alpha_c, "sigma_c": sigma_c, "out_ptr": dense,
+        "batch": x.shape[0], "m": m, "ALPHA": alpha_kind, "SIGMA": sigma_kind, "NOISE": noise,
     }  # fmt: skip
-    shared = prepare(x0, tile, {"seed": seed, "first_path": first_path, "step": step}, stream)
-    launch(perturb_kernel, grid(x0.shape[0], tile), x0.device, own | shared)
+    integers = {name: where[name] for name in ("seed", "first_path", "step")}
+    launch(perturb_kernel, grid(x.shape[0], tile), x.device, own | prepare(x, tile, integers, where["stream"]))
     return out if dense is out else out.copy_(dense)
+
+
+def perturb(
+    x0: Tensor, alpha: Tensor | float, sigma: Tensor | float, *, out: Tensor | None = None, **where: Any
+) -> Tensor:
+    """``alpha x0 + sigma z``; ``alpha`` and ``sigma`` are numbers, ``()`` or ``(batch,)``."""
+    return _perturbed(x0, alpha, sigma, ADDED.value, out, where)
+
+
+def noise_product(v: Tensor, c: Tensor | float, *, out: Tensor | None = None, **where: Any) -> Tensor:
+    """``c v z``; ``c`` is a number, ``()`` or ``(batch,)``."""
+    return _perturbed(v, c, 0.0, FACTOR.value, out, where)
+
+
+def scaled(v: Tensor, c: Tensor | float, *, out: Tensor | None = None) -> Tensor:
+    """``c v``, rounded once: torch makes a wide copy of 16-bit data for that."""
+    return _perturbed(v, c, 0.0, ABSENT.value, out, {"seed": 0, "first_path": 0, "step": 0, "stream": 0})

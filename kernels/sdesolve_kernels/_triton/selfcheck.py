@@ -92,6 +92,10 @@ def _cases(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[_Case
     perturb = (steps.perturb, reference_steps.perturb)
     yield _Case("perturb", *perturb, (x, row(), row()), 1.5)
     yield _Case("perturb/shared", *perturb, (x, number, number), 0.7)
+    yield _Case(
+        "noise_product", steps.noise_product, reference_steps.noise_product, (x, row()), 1.5 * float(x.abs().max())
+    )
+    yield _Case("scaled", _scaled, _scaled_reference, (x, row()), 0.0)
     for mode in ("fixed", "batch", "sample", "dimension"):
         ops = [_corrector(op, mode) for op in (langevin_step, reference_steps.langevin_step)]
         # sqrt(2 delta) = 2 sqrt(alpha) snr n / s; with one element a row, a single score can be close to 0
@@ -115,6 +119,14 @@ def _largest_step(score: Tensor, mode: str) -> float:
 def _corrector(op: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
     size = torch.tensor(0.16, dtype=torch.float64)
     return lambda x, s, alpha, **where: op(x, s, mode=mode, size=size.to(x.device), alpha=alpha, **where)
+
+
+def _scaled(v: Tensor, c: Tensor, *, out: Tensor | None = None, **where: Any) -> Tensor:
+    return steps.scaled(v, c, out=out)
+
+
+def _scaled_reference(v: Tensor, c: Tensor, **where: Any) -> Tensor:
+    return (v.to(reference_steps.compute_dtype(v.dtype)) * c.reshape(-1, *(1,) * (v.ndim - 1)).to(v.device)).to(v.dtype)
 
 
 def _gradient(*inputs: Any, **where: Any) -> Tensor:
@@ -254,10 +266,32 @@ def batch_checks(device: Any, dtype: torch.dtype) -> Iterator[Check]:
         exact, eager = (plain(v.cpu(), w.cpu(), one, **_WHERE) for v, w in ((x.double(), s.double()), (x, s)))
         yield Check("langevin_step/batch: groups", name, shape, _distance(corrector, exact),
                     2 * _distance(eager, exact) + 2e-5)  # fmt: skip
-        parts = dsm_loss_parts(x, None, 0.0, 1.0, 1.0, mean=True, **_WHERE)
-        assert parts.loss is not None
-        assert parts.mean is not None
-        yield Check("dsm_loss: mean", name, shape, _distance(parts.mean, parts.loss.double().mean()), 1e-6)
+        losses, mean = (dsm_loss_parts(x, None, 0.0, 1.0, 1.0, mean=mean, **_WHERE).loss for mean in (False, True))
+        assert losses is not None
+        assert mean is not None
+        yield Check("dsm_loss: mean", name, shape, _distance(mean, losses.double().mean()), 1e-6)
+        yield from _upstream_checks(x, name, shape)
+
+
+def _upstream_checks(x: Tensor, name: str, shape: tuple[int, ...]) -> Iterator[Check]:
+    """A gradient that is there is left alone for an upstream of 1, and written again for any other."""
+
+    def gradient(upstream: float, made: Tensor | None) -> Tensor:
+        made = made if made is None else made.clone()
+        parts = dsm_loss_parts(
+            x, None, 0.0, 1.0, 0.5, mean=True, loss=False, grad=True, out=made, made=made is not None,
+            upstream=torch.tensor(upstream, device=x.device), **_WHERE,
+        )  # fmt: skip
+        assert parts.grad is not None
+        return parts.grad
+
+    there = torch.full_like(x, 7.0)
+    yield Check("dsm_loss: made, upstream 1", name, shape, _differ(gradient(1.0, there), there), 0)
+    for upstream in (0.5, 0.0):
+        error = _differ(gradient(upstream, there), gradient(upstream, None))
+        yield Check(f"dsm_loss: made, upstream {upstream}", name, shape, error, 0)
+    error = _differ(gradient(0.5, None), 0.5 * gradient(1.0, None))  # to the bit: a power of two
+    yield Check("dsm_loss: upstream", name, shape, error, 0)
 
 
 def large_checks(device: Any) -> Iterator[Check]:

@@ -26,8 +26,11 @@ from .tiles import (
 # whose alignment counts.
 PLAIN = [
     "batch", "m", "chunks", "seed", "stream_id", "first_path", "step", "stride", "row", "splits", "groups",
-    "dt_c", "alpha_c", "sigma_c", "size_c", "p_c", "q_c", "weight_c", "upstream_c", "expected_c",
+    "dt_c", "alpha_c", "sigma_c", "size_c", "p_c", "q_c", "weight_c", "upstream_c", "share_c", "expected_c",
 ]  # fmt: skip
+
+# What `perturb_kernel` does with noise.
+ABSENT, ADDED, FACTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -130,10 +133,10 @@ def linear_kernel(
 def perturb_kernel(
     x_ptr, alpha_c, sigma_c, out_ptr,
     batch: tl.int64, m: tl.int64, seed: tl.int64, stream_id: tl.int64, first_path: tl.int64, step: tl.int64,
-    ALPHA: tl.constexpr, SIGMA: tl.constexpr, LOADED: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr, INTERPRETED: tl.constexpr, DOUBLE: tl.constexpr,
+    ALPHA: tl.constexpr, SIGMA: tl.constexpr, NOISE: tl.constexpr, LOADED: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, INTERPRETED: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """``out = alpha x + sigma z``."""
+    """``out = alpha x``, plus ``sigma z`` or times ``z``."""
     ROWS: tl.constexpr = BLOCK // LANES
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     seed, first_path, step = integer(seed, LOADED & 1), integer(first_path, LOADED & 2), integer(step, LOADED & 4)
@@ -151,6 +154,11 @@ def perturb_kernel(
             alpha = coefficient(alpha_c, row0, batch, ALPHA, LANES, BLOCK, DOUBLE)
         if SIGMA == PER_SAMPLE:
             sigma = coefficient(sigma_c, row0, batch, SIGMA, LANES, BLOCK, DOUBLE)
-        z = noise(seed, stream_id, first_path + row0, q, VEC, LANES, BLOCK, INTERPRETED, DOUBLE)
-        y = over_elements(alpha, ALPHA, VEC, LANES, BLOCK) * x + over_elements(sigma, SIGMA, VEC, LANES, BLOCK) * z
+        y = over_elements(alpha, ALPHA, VEC, LANES, BLOCK) * x
+        if NOISE != ABSENT:
+            z = noise(seed, stream_id, first_path + row0, q, VEC, LANES, BLOCK, INTERPRETED, DOUBLE)
+            if NOISE == ADDED:
+                y += over_elements(sigma, SIGMA, VEC, LANES, BLOCK) * z
+            else:
+                y *= z
         store(out_ptr + base + offset, y, mask, INTERPRETED)

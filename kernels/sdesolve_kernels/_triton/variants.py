@@ -39,22 +39,32 @@ def _calls(x: Tensor) -> dict[str, Callable[[], object]]:
         "linear_step/no-noise": lambda: steps.linear_step(x, [x, x], table, 0, stochastic=False),
         "linear_step/per-sample": lambda: steps.linear_step(x, [x], _empty(10, 3, batch), 0, **_WHERE),
         "perturb": lambda: steps.perturb(x, rows, rows, **_WHERE),
+        "noise_product/number": lambda: steps.noise_product(x, 1.0, **_WHERE),
+        "scaled/per-sample": lambda: steps.scaled(x, rows),
         "langevin_step": lambda: langevin_step(x, x, mode="batch", size=0.16, alpha=1.0, **_WHERE),
-        "dsm_loss": lambda: dsm_loss_parts(x, None, 0.0, rows, rows, grad=True, **_WHERE),
-        "dsm_loss/data": lambda: dsm_loss_parts(x, x, rows, rows, rows, grad=True, mean=True, **_WHERE),
+        "dsm_loss": lambda: dsm_loss_parts(x, None, 0.0, rows, rows, grad=True, mean=True, **_WHERE),
+        "dsm_loss/value": lambda: dsm_loss_parts(x, None, 0.0, rows, rows, **_WHERE),
+        "dsm_loss/data": lambda: dsm_loss_parts(x, x, rows, rows, rows, grad=True, **_WHERE),
     }
 
 
 def _extra(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Cases that need one dtype only."""
     x, big = _empty(*_SHAPES["image"], dtype=dtype), _empty(1 << 12, 4, dtype=dtype)
-    index = _empty(dtype=torch.int64)
+    index, rows = _empty(dtype=torch.int64), _empty(x.shape[0])
     device: dict[str, Any] = {"seed": index, "stream": 0, "first_path": 0, "step": index}
     return {
         "uniform": lambda: steps.fill("uniform", x, seed=1, stream=0),
         "words": lambda: steps.fill("words", _empty(64, 3072, dtype=torch.int64), seed=1, stream=0),
         "euler_maruyama_step/device-index": lambda: steps.euler_maruyama_step(x, x, _empty(), _empty(), **device),
         "linear_step/device-index": lambda: steps.linear_step(x, [x], _empty(10, 3), index, **device),
+        "dsm_loss/made": lambda: dsm_loss_parts(
+            x, None, 0.0, rows, rows, loss=False, grad=True, mean=True, upstream=_empty(), made=True, **_WHERE
+        ),
+        "dsm_loss/gradient": lambda: dsm_loss_parts(
+            x, None, 0.0, rows, rows, loss=False, grad=True, upstream=rows, **_WHERE
+        ),
+        "dsm_loss/groups": lambda: dsm_loss_parts(big, None, 0.0, 1.0, 1.0, mean=True, **_WHERE),
         "langevin_step/dimension": lambda: langevin_step(x, x, mode="dimension", size=0.16, alpha=1.0, **_WHERE),
         "langevin_step/sample": lambda: langevin_step(x, x, mode="sample", size=0.16, alpha=1.0, **_WHERE),
         "langevin_step/groups": lambda: langevin_step(big, big, mode="batch", size=0.16, alpha=1.0, **_WHERE),

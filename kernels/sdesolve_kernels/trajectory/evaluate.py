@@ -76,6 +76,8 @@ def evaluate(
                 )
                 vector = torch.stack(torch.broadcast_tensors(*(values[a.number] for a in e.args)))
                 value = strided @ vector
+            case "sum":
+                value = torch.stack(torch.broadcast_tensors(*(values[a.number] for a in e.args))).sum(0)
             case "element":
                 value = values[e.args[0].number][e.data]
             case name:

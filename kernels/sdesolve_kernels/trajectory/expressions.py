@@ -7,6 +7,7 @@ changes a nan, an infinity or the order of a sum, so that generated code does wh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
@@ -48,7 +49,7 @@ class Expression:
 
 
 _LEAVES = {"state": STATE, "noise": STATE, "time": TIME, "row": TIME, "path": PATH, "shared": 0}
-_PLANNED = {"column": TIME, "uniform": 0, "invariant": PATH}
+_PLANNED = {"column": TIME, "uniform": 0, "invariant": PATH, "mapped": STATE}
 _LEAVES |= _PLANNED
 
 # Operations of one float that are folded by evaluating them in double precision.
@@ -97,6 +98,7 @@ COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
 LOGIC = frozenset(("and", "or", "not"))
 COMMUTATIVE = frozenset(("add", "mul", "min", "max", "eq", "ne", "and", "or"))
 _LARGEST_POWER = 16
+_LONG_SUM = 8
 
 
 @final
@@ -111,7 +113,8 @@ class Graph:
     - ``shared``: ``(parameter, i)``, entry ``i`` of a tensor that all paths share;
     - ``path``: ``(row, parameter, i)``, entry ``i`` of a path's row of a parameter;
     - ``column``, ``uniform``, ``invariant``: what a `plan` has computed beforehand, for each step, for all of them, and
-      for each path.
+      for each path;
+    - ``mapped``: what changes along a loop that `rolling` found.
 
     ``row`` tells the traced rows of the batch apart; in a finished program it is 0 everywhere.
     """
@@ -153,6 +156,15 @@ class Graph:
         for v in vector:
             depends |= v.depends
         return self._intern("product", tuple(vector), matrix, dtype, depends)
+
+    def sum(self, terms: Sequence[Expression], dtype: str) -> Expression:
+        """Terms added up in order; a long sum is one expression."""
+        if len(terms) < _LONG_SUM:
+            return functools.reduce(lambda a, b: self.op("add", a, b), terms) if terms else self.const(0, dtype)
+        depends = 0
+        for a in terms:
+            depends |= a.depends
+        return self._intern("sum", tuple(terms), None, dtype, depends)
 
     def cast(self, a: Expression, dtype: str) -> Expression:
         """``a`` in another type, as ``Tensor.to``."""
@@ -259,6 +271,8 @@ class Graph:
             return self.element(args[0], e.data)
         if e.op == "product":
             return self.product(e.data, args, e.dtype)
+        if e.op == "sum":
+            return self.sum(args, e.dtype)
         if e.op == "cast":
             return self.cast(args[0], e.dtype)
         return self.op(e.op, *args)

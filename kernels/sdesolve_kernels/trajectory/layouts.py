@@ -250,6 +250,8 @@ def _reduced(
 
 def _chain(tracer: Tracer, name: str, start: float, dtype: str) -> Callable[[list[Expression]], Expression]:
     op = tracer.graph.op
+    if name == "add":
+        return lambda es: tracer.graph.sum(es, dtype)
     return lambda es: functools.reduce(lambda a, b: op(name, a, b), es) if es else tracer.graph.const(start, dtype)
 
 

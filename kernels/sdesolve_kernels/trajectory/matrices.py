@@ -17,7 +17,7 @@ from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
 
 __all__ = ["Matrix"]
 
-_WRITTEN_OUT = 256  # entries
+_WRITTEN_OUT = 96  # entries
 
 
 @final
@@ -60,11 +60,7 @@ def shared_matrix(elements: np.ndarray) -> Matrix | None:
 
 
 def _dot(g: Graph, a: Any, b: Any, dtype: str) -> Expression:
-    total: Expression | None = None
-    for x, y in zip(a, b, strict=True):
-        term = g.op("mul", x, y)
-        total = term if total is None else g.op("add", total, term)
-    return g.const(0, dtype) if total is None else total
+    return g.sum([g.op("mul", x, y) for x, y in zip(a, b, strict=True)], dtype)
 
 
 def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:

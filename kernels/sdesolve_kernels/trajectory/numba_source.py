@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import final
 
 from sdesolve_kernels.trajectory.expressions import Expression, topological
-from sdesolve_kernels.trajectory.matrices import Matrix
+from sdesolve_kernels.trajectory.numba_lanes import Lanes
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented, needed
+from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
 __all__ = ["NumbaKernel", "numba_kernel"]
@@ -93,24 +94,16 @@ class _Printer:
         self.plan, self.dtype = plan, dtype_name(signature.dtype)
         self.increments = increments
         self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
-        self.rows = 0
-        self.state = [self._row() for _ in plan.states]
-        self.invariant = [self._row() for _ in plan.invariants]
-        self.observed = [self._row() for _ in plan.observed]
+        writer = Writer(_Numba(self.dtype), self._leaf)
+        self.writer = writer
+        self.rows = Lanes(plan.program.graph, self.lanes, len(plan.columns), writer, self._place)
+        self.state = self.rows.rows(len(plan.states))
+        self.invariant = self.rows.rows(len(plan.invariants))
+        self.observed = self.rows.rows(len(plan.observed))
         self.noise_counts = [math.prod(s) for s in signature.noises]
         self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(self.noise_counts, increments, strict=True)]
-        self.noise = []
-        for m, n, kind in zip(self.noise_counts, self.per_fill, increments, strict=True):
-            self.noise.append(self.rows)
-            self.rows += _rows_a_fill(m * n, kind)
-        self.writer = Writer(_Numba(self.dtype), self._leaf)
-
-    def _row(self) -> int:
-        self.rows += 1
-        return self.rows - 1
-
-    def _at(self, row: int) -> str:
-        return f"s[{row * self.lanes} + l]" if row else "s[l]"
+        counts = zip(self.noise_counts, self.per_fill, increments, strict=True)
+        self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
 
     def _leaf(self, e: Expression) -> str:
         match e.op:
@@ -135,17 +128,15 @@ class _Printer:
         plan = self.plan
         width = len(plan.observed) if plan.program.observed_shape is not None else self._carried()
         body: list[str] = []
-        for j in range(len(plan.uniforms)):
-            body.append(f"u{j} = uniforms[{j}]")
-        body += ["for block in range(start, stop):"]
         block = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
         block += self._load()
         block += ["slot = 0", "if saves[0] == 0:", *indented(self._save(width), 1)]
         block += ["for k in range(steps):", *indented(self._step(width), 1)]
         block += self._store()
-        body += indented(block, 1)
+        body += [f"u{j} = uniforms[{j}]" for j in _numbers("u", block)]
+        body += ["for block in range(start, stop):", *indented(block, 1)]
         itemsize = 4 if self.dtype == "float32" else 8
-        size = self.rows * self.lanes * itemsize
+        size = self.rows.count * self.lanes * itemsize
         head = [
             '"""A trajectory kernel, generated: state in rows of s, one column per path of a block."""',
             "",
@@ -175,7 +166,7 @@ class _Printer:
             head.append(f"    p{i} = pointer_{kind}(pointers[{i}])")
         source = "\n".join([*head, *indented(body, 1)]) + "\n"
         words = 1 + (len(self.noise_counts) if "two-point" in self.increments else 0)
-        scratch = self.rows * self.lanes * itemsize + words * 4 * self.lanes * 4
+        scratch = self.rows.count * self.lanes * itemsize + words * 4 * self.lanes * 4
         return NumbaKernel(source, self.lanes, scratch, width)
 
     def _carried(self) -> int:
@@ -186,11 +177,11 @@ class _Printer:
         """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
         plan, carried = self.plan, self._carried()
         lines = ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
-        for i, row in enumerate(self.state):
+        for i in range(len(plan.states)):
             value = f"x_in[path * {carried} + {i}]" if i < carried else "REAL(0)"
-            lines.append(f"    {self._at(row)} = {value}")
+            lines.append(f"    {self.rows.at(self.state + i)} = {value}")
         if plan.invariants:
-            targets = [(self._at(row), self._real(e)) for row, e in zip(self.invariant, plan.invariants, strict=True)]
+            targets = [(self.rows.at(self.invariant + i), self._real(e)) for i, e in enumerate(plan.invariants)]
             lines += ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
             lines += indented(self.writer.lines(targets), 1)
         return lines
@@ -199,19 +190,14 @@ class _Printer:
         """As it is kept in a row."""
         return self.plan.program.graph.cast(e, self.dtype)
 
-    def _reads(self, roots: Sequence[Expression], known: dict[int, str]) -> list[str]:
-        """Lines that read what some expressions start from out of its rows, besides what is ``known``."""
-        lines: dict[str, str] = {}
-        for e in needed(roots, known):
-            match e.op:
-                case "state":
-                    lines[f"x{e.data[1]}"] = self._at(self.state[e.data[1]])
-                case "invariant":
-                    lines[f"i{e.data}"] = self._at(self.invariant[e.data])
-                case "noise":
-                    source, j = self._source(e.data[1])
-                    lines[f"z{e.data[1]}"] = f"s[n{source} + {j * self.lanes} + l]" if j else f"s[n{source} + l]"
-        return [f"{name} = {place}" for name, place in sorted(lines.items(), key=_natural)]
+    def _place(self, e: Expression) -> tuple[str, str]:
+        """Name and row of what a lane starts from."""
+        if e.op == "state":
+            return f"x{e.data[1]}", str((self.state + e.data[1]) * self.lanes)
+        if e.op == "invariant":
+            return f"i{e.data}", str((self.invariant + e.data) * self.lanes)
+        source, j = self._source(e.data[1])
+        return f"z{e.data[1]}", f"n{source} + {j * self.lanes}" if j else f"n{source}"
 
     def _source(self, noise: int) -> tuple[int, int]:
         for source, count in enumerate(self.noise_counts):
@@ -240,10 +226,9 @@ class _Printer:
                 f"    skip{g} = {fill}(s, {base * self.lanes}, words, noise, {g}, first, {index}, {n * m}, LANES)",
                 f"n{g} = {base * self.lanes} + (skip{g} + k % {n} * {m}) * LANES",
             ]
-        used = sorted({e.data for e in topological(plan.states) if e.op == "column"})
-        for j in used:
-            lines.append(f"c{j} = table[k * {len(plan.columns)} + {j}]")
-        lines += self._compute([(self._at(r), e) for r, e in zip(self.state, plan.states, strict=True)])
+        computed = self._compute(self.state, plan.states)
+        lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in _numbers("c", computed)]
+        lines += computed
         lines += ["if saves[slot] == k + 1:", *indented(self._save(width), 1)]
         return lines
 
@@ -251,69 +236,21 @@ class _Printer:
         """Address of the words that a source of signs keeps."""
         return f"scratch + WORDS + {(1 + source) * 4 * self.lanes * 4}"
 
-    def _compute(self, targets: list[tuple[str, Expression]]) -> list[str]:
-        """Loops over lanes that assign expressions to rows.
-
-        One loop, if there is no matrix product. Otherwise one up to each depth of products, which leaves the vectors to
-        be multiplied, and whatever later loops need, in rows of their own; the targets are written by the last.
-        """
-        targets = [(t, e) for t, e in targets if not (e.op == "state" and t == self._at(self.state[e.data[1]]))]
-        if not targets:
-            return []
-        depth = _depths([e for _, e in targets])
-        order = topological(e for _, e in targets)
-        last = max(depth[e.number] for _, e in targets)
-        kept: dict[int, str] = {}
-        lines: list[str] = []
-        for level in range(last + 1):
-            products = [e for e in order if e.op == "product" and depth[e.number] == level]
-            here: list[tuple[str, Expression]] = []
-            calls: list[str] = []
-            for e in products:
-                vector, result = self._rows(len(e.args)), self._rows(e.data.rows)
-                here += [(self._at(vector + i), a) for i, a in enumerate(e.args)]
-                calls.append(self._product(e.data, vector, result))
-                for i in range(e.data.rows):
-                    element = self.plan.program.graph.element(e, i)
-                    kept[element.number] = self._at(result + i)
-            later = {
-                a.number: a
-                for e in order
-                if depth[e.number] > level and e.op != "element"
-                for a in e.args
-                if depth[a.number] == level and a.args and a.number not in kept and a.op != "product"
-            }
-            stores = {a.number: self._at(self._row()) for a in later.values()}
-            here += [(stores[n], a) for n, a in later.items()]
-            here += targets if level == last else []
-            known = {n: f"y{n}" for n in kept}
-            reads = [
-                f"y{n} = {kept[n]}"
-                for n in sorted({e.number for e in needed([e for _, e in here], known)} & kept.keys())
-            ]
-            body = reads + self._reads([e for _, e in here], known) + self.writer.lines(here, known)
-            lines += ["for l in range(LANES):", *indented(body, 1), *calls]
-            kept |= stores
-        return lines
-
-    def _rows(self, count: int) -> int:
-        self.rows += count
-        return self.rows - count
-
-    def _product(self, m: Matrix, vector: int, result: int) -> str:
-        return (
-            f"product(s, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, {m.offset}, {m.rows}, "
-            f"{m.columns}, {m.down}, {m.across}, LANES)"
+    def _compute(self, first: int, expressions: Sequence[Expression]) -> list[str]:
+        """Lines that assign expressions to rows from ``first`` on; what stays as it is is left alone."""
+        targets = [(first + i, e) for i, e in enumerate(expressions)]
+        return self.rows.compute(
+            [(row, e) for row, e in targets if not (e.op == "state" and self.state + e.data[1] == row)]
         )
 
     def _save(self, width: int) -> list[str]:
         """The state, or what is observed of it, to its place or into the moments."""
-        rows = self.state[:width]
         lines: list[str] = []
+        row = self.state
         if self.plan.program.observed_shape is not None:
-            rows = self.observed
-            lines += self._compute([(self._at(r), e) for r, e in zip(rows, self.plan.observed, strict=True)])
-        start = rows[0] * self.lanes if rows else 0
+            row = self.observed
+            lines += self._compute(row, self.plan.observed)
+        start = row * self.lanes
         lines += [
             "if a[7] != 0:",
             f"    keep(saved, (slot * paths + first) * {width}, s, {start}, {width}, lanes, LANES)",
@@ -327,16 +264,10 @@ class _Printer:
         return [f"keep(x_out, first * {self._carried()}, s, 0, {self._carried()}, lanes, LANES)"]
 
 
-def _depths(roots: Sequence[Expression]) -> dict[int, int]:
-    """How many matrix products lie one behind the other below each expression."""
-    depth: dict[int, int] = {}
-    for e in topological(roots):
-        depth[e.number] = max((depth[a.number] for a in e.args), default=0) + (e.op == "element")
-    return depth
-
-
-def _natural(item: tuple[str, str]) -> tuple[str, int]:
-    return item[0][0], int(item[0][1:])
+def _numbers(letter: str, lines: Sequence[str]) -> list[int]:
+    """Which of the names ``c0, c1, ...`` some lines use."""
+    pattern = re.compile(rf"\b{letter}(\d+)\b")
+    return sorted({int(n) for line in lines for n in pattern.findall(line)})
 
 
 def _steps_a_fill(m: int, kind: str) -> int:

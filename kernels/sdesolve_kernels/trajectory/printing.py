@@ -65,6 +65,9 @@ class Writer:
         for e in order:
             if e.number in fused:
                 continue
+            if e.op == "sum" and e.number not in known:
+                out += self._sum(e, text, known)
+                continue
             words = self._text(e, text, fused, known)
             # A leaf that is a target as well must be read before anything is written.
             if (e.args and ((uses[e.number] > 1 and e.op != "neg") or len(words) > _LONGEST)) or (
@@ -80,6 +83,12 @@ class Writer:
     def _name(self) -> str:
         self._count += 1
         return f"v{self._count}"
+
+    def _sum(self, e: Expression, text: dict[int, str], known: dict[int, str]) -> list[str]:
+        """A long sum, a line for each term."""
+        name = known[e.number] = text[e.number] = self._name()
+        first, *rest = (_stripped(text[a.number]) for a in e.args)
+        return [f"{name} = {first}", *(f"{name} = {name} + {_bracketed(term)}" for term in rest)]
 
     def _fused(self, order: Sequence[Expression], uses: Counter[int]) -> set[int]:
         """Products that are used once, by a sum, and go into a fused multiply-add."""
@@ -139,6 +148,10 @@ def needed(roots: Iterable[Expression], known: dict[int, str]) -> list[Expressio
                 if e.number not in known:
                     stack.extend((a, False) for a in reversed(e.args))
     return order
+
+
+def _bracketed(text: str) -> str:
+    return text if text.isidentifier() else f"({text})"
 
 
 def _stripped(text: str) -> str:

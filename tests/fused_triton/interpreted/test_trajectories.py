@@ -171,7 +171,7 @@ def test_memory_starts_at_zero():
     program = trace(lambda inputs: (inputs.states[0] + inputs.states[1], inputs.states[1] + 1.0), signature)
     with use_backend("triton"):
         made = compile_trajectory(program, []).run(Launch(x0, torch.arange(5.0).double(), None, (), (), False, ()))
-    assert torch.equal(made.x1, x0 + 6.0)
+    assert torch.allclose(made.x1, x0 + 6.0, rtol=1e-6)
 
 
 def test_networks_are_written_out_up_to_a_limit():
@@ -231,7 +231,8 @@ def test_what_is_not_finite():
 
     x = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 2.0], [-0.0, 2.0, 2.5, 2.5, 2.0, 3.5, -0.0, 3.0]])
     options = {"solver": sds.EulerMaruyama(), "check_finite": False}
-    ours, eager = triton(sds.ODE(f), x, 0.0, 1.0, 1, **options), sds.solve(sds.ODE(f), x, 0.0, 1.0, 1, **options)
+    ours = triton(sds.ODE(f), x, 0.0, 1.0, 1, **options)
+    eager = sds.solve(sds.ODE(f), x, 0.0, 1.0, 1, backend="eager", **options)
     assert torch.equal(ours.x1.isnan(), eager.x1.isnan())
     assert torch.allclose(ours.x1, eager.x1, rtol=1e-6, equal_nan=True)
 

@@ -1,0 +1,164 @@
+"""From tensors to the arguments of kernels: addresses, coefficients, scratch memory, threads.
+
+What arrives here was validated. Coefficients are floats or tensors of shape ``()`` or ``(batch,)``, integers are
+Python's, states have one shape and dtype.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..reference_steps import compute_dtype
+from .threads import split
+from .tile import SCRATCH, unit_count
+
+__all__ = ["ALONE", "NAMES", "NOTHING", "Operands", "number_or_rows", "place", "rows_of", "run", "scratch", "simple"]
+
+_GRAIN = 1 << 17  # elements a thread takes at least: 60 us of work, a little more than the handing over
+ALONE = 2 * _GRAIN  # fewer elements than these are one call of a kernel
+# Arguments of a `combine` kernel that does nothing: output, five states, their coefficients' addresses and values,
+# gain, the noise's coefficient, whether there is noise, its place.
+NOTHING: list[Any] = [0] * 11 + [0.0] * 5 + [0, 0, 0.0, 0] + [0] * 4
+NAMES = {
+    torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16",
+}  # fmt: skip
+
+
+def place(where: dict[str, Any], m: int) -> tuple[int, int, int, int]:
+    """Seed, stream, first path and offset, as int64 in two's complement."""
+    return where["seed"], where["stream"], where["first_path"], where["step"] * m
+
+
+class _Scratch(threading.local):
+    """Memory of a thread's own, aligned to the lines of the cache."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(SCRATCH + 64, np.uint8)
+        self.address = -(-self.memory.ctypes.data // 64) * 64
+
+
+scratch = _Scratch()
+
+
+def run(kernel: Callable[..., None], arguments: Sequence[Any], rows: int, m: int) -> None:
+    """Run a kernel over all units of ``(rows, m)`` states, in threads where there is enough work for them."""
+    units = unit_count(rows, m)
+    if rows * m < ALONE:
+        kernel(*arguments, rows, m, 0, units, scratch.address)
+        return
+    split(
+        lambda start, stop: kernel(*arguments, rows, m, start, stop, scratch.address),
+        units,
+        -(-_GRAIN * units // (rows * m)),
+    )
+
+
+def number_or_rows(c: Any) -> Any:
+    """A coefficient as a number or a tensor of shape ``(batch,)``."""
+    return c if type(c) is float or not isinstance(c, Tensor) or c.dim() else c.item()
+
+
+def rows_of(c: Any, x: Tensor) -> Tensor:
+    """A coefficient in the compute dtype, to be multiplied by others of ``()`` or ``(batch,)``."""
+    return torch.as_tensor(c, dtype=compute_dtype(x.dtype))
+
+
+class Operands:
+    """Addresses of what a kernel reads; keeps temporary copies alive until it has run.
+
+    A copy is made of what is not contiguous, and of what shares memory with the output other than element by element.
+    """
+
+    def __init__(self, out: Tensor) -> None:
+        self.plain = self.out = out
+        self.kept: list[Tensor] = []
+        self.size = out.nbytes
+        if not out.is_contiguous():
+            self.plain = torch.empty_like(out, memory_format=torch.contiguous_format)
+        self.begin = self.plain.data_ptr()
+        self.end = self.begin + self.size
+
+    def state(self, t: Tensor) -> int:
+        """Address of a tensor like the output."""
+        if t.is_contiguous():
+            address: int = t.data_ptr()
+            if address == self.begin or address >= self.end or address + self.size <= self.begin:
+                return address
+        return self._copy(t)
+
+    def _copy(self, t: Tensor) -> int:
+        self.kept.append(t.clone(memory_format=torch.contiguous_format))
+        return self.kept[-1].data_ptr()
+
+    def coefficient(self, c: Any) -> tuple[int, float]:
+        """Address and value of a number, with an address of 0, or of a tensor ``(batch,)``."""
+        c = number_or_rows(c)
+        if not isinstance(c, Tensor):
+            return 0, c
+        if _fits(c, self.out, self.begin, self.size):
+            return c.data_ptr(), 0.0
+        return self._copy(c.to(compute_dtype(self.out.dtype))), 0.0
+
+    def finish(self) -> Tensor:
+        if self.plain is not self.out:
+            self.out.copy_(self.plain)
+        return self.out
+
+
+def simple(
+    out: Tensor,
+    terms: Sequence[tuple[Any, Tensor]],
+    noise: Any,
+    gain: Tensor | None,
+    where: dict[str, Any] | None,
+    m: int,
+) -> list[Any] | None:
+    """Arguments of `combine` where everything lies as it should; else None.
+
+    What `Operands` does, in a third of its time.
+    """
+    if not out.is_contiguous():
+        return None
+    arguments = NOTHING.copy()
+    arguments[0] = begin = out.data_ptr()
+    span = out.nbytes
+    i = 1
+    for c, s in terms:
+        arguments[i] = address = s.data_ptr()
+        if not s.is_contiguous() or (address != begin and -span < address - begin < span):
+            return None
+        if type(c) is float:
+            arguments[i + 10] = c
+        elif _fits(c, out, begin, span):
+            arguments[i + 5] = c.data_ptr()
+        else:
+            return None
+        i += 1
+    if noise is not None:
+        arguments[19] = 1
+        if type(noise) is float:
+            arguments[18] = noise
+        elif _fits(noise, out, begin, span):
+            arguments[17] = noise.data_ptr()
+        else:
+            return None
+    if gain is not None:
+        arguments[16] = address = gain.data_ptr()
+        if not gain.is_contiguous() or (address != begin and -span < address - begin < span):
+            return None
+    if where is not None:
+        arguments[20:24] = where["seed"], where["stream"], where["first_path"], where["step"] * m
+    return arguments
+
+
+def _fits(c: Tensor, out: Tensor, begin: int, span: int) -> bool:
+    """Whether a kernel can read the coefficients ``(batch,)`` where they are, while it writes the output."""
+    address = c.data_ptr()
+    apart = address >= begin + span or address + c.nbytes <= begin
+    return apart and c.dtype is compute_dtype(out.dtype) and c.is_contiguous()
