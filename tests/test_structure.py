@@ -27,7 +27,7 @@ LAYERS = [
     {"sdesolve.diffusions", "sdesolve.nn"},
     {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors"},
     {"sdesolve.checks", "sdesolve.solution"},
-    {"sdesolve.saving", "sdesolve.stepping", "sdesolve.fusing", "sdesolve.adaptive", "sdesolve.mcmc"},
+    {"sdesolve.saving", "sdesolve.stepping", "sdesolve.recipes", "sdesolve.fusing", "sdesolve.adaptive", "sdesolve.mcmc"},
     {"sdesolve.solve", "sdesolve.graphs"},
     {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting"},
     {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
