@@ -226,6 +226,20 @@ def test_a_second_pass_starts_without_memory():
         sds.sample(process, score, (2, 3), steps=10, solver=sds.DPMSolverPP(3), seed=0, backend="kernel")
 
 
+@pytest.mark.parametrize("backend", ["fused", "kernel", "eager"])
+def test_states_are_saved_on_and_between_grid_points(backend):
+    process = sds.EDM()
+    flow, exact = process.probability_flow(DATA.score(process)), DATA.flow(process)
+    grid = sds.grids.geometric(20.0, 0.5, 60)
+    x0 = process.sample_prior((4, 3), seed=1, dtype=torch.float64)
+    saved = [float(grid[10]), 3.0, 1.1, 0.5]
+    options = {"grid": grid, "solver": sds.UniPC(2), "backend": backend}
+    sol = sds.solve(flow, x0, save_at=saved, **options)
+    for t, x in zip(saved, sol.xs, strict=True):
+        torch.testing.assert_close(x, exact(x0, 20.0, t), rtol=2e-3, atol=2e-3)
+    assert torch.equal(sol.x1, sds.solve(flow, x0, **options).x1)
+
+
 def test_samplers_with_the_same_settings_are_equal():
     assert sds.DPMSolverPP(2) == sds.DPMSolverPP(order=2) != sds.DPMSolverPP(3)
     assert hash(sds.EDMHeun(churn=2.0)) == hash(sds.EDMHeun(churn=2.0))

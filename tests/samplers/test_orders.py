@@ -27,6 +27,7 @@ DETERMINISTIC = [
     *((sds.UniPC(order, "bh1"), order + 1) for order in (1, 2)),
     *((sds.SASolver(order, 0), order) for order in (1, 2, 3, 4)),
     *((sds.SASolver(order, order), order + 1) for order in (1, 2, 3)),
+    *((sds.SASolver(p, c), min(p, c) + 1) for p, c in ((3, 1), (1, 3), (2, 3))),
     (sds.EDMHeun(), 2),
     (sds.DPM2(), 2),
 ]

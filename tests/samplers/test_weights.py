@@ -76,6 +76,24 @@ def test_data_at_one_point_is_sampled_exactly(solver, process):
         torch.testing.assert_close(chain.cov[k], exact.cov.expand(2), rtol=1e-8, atol=1e-12)
 
 
+@given(
+    beta=st.tuples(st.floats(0.01, 1.0), st.floats(2.0, 30.0)),
+    gaps=st.lists(st.floats(0.05, 1.0), min_size=4, max_size=9),
+    stochasticity=st.floats(0.1, 2.0),
+    which=st.integers(0, 3),
+)
+@settings(max_examples=40)
+def test_data_at_one_point_is_sampled_exactly_on_any_grid(beta, gaps, stochasticity, which):
+    solver = [sds.SDEDPMSolverPP(3), sds.SDEDPMSolverPP2S(), sds.SASolver(1, 3), sds.SASolver(3, 1)][which]
+    process, data = sds.VP(sds.LinearBeta(*beta)), sds.Gaussian(torch.tensor([-1.5]), torch.zeros(1))
+    times = 1.0 - 0.999 * torch.tensor([0.0, *gaps], dtype=torch.float64).cumsum(0) / sum(gaps)
+    start, end = (data.moments(process, float(t)) for t in (times[0], times[-1]))
+    sde = process.reverse(data.score(process), stochasticity)
+    chain = sds.oracle.chain_moments(sde, solver, times, start.mean, start.cov, diagonal=True)
+    torch.testing.assert_close(chain.mean, end.mean, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(chain.cov, end.cov, rtol=1e-6, atol=1e-12)
+
+
 def test_eta_scales_the_standard_deviation():
     """Trap 15: peers scale the variance."""
     process = sds.VP()
