@@ -170,3 +170,9 @@ def refused(both):
         return str(error.value)
 
     return why
+
+
+@pytest.fixture
+def both_interpreted(both, interpreted):
+    """`both`, without kernels."""
+    return both
