@@ -105,7 +105,10 @@ def fuse(task: Task) -> Fused | str:
         return kernel
     if _wants_gradient(*kernel.captured):
         return _NO_GRADIENT
-    return _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
+    try:
+        return _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
+    except Unsupported as problem:
+        return str(problem)
 
 
 _NO_GRADIENT = "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"

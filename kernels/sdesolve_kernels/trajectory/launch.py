@@ -17,7 +17,7 @@ from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.numba_source import numba_kernel
 from sdesolve_kernels.trajectory.plan import Plan, plan
 from sdesolve_kernels.trajectory.program import Program
-from sdesolve_kernels.trajectory.tracing import Unsupported
+from sdesolve_kernels.trajectory.tracing import Unsupported, dtype_name
 
 __all__ = ["AbstractTrajectory", "Launch", "Moments", "Saved", "combined", "compile_trajectory", "contiguous", "tables"]
 
@@ -174,6 +174,10 @@ def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
         None if by_path else _on_host(c) for c, by_path in zip(launch.captured, plan.program.by_path, strict=True)
     ]
     values = evaluate([*plan.columns, *plan.uniforms], times, launch.rows, shared)
+    largest = torch.finfo(dtype).max
+    if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
+        # Torch might multiply in an order in which nothing overflows.
+        raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
     n = len(plan.columns)
     table = torch.stack(values[:n], 1).to(dtype) if n else torch.empty(0, dtype=dtype)
     uniforms = torch.stack(values[n:]).to(dtype) if plan.uniforms else torch.empty(0, dtype=dtype)

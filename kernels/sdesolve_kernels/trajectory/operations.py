@@ -271,8 +271,8 @@ for _kind, _value in {"zeros": 0.0, "ones": 1.0, "full": None, "empty": float("n
 HANDLERS["new_empty_strided"] = _new(float("nan"))
 
 
-@handles("_local_scalar_dense", "item", "is_nonzero", "equal")
-def value_on_host(tracer: Tracer, func: Any, *args: Any) -> Any:
+@handles("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")
+def value_on_host(tracer: Tracer, func: Any, *args: Any, **_: Any) -> Any:
     """The value of one element, which is known only for constants."""
     values = [a.elements.item() for a in args if isinstance(a, Traced) and a.elements.size == 1]
     if len(values) == 1 and values[0].op == "const":

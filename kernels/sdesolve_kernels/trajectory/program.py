@@ -26,6 +26,7 @@ _HANDLERS = {**HANDLERS}
 _REGISTERED = (compositions, layouts, matrices, reductions)  # importing them adds their handlers
 
 _LARGEST_PROGRAM = 40_000
+_LARGEST_STATE = 8192
 _MOST_ROWS = 1021  # of the batch that a program is checked for; a prime, so that few axes are as long by chance
 _NOT_ALIKE = "its rows are not treated alike: it depends on a path's place in the batch, or on its size"
 
@@ -110,7 +111,7 @@ Observe = Callable[[Tensor], Tensor]
 def trace(step: Step, signature: Signature, observe: Observe | None = None) -> Program:
     """Traces ``step``, and ``observe`` on the first state.
 
-    The batch that is traced has three rows and, once more, two: a step that is right for a path on its own gives every
+    The batch that is traced has two rows and, once more, three: a step that is right for a path on its own gives every
     row the same expression of that row's inputs. One that does not couples the paths of the batch, or depends on its
     size.
 
@@ -119,6 +120,9 @@ def trace(step: Step, signature: Signature, observe: Observe | None = None) -> P
     Raises:
         Unsupported: the step cannot become a kernel; says which operation stands in the way, and in which line.
     """
+    size = sum(map(math.prod, (*signature.states, *signature.noises)))
+    if size > _LARGEST_STATE:
+        raise Unsupported(f"a path has {size} numbers, state and noise, more than the {_LARGEST_STATE} of a kernel")
     orders = (False, True) if signature.batch == 1 else (True, False)
     problems: list[Unsupported] = []
     for by_path in orders:
@@ -179,8 +183,11 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
 def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool) -> Program:
     graph = Graph()
     drawn = _drawn()
-    first, tracer = _rows(graph, step, signature, observe, by_path, 3)
-    second, other = _rows(graph, step, signature, observe, by_path, 2)
+    first, tracer = _rows(graph, step, signature, observe, by_path, 2)
+    size = len(topological([*first[0][0], *first[1][0]]))
+    if size > _LARGEST_PROGRAM:
+        raise Unsupported(f"its step has {size} operations for each path, more than the {_LARGEST_PROGRAM} of a kernel")
+    second, other = _rows(graph, step, signature, observe, by_path, 3)
     if drawn != _drawn():
         raise Unsupported("it draws random numbers in Python; all noise comes from the solver's increments")
     if [id(a) for a in tracer.captured] != [id(a) for a in other.captured]:
@@ -190,7 +197,7 @@ def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: b
     if any(e != own[0] for e in own) or any(e != seen[0] for e in seen):
         raise Unsupported(_NOT_ALIKE)
     shape = first[2]
-    program = Program(
+    return Program(
         signature,
         graph,
         tuple(own[0]),
@@ -201,10 +208,6 @@ def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: b
         by_path,
         tuple(sorted(tracer.read)),
     )
-    size = len(topological([*program.states, *program.observed]))
-    if size > _LARGEST_PROGRAM:
-        raise Unsupported(f"its step has {size} operations for each path, more than the {_LARGEST_PROGRAM} of a kernel")
-    return program
 
 
 def _drawn() -> object:

@@ -99,6 +99,8 @@ def _product(
     early = [f for f in factors if not f.depends & _LATE]
     path = [f for f in factors if f.depends & _LATE == PATH]
     late = [f for f in factors if f.depends & STATE]
+    if not _finite(graph, early):
+        return None
     steady = early and not any(f.depends & TIME for f in early)
     divided = e.op == "div" and not e.args[1].depends & STATE
     if len(early) < 2 and len(path) < 2 and not (path and steady) and not divided:
@@ -126,3 +128,17 @@ def _factors(graph: Graph, e: Expression, uses: Counter[int], top: bool = False)
             yield graph.op("div", graph.const(1, e.dtype), e.args[1])
             return
     yield e
+
+
+def _finite(graph: Graph, factors: Iterable[Expression]) -> bool:
+    """Whether constants among some factors multiply to a number: torch might not multiply them with each other."""
+    product = graph.const(1, "float64")
+    for f in factors:
+        if f.op == "const":
+            product = graph.op("mul", product, graph.const(f.data, "float64"))
+            if not _TINY < abs(product.data) < _HUGE:
+                return False
+    return True
+
+
+_TINY, _HUGE = 1e-30, 1e30

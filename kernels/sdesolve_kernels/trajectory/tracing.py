@@ -97,7 +97,7 @@ _READERS = {
     getattr(Tensor, name)
     for name in (
         "numpy",
-        "tolist",
+        "tolist", "__format__",
         "__array__",
         "__dlpack__",
         "apply_",
@@ -177,6 +177,8 @@ class Tracer(TorchDispatchMode):
 
     def constant(self, value: Tensor) -> Traced:
         """A tensor of constants."""
+        if not value.numel():
+            return self.traced(np.empty(tuple(value.shape), dtype=object), value.dtype)
         name = dtype_name(value.dtype)
         flat = [self.graph.const(v, name) for v in value.detach().cpu().reshape(-1).tolist()]
         return self.traced(filled(flat, tuple(value.shape)), value.dtype)
