@@ -24,8 +24,8 @@ PUBLIC = [
 LAYERS = [
     {"sdesolve_kernels", "sdesolve.grids", "sdesolve.sde"},
     {"sdesolve.reverse", "sdesolve.brownian"},
-    {"sdesolve.diffusions", "sdesolve.nn"},
-    {"sdesolve.scores", "sdesolve.solvers"},
+    {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.operators"},
+    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.inverse"},
     {"sdesolve.checks", "sdesolve.solution"},
     {"sdesolve.saving", "sdesolve.stepping", "sdesolve.fusing"},
     {"sdesolve.solve", "sdesolve.graphs"},
