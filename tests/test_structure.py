@@ -18,6 +18,7 @@ PUBLIC = [
     *("SDE", "ODE", "solve", "sample", "EulerMaruyama", "Milstein", "Heun", "RK4", "BrownianPath"),
     *("VP", "VE", "SubVP", "OU", "EDM", "LinearDiffusion", "ReverseSDE", "ProbabilityFlow"),
     *("Gaussian", "GaussianMixture", "NetworkScore", "DenoisingScoreMatching", "train"),
+    *("EnergyScore", "ClassConditional", "ClassifierGuidance", "ClassifierFreeGuidance", "drop_labels"),
 ]
 # A module may import from its own layer and from layers to its left. `reverse` stands left of `diffusions` because a
 # process makes its own reversal, which needs nothing of the process but drift and diffusion.
