@@ -202,6 +202,8 @@ def _sections(run: Run) -> None:
         report["sections"]["sampler"] = {"status": f"skipped: missing {report['missing']['sampler']}", "seconds": 0.0}
     else:
         run.section("sampler", functools.partial(_sampler, run, where), 30 if gpu else 0)
+        work = functools.partial(_trajectories, run, where)
+        run.section("trajectories", work, 60 if gpu else 0)
     add_large(sizes[1024], 150)
     add_compiled(sizes[256], 20)
     for size in shapes[quick:]:
@@ -246,6 +248,12 @@ def _sampler(run: Run, where: Any) -> Iterator[Record]:
     quick = run.options.quick
     return sampler(where, batch=2 if quick else 64, steps=4 if quick else 100, channels=4 if quick else 64,
                    count=2 if quick else 7)  # fmt: skip
+
+
+def _trajectories(run: Run, where: Any) -> Iterator[Record]:
+    from gpu_trajectories import trajectories
+
+    return trajectories(where, run.options.quick, run.options.tiny, run.report["refused"])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Target(NamedTuple):
     ratio: str
 
 
-_L, _S, _F = "large", "small", "float32"
+_L, _S, _T, _F = "large", "small", "trajectories", "float32"
 _TARGETS = (
     Target("euler_maruyama_step: copy bandwidth, float32", 0.90, _L, "euler_maruyama_step", _F, "of copy"),
     Target("euler_maruyama_step: copy bandwidth, bfloat16", 0.85, _L, "euler_maruyama_step", "bfloat16", "of copy"),
@@ -32,6 +32,10 @@ _TARGETS = (
     Target("dsm_loss with gradient: times eager", 5.0, _L, "dsm_loss", _F, "eager / ours"),
     Target("normal: write bandwidth", 0.90, _L, "normal", _F, "of write"),
     Target("normal: times torch.randn", 1.4, _L, "normal", _F, "randn / ours"),
+    Target("trajectory: linear SDE, 8.39M x 256 x 3, at most 6.5 ms", 1.0, _T, "linear", _F, "6500 us / kernel"),
+    Target("trajectory: stress response, 1.72M x 10^4, at most 0.25 s", 1.0, _T, "stress", _F, "250000 us / kernel"),
+    Target("trajectory: 8 to 1024 paths x 256 steps, at most 25 us", 1.0, _T, "linear, few", _F, "25 us / kernel"),
+    Target("trajectory: solve on 1M paths, at most 1.2 kernels", 1 / 1.2, _T, "linear, solve", _F, "kernel / solve"),
     Target("goal: langevin_step, times eager", 3.0, _L, "langevin_step/batch", _F, "eager / ours"),
     Target("goal: small euler_maruyama_step, times eager", 8.0, _S, "euler_maruyama_step", _F, "eager / ours"),
     Target("goal: the same in a graph, times eager", 15.0, _S, "euler_maruyama_step", _F, "eager / ours in a graph"),

@@ -209,9 +209,11 @@ def _build(task: Task, held: Contents, table: Table | None) -> _Kernel:
 
     before = task.watched.evaluations
     observable = None if task.plan.inside else task.plan.observable
-    program = trace(counted, signature, None if observable is None else lambda x: observed(observable, x))
-    evaluations = (task.watched.evaluations - before) // max(calls, 1)
-    task.watched.evaluations = before
+    try:
+        program = trace(counted, signature, None if observable is None else lambda x: observed(observable, x))
+        evaluations = (task.watched.evaluations - before) // max(calls, 1)
+    finally:
+        task.watched.evaluations = before
     kind = task.noise.kind if isinstance(task.noise, BrownianPath) else "normal"
     trajectory = compile_trajectory(program, [kind] * len(noises))
     places = {id(t): i for i, t in enumerate(held.tensors)}

@@ -12,7 +12,7 @@ from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.graphs import StraightSampler, captured
 from sdesolve.reverse import Score
 from sdesolve.sde import Calculus, Noise, per_sample
-from sdesolve.solve import solve
+from sdesolve.solve import Backend, solve
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.tabulated import AbstractTabulated
@@ -32,6 +32,7 @@ def sample(
     denoise: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    backend: Backend = "auto",
     progress: bool = False,
     cuda_graph: bool = False,
 ) -> Tensor:
@@ -55,6 +56,7 @@ def sample(
             that is left there at the cost of one score evaluation.
         dtype: float32 or float64.
         device: where to sample.
+        backend: as for `solve`.
         progress: show a progress bar.
         cuda_graph: capture the whole sampler as a CUDA graph at the first call with these arguments, and replay it
             with the new seed at later ones (`graphs.CapturedSampler`). The state is then not checked for nan.
@@ -91,7 +93,7 @@ def sample(
     with torch.no_grad():
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)
         x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
-        x = solve(backward, x, grid=times, solver=solver, noise=path, progress=progress).x1
+        x = solve(backward, x, grid=times, solver=solver, noise=path, backend=backend, progress=progress).x1
         return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
 
 

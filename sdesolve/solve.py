@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sdesolve import grids
 from sdesolve.adaptive import solve_adaptively
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
-from sdesolve.checks import check_diffusion, check_drift, check_pair, check_state
+from sdesolve.checks import all_finite, check_diffusion, check_drift, check_pair, check_state
 from sdesolve.fusing import AbstractCounted, Fused, Task, fuse
 from sdesolve.saving import Observable, SaveAt, SavePlan
 from sdesolve.sde import ODE, SDE, AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
@@ -127,7 +127,7 @@ def solve(
             fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
             bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)
         if isinstance(fused, Fused):
-            if check_finite and not bool(fused.x1.isfinite().all()):
+            if check_finite and not all_finite(fused.x1):
                 _stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True).report_divergence(x0)
             stats = Stats(
                 solver=type(solver).__name__,
@@ -151,7 +151,7 @@ def solve(
     for k, (x_before, x, span) in tqdm(states, total=run.steps, disable=not progress, unit="step", leave=False):
         plan.within_step(k, watched, x_before, x, span, noise, run.shape)
         plan.at_grid_point(k + 1, x)
-    if check_finite and not bool(x.isfinite().all()):
+    if check_finite and not all_finite(x):
         run.report_divergence(x0)
     stats = Stats(
         solver=type(solver).__name__,

@@ -55,7 +55,7 @@ def test_the_report_is_whole(run):
     assert {s["status"] for s in report["sections"].values()} == {"done"}
     assert not report["checks"]["errors"]
     seen = {m["section"] for m in report["measurements"]}
-    assert seen == {"large", "small", "compiled", "memory", "sampler"}
+    assert seen == {"large", "small", "compiled", "memory", "sampler", "trajectories"}
     for m in report["measurements"]:
         for times in m.get("us", {}).values():
             assert 0 < times["lower"] <= times["median"] <= times["upper"]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._triton.arguments import Launch
 
-__all__ = ["TABLE", "compare", "report"]
+__all__ = ["TABLE", "compare", "figures", "report", "show"]
 
 TABLE = Path(__file__).parent / "report_table.json"
 ARCHITECTURES = (80, 90, 100)
@@ -47,19 +47,25 @@ def _cache_folder() -> Path:
 
 
 def _row(index: int, architecture: int) -> tuple[str, Row]:
-    """Figures of one variant, from the cache if its source, its constants, Triton and the counting are the same."""
+    name, dtype, itemsize, launch = _variants()[index]
+    return f"{name} {dtype}", figures(launch, architecture, itemsize)
+
+
+def figures(launch: Launch, architecture: int, itemsize: int) -> Row:
+    """Figures of one launch, from the cache if its source, its constants, Triton and the counting are the same."""
     from ._triton import aot
 
-    name, dtype, itemsize, launch = _variants()[index]
     counting = Path(aot.__file__).read_bytes()
-    content = f"{aot.source(launch).hash()} {aot.TRITON_VERSION} {architecture} {itemsize} {launch.num_warps}"
+    content = (
+        f"{aot.source(launch).hash()} {aot.TRITON_VERSION} {architecture} {itemsize} {launch.num_warps} {launch[4:]}"
+    )
     file = _cache_folder() / f"{hashlib.sha256(content.encode() + counting).hexdigest()}.json"
-    label = f"{name} {dtype}"
     try:
-        return label, json.loads(file.read_text())
+        found: Row = json.loads(file.read_text())
+        return found
     except (OSError, ValueError):
         pass
-    row = aot.measure(launch, architecture, itemsize)._asdict()
+    row: Row = aot.measure(launch, architecture, itemsize)._asdict()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
@@ -67,7 +73,7 @@ def _row(index: int, architecture: int) -> tuple[str, Row]:
         os.replace(new.name, file)
     except OSError:  # a cache that cannot be written costs time, no more
         pass
-    return label, row
+    return row
 
 
 def report(architectures: Iterable[int] = ARCHITECTURES, only: str = "", jobs: int = 2) -> dict[str, dict[str, Row]]:
@@ -109,7 +115,8 @@ def compare(new: dict[str, Row], old: dict[str, Row]) -> list[str]:
     return sorted(complaints)
 
 
-def _print(found: dict[str, dict[str, Row]]) -> None:
+def show(found: dict[str, dict[str, Row]]) -> None:
+    """Prints them as tables."""
     for architecture, rows in found.items():
         print(f"\n### {architecture}\n")
         print("| kernel, shape, dtype | registers | spills | local | shared | barriers | load/store bits | accesses | "
@@ -133,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ._triton.aot import TRITON_VERSION
 
     found = report(options.arch, options.only, options.jobs)
-    _print(found)
+    show(found)
     table = {"triton": TRITON_VERSION, "figures": found}
     for file in [options.json] * (options.json is not None) + [TABLE] * options.write:
         file.write_text(json.dumps(table, indent=1) + "\n")

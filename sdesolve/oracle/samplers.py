@@ -18,6 +18,7 @@ from sdesolve.sde import Calculus, Noise
 from sdesolve.solve import solve
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.tabulated import AbstractTabulated
 
 _SAME = 1e-9  # of the size of the states
 
@@ -151,6 +152,8 @@ def _step(mean: Tensor, shifted: list[Tensor]) -> Step:
 
 
 def _check_memoryless(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> None:
+    if isinstance(sampler, SolverSampler) and isinstance(sampler.solver, AbstractTabulated) and sampler.solver.memory:
+        raise ValueError(f"the steps of {type(sampler.solver).__name__} depend on earlier ones; {_EXPECTED}")
     score, d = data.score(process), data.means[0].numel()
     x = float(process.sigma(grid[0])) * torch.linspace(-1.0, 1.0, 3 * d, dtype=torch.float64).reshape(
         3, *data.state_shape

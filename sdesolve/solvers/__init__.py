@@ -3,12 +3,11 @@
 from sdesolve.solvers.adams import DEIS as DEIS
 from sdesolve.solvers.adams import LinearMultistep as LinearMultistep
 from sdesolve.solvers.adaptive import AbstractAdaptive as AbstractAdaptive
-from sdesolve.solvers.ancestral import DDIM as DDIM
 from sdesolve.solvers.ancestral import Ancestral as Ancestral
-from sdesolve.solvers.ancestral import ReverseDiffusion as ReverseDiffusion
 from sdesolve.solvers.base import AbstractOneStep as AbstractOneStep
 from sdesolve.solvers.base import AbstractSolver as AbstractSolver
 from sdesolve.solvers.base import Span as Span
+from sdesolve.solvers.ddim import DDIM as DDIM
 from sdesolve.solvers.dormand_prince import DormandPrince as DormandPrince
 from sdesolve.solvers.dpm_solver import DPMSolver as DPMSolver
 from sdesolve.solvers.dpm_solver_pp import DPMSolverPP as DPMSolverPP
@@ -21,7 +20,8 @@ from sdesolve.solvers.euler_maruyama import EulerMaruyama as EulerMaruyama
 from sdesolve.solvers.heun import Heun as Heun
 from sdesolve.solvers.milstein import Milstein as Milstein
 from sdesolve.solvers.predictor_corrector import PredictorCorrector as PredictorCorrector
+from sdesolve.solvers.reverse_diffusion import ReverseDiffusion as ReverseDiffusion
 from sdesolve.solvers.rk4 import RK4 as RK4
+from sdesolve.solvers.sa_solver import SASolver as SASolver
 from sdesolve.solvers.tabulated import AbstractTabulated as AbstractTabulated
-from sdesolve.solvers.unipc import SASolver as SASolver
 from sdesolve.solvers.unipc import UniPC as UniPC

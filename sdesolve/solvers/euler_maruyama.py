@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
-from sdesolve.solvers.tabulated import AbstractSingleRow, Table, single_row
+from sdesolve.solvers.single_row import AbstractSingleRow, single_row
+from sdesolve.solvers.tabulated import Table
 
 
 @final

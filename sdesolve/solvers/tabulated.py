@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, final
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -93,22 +93,6 @@ class AbstractTabulated(AbstractSolver):
         self, field: Evaluate, rows: Sequence[Row], x: Tensor, memory: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """State and memory after a step, from those before it: pure, without a look at any value."""
-
-
-class AbstractSingleRow(AbstractTabulated):
-    """``x <- a x + b s(x, t) + c z``: one evaluation and one row a step."""
-
-    @final
-    def advance(
-        self, field: Evaluate, rows: Sequence[Row], x: Tensor, memory: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        (row,) = rows
-        return row(x, field(x)), memory
-
-
-def single_row(times: Tensor, a: Tensor, b: Tensor, c: Tensor, *, noisy: bool) -> Table:
-    """The table of an `AbstractSingleRow` that evaluates the field at the start of each step."""
-    return Table(times[:-1, None], (torch.stack([a, b, c], dim=1),), (noisy,), none_skipped(times, 1))
 
 
 def none_skipped(times: Tensor, evaluations: int) -> Tensor:

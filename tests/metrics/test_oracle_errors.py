@@ -91,11 +91,13 @@ def test_on_the_line_a_mixture_of_one_is_a_gaussian(solver, options):
     assert error == pytest.approx(oracle.error(solver, EDM, gaussian, to(0.05)(12), **options), rel=5e-4)
 
 
-def test_meshes_are_refined_where_steps_add_little_noise():
-    """Noise of 0.003 in states of spread 0.5: 512 points would not resolve it."""
-    one, gaussian = sds.GaussianMixture(torch.tensor([[0.3]]), 0.5), sds.Gaussian(torch.tensor([0.3]), 0.25)
-    error = oracle.error(sds.Ancestral(), EDM, one, to(0.003)(24))
-    assert error == pytest.approx(oracle.error(sds.Ancestral(), EDM, gaussian, to(0.003)(24)), rel=5e-4)
+def test_meshes_are_fine_enough_where_steps_add_little_noise(monkeypatch):
+    """Noise of 0.01 in states of spread 1: a finer mesh changes nothing."""
+    grid = to(0.02)(16)
+    error = oracle.error(sds.Ancestral(), EDM, TWO_MODES, grid)
+    monkeypatch.setattr("sdesolve.oracle.transport._SPACING", 0.6)
+    monkeypatch.setattr("sdesolve.oracle.transport._FEWEST", 2500)
+    assert oracle.error(sds.Ancestral(), EDM, TWO_MODES, grid) == pytest.approx(error, rel=1e-7)
 
 
 @pytest.mark.parametrize("solver", [sds.DPMSolverPP(2), *ONE_DRAW], ids=lambda s: type(s).__name__)

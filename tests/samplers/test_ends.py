@@ -31,7 +31,7 @@ def equation(process, solver, score):
 def test_a_grid_to_zero_ends_with_tweedie(solver, process):
     """The step to clean data is the denoiser's output, with one evaluation (peers leave noise there, trap 13)."""
     score, times = DATA.score(process), process.time_grid(9)
-    options = {"solver": solver, "seed": 2, "dtype": torch.float64}
+    options = {"solver": solver, "seed": 2, "dtype": torch.float64, "backend": "kernel"}
     denoised = sds.sample(process, score, (4, 3), grid=times, **options)
     noisy = sds.sample(process, score, (4, 3), grid=times, denoise=False, **options)
     torch.testing.assert_close(denoised, sds.tweedie(process, score, noisy, times[-1]), rtol=1e-12, atol=1e-12)
@@ -52,13 +52,15 @@ def test_nothing_is_left_to_denoise_at_zero_noise():
         return exact(x, t)
 
     grid = torch.cat([process.time_grid(9), ZERO])
-    x = sds.sample(process, score, (4, 2), grid=grid, solver=sds.DPMSolverPP(2), seed=0, dtype=torch.float64)
+    x = sds.sample(
+        process, score, (4, 2), grid=grid, solver=sds.DPMSolverPP(2), seed=0, dtype=torch.float64, backend="kernel"
+    )
     torch.testing.assert_close(x, torch.tensor([0.5, 2.0], dtype=torch.float64).expand(4, 2))
     assert len(seen) == 10
     assert min(seen) > 0
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["kernel", "eager"])
 @pytest.mark.parametrize("solver", SAMPLERS, ids=repr)
 def test_evaluations_are_as_stated_and_inside_the_grid(solver, backend):
     """Trap 10: a grid of spacing ``(T - eps) / (N - 1)`` walked with steps of ``1 / N`` goes past its end."""
@@ -91,7 +93,8 @@ def test_a_process_integrated_to_a_time_per_sample_ends_clean_for_all_or_none(so
     both = torch.cat([grid, torch.zeros(1, 2, dtype=torch.float64)])
     x0 = process.sample_prior((2, 3), seed=0, dtype=torch.float64)
     together = sds.solve(sde, x0, grid=both, solver=solver, seed=0).x1
-    alone = sds.solve(sde, x0[1:], grid=both[:, 1], solver=solver, noise=sds.BrownianPath(0, first_path=1)).x1
+    noise = sds.BrownianPath(0, first_path=1)
+    alone = sds.solve(sde, x0[1:], grid=both[:, 1], solver=solver, noise=noise, backend="kernel").x1
     torch.testing.assert_close(together[1:], alone, rtol=1e-11, atol=1e-11)
     both[-1, 0] = 0.01
     with pytest.raises(ValueError, match="may end at zero noise, for all samples or for none"):
@@ -105,9 +108,10 @@ def test_the_flow_goes_both_ways():
     x0 = DATA.sample(4, seed=0, dtype=torch.float64)
     up = sds.grids.geometric(0.05, 20.0, 400)
     for solver in (sds.DPMSolver(3), sds.UniPC(2), sds.DEIS(3), sds.EDMHeun()):
-        y = sds.solve(flow, x0, grid=up, solver=solver).x1
+        y = sds.solve(flow, x0, grid=up, solver=solver, backend="kernel").x1
         torch.testing.assert_close(y, DATA.flow(process)(x0, 0.05, 20.0), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(sds.solve(flow, y, grid=up.flip(0), solver=solver).x1, x0, rtol=1e-3, atol=1e-3)
+        back = sds.solve(flow, y, grid=up.flip(0), solver=solver, backend="kernel").x1
+        torch.testing.assert_close(back, x0, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,8 @@ def test_the_flow_goes_both_ways():
         (lambda: sds.DEIS(5), "DEIS has orders 1 to 4, got 5"),
         (lambda: sds.UniPC(4), "UniPC has orders 1 to 3"),
         (lambda: sds.UniPC(2, "bh3"), "variant must be 'bh1' or 'bh2', got 'bh3'"),
-        (lambda: sds.SASolver(5, 0), "SASolver has orders 1 to 4"),
+        (lambda: sds.SASolver(5, 0), "SASolver with corrector 0 has orders 1 to 4, got 5"),
+        (lambda: sds.SASolver(4, 1), "SASolver with corrector 1 has orders 1 to 3, got 4"),
         (lambda: sds.SASolver(3, 4), r"correctors of order 0 \(none\) to 3, got 4"),
         (lambda: sds.DDIM(1.5), r"eta scales the standard deviation of the noise and lies in \[0, 1\], got 1.5"),
         (lambda: sds.DDIM(math.nan), "eta scales the standard deviation"),
@@ -142,6 +147,8 @@ def test_bad_settings(make, message):
         ({"solver": sds.SDEDPMSolverPP(2), "stochasticity": 0}, "SDEDPMSolverPP adds noise and this is an ODE"),
         ({"solver": sds.DDIM(0.5), "stochasticity": 1.0}, r"DDIM\(eta=0.5\) is made for stochasticity 0.5.*has 1"),
         ({"solver": sds.Ancestral(), "stochasticity": 2.0}, "made for stochasticity 1, and this equation has 2"),
+        ({"solver": sds.UniPC(3), "steps": 2}, "order 3 needs the values of 3 steps, and this grid has 2"),
+        ({"solver": sds.DEIS(4), "steps": 3}, "order 4 needs the values of 4 steps"),
         ({"grid": torch.tensor([1.0, 0.5, 0.5])}, "strictly increasing or strictly decreasing"),
         ({"grid": torch.tensor([0.1, 1.0])}, r"decreases within \[0, t_max = 1.0\]"),
         ({"grid": torch.tensor([1.5, 0.1])}, r"decreases within \[0, t_max = 1.0\]"),
@@ -181,6 +188,6 @@ def test_equations_that_samplers_are_not_for():
 def test_a_score_that_is_nan_is_named_with_its_time(solver):
     process = sds.VP()
     with pytest.raises(sds.DivergenceError, match=r"step 0 of 3, which starts at t = 1: the drift returned nan"):
-        sds.sample(process, lambda x, t: x * math.nan, (4, 2), steps=3, seed=0, solver=solver)
+        sds.sample(process, lambda x, t: x * math.nan, (4, 2), steps=3, seed=0, solver=solver, backend="kernel")
     with pytest.raises(ValueError, match=r"score must return the shape of the state, \(4, 2\), got \(4, 1\)"):
-        sds.sample(process, lambda x, t: x[:, :1], (4, 2), steps=3, seed=0, solver=solver)
+        sds.sample(process, lambda x, t: x[:, :1], (4, 2), steps=3, seed=0, solver=solver, backend="kernel")

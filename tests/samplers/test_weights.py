@@ -76,6 +76,24 @@ def test_data_at_one_point_is_sampled_exactly(solver, process):
         torch.testing.assert_close(chain.cov[k], exact.cov.expand(2), rtol=1e-8, atol=1e-12)
 
 
+@given(
+    beta=st.tuples(st.floats(0.01, 1.0), st.floats(2.0, 30.0)),
+    gaps=st.lists(st.floats(0.05, 1.0), min_size=4, max_size=9),
+    stochasticity=st.floats(0.1, 2.0),
+    which=st.integers(0, 3),
+)
+@settings(max_examples=40)
+def test_data_at_one_point_is_sampled_exactly_on_any_grid(beta, gaps, stochasticity, which):
+    solver = [sds.SDEDPMSolverPP(3), sds.SDEDPMSolverPP2S(), sds.SASolver(1, 3), sds.SASolver(3, 1)][which]
+    process, data = sds.VP(sds.LinearBeta(*beta)), sds.Gaussian(torch.tensor([-1.5]), torch.zeros(1))
+    times = 1.0 - 0.999 * torch.tensor([0.0, *gaps], dtype=torch.float64).cumsum(0) / sum(gaps)
+    start, end = (data.moments(process, float(t)) for t in (times[0], times[-1]))
+    sde = process.reverse(data.score(process), stochasticity)
+    chain = sds.oracle.chain_moments(sde, solver, times, start.mean, start.cov, diagonal=True)
+    torch.testing.assert_close(chain.mean, end.mean, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(chain.cov, end.cov, rtol=1e-6, atol=1e-12)
+
+
 def test_eta_scales_the_standard_deviation():
     """Trap 15: peers scale the variance."""
     process = sds.VP()
@@ -136,7 +154,9 @@ def test_edm_heun_is_the_published_algorithm():
         if t[k + 1] > 0:
             x = x_hat + (t[k + 1] - t_hat) * 0.5 * (d + (x - score.denoise(x, t[k + 1])) / t[k + 1])
     solver = sds.EDMHeun(churn, (low, high), extra)
-    sol = sds.solve(process.reverse(score), x0, grid=torch.tensor(t, dtype=torch.float64), solver=solver, seed=3)
+    sol = sds.solve(
+        process.reverse(score), x0, grid=torch.tensor(t, dtype=torch.float64), solver=solver, seed=3, backend="kernel"
+    )
     assert sol.stats.nfe == 13
     torch.testing.assert_close(sol.x1, x, rtol=1e-10, atol=1e-10)
 
@@ -168,7 +188,7 @@ def test_unipc_in_one_row_is_predict_evaluate_correct(variant):
         y = sigma[k + 1] / sigma[k] * x + alpha[k + 1] * (1 - (-h[k]).exp()) * D[0]
         if k:
             y = y + 0.5 * alpha[k + 1] * B[k] * (D[0] - D[1]) * h[k] / h[k - 1]
-    got = sds.solve(process.probability_flow(score), x0, grid=times, solver=sds.UniPC(2, variant))
+    got = sds.solve(process.probability_flow(score), x0, grid=times, solver=sds.UniPC(2, variant), backend="kernel")
     assert got.stats.nfe == 8
     torch.testing.assert_close(got.x1, y, rtol=1e-10, atol=1e-10)
 

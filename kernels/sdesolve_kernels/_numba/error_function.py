@@ -22,7 +22,7 @@ _ERF = {
         *(1.6447136109911874855e-6, -1.6206346355458368456e-7, 1.3711112406519361068e-8, -7.7796989289713133495e-10),
     ),
 }
-# erf x = 1 - e^Q(x) from 1 to where it rounds to 1, largest error 1.6e-8 and 6.6e-18
+# erf x = 1 - e^Q(x) for x >= 1, largest error 1.6e-8 and 6.6e-18; Q falls on beyond where erf rounds to 1
 _ERFC = {
     "float32": polynomial(-0.00267106821, -1.11744017, -0.654487455, -0.0886345677, 0.0147780395, -0.00115038561),
     "float64": polynomial(
@@ -33,19 +33,17 @@ _ERFC = {
         *(2.0198046430420129644e-10, -4.8636539154974692736e-12),
     ),
 }
-_SATURATED = {"float32": 4.0, "float64": 6.0}
 
 
 def _error_function(precision: Precision) -> Callable[..., Any]:
     F = precision.real
     near, far, exp = _ERF[precision.name], _ERFC[precision.name], EXPONENTIALS["exp", precision.name]
-    one, saturated = F(1.0), F(_SATURATED[precision.name])
+    one = F(1.0)
 
     @precision.inline
     def erf(x: Any) -> Any:
         a = abs(x)
-        b = select(a > saturated, saturated, a)
-        return copysign(select(a < one, fma(near(a * a), a, a), one - exp(far(b))), x)
+        return copysign(select(a < one, fma(near(a * a), a, a), one - exp(far(a))), x)
 
     return erf
 

@@ -94,8 +94,8 @@ def _exponentials(precision: Precision) -> tuple[dict[str, Callable[..., Any]], 
     @precision.inline
     def sinh(x: Any) -> Any:
         a = abs(x)
-        q, _ = quarter_expm1(select(a > highest_sinh, highest_sinh, a))
-        y = two * (q + q / fma(four, q, one))
+        q, rest = quarter_expm1(select(a > highest_sinh, highest_sinh, a))
+        y = two * (q + (q / fma(four, q, one) + rest))
         return copysign(select(a < tiny, a, y), x)
 
     @precision.inline

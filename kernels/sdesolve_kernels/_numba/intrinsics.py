@@ -15,6 +15,7 @@ __all__ = [
     "as_int64",
     "ceil",
     "copysign",
+    "fabs",
     "floor",
     "fma",
     "from_float16",
@@ -96,6 +97,7 @@ def _of_a_float(name: str, doc: str) -> Any:
 sqrt = _of_a_float("llvm.sqrt", "The square root of x, NaN below 0.")
 
 
+fabs = _of_a_float("llvm.fabs", "x without its sign bit.")
 # Instructions from SSE4.1, ARMv8 and AVX on; LLVM calls the C library's function of the same name elsewhere.
 floor = _of_a_float("llvm.floor", "The largest whole number that is at most x, of the same type.")
 ceil = _of_a_float("llvm.ceil", "The smallest whole number that is at least x, of the same type.")

@@ -63,8 +63,9 @@ def _inverse_circular(precision: Precision) -> dict[str, Callable[..., Any]]:
     @precision.inline
     def asin(x: Any) -> Any:
         upper, y, rest = halved(x)
-        above = fma(minus_two, y, half_pi) - fma(two, rest, -half_pi_rest)
-        return copysign(select(upper, above, y + rest), x)
+        above = fma(minus_two, y, half_pi)
+        lost = half_pi_rest + fma(minus_two, y, half_pi - above)
+        return copysign(select(upper, above - fma(two, rest, -lost), y + rest), x)
 
     @precision.inline
     def acos(x: Any) -> Any:
@@ -81,8 +82,8 @@ def _inverse_circular(precision: Precision) -> dict[str, Callable[..., Any]]:
         small, large = select(steep, x, y), select(steep, y, x)
         t = select(small == large, select(large == zero, zero, one), small / large)
         tt = t * t
-        t = fma(tt * B(tt), t, t)
-        return select(steep, half_pi - (t - half_pi_rest), t)
+        p = tt * B(tt)
+        return select(steep, (half_pi - t) - fma(p, t, -half_pi_rest), fma(p, t, t))
 
     @precision.inline
     def atan(x: Any) -> Any:

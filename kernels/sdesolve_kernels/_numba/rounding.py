@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import intrinsics
-from .intrinsics import round_to_even, select
+from .intrinsics import fabs, round_to_even, select
 from .precision import FLOAT32, FLOAT64, Precision
 
 __all__ = ["ROUNDING"]
@@ -39,8 +39,8 @@ def _rounding(precision: Precision) -> dict[str, Callable[..., Any]]:
         return select(x > zero, one, select(x < zero, minus_one, zero))  # NaN has sign 0, as in torch
 
     @precision.inline
-    def magnitude(x: Any) -> Any:
-        return abs(x)
+    def abs(x: Any) -> Any:
+        return fabs(x)
 
     @precision.inline
     def minimum(x: Any, y: Any) -> Any:
@@ -50,7 +50,7 @@ def _rounding(precision: Precision) -> dict[str, Callable[..., Any]]:
     def maximum(x: Any, y: Any) -> Any:
         return select(x != x, x, select(x > y, x, y))
 
-    functions = {"floor": floor, "ceil": ceil, "trunc": trunc, "round": round, "sign": sign, "abs": magnitude}
+    functions = {"floor": floor, "ceil": ceil, "trunc": trunc, "round": round, "sign": sign, "abs": abs}
     return functions | {"minimum": minimum, "maximum": maximum}
 
 

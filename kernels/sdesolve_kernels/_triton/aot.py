@@ -44,6 +44,9 @@ class Figures(NamedTuple):
     bytes of its global accesses tell. ``once`` counts everything else: what a program pays before and after its loop.
     Padding (``NOP`` and the branch to itself that ends a function) does not count. Kernels that handle no states but a
     number a sample have no ``per_element``.
+
+    A generated trajectory's hot loop is its innermost one, over groups of steps (loops of a quarter of its size or less,
+    in the slow paths of functions, are part of it), and its elements are a thread's paths times a group's steps.
     """
 
     registers: int
@@ -91,7 +94,7 @@ def disassemble(launch: Launch, capability: int) -> tuple[str, str]:
     compiled: Any = triton.compile(
         source(launch),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "enable_fp_fusion": True},
+        options={"num_warps": launch.num_warps, "enable_fp_fusion": launch.fp_fusion},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -130,10 +133,17 @@ def _width(opcode: str) -> int:
     return next((_BITS[part] for part in opcode.split(".")[1:] if part in _BITS), 32)
 
 
+def _is_large_part(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    inside = outer[0] <= inner[0] and inner[1] <= outer[1] and inner != outer
+    return inside and 4 * (inner[1] - inner[0]) > outer[1] - outer[0]
+
+
 def measure(launch: Launch, capability: int, itemsize: int) -> Figures:
     """Compile a launch for one architecture and count. ``itemsize``: bytes of the states' elements."""
     sass, usage = disassemble(launch, capability)
     opcodes, loops = _parse(sass)
+    if launch.path_steps:
+        loops = [loop for loop in loops if not any(_is_large_part(inner, loop) for inner in loops)]
     start, stop = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(opcodes)))
     moved: dict[str, int] = collections.Counter()
     accesses = 0
@@ -143,6 +153,7 @@ def measure(launch: Launch, capability: int, itemsize: int) -> Figures:
             accesses += opcode.startswith(("LDG", "STG"))
     tile = launch.arguments.get("BLOCK", 0) * launch.arguments.get("VEC", 0) / (32 * launch.num_warps)
     unrolled = max(1, round((moved["STG"] or moved["LDG"]) / (tile * itemsize))) if tile and loops else 1
+    elements = launch.path_steps or tile * unrolled
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return Figures(
         registers=used["REG"],
@@ -153,6 +164,6 @@ def measure(launch: Launch, capability: int, itemsize: int) -> Figures:
         load_bits=max((_width(o) for o in opcodes if o.startswith("LDG")), default=0),
         store_bits=max((_width(o) for o in opcodes if o.startswith("STG")), default=0),
         accesses=accesses,
-        per_element=round((stop - start) / (tile * unrolled), 2) if tile else None,
+        per_element=round((stop - start) / elements, 2) if elements else None,
         once=len(opcodes) - (stop - start),
     )

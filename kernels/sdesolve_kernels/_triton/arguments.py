@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from .fill import fill_kernel
 from .geometry import Geometry
 from .tiles import NUMBER, PER_SAMPLE, SHARED
 
-__all__ = ["Launch", "bits", "coefficient", "launch", "prepare", "recording", "result", "state"]
+__all__ = ["Launch", "bits", "coefficient", "launch", "prepare", "record", "recording", "result", "state"]
 
 NUM_WARPS = 4
 # Interpreted when TRITON_INTERPRET was set before triton was imported.
@@ -31,12 +31,18 @@ _FLAGS = {"seed": 1, "first_path": 2, "step": 4, "row": 8}
 
 
 class Launch(NamedTuple):
-    """One kernel launch: what a recorder sees in place of the device."""
+    """One kernel launch: what a recorder sees in place of the device.
+
+    ``fp_fusion``: whether the compiler may form multiply-adds. ``path_steps``: of a generated trajectory, paths of a
+    thread times steps in a turn of its innermost loop.
+    """
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
     num_warps: int
+    fp_fusion: bool = True
+    path_steps: int = 0
 
 
 _recorder: list[Launch] | None = None
@@ -53,10 +59,17 @@ def recording() -> Iterator[list[Launch]]:
         _recorder = previous
 
 
+def record(item: Callable[[], Launch]) -> bool:
+    """Whether launches are being collected; if so, this one is."""
+    if _recorder is None:
+        return False
+    _recorder.append(item())
+    return True
+
+
 def launch(kernel: Any, grid: tuple[int, int, int], device: torch.device, arguments: dict[str, Any]) -> None:
     """Run a kernel on the current stream of ``device``."""
-    if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, arguments, NUM_WARPS))
+    if record(lambda: Launch(kernel, grid, arguments, NUM_WARPS)):
         return
     # Fusion on: it is what the instruction counts are for, and saying so keeps the bits the same from Triton 3.10 on,
     # where the default changes.

@@ -19,7 +19,7 @@ from sdesolve_kernels.trajectory.plan import Plan, plan
 from sdesolve_kernels.trajectory.program import Program
 from sdesolve_kernels.trajectory.tracing import Unsupported
 
-__all__ = ["AbstractTrajectory", "Launch", "Moments", "Saved", "compile_trajectory"]
+__all__ = ["AbstractTrajectory", "Launch", "Moments", "Saved", "combined", "compile_trajectory", "contiguous", "tables"]
 
 _PIECE = 100_000.0  # nanoseconds of work that are worth a thread's while
 
@@ -91,6 +91,10 @@ def compile_trajectory(program: Program, increments: Sequence[str]) -> AbstractT
     name = backend_for("trajectory", program.signature.device)
     if name == "numba":
         return NumbaTrajectory(plan(program), increments)
+    if name == "triton":
+        from sdesolve_kernels.trajectory.triton_launch import TritonTrajectory
+
+        return TritonTrajectory(plan(program), increments)
     raise Unsupported(f"the {name} back end runs no generated kernels")
 
 
@@ -112,7 +116,7 @@ class NumbaTrajectory(AbstractTrajectory):
         steps = len(launch.times) - 1
         blocks = -(-batch // kernel.lanes)
         table, uniforms = tables(plan, launch)
-        captured = [_contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
+        captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
         x1 = torch.empty_like(x0)
         saves = torch.tensor([*launch.saves, -1], dtype=torch.int64)
         slots = len(launch.saves)
@@ -174,7 +178,7 @@ def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
 
 def combined(parts: Tensor, lanes: int, batch: int) -> Moments:
     """Mean and variance over all blocks from those of each (Chan, Golub and LeVeque 1983, eq. 2.1)."""
-    counts = torch.full((parts.shape[1],), float(lanes), dtype=torch.float64)
+    counts = torch.full((parts.shape[1],), float(lanes), dtype=torch.float64, device=parts.device)
     counts[-1] = batch - lanes * (len(counts) - 1)
     means, squares = parts[:, :, 0], parts[:, :, 1]
     weight = counts[None, :, None]
@@ -188,7 +192,7 @@ def _on_host(c: Tensor) -> Tensor:
     return c.double() if c.dtype.is_floating_point else c
 
 
-def _contiguous(c: Tensor, dtype: torch.dtype) -> Tensor:
+def contiguous(c: Tensor, dtype: torch.dtype) -> Tensor:
     """As generated code reads it: in order, whole numbers as int64."""
     c = c.detach().contiguous()
     return c.to(torch.int64) if dtype == torch.int32 else c

@@ -24,8 +24,8 @@ class Lanes:
         lanes: of a block.
         columns: of the table.
         writer: writes expressions over the names that `place` reads.
-        place: where a ``state``, ``noise`` or ``invariant`` leaf lies: its name, and the text of its row, which may be a
-            number or depend on the step.
+        place: where a ``state``, ``noise`` or ``invariant`` leaf lies: its name, and the text of its row, a number or
+            an expression of the step.
     """
 
     def __init__(
@@ -80,8 +80,9 @@ class Lanes:
                 kept |= {self._graph.element(e, i).number: result + i for i in range(e.data.rows)}
                 kept[e.number] = result
             here += targets if level == schedule.last else []
-            lines += self._assign([(self.at(row), e) for row, e in here], {n: r for n, r in kept.items() if not any(
-                e.number == n for _, e in here)})  # fmt: skip
+            new = {e.number for _, e in here}
+            there = {n: row for n, row in kept.items() if n not in new}
+            lines += self._assign([(self.at(row), e) for row, e in here], there)
             lines += after
         return lines
 
@@ -89,7 +90,7 @@ class Lanes:
         """One loop over lanes."""
         if not targets:
             return []
-        known = {n: f"y{n}" for n in kept}
+        known = {n: f"y{row}" for n, row in kept.items()}
         roots = [e for _, e in targets]
         body = self._reads(roots, known, kept) + self._writer.lines(targets, known)
         return ["for l in range(LANES):", *indented(body, 1)]
@@ -119,14 +120,14 @@ class Lanes:
             else:
                 outer.append(f"r{i} = {self._row_of(m, kept)}")
                 inner[f"m{i}"] = f"s[r{i} + l]"
-        known = {e.number: f"y{e.number}" for e in rolled.common} | names
+        known = {e.number: f"y{kept[e.number]}" for e in rolled.common} | names
         held = {e.number: kept[e.number] for e in rolled.common}
         commons = self._reads([rolled.template], {n: t for n, t in known.items() if n in held}, held)
         target = f"s[{first * self.lanes} + l]" if accumulate else "s[row + l]"
         body = [*(f"{n} = {t}" for n, t in inner.items()), *commons]
         if accumulate:
-            body += self._writer.lines([("term", rolled.template)], known)
-            body.append(f"{target} = {target} + term")
+            *before, term = self._writer.lines([("", rolled.template)], known)
+            body += [*before, f"{target} = {target} + ({term.removeprefix(' = ')})"]
         else:
             outer.append(f"row = ({first} + j) * LANES")
             body += self._writer.lines([(target, rolled.template)], known)
@@ -159,8 +160,8 @@ class Lanes:
 class _Schedule:
     """In which loop each expression is computed.
 
-    A barrier is a product or a rolled sum: a loop of its own, run when what it needs is there, whose result is there for
-    loops after it.
+    A barrier is a product or a rolled sum: a loop of its own, run when what it needs is there, whose result is there
+    for loops after it.
     """
 
     def __init__(self, graph: Graph, roots: Sequence[Expression]) -> None:

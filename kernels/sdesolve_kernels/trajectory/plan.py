@@ -14,6 +14,8 @@ from typing import final
 from sdesolve_kernels.trajectory.expressions import PATH, STATE, TIME, Expression, Graph, topological
 from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.program import Program
+from sdesolve_kernels.trajectory.rearranging import rearranged
+from sdesolve_kernels.trajectory.rolling import Forms
 
 __all__ = ["Plan", "plan"]
 
@@ -51,7 +53,7 @@ class Plan:
 def plan(program: Program) -> Plan:
     """Splits a program by when its parts are known."""
     graph = program.graph
-    roots = [*program.states, *program.observed]
+    roots = rearranged(graph, [*program.states, *program.observed])
     outer = _Hoisted(graph, "column", "uniform")
     roots = outer.replaced(roots)
     inner = _Hoisted(graph, "invariant", "invariant")
@@ -87,15 +89,33 @@ class _Hoisted:
     def replaced(self, roots: Sequence[Expression]) -> list[Expression]:
         """The roots with everything that is known early replaced."""
         early = {e.number for e in topological(roots) if self._is_early(e)}
+        order = self._late_first(roots, early)
+        self._number([e for e in order if e.number in early])
         new: dict[int, Expression] = {}
-        for e in self._late_first(roots, early):
+        for e in order:
             if e.number in early:
-                new[e.number] = self._leaf_for(e)
+                new[e.number] = self._leaf[e.number]
             elif e.args:
                 new[e.number] = self._graph.with_args(e, [new[a.number] for a in e.args])
             else:
                 new[e.number] = e
         return [new[e.number] for e in roots]
+
+    def _number(self, early: Sequence[Expression]) -> None:
+        """Gives each a place, expressions that are alike side by side in the order of their leaves.
+
+        So what runs along a vector in the function runs along the table too, and `rolling` finds it.
+        """
+        forms = Forms()
+        order = {e.number: i for i, e in enumerate(early)}
+        first: dict[int, int] = {}
+        for e in early:
+            first.setdefault(forms.of(e), order[e.number])
+        for e in sorted(early, key=lambda e: (first[forms.of(e)], forms.leaves(e), order[e.number])):
+            kind = self._names[0] if e.depends & TIME else self._names[1]
+            place = self.varying if kind == "column" else self.fixed
+            self._leaf[e.number] = self._graph.leaf(kind, len(place), e.dtype)
+            place.append(e)
 
     def _is_early(self, e: Expression) -> bool:
         if e.op == "const" or e.depends & self._stops:
@@ -119,11 +139,3 @@ class _Hoisted:
                     if e.number not in early:
                         stack.extend((a, False) for a in reversed(e.args))
         return order
-
-    def _leaf_for(self, e: Expression) -> Expression:
-        kind = self._names[0] if e.depends & TIME else self._names[1]
-        place = self.varying if kind == "column" else self.fixed
-        if e.number not in self._leaf:
-            self._leaf[e.number] = self._graph.leaf(kind, len(place), e.dtype)
-            place.append(e)
-        return self._leaf[e.number]

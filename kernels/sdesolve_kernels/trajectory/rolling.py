@@ -13,7 +13,7 @@ from typing import final
 
 from sdesolve_kernels.trajectory.expressions import COMMUTATIVE, Expression, Graph
 
-__all__ = ["FEWEST", "Mapped", "Rolled", "roll"]
+__all__ = ["FEWEST", "Forms", "Mapped", "Rolled", "roll"]
 
 FEWEST = 8  # entries that are worth a loop
 
@@ -66,7 +66,7 @@ class _Search:
         self.common: list[Expression] = []
         self._leaves: dict[Mapped, Expression] = {}
         self._found: dict[tuple[int, ...], Expression | None] = {}
-        self._forms: dict[int, int] = {}
+        self._forms = Forms()
 
     def match(self, expressions: tuple[Expression, ...]) -> Expression | None:
         key = tuple([e.number for e in expressions])
@@ -92,17 +92,9 @@ class _Search:
 
     def _ordered(self, e: Expression) -> tuple[Expression, ...]:
         """Arguments, those of a commutative operation in an order that does not depend on when they were made."""
-        if e.op in COMMUTATIVE and self._form(e.args[0]) > self._form(e.args[1]):
+        if e.op in COMMUTATIVE and self._forms.of(e.args[0]) > self._forms.of(e.args[1]):
             return e.args[::-1]
         return e.args
-
-    def _form(self, e: Expression) -> int:
-        """A number that expressions share if they differ in the indices of leaves alone."""
-        form = self._forms.get(e.number)
-        if form is None:
-            parts = () if e.op == "element" else tuple(self._form(a) for a in e.args)
-            form = self._forms[e.number] = hash((e.op, frozenset(parts) if e.op in COMMUTATIVE else parts))
-        return form
 
     def _leaf(self, expressions: tuple[Expression, ...]) -> Expression | None:
         first = expressions[0]
@@ -120,3 +112,47 @@ class _Search:
             self._leaves[mapped] = self._graph.leaf("mapped", len(self.mapped), first.dtype)
             self.mapped.append(mapped)
         return self._leaves[mapped]
+
+
+@final
+class Forms:
+    """Tells expressions that differ in the indices of their leaves alone from others."""
+
+    def __init__(self) -> None:
+        self._forms: dict[int, int] = {}
+        self._leaves: dict[int, tuple[tuple[int, ...], ...]] = {}
+
+    def of(self, e: Expression) -> int:
+        """A number that such expressions share."""
+        form = self._forms.get(e.number)
+        if form is None:
+            for a in () if e.op == "element" else e.args:
+                self.of(a)
+            parts = [] if e.op == "element" else [self._forms[a.number] for a in e.args]
+            constant = e.data if e.op == "const" else None
+            form = hash((e.op, e.dtype, constant, tuple(sorted(parts) if e.op in COMMUTATIVE else parts)))
+            self._forms[e.number] = form
+        return form
+
+    def leaves(self, e: Expression) -> tuple[tuple[int, ...], ...]:
+        """Indices of the first few leaves, in order of form."""
+        known = self._leaves.get(e.number)
+        if known is None:
+            if e.op == "element":
+                known = ((e.data,),)
+            elif not e.args:
+                known = (_indices(e.data),)
+            else:
+                args = sorted(e.args, key=self.of) if e.op in COMMUTATIVE else e.args
+                known = tuple(i for a in args for i in self.leaves(a))[:_LEAVES]
+            self._leaves[e.number] = known
+        return known
+
+
+_LEAVES = 4
+
+
+def _indices(data: object) -> tuple[int, ...]:
+    if isinstance(data, tuple):
+        return tuple(i for i in data if isinstance(i, int))
+    return (data,) if isinstance(data, int) and not isinstance(data, bool) else ()

@@ -194,7 +194,9 @@ class Tracer(TorchDispatchMode):
     def _factory(self, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
         made = func(*args, **kwargs)
-        return tree_map(lambda a: self.constant(a) if isinstance(a, Tensor) else a, made)
+        return tree_map(
+            lambda a: self.constant(a.clone() if a._is_zerotensor() else a) if isinstance(a, Tensor) else a, made
+        )
 
     def _handle(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         handler = self._handlers.get(name)

@@ -1,0 +1,89 @@
+"""What generated trajectory kernels compile to, on any machine: ``PYTHONPATH=.:kernels python benchmarks/trajectory_report.py``.
+
+The models of `models` go through the public `solve`, which launches on a recorder instead of a device; what it recorded
+is compiled ahead of time and counted as in `sdesolve_kernels.report`. ``per_element`` is instructions per path-step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from models import MODELS
+from sdesolve_kernels import dispatch, use_backend
+from sdesolve_kernels._triton.aot import TRITON_VERSION
+from sdesolve_kernels._triton.arguments import Launch, recording
+from sdesolve_kernels.report import ARCHITECTURES, compare, figures, show
+
+__all__ = ["TABLE", "launches", "on_the_host", "report"]
+
+TABLE = Path(__file__).parent / "results" / "trajectory_report.json"
+_MANY, _FEW = 1 << 16, 1024
+
+
+@contextlib.contextmanager
+def on_the_host() -> Iterator[None]:
+    """Runs fused integrations of tensors in host memory on the Triton back end: recorded, or interpreted."""
+    entry = dataclasses.replace(dispatch._BACKENDS["triton"], devices=frozenset({"cpu", "cuda"}))
+    with mock.patch.dict(dispatch._BACKENDS, {"triton": entry}), use_backend("triton"):
+        yield
+
+
+def launches() -> dict[str, tuple[int, Launch]]:
+    """Bytes of an element and launch, by name: every model on many paths, and some in other ways."""
+    cases: dict[str, tuple[str, int, dict[str, Any]]] = {name: (name, _MANY, {}) for name in MODELS}
+    cases["geometric few paths"] = ("geometric", _FEW, {})
+    cases["linear few paths"] = ("linear", _FEW, {})
+    cases["linear two-point"] = ("linear", _MANY, {"increments": "two-point"})
+    cases["linear moments"] = ("linear", _MANY, {"save_at": [0.5, 1.0], "reduce": "moments"})
+    cases["linear uneven"] = ("linear", _MANY, {"grid": torch.linspace(0, 1, 9, dtype=torch.float64) ** 2})
+    found = {}
+    for label, (name, paths, options) in cases.items():
+        with on_the_host(), recording() as made:
+            MODELS[name].solve(paths, 8, backend="fused", check_finite=False, **options)
+        (launch,) = made
+        found[f"{label} float32"] = 4, launch
+    return found
+
+
+def report(architectures: list[int], only: str = "") -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures by architecture and case."""
+    chosen = {label: case for label, case in launches().items() if only in label}
+    return {
+        f"sm_{a}": {label: figures(launch, a, itemsize) for label, (itemsize, launch) in chosen.items()}
+        for a in architectures
+    }
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), metavar="CC", help="80, 90, 100")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--write", action="store_true", help="make this the committed table")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if it is worse than the committed table")
+    options = parser.parse_args()
+    found = report(options.arch, options.only)
+    show(found)
+    table = {"triton": TRITON_VERSION, "figures": found}
+    for file in [options.json] * (options.json is not None) + [TABLE] * options.write:
+        file.write_text(json.dumps(table, indent=1) + "\n")
+    worse: list[str] = []
+    if options.check:
+        committed = json.loads(TABLE.read_text())["figures"]
+        worse = [f"{a} {line}" for a, rows in found.items() for line in compare(rows, committed.get(a, {}))]
+        print("", *worse or ["no worse than the committed table"], sep="\n")
+    return bool(worse)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What generated trajectory kernels are written with: numbers of a path where they are used, functions, moments.
+
+The compiler forms no multiply-adds in these kernels (`trajectory`); those wanted are written.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the compiler types device code at each call)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from .functions import *  # noqa: F403
+from .noise import box_muller, philox
+
+_SQRT3 = tl.constexpr(1.7320508075688772)
+_LOW = tl.constexpr(2**32 // 6)
+_HIGH = tl.constexpr(2**32 - 2**32 // 6)
+_INTERPRETED = tl.constexpr(not isinstance(philox, JITFunction))
+
+
+@triton.jit
+def words(seed, path, low, high):
+    """The four words of a block of ``path``; ``low`` counts blocks, ``high`` is the counter's last word (uint32)."""
+    key_low, key_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return philox(low, path.to(tl.uint32), (path >> 32).to(tl.uint32), high, key_low, key_high)
+
+
+@triton.jit
+def normals(seed, path, low, high, DOUBLE: tl.constexpr):
+    """The four normals of a block."""
+    w0, w1, w2, w3 = words(seed, path, low, high)
+    z0, z1 = box_muller(w0, w1, _INTERPRETED, DOUBLE)
+    z2, z3 = box_muller(w2, w3, _INTERPRETED, DOUBLE)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def three_point(w, DOUBLE: tl.constexpr):
+    """``-sqrt 3``, 0 or ``sqrt 3`` with probabilities 1/6, 2/3 and 1/6."""
+    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    end = tl.full(w.shape, _SQRT3, dtype)
+    return tl.where(w < _LOW, -end, tl.where(w >= _HIGH, end, 0.0))
+
+
+@triton.jit
+def three_points(seed, path, low, high, DOUBLE: tl.constexpr):
+    """The four three-point numbers of a block."""
+    w0, w1, w2, w3 = words(seed, path, low, high)
+    return three_point(w0, DOUBLE), three_point(w1, DOUBLE), three_point(w2, DOUBLE), three_point(w3, DOUBLE)
+
+
+@triton.jit
+def plus_minus(w, BIT: tl.constexpr, DOUBLE: tl.constexpr):
+    """1 where the bit is set, else -1."""
+    # The bit, turned over, becomes the sign of 1.0.
+    one = (((w << (31 - BIT)) & 0x80000000) ^ 0xBF800000).to(tl.float32, bitcast=True)
+    return one.to(tl.float64 if DOUBLE else tl.float32)
+
+
+@triton.jit
+def joined(first, second, shift):
+    """32 bits from bit ``shift`` of ``first`` on, which ``second`` goes on from."""
+    return (((second.to(tl.uint64) << 32) | first.to(tl.uint64)) >> shift.to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
+def pick(i, a0, a1, a2, a3):
+    """``a_i``."""
+    return tl.where((i & 2) == 0, tl.where((i & 1) == 0, a0, a1), tl.where((i & 1) == 0, a2, a3))
+
+
+@triton.jit
+def spread(x, inside, paths):
+    """Mean, and sum of squared distances to it, over the lanes inside, in float64."""
+    count = tl.minimum(paths - tl.program_id(0).to(tl.int64) * x.shape[0], x.shape[0]).to(tl.float64)
+    mean = tl.sum(tl.where(inside, x.to(tl.float64), 0.0)) / count
+    d = tl.where(inside, x.to(tl.float64) - mean, 0.0)
+    return mean, tl.sum(d * d)

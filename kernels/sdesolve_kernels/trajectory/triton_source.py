@@ -1,0 +1,405 @@
+"""A plan as the source of a Triton kernel: one lane per path, the state in registers, the loop over steps inside.
+
+The step is a function of its own in the generated source. The kernel calls it for several steps in a row where a group
+of them uses up whole blocks of the generator, so that no number is thrown away, and for a single step where a run
+starts or ends inside such a group: then numbers are picked from their block by where in it the step starts.
+
+Multiply-adds are written out and the compiler forms no others, so that a step gives the same bits in either place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import final
+
+from sdesolve_kernels.trajectory.expressions import PATH, STATE, Expression, Graph, topological
+from sdesolve_kernels.trajectory.plan import Plan
+from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
+from sdesolve_kernels.trajectory.tracing import Unsupported
+from sdesolve_kernels.trajectory.triton_noise import Place, Source, period
+
+__all__ = ["Shape", "TritonKernel", "triton_kernel"]
+
+_MOST_ENTRIES = 4608  # of all matrices kept whole: each is a load and a multiply-add in the source
+_LINE = 116
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a kernel is specialised for besides its plan.
+
+    Attributes:
+        lanes: paths in a program, a power of two.
+        warps: of 32 threads, in a program.
+        keep: store states (or what is observed of them) at the saving times.
+        moments: store their mean and sum of squared deviations over the paths of a program.
+        steady: all steps have the same row of the table, which is read once.
+    """
+
+    lanes: int
+    warps: int
+    keep: bool = False
+    moments: bool = False
+    steady: bool = False
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class TritonKernel:
+    """Generated source, and what a launch must know of it.
+
+    Attributes:
+        source: of a module that defines ``trajectory``, a kernel.
+        shape: what it was made for.
+        width: numbers saved for each path at a saving time.
+        parameters: captured tensors that it reads, in the order in which it takes them.
+        sources: sources of noise that it reads, likewise.
+        group: steps in a turn of the innermost loop, or 0: it takes single ones.
+    """
+
+    source: str
+    shape: Shape
+    width: int
+    parameters: tuple[int, ...]
+    sources: tuple[int, ...]
+    group: int
+
+
+def triton_kernel(plan: Plan, increments: Sequence[str], shape: Shape) -> TritonKernel:
+    """Source for a plan.
+
+    Args:
+        plan: what to compute.
+        increments: for each source of noise how its numbers are made: ``normal``, ``two-point`` or ``three-point``.
+        shape: what else to make it for.
+
+    Raises:
+        Unsupported: its matrices are too large to be written out.
+    """
+    return _Printer(plan, increments, shape).kernel()
+
+
+_FUNCTIONS = {"min": "minimum", "max": "maximum", "abs": "tl.abs", "sqrt": "tl.sqrt", "round": "nearest",
+              "pow": "power", "fma": "tl.fma", "where": "tl.where", "floor": "tl.floor", "ceil": "tl.ceil"}  # fmt: skip
+_KINDS = {"float32": "F32", "float64": "F64", "int64": "I64"}
+_LITERAL = re.compile(r'-?(\d[\d.e+-]*|float\("\w+"\))')
+
+
+@final
+class _Triton(AbstractDialect):
+    def constant(self, value: float | bool, dtype: str) -> str:
+        if isinstance(value, float) and not math.isfinite(value):
+            return f'float("{value}")' if value != -math.inf else '-float("inf")'
+        return repr(value)
+
+    def call(self, name: str, args: Sequence[str], dtype: str) -> str:
+        if name == "not":
+            return f"(~({args[0]}))"
+        # A literal takes the type of what it meets in an operator, but not always in a function.
+        typed = [f"{_KINDS[dtype]}({a})" if _LITERAL.fullmatch(a) else a for a in args]
+        return f"{_FUNCTIONS.get(name, name)}({', '.join(typed)})"
+
+    def cast(self, value: str, source: str, target: str) -> str:
+        return f"({value}).to({'tl.int1' if target == 'bool' else 'tl.' + target})"
+
+
+@final
+class _Printer:
+    def __init__(self, plan: Plan, increments: Sequence[str], shape: Shape) -> None:
+        self.plan, self.shape = plan, shape
+        program = plan.program
+        self.dtype = str(program.signature.dtype).removeprefix("torch.")
+        entries = sum(m.rows * m.columns for m in plan.matrices)
+        if entries > _MOST_ENTRIES:
+            raise Unsupported(
+                f"it multiplies by matrices of {entries} entries in all; kernels generated for a GPU keep a path in "
+                f"one thread and take up to {_MOST_ENTRIES}"
+            )
+        counts = [math.prod(s) for s in program.signature.noises]
+        sources = [Source(g, m, kind) for g, (m, kind) in enumerate(zip(counts, increments, strict=True)) if m]
+        self.states = _written_out(program.graph, plan.states)
+        self.observed = _written_out(program.graph, plan.observed)
+        self.invariants = _written_out(program.graph, plan.invariants)
+        used = topological(self.states)
+        self.noise_numbers = {e.data[1] for e in used if e.op == "noise"}
+        starts = [sum(counts[:g]) for g in range(len(counts))]
+        self.sources = [
+            dataclasses.replace(s, start=starts[s.index]) for s in sources
+            if any(starts[s.index] <= n < starts[s.index] + s.count for n in self.noise_numbers)
+        ]  # fmt: skip
+        self.group = period(self.sources, len(used))
+        self.carried = math.prod(program.signature.states[0])
+        self.width = self.carried if program.observed_shape is None else len(plan.observed)
+        roots = [*self.states, *self.observed, *self.invariants]
+        self.parameters = tuple(sorted({e.data[-2] for e in topological(roots) if e.op in ("path", "shared")}))
+        self.per_path = {i: math.prod(program.captured[i].shape[1:]) for i in self.parameters if program.by_path[i]}
+
+    def kernel(self) -> TritonKernel:
+        parts = [
+            '"""A trajectory kernel, generated: one lane per path, its state in registers, every step inside."""',
+            "",
+            "from sdesolve_kernels._triton.paths import *",
+            "",
+            f"LANES = tl.constexpr({self.shape.lanes})  # paths in a program, which has {32 * self.shape.warps} threads",
+            f"DOUBLE = tl.constexpr({self.dtype == 'float64'})",
+            "",
+            "",
+            *self._function("step", self.states, "The state after a step: x before it, z noise, c columns, u and i"),
+            "",
+            "",
+        ]
+        if self._saving and self.plan.program.observed_shape is not None:
+            parts += [*self._function("observe", self.observed, "What is observed of a state"), "", ""]
+        parts += self._trajectory()
+        return TritonKernel(
+            "\n".join(parts) + "\n", self.shape, self.width, self.parameters,
+            tuple(s.index for s in self.sources), self.group,
+        )  # fmt: skip
+
+    @property
+    def _saving(self) -> bool:
+        return self.shape.keep or self.shape.moments
+
+    @property
+    def _columns(self) -> int:
+        """Numbers of the table that are read at each step."""
+        return 0 if self.shape.steady else len(self.plan.columns)
+
+    # Functions --------------------------------------------------------------------------------------------------
+    def _leaf(self, e: Expression) -> str:
+        match e.op:
+            case "state" | "noise":
+                return f"{'x' if e.op == 'state' else 'z'}{e.data[1]}"
+            case "invariant":
+                return f"i{e.data}"
+            case "column" | "uniform":
+                name = f"{e.op[0]}{e.data}"  # of the table's type, whatever they are
+                if e.dtype in ("bool", "int64"):
+                    return f"({name} != 0)" if e.dtype == "bool" else f"{name}.to(tl.int64)"
+                return name if e.dtype == self.dtype else f"{name}.to(tl.{e.dtype})"
+            case "shared":
+                return f"tl.load({_plus(f'p{e.data[0]}', e.data[1])})"
+            case "path":
+                _, parameter, i = e.data
+                return f"tl.load({_plus(f'p{parameter} + row * {self.per_path[parameter]}', i)})"
+            case _:
+                raise AssertionError(e)
+
+    def _inputs(self, roots: Sequence[Expression]) -> list[str]:
+        """Names of what expressions read, in the order of a function's parameters."""
+        order = topological(roots)
+
+        def numbers(kind: str) -> list[int]:
+            return sorted({e.data if isinstance(e.data, int) else e.data[1] for e in order if e.op == kind})
+
+        return [
+            *(f"x{i}" for i in numbers("state")),
+            *(f"z{i}" for i in numbers("noise")),
+            *(f"c{i}" for i in numbers("column")),
+            *(f"u{i}" for i in numbers("uniform")),
+            *(f"i{i}" for i in numbers("invariant")),
+            *(f"p{i}" for i in sorted({e.data[0] for e in order if e.op == "shared"})),
+        ]
+
+    def _function(self, name: str, roots: Sequence[Expression], title: str) -> list[str]:
+        """A device function of what ``roots`` read, with one result each."""
+        inputs = self._inputs(roots)
+        if not any(i.startswith("x") for i in inputs):
+            inputs.insert(0, "x0")  # something that has the lanes' shape
+        model = next(i for i in inputs if i.startswith("x"))
+        writer = Writer(_Triton(), self._leaf)
+        changed = [(f"y{i}", e) for i, e in enumerate(roots) if not _is_own(e, i) or name == "observe"]
+        body = writer.lines(changed)
+        for target, e in changed:
+            if not e.depends & (STATE | PATH):  # one number for all paths
+                body.append(f"{target} = tl.full({model}.shape, {target}, {model}.dtype)")
+        results = ", ".join(target for target, _ in changed)
+        return [
+            "@triton.jit",
+            *_wrapped(f"def {name}(", inputs, "):"),
+            *indented([f'"""{title}."""', *body, *_wrapped("return ", results.split(", "), "")], 1),
+        ]
+
+    def _call(self, name: str, roots: Sequence[Expression], targets: Sequence[str], leaf: dict[str, str]) -> list[str]:
+        """Lines that call such a function; ``leaf``: what to pass for an input, if not what has its name."""
+        changed = [t for (i, e), t in zip(enumerate(roots), targets, strict=True)
+                   if not _is_own(e, i) or name == "observe"]  # fmt: skip
+        inputs = self._inputs(roots)
+        if not any(i.startswith("x") for i in inputs):
+            inputs.insert(0, "x0")
+        if not changed:
+            return []
+        return _wrapped(f"{', '.join(changed)} = {name}(", [leaf.get(i, i) for i in inputs], ")")
+
+    # The kernel -------------------------------------------------------------------------------------------------
+    def _trajectory(self) -> list[str]:
+        pointers = ["x_in", "x_out", "table", "uniforms", *(f"p{i}" for i in self.parameters)]
+        integers = ["paths", "steps"]
+        for s in self.sources:
+            integers += [f"seed{s.index}", f"stream{s.index}", f"first_path{s.index}", f"first{s.index}"]
+        if self._saving:
+            pointers += ["saves", "saved" if self.shape.keep else "moments"]
+            integers.append("slots")
+        body = [
+            "path = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)",
+            "row = tl.minimum(path, paths - 1)  # lanes past the last path repeat it and store nothing",
+        ]
+        for i in range(len(self.states)):
+            if i < self.carried:
+                body.append(f"x{i} = tl.load({_plus(f'x_in + row * {self.carried}', i)})")
+            else:
+                body.append(f"x{i} = tl.zeros_like(x0)")
+        for j in range(len(self.plan.uniforms)):
+            body.append(f"u{j} = tl.load({_plus('uniforms', j)})")
+        if self.shape.steady:
+            for j in range(len(self.plan.columns)):
+                body.append(f"c{j} = tl.load({_plus('table', j)})")
+        if self.invariants:
+            writer = Writer(_Triton(), self._leaf)
+            body += writer.lines([(f"i{j}", e) for j, e in enumerate(self.invariants)])
+        body += [f"path{s.index} = first_path{s.index} + row" for s in self.sources]
+        body.append("k = tl.full((), 0, tl.int64)")
+        if self._saving:
+            advance = [
+                "stop = steps",
+                "if slot < slots:",
+                "    stop = tl.load(saves + slot)",
+                *self._advance(),
+                "if slot < slots:",
+                *indented(self._save(), 1),
+            ]
+            body += ["for slot in range(0, slots + 1):", *indented(advance, 1)]
+        else:
+            body += ["stop = steps", *self._advance()]
+        for i in range(self.carried):
+            body.append(f"tl.store({_plus(f'x_out + path * {self.carried}', i)}, x{i}, mask=path < paths)")
+        names = ", ".join(f'"{n}"' for n in (*pointers, *integers))
+        return [
+            *_wrapped("@triton.jit(do_not_specialize=[", names.split(", "), "])"),
+            *_wrapped("def trajectory(", [*pointers, *(f"{n}: tl.int64" for n in integers)], "):"),
+            *indented(body, 1),
+        ]
+
+    def _advance(self) -> list[str]:
+        """From step ``k`` to step ``stop``."""
+        if self.group == 0:
+            body = [*self._single(), "k += 1"]
+            return ["while k < stop:", *indented(body, 1)]
+        p, columns = self.group, self._columns
+        limits = [f"tl.minimum((stop - k) // {p}, {2**30})"]
+        start: list[str] = []
+        aligned: list[str] = []
+        for s in self.sources:
+            lines, condition, limit = s.enter(p)
+            start += lines
+            aligned.append(condition)
+            limits.append(limit)
+        start.append(f"groups = {limits[0]}")
+        start += [f"groups = tl.minimum(groups, {limit})" for limit in limits[1:]]
+        if aligned:
+            start.append(f"groups = tl.where({' & '.join(aligned)}, groups, 0)")
+        start.append("groups = groups.to(tl.int32)")
+        if columns:
+            start.append(f"at = table + k * {columns}")
+        group: list[str] = []
+        places = {s.index: s.group(p) for s in self.sources}
+        for i in range(p):
+            group += self._call_step(group_step=i, places=places)
+        group += [line for s in self.sources for line in s.turn(p)]
+        if columns:
+            group.append(f"at += {p * columns}")
+        return [
+            "while k < stop:",
+            *indented(start, 1),
+            "    for _ in range(0, groups):",
+            *indented(group, 2),
+            f"    k += groups * {p}",
+            "    if k < stop:",
+            *indented([*self._single(), "k += 1"], 2),
+        ]
+
+    def _single(self) -> list[str]:
+        """One step, wherever in a block its numbers start."""
+        lines = [f"at = table + k * {self._columns}"] if self._columns else []
+        return lines + self._call_step(0, {s.index: s.single() for s in self.sources})
+
+    def _call_step(self, group_step: int, places: dict[int, Place]) -> list[str]:
+        columns = self._columns
+        passed = {f"c{j}": f"tl.load({_plus('at', group_step * columns + j)})" for j in range(columns)}
+        lines: list[str] = []
+        for s in self.sources:
+            for j in range(s.count):
+                if s.start + j in self.noise_numbers:
+                    before, name = places[s.index].number(group_step, j)
+                    lines += before
+                    passed[f"z{s.start + j}"] = name
+        targets = [f"x{i}" for i in range(len(self.states))]
+        return lines + self._call("step", self.states, targets, passed)
+
+    def _save(self) -> list[str]:
+        names, width = [f"x{i}" for i in range(self.width)], self.width
+        lines: list[str] = []
+        if self.plan.program.observed_shape is not None:
+            names = [f"y{i}" for i in range(width)]
+            lines += self._call("observe", self.observed, names, {})
+        if self.shape.keep:
+            for j, name in enumerate(names):
+                place = _plus(f"saved + (slot * paths + path) * {width}", j)
+                lines.append(f"tl.store({place}, {name}, mask=path < paths)")
+            return lines
+        lines.append(f"part = moments + (slot * tl.num_programs(0) + tl.program_id(0)) * {2 * width}")
+        for j, name in enumerate(names):
+            lines += [
+                f"mean, squares = spread({name}, path < paths, paths)",
+                f"tl.store({_plus('part', j)}, mean)",
+                f"tl.store({_plus('part', width + j)}, squares)",
+            ]
+        return lines
+
+
+def _is_own(e: Expression, i: int) -> bool:
+    """Whether component ``i`` of the state stays what it is."""
+    return e.op == "state" and e.data[1] == i
+
+
+def _plus(place: str, offset: int) -> str:
+    return f"{place} + {offset}" if offset else place
+
+
+def _wrapped(start: str, items: Sequence[str], end: str) -> list[str]:
+    """A line of items, or several within the line length."""
+    line = start + ", ".join(items) + end
+    if len(line) <= _LINE - 16 or not end:
+        return [line]
+    lines, current = [start], "   "
+    for item in items:
+        if len(current) + len(item) > _LINE - 20:
+            lines.append(current)
+            current = "   "
+        current += f" {item},"
+    return [*lines, current, end]
+
+
+def _written_out(graph: Graph, roots: Sequence[Expression]) -> tuple[Expression, ...]:
+    """The same expressions with matrix products as sums of products of entries."""
+    new: dict[int, Expression] = {}
+    for e in topological(roots):
+        if e.op == "product":
+            continue
+        if e.op != "element":
+            new[e.number] = graph.with_args(e, [new[a.number] for a in e.args]) if e.args else e
+            continue
+        product = e.args[0]
+        matrix = product.data
+        total: Expression | None = None
+        for j, a in enumerate(product.args):
+            entry = graph.leaf("shared", (matrix.parameter, matrix.entry(e.data, j)), e.dtype)
+            term = graph.op("mul", entry, new[a.number])
+            total = term if total is None else graph.op("add", total, term)
+        assert total is not None
+        new[e.number] = total
+    return tuple(new[e.number] for e in roots)

@@ -1,0 +1,52 @@
+"""Multistep predictor-correctors in the denoised state that make one evaluation a step."""
+
+from __future__ import annotations
+
+import abc
+from typing import final
+
+import torch
+from torch import Tensor
+
+from sdesolve.solvers.data_prediction import AbstractDataMultistep
+from sdesolve.solvers.multistep import earlier, exponential_moments, interpolation_weights
+from sdesolve.solvers.schedule import Schedule
+
+
+class AbstractPredictorCorrectorMultistep(AbstractDataMultistep):
+    """Predicts with weights ``w`` of past values, and when the value there is known corrects with weights ``v``.
+
+    Both share the linear part and the noise of a step, so the corrected state is the predicted one plus
+    ``sum_i (v_i - w_i) D_i``, and the next prediction starts from it: one row over present and past values does both.
+    The last state is a prediction, which nothing evaluated at its end corrects.
+    """
+
+    @abc.abstractmethod
+    def predicting(self, p: Schedule) -> Tensor:
+        """``w`` for each step: of the values at its start, and before, ``(steps, columns[, batch])``."""
+
+    @abc.abstractmethod
+    def correcting(self, p: Schedule) -> Tensor | None:
+        """``v`` for each step: of the values at its end, at its start, and before; ``None`` to leave it out."""
+
+    @final
+    def weights(self, schedule: Schedule, a: Tensor) -> Tensor:
+        b = torch.zeros(len(a), self.memory + 1, *a.shape[1:], dtype=torch.float64)
+        w, v = self.predicting(schedule), self.correcting(schedule)
+        b[:, : w.shape[1]] += w
+        if v is not None:
+            change = torch.zeros_like(b)
+            change[:, : v.shape[1]] += v
+            change[:, 1 : w.shape[1] + 1] -= w
+            b[1:] += a[1:, None] * change[:-1]
+        return b
+
+
+def exact_weights(p: Schedule, at: Tensor, order: int, *, corrects: bool) -> Tensor:
+    """Weights of the polynomial in the log-SNR through ``order`` values and, to correct, the one ahead."""
+    h = p.h[at]
+    nodes = (earlier(p.lam, at, order) - p.lam[at][:, None]) / h[:, None]
+    if corrects:
+        nodes = torch.cat([torch.ones_like(nodes[:, :1]), nodes], dim=1)
+    moments = exponential_moments((1.0 + p.stochasticity**2) * h, nodes.shape[1])
+    return p.alpha[at + 1][:, None] * interpolation_weights(nodes, moments)

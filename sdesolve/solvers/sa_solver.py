@@ -1,0 +1,55 @@
+"""SA-Solver."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+from sdesolve.grids import whole_number
+from sdesolve.sde import Noise
+from sdesolve.solvers.base import supports
+from sdesolve.solvers.multistep import by_order
+from sdesolve.solvers.predict_correct import AbstractPredictorCorrectorMultistep, exact_weights
+from sdesolve.solvers.schedule import Schedule, check_order
+
+
+@final
+class SASolver(AbstractPredictorCorrectorMultistep):
+    """SA-Solver: stochastic Adams predictor-corrector in the denoised state, one evaluation a step.
+
+    Interpolating polynomials in the log-SNR are integrated exactly against the reverse SDE of any stochasticity, or the
+    flow. Order on the flow: ``min(predictor, corrector) + 1``, or ``predictor`` without corrector; on an SDE that weak
+    order but at most 2, with an error that falls with the stochasticity. Without corrector, and on the flow,
+    ``predictor=3`` is DPM-Solver++ of true third order. Xue et al. 2023, eq. 14 to 18 and algorithm 1.
+
+    The first steps have the order that the history allows.
+
+    Args:
+        predictor: order of the predictor, the number of values that it looks at: 1 to 3, or 4 without corrector.
+        corrector: likewise of the corrector, which looks at one more: 0 (no corrector) to 3.
+    """
+
+    supported = supports(ito=(Noise.NONE, Noise.ADDITIVE))
+    strong_order = None
+    evaluations = 1
+
+    def __init__(self, predictor: int = 3, corrector: int = 3) -> None:
+        name = type(self).__name__
+        if whole_number(corrector, "corrector", 0) > 3:
+            raise ValueError(f"{name} has correctors of order 0 (none) to 3, got {corrector}")
+        self.predictor = check_order(predictor, 3 if corrector else 4, f"{name} with corrector {corrector}")
+        self.corrector = corrector
+        self.memory = max(predictor, corrector) if corrector else predictor - 1
+        self.ode_order = min(predictor, corrector) + 1 if corrector else predictor
+        self.weak_order = min(2.0, self.ode_order)
+
+    def predicting(self, p: Schedule) -> Tensor:
+        orders = p.orders(self.predictor)
+        return by_order(orders, p.h, self.predictor, lambda at, k: exact_weights(p, at, k, corrects=False))
+
+    def correcting(self, p: Schedule) -> Tensor | None:
+        if not self.corrector:
+            return None
+        orders = p.orders(self.corrector)
+        return by_order(orders, p.h, self.corrector + 1, lambda at, k: exact_weights(p, at, k, corrects=True))

@@ -1,0 +1,88 @@
+"""What generated trajectory kernels compile to, on any machine; and that Triton's launcher takes what they are passed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sdesolve_kernels.report import compare
+
+ROOT = Path(__file__).parents[2]
+MODELS = ("geometric", "linear", "stress", "heston", "lotka-volterra", "lorenz", "mixture")
+
+
+def run(*arguments):
+    """A process of its own: this one may be interpreting."""
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "benchmarks"))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    made = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    assert made.returncode == 0, made.stderr[-4000:]
+    return made.stdout
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory):
+    file = tmp_path_factory.mktemp("report") / "figures.json"
+    run(str(ROOT / "benchmarks" / "trajectory_report.py"), "--arch", "90", "--json", str(file))
+    return json.loads(file.read_text())
+
+
+def test_no_spills(hopper):
+    rows = hopper["figures"]["sm_90"]
+    assert {f"{name} float32" for name in MODELS} <= rows.keys()
+    for label, row in rows.items():
+        assert (row["spills"], row["local"]) == (0, 0), label
+
+
+def test_instructions(hopper):
+    """Of a step of a path, from the innermost loop, of which noise is about 17 a normal."""
+    rows = hopper["figures"]["sm_90"]
+    assert rows["geometric float32"]["per_element"] <= 20
+    assert rows["linear float32"]["per_element"] <= 3 * 20
+    assert rows["linear two-point float32"]["per_element"] <= 3 * 7
+    assert rows["geometric float32"]["accesses"] == 0  # a steady grid's table is read before the loop
+
+
+def test_no_worse_than_the_committed_table(hopper):
+    committed = json.loads((ROOT / "benchmarks" / "results" / "trajectory_report.json").read_text())
+    assert committed["figures"].keys() == {"sm_80", "sm_90", "sm_100"}
+    for rows in committed["figures"].values():
+        assert not any(row["spills"] or row["local"] for row in rows.values())
+    if committed["triton"] == hopper["triton"]:
+        assert committed["figures"]["sm_90"].keys() == hopper["figures"]["sm_90"].keys()
+        assert compare(hopper["figures"]["sm_90"], committed["figures"]["sm_90"]) == []
+
+
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Device:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=0): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+driver.set_active(Device())
+from trajectory_report import launches
+kept = set()
+for label in ("geometric float32", "stress float32", "linear moments float32"):
+    _, item = launches()[label]
+    for shift in (0, 1):  # other values and alignments: one kernel
+        arguments = [a + shift if isinstance(a, int) else a for a in item.arguments.values()]
+        compiled = item.kernel.warmup(*arguments, num_warps=item.num_warps, enable_fp_fusion=False, grid=item.grid)
+        kept.add(compiled.hash)
+        assert not compiled.metadata.enable_fp_fusion and compiled.metadata.num_warps == item.num_warps
+        assert "fma.rn.f32" in compiled.asm["ptx"]
+print(len(kept))
+"""
+
+
+def test_values_compile_nothing_anew():
+    assert run("-c", LAUNCH).split() == ["3"]
