@@ -92,8 +92,8 @@ def test_on_the_line_a_mixture_of_one_is_a_gaussian(solver, options):
 
 
 def test_meshes_are_fine_enough_where_steps_add_little_noise(monkeypatch):
-    """Noise of 0.01 in states of spread 1: a finer mesh changes nothing."""
-    grid = to(0.02)(16)
+    """Noise of 0.004 in states of spread 1: a finer mesh changes nothing."""
+    grid = to(0.006)(20)
     error = oracle.error(sds.Ancestral(), EDM, TWO_MODES, grid)
     monkeypatch.setattr("sdesolve.oracle.transport._SPACING", 0.6)
     monkeypatch.setattr("sdesolve.oracle.transport._FEWEST", 2500)
