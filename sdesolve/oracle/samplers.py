@@ -12,7 +12,7 @@ from sdesolve.brownian import AbstractNoise
 from sdesolve.correctors import AbstractCorrector
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.inputs import Constant, Numbers, OracleNoise, Silence
-from sdesolve.reverse import Score
+from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.mixture import GaussianMixture
 from sdesolve.sde import Calculus, Noise
 from sdesolve.solve import solve
@@ -53,11 +53,15 @@ class SolverSampler:
             stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
         self.solver, self.stochasticity = solver, stochasticity
 
+    def equation(self, process: AbstractDiffusion, score: Score) -> ReverseSDE | ProbabilityFlow:
+        """What the solver integrates."""
+        q = self.stochasticity
+        return process.probability_flow(score) if q == 0 else process.reverse(score, q)
+
     def __call__(
         self, process: AbstractDiffusion, score: Score, x: Tensor, grid: Tensor, noise: AbstractNoise, /
     ) -> Tensor:
-        q = self.stochasticity
-        sde = process.probability_flow(score) if q == 0 else process.reverse(score, q)
+        sde = self.equation(process, score)
         return solve(sde, x, grid=grid, solver=self.solver, noise=noise, backend="eager").x1
 
 

@@ -82,6 +82,26 @@ def test_the_error_on_a_gaussian_is_a_distance_to_what_should_be_drawn():
         )
 
 
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize(
+    "cov", [torch.tensor([0.2, 3.0]), torch.tensor([[1.0, 0.6], [0.6, 0.5]])], ids=["diag", "full"]
+)
+def test_errors_at_every_step(cov, prior):
+    data, grid, solver = sds.Gaussian(torch.tensor([1.0, 0.0]), cov), to(0.1)(6), sds.Ancestral()
+    table = oracle.step_errors(solver, EDM, data, grid, prior=prior)
+    assert table.wasserstein.shape == table.kl.shape == table.times.shape == (7,)
+    assert (float(table.wasserstein[0]) < 1e-12) is not prior
+    for k in (1, 6):
+        assert float(table.wasserstein[k]) == pytest.approx(
+            oracle.error(solver, EDM, data, grid[: k + 1], prior=prior), rel=1e-9
+        )
+    start = torch.tensor(400.0) if prior else data.moments(EDM, 20.0).cov
+    mean0 = torch.zeros(2) if prior else data.mean
+    law = oracle.chain_moments(EDM.reverse(data.score(EDM)), solver, grid, mean0, start)
+    expected = sds.metrics.gaussian_kl(law.mean, law.cov, *data.moments(EDM, 0.1))
+    assert float(table.kl[-1]) == pytest.approx(float(expected), rel=1e-9)
+
+
 @pytest.mark.parametrize("solver", [sds.DPMSolverPP(2), *ONE_DRAW], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("options", [{}, {"prior": True, "denoise": True}], ids=["marginals", "as users do"])
 def test_on_the_line_a_mixture_of_one_is_a_gaussian(solver, options):
