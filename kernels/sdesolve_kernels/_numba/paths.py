@@ -18,7 +18,6 @@ from .philox import philox
 
 F32, F64, I64 = np.float32, np.float64, np.int64
 INF, NAN = np.inf, np.nan
-sqrt = np.sqrt
 _U64, _2, _3 = np.uint64, np.uint64(2), np.uint64(3)
 
 
