@@ -19,7 +19,13 @@ from sdesolve.sde import Field, per_sample
 
 
 class AbstractCorrector(abc.ABC):
-    """A step that keeps the law ``p_t`` of a noised state, up to its own discretisation error."""
+    """A step that keeps the law ``p_t`` of a noised state, up to its own discretisation error.
+
+    Attributes:
+        adapts: whether the step size depends on the state or the noise, and is not known beforehand.
+    """
+
+    adapts: bool
 
     @abc.abstractmethod
     def scales(self, process: AbstractDiffusion, times: Tensor) -> Tensor:
@@ -104,6 +110,7 @@ class LangevinCorrector(AbstractCorrector):
         self.norms = None if snr is None else _norms("level" if norms is None else norms)
         fixed = self.norms in (None, Norms.LEVEL)
         self._mode = "fixed" if fixed else str(self.norms)
+        self.adapts = not fixed
         self._size = float(step_size or 0.0) if snr is None else (2.0 * snr**2 if fixed else float(snr))
 
     def scales(self, process: AbstractDiffusion, times: Tensor) -> Tensor:

@@ -178,20 +178,18 @@ def test_one_kernel_takes_the_same_steps(predictor, n):
     x0 = process.sample_prior((40, 2), seed=1, dtype=torch.float64)
     noise = sds.BrownianPath(3, first_path=7, first_step=5)
     fused, eager = (
-        sds.solve(
-            process.reverse(data.score(process)), x0, 1.0, 0.01, 12, solver=solver, noise=noise, backend=backend
-        )
+        sds.solve(process.reverse(data.score(process)), x0, 1.0, 0.01, 12, solver=solver, noise=noise, backend=backend)
         for backend in ("fused", "eager")
     )
     torch.testing.assert_close(fused.x1, eager.x1, rtol=1e-9, atol=1e-9)
     assert fused.stats.nfe == eager.stats.nfe == 12 * solver.evaluations
 
 
-def test_a_corrector_that_averages_over_the_batch_is_not_fused():
+def test_a_corrector_with_a_step_size_of_its_own_is_not_fused():
     process = sds.VP()
     flow = process.reverse(sds.Gaussian(torch.zeros(3), 1.0).score(process))
     solver = sds.PredictorCorrector(sds.EulerMaruyama(), sds.LangevinCorrector(snr=0.16, norms="batch"))
-    with pytest.raises(ValueError, match="cannot be fused: it couples the paths of the batch"):
+    with pytest.raises(ValueError, match="cannot be fused: the corrector's step size depends on the state"):
         sds.solve(flow, torch.zeros(2, 3), 1.0, 0.1, 5, solver=solver, seed=0, backend="fused")
 
 
