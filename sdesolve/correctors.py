@@ -19,7 +19,13 @@ from sdesolve.sde import Field, per_sample
 
 
 class AbstractCorrector(abc.ABC):
-    """A step that keeps the law ``p_t`` of a noised state, up to its own discretisation error."""
+    """A step that keeps the law ``p_t`` of a noised state, up to its own discretisation error.
+
+    Attributes:
+        affine: whether its step size is known beforehand, so that it is affine in state and noise if the score is.
+    """
+
+    affine: bool
 
     @abc.abstractmethod
     def scales(self, process: AbstractDiffusion, times: Tensor) -> Tensor:
@@ -103,6 +109,7 @@ class LangevinCorrector(AbstractCorrector):
         self.snr, self.step_size, self.scale = snr, step_size, scale
         self.norms = None if snr is None else _norms("level" if norms is None else norms)
         fixed = self.norms in (None, Norms.LEVEL)
+        self.affine = fixed
         self._mode = "fixed" if fixed else str(self.norms)
         self._size = float(step_size or 0.0) if snr is None else (2.0 * snr**2 if fixed else float(snr))
 

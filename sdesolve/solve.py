@@ -15,7 +15,8 @@ from sdesolve import grids
 from sdesolve.adaptive import solve_adaptively
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
 from sdesolve.checks import all_finite, check_diffusion, check_drift, check_pair, check_state
-from sdesolve.fusing import AbstractCounted, Fused, Task, fuse
+from sdesolve.fusing import Fused, fuse
+from sdesolve.recipes import AbstractCounted, Task
 from sdesolve.saving import Observable, SaveAt, SavePlan
 from sdesolve.sde import ODE, SDE, AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
 from sdesolve.solution import DivergenceError, Solution, Stats
@@ -132,7 +133,7 @@ def solve(
             stats = Stats(
                 solver=type(solver).__name__,
                 steps=len(times) - 1,
-                nfe=fused.evaluations * (len(times) - 1),
+                nfe=fused.evaluations,
                 backend="fused",
                 reason="the whole trajectory is one generated kernel",
                 seed=seed_used,

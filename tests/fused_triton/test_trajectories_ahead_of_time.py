@@ -1,4 +1,4 @@
-"""What generated trajectory kernels compile to, on any machine; and that Triton's launcher takes what they are passed."""
+"""What generated trajectory kernels compile to, on any machine; that Triton's launcher takes what they are passed."""
 
 from __future__ import annotations
 
