@@ -22,10 +22,10 @@ class AbstractCorrector(abc.ABC):
     """A step that keeps the law ``p_t`` of a noised state, up to its own discretisation error.
 
     Attributes:
-        adapts: whether the step size depends on the state or the noise, and is not known beforehand.
+        affine: whether its step size is known beforehand, so that it is affine in state and noise if the score is.
     """
 
-    adapts: bool
+    affine: bool
 
     @abc.abstractmethod
     def scales(self, process: AbstractDiffusion, times: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ class LangevinCorrector(AbstractCorrector):
         self.snr, self.step_size, self.scale = snr, step_size, scale
         self.norms = None if snr is None else _norms("level" if norms is None else norms)
         fixed = self.norms in (None, Norms.LEVEL)
+        self.affine = fixed
         self._mode = "fixed" if fixed else str(self.norms)
-        self.adapts = not fixed
         self._size = float(step_size or 0.0) if snr is None else (2.0 * snr**2 if fixed else float(snr))
 
     def scales(self, process: AbstractDiffusion, times: Tensor) -> Tensor:

@@ -166,6 +166,8 @@ def test_a_corrected_flow_is_random_and_says_its_seed():
     one, other = (sds.solve(flow, x0, 1.0, 0.1, 5, solver=solver) for _ in range(2))
     assert one.stats.seed != other.stats.seed
     assert torch.equal(sds.solve(flow, x0, 1.0, 0.1, 5, solver=solver, seed=one.stats.seed).x1, one.x1)
+    eager = sds.solve(flow, x0, 1.0, 0.1, 5, solver=solver, seed=one.stats.seed, backend="eager").x1
+    torch.testing.assert_close(eager, one.x1, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("predictor", [sds.EulerMaruyama(), sds.SDEDPMSolverPP(2), sds.EDMHeun(churn=2.0)], ids=repr)
