@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
+from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
 STATE_DTYPES = (torch.float32, torch.float64)
@@ -20,22 +23,27 @@ def check_state(x0: Tensor, name: str = "x0") -> None:
         raise TypeError(f"{name} must be float32 or float64, got {x0.dtype}: {hint}; convert it with {name}.float()")
     if x0.ndim == 0:
         raise ValueError(f"{name} must have a batch axis, shape (batch, *state); got a 0-d tensor, use {name}[None]")
-    if not bool(x0.isfinite().all()):
+    if not all_finite(x0):
         row = (
             int((~x0.isfinite()).flatten(1).any(1).nonzero()[0]) if x0.ndim > 1 else int((~x0.isfinite()).nonzero()[0])
         )
         raise ValueError(f"{name} must be finite; row {row} holds nan or inf")
 
 
-def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
+def all_finite(x: Tensor) -> bool:
+    """Whether ``x`` holds neither nan nor inf: one pass that makes no tensor of its size."""
+    return x.numel() == 0 or all(math.isfinite(float(bound)) for bound in x.detach().aminmax())
+
+
+def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> None:
     """Refuses a solver that does not converge to the solution of the SDE as declared."""
-    if not isinstance(solver, AbstractSolver):
+    if not isinstance(solver, AbstractSolver | AbstractAdaptive):
         hint = f"; did you mean {solver.__name__}()?" if isinstance(solver, type) else ""
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
     if not isinstance(sde, AbstractSDE):
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {type(sde).__name__}; wrap it in sds.SDE")
     name = type(solver).__name__
-    if not isinstance(solver, AbstractOneStep) and not isinstance(sde, AbstractSemilinear):
+    if not isinstance(solver, AbstractOneStep | AbstractAdaptive) and not isinstance(sde, AbstractSemilinear):
         raise ValueError(
             f"{name} integrates the reverse SDE or probability flow of a linear diffusion, process.reverse(score) or "
             f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "
