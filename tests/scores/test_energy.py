@@ -124,6 +124,21 @@ def test_langevin_of_a_mixture_energy():
     assert abs(float(x.var()) - 1.11) < 4.5 * 1.11 * math.sqrt(2 / 4000) + 0.05
 
 
+@pytest.mark.parametrize("kernel", [sds.mcmc.MALA(0.3), sds.mcmc.BAOAB(0.3, friction=1.0)], ids=["mala", "baoab"])
+def test_chains_take_energy_models(kernel):
+    """Unbiased for a Gaussian: MALA by acceptance, BAOAB in positions by its splitting (Leimkuhler and Matthews)."""
+    well = sds.EnergyScore(lambda x, t: 0.5 * (x / 0.8).square().sum(1))
+    chain = sds.mcmc.run_chain(
+        kernel,
+        torch.zeros(2000, 2, dtype=torch.float64),
+        60,
+        score=lambda x: well(x, TIMES[0]),
+        energy=lambda x: well.energy(x, TIMES[0]),
+        seed=0,
+    )
+    assert abs(float(chain.x.var()) - 0.64) < 4.5 * 0.64 * math.sqrt(2 / 4000)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
