@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdesolve.copies import Copies
+
 
 class _Basis(NamedTuple):
-    """``A A^T = U diag(values) U^T``, in the dtype and on the device of a state."""
+    """``A A^T = U diag(values) U^T``."""
 
-    values: Tensor
-    vectors: Tensor
+    values: Copies
+    vectors: Copies
 
 
 class AbstractOperator(abc.ABC):
@@ -93,8 +95,8 @@ class Matrix(AbstractOperator):
     """
 
     def __init__(self, matrix: Tensor, state_shape: tuple[int, ...] | None = None) -> None:
-        self._A = _real_matrix(matrix, "matrix")
-        m, d = self._A.shape
+        A = _real_matrix(matrix, "matrix")
+        m, d = A.shape
         self.state_shape = (d,) if state_shape is None else tuple(state_shape)
         self.observation_shape = (m,)
         if math.prod(self.state_shape) != d:
@@ -102,16 +104,16 @@ class Matrix(AbstractOperator):
                 f"the matrix has {d} columns and a state of shape {self.state_shape} has "
                 f"{math.prod(self.state_shape)} elements; they must agree"
             )
-        self._basis = _gram_basis(self._A)
+        self._A, self._basis = Copies(A), _gram_basis(A)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), self._A.shape[1]) @ self._A.to(x).mT
+        return x.reshape(len(x), math.prod(self.state_shape)) @ self._A.like(x).mT
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return (y @ self._A.to(y)).reshape(len(y), *self.state_shape)
+        return (y @ self._A.like(y)).reshape(len(y), *self.state_shape)
 
     def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        values, U = (part.to(r) for part in self._basis)
+        values, U = (part.like(r) for part in self._basis)
         return _divide(r @ U, values, c, s) @ U.mT
 
 
@@ -136,16 +138,17 @@ class Mask(AbstractOperator):
             )
         if not bool(mask.any()):
             raise ValueError(f"the mask of shape {tuple(mask.shape)} observes nothing")
-        self._seen = mask.detach().cpu().reshape(-1).nonzero()[:, 0]
+        seen = mask.detach().cpu().reshape(-1).nonzero()[:, 0]
         self.state_shape = tuple(mask.shape)
-        self.observation_shape = (len(self._seen),)
+        self.observation_shape = (len(seen),)
+        self._seen = Copies(seen)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), math.prod(self.state_shape)).index_select(1, self._seen.to(x.device))
+        return x.reshape(len(x), math.prod(self.state_shape)).index_select(1, self._seen.like(x))
 
     def adjoint(self, y: Tensor) -> Tensor:
         zero = y.new_zeros(len(y), math.prod(self.state_shape))
-        return zero.index_copy(1, self._seen.to(y.device), y).reshape(len(y), *self.state_shape)
+        return zero.index_copy(1, self._seen.like(y), y).reshape(len(y), *self.state_shape)
 
     def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
         return r / (c + s).unsqueeze(-1)
@@ -164,25 +167,25 @@ class ChannelMixing(AbstractOperator):
     """
 
     def __init__(self, mixing: Tensor, state_shape: tuple[int, ...]) -> None:
-        self._M = _real_matrix(mixing, "mixing")
+        M = _real_matrix(mixing, "mixing")
         self.state_shape = tuple(state_shape)
-        rows, channels = self._M.shape
+        rows, channels = M.shape
         if not self.state_shape or self.state_shape[0] != channels:
             raise ValueError(
                 f"mixing has {channels} columns and takes states (channels, *places) with as many channels, got "
                 f"state_shape={self.state_shape}"
             )
         self.observation_shape = (rows, *self.state_shape[1:])
-        self._basis = _gram_basis(self._M)
+        self._M, self._basis = Copies(M), _gram_basis(M)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mix(self._M.to(x), x)
+        return _mix(self._M.like(x), x)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return _mix(self._M.to(y).mT, y)
+        return _mix(self._M.like(y).mT, y)
 
     def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        values, U = (part.to(r) for part in self._basis)
+        values, U = (part.like(r) for part in self._basis)
         y = _mix(U.mT, r)
         return _mix(U, _divide(y.movedim(1, -1), values, c, s).movedim(-1, 1))
 
@@ -215,25 +218,25 @@ class Blur(AbstractOperator):
         padded[tuple(slice(0, n) for n in k.shape)] = k
         padded = padded.roll([-(n // 2) for n in k.shape], list(range(k.ndim)))
         self._places, self._axes = places, tuple(range(-k.ndim, 0))
-        self._response = torch.fft.rfftn(padded)
-        power = self._response.abs().square()
-        self._power = torch.where(power > _rounding(power, math.prod(places)), power, 0.0)
+        response = torch.fft.rfftn(padded)
+        power = response.abs().square()
+        self._response, self._conjugate = Copies(response), Copies(response.conj().resolve_conj())
+        self._power = Copies(torch.where(power > _rounding(power, math.prod(places)), power, 0.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self._response)
+        return self._multiply(x, self._response.like(x))
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return self._multiply(y, self._response.conj())
+        return self._multiply(y, self._conjugate.like(y))
 
     def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
         shape = (*c.shape, *(1,) * (r.ndim - 1)) if c.ndim else ()
-        v = c.reshape(shape) * self._power.to(r) + s.reshape(shape)
+        v = c.reshape(shape) * self._power.like(r) + s.reshape(shape)
         R = torch.fft.rfftn(r, dim=self._axes)
         return torch.fft.irfftn(torch.where(v > 0, R / v, 0.0), s=self._places, dim=self._axes)
 
     def _multiply(self, x: Tensor, response: Tensor) -> Tensor:
-        H = response.to(device=x.device, dtype=torch.complex64 if x.dtype == torch.float32 else torch.complex128)
-        return torch.fft.irfftn(H * torch.fft.rfftn(x, dim=self._axes), s=self._places, dim=self._axes)
+        return torch.fft.irfftn(response * torch.fft.rfftn(x, dim=self._axes), s=self._places, dim=self._axes)
 
 
 def as_operator(operator: AbstractOperator | Tensor, state_shape: tuple[int, ...]) -> AbstractOperator:
@@ -300,7 +303,8 @@ def _mix(M: Tensor, x: Tensor) -> Tensor:
 
 def _gram_basis(A: Tensor) -> _Basis:
     values, vectors = torch.linalg.eigh(A @ A.mT)
-    return _Basis(torch.where(values > _rounding(values, max(A.shape)), values, 0.0), vectors)
+    positive = torch.where(values > _rounding(values, max(A.shape)), values, 0.0)
+    return _Basis(Copies(positive), Copies(vectors))
 
 
 def _rounding(values: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from sdesolve.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.operators import AbstractOperator, check_noise_std, check_observation
 from sdesolve.reverse import Score
@@ -69,7 +70,8 @@ class AbstractPosteriorScore(abc.ABC):
                 "operators.Matrix"
             )
         self.score, self.process, self.operator = score, process, operator
-        self.y = check_observation(operator, y)
+        observed = check_observation(operator, y)
+        self._y, self._observations = Copies(observed), len(observed)
         self.noise_std = check_noise_std(noise_std)
 
     @abc.abstractmethod
@@ -83,14 +85,14 @@ class AbstractPosteriorScore(abc.ABC):
             raise ValueError(
                 f"the operator takes states of shape (batch, *{self.operator.state_shape}), got {tuple(x.shape)}"
             )
-        if len(self.y) not in (1, len(x)):
+        if self._observations not in (1, len(x)):
             raise ValueError(
-                f"there are {len(self.y)} observations and {len(x)} states; give one for all, without a batch axis, or "
-                "one for each"
+                f"there are {self._observations} observations and {len(x)} states; give one for all, without a batch "
+                "axis, or one for each"
             )
         with torch.inference_mode(False), torch.no_grad():
             x = x.clone() if x.is_inference() else x.detach()
-            return self.combine(x, as_time(t), self.y.to(x).expand(len(x), *self.operator.observation_shape))
+            return self.combine(x, as_time(t), self._y.like(x).expand(len(x), *self.operator.observation_shape))
 
     @final
     def coefficients(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

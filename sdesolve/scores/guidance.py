@@ -10,6 +10,7 @@ import torch
 from sdesolve_kernels import Stream, perturb, uniform
 from torch import Tensor, nn
 
+from sdesolve.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.grids import whole_number
 from sdesolve.reverse import Score
@@ -37,7 +38,9 @@ class ClassConditional(nn.Module):
         super().__init__()
         if not callable(net):
             raise TypeError(f"net must be a function or module of (x, t, labels), got {type(net).__name__}")
-        self.net, self.labels = net, check_labels(labels, classes)
+        self.net = net
+        self.labels: Tensor
+        self.register_buffer("labels", check_labels(labels, classes), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """``net(x, t, labels)``."""
@@ -73,8 +76,8 @@ class ClassifierGuidance:
             if not callable(function):
                 raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
         self.score, self.classifier = score, classifier
-        self.labels = check_labels(labels, None)
-        self._largest = int(self.labels.max()) if self.labels.numel() else 0
+        checked = check_labels(labels, None)
+        self._labels, self._largest = Copies(checked), int(checked.max()) if checked.numel() else 0
         self.scale = _finite(scale, "scale")
 
     def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
@@ -84,7 +87,7 @@ class ClassifierGuidance:
             leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_()
             logits = self.classifier(leaf, t.to(x).expand(len(x)))
             self._check(logits, len(x))
-            log_p = logits.log_softmax(1).gather(1, _labels_for(self.labels, x)[:, None])
+            log_p = logits.log_softmax(1).gather(1, _labels_for(self._labels.like(x), x)[:, None])
             (gradient,) = torch.autograd.grad(log_p.sum(), leaf)
         return self.score(x, t) + self.scale * gradient
 
