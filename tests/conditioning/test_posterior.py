@@ -173,6 +173,31 @@ def test_all_agree_where_nothing_is_left_to_know(seed):
         close(method(prior, process, A, y, 0.5)(x, 0.5), prior(x, 0.5), 1e-9)
 
 
+@operators
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_both_gaussian_approximations_on_mixtures(A, noise):
+    """Mean and covariance of ``x_0`` given ``x_t`` component by component, and all matrices written out."""
+    process, x = sds.VP(), draws(14, 1, 3, 2)
+    law = sds.GaussianMixture(draws(12, 3, 3, 2), torch.tensor([0.3, 0.5, 0.7]))
+    prior, M, y = law.score(process), A.matrix(), draws(16, *A.observation_shape)
+    for t in TIMES:
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        everything = Matrix(alpha * torch.eye(6, dtype=torch.float64), (3, 2))
+        given = law.condition(everything, x.reshape(6), float(sigma))
+        means = given.means.reshape(-1, 6)
+        mean = given.weights @ means
+        V = torch.einsum("k,kij->ij", given.weights, given.covs + means[:, :, None] * means[:, None]) - mean.outer(mean)
+        J, residual = alpha / sigma**2 * V, y.reshape(-1) - M @ mean
+        r2 = sigma**2 / (sigma**2 + alpha**2)
+        noises = noise**2 * torch.eye(len(M), dtype=torch.float64)
+        for score, cov in (
+            (MMPS(prior, process, A, y, noise, iterations=12), M @ V @ M.mT),
+            (PiGDM(prior, process, A, y, noise), r2 * M @ M.mT),
+        ):
+            guidance = J @ M.mT @ torch.linalg.solve(cov + noises, residual)
+            close((score(x, t) - prior(x, t)).reshape(6), guidance, 1e-6)
+
+
 METHODS = {"replacement": Replacement, "dps": DPS, "pigdm": PiGDM, "mmps": MMPS}
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
