@@ -32,6 +32,7 @@ LAYERS = [
         "sdesolve.stepping",
         "sdesolve.recipes",
         "sdesolve.fusing",
+        "sdesolve.integration",
         "sdesolve.adaptive",
         "sdesolve.mcmc",
     },
