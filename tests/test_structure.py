@@ -29,9 +29,9 @@ LAYERS = [
     {"sdesolve.checks", "sdesolve.solution"},
     {"sdesolve.saving", "sdesolve.stepping", "sdesolve.fusing"},
     {"sdesolve.solve", "sdesolve.graphs"},
-    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting"},
+    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting", "sdesolve.adapters"},
     {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
-    {"sdesolve.training"},
+    {"sdesolve.training", "sdesolve.runs"},
 ]
 
 
