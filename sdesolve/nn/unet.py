@@ -34,7 +34,7 @@ class UNet(LabelledNetwork):
 
     Args:
         shape: shape of one state, ``(height, width)`` or ``(colours, height, width)``.
-        channels: hidden channels at full resolution.
+        channels: hidden channels at full resolution, at least 2.
         multipliers: one per level, from fine to coarse: the level has ``channels`` times that many channels.
         blocks: residual blocks of a level.
         attention: heights of the levels that attend; by default the coarsest alone, ``()`` for the middle only.
@@ -66,7 +66,7 @@ class UNet(LabelledNetwork):
         self.shape = tuple(whole_number(n, "each entry of shape", 1) for n in shape)
         if len(self.shape) not in (2, 3):
             raise ValueError(f"shape must be (height, width) or (colours, height, width), got {self.shape}")
-        whole_number(channels, "channels", 1)
+        whole_number(channels, "channels", 2)  # normalising one number alone leaves nothing of it
         whole_number(blocks, "blocks", 1)
         whole_number(head, "head", 1)
         widths = [channels * whole_number(m, "each entry of multipliers", 1) for m in multipliers]
@@ -119,7 +119,7 @@ class UNet(LabelledNetwork):
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"this UNet takes states of shape {self.shape}, got x of shape {tuple(x.shape)}")
         e = nn.functional.silu(self.label(self.time(t).expand(len(x), -1), label))
-        h = self.inlet(x.reshape(len(x), -1, *self.shape[-2:]))
+        h = self.inlet(x.reshape(len(x), self.inlet.in_channels, *self.shape[-2:]))
         left = [h]
         for layer in self.down:
             h = layer(h, e)
@@ -160,7 +160,8 @@ class _Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         # (batch, 3 channels, height, width) to three of (batch, heads, places, channels of a head)
-        q, k, v = self.qkv(self.norm(h)).reshape(len(h), 3, self.heads, -1, h.shape[-2] * h.shape[-1]).mT.unbind(1)
+        sizes = (3, self.heads, h.shape[1] // self.heads, h.shape[2] * h.shape[3])
+        q, k, v = self.qkv(self.norm(h)).reshape(len(h), *sizes).mT.unbind(1)
         return h + self.out(scaled_dot_product_attention(q, k, v).mT.reshape(h.shape))
 
 
