@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sdesolve.diffusions import VP
 from sdesolve.nn import MLP, FourierFeatures, Given, UNet
 from sdesolve.nn.labels import LabelEmbedding
-from sdesolve.nn.unet import _Attention
+from sdesolve.nn.unet import _Attention, _Block
 from sdesolve.scores.network import NetworkScore
 
 
@@ -80,6 +80,25 @@ def test_attention_is_its_formula():
         heads.append(torch.einsum("bij,bcj->bci", weight, v[:, c]))
     expected = h + layer.out(torch.cat(heads, dim=1).reshape(h.shape))
     torch.testing.assert_close(layer(h), expected)
+
+
+def test_a_block_is_its_formula():
+    block = filled(_Block(8, 4, embedding=5, dropout=0.0, head=None))
+    h, e = torch.randn(3, 8, 4, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    silu, conv = torch.nn.functional.silu, torch.nn.functional.conv2d
+
+    def normalised(x, norm, groups):
+        cells = x.reshape(3, groups, -1)
+        std, mean = torch.std_mean(cells, dim=2, correction=0, keepdim=True)
+        unit = ((cells - mean) / (std**2 + norm.eps).sqrt()).reshape(x.shape)
+        return unit * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    inner = conv(silu(normalised(h, block.first[0], 2)), block.first[2].weight, block.first[2].bias, padding=1)
+    a, b = (e @ block.modulation.weight.T + block.modulation.bias)[:, :, None, None].split(4, dim=1)
+    outer = block.second[2]
+    outer = conv(silu(normalised(inner, block.norm, 1) * (1 + a) + b), outer.weight, outer.bias, padding=1)
+    expected = torch.einsum("oi,nihw->nohw", block.skip.weight[:, :, 0, 0], h) + block.skip.bias[:, None, None] + outer
+    torch.testing.assert_close(block(h, e), expected)
 
 
 def test_attention_takes_the_heights_of_the_levels():
