@@ -1,5 +1,6 @@
 """sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
 
+from sdesolve import adapters as adapters
 from sdesolve import grids as grids
 from sdesolve import mcmc as mcmc
 from sdesolve import metrics as metrics

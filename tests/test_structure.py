@@ -37,9 +37,9 @@ LAYERS = [
         "sdesolve.mcmc",
     },
     {"sdesolve.solve", "sdesolve.graphs"},
-    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting"},
+    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting", "sdesolve.adapters"},
     {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
-    {"sdesolve.training"},
+    {"sdesolve.training", "sdesolve.runs"},
 ]
 
 
