@@ -2,9 +2,11 @@
 
 from sdesolve import adapters as adapters
 from sdesolve import grids as grids
+from sdesolve import inverse as inverse
 from sdesolve import mcmc as mcmc
 from sdesolve import metrics as metrics
 from sdesolve import nn as nn
+from sdesolve import operators as operators
 from sdesolve import oracle as oracle
 from sdesolve.brownian import BrownianPath as BrownianPath
 from sdesolve.checkpoints import load as load
@@ -25,8 +27,14 @@ from sdesolve.reverse import ProbabilityFlow as ProbabilityFlow
 from sdesolve.reverse import ReverseSDE as ReverseSDE
 from sdesolve.sampling import sample as sample
 from sdesolve.sampling import tweedie as tweedie
+from sdesolve.scores import ClassConditional as ClassConditional
+from sdesolve.scores import ClassifierFreeGuidance as ClassifierFreeGuidance
+from sdesolve.scores import ClassifierGuidance as ClassifierGuidance
+from sdesolve.scores import EnergyScore as EnergyScore
 from sdesolve.scores import Gaussian as Gaussian
 from sdesolve.scores import GaussianMixture as GaussianMixture
+from sdesolve.scores import drop_labels as drop_labels
+from sdesolve.scores import noised_cross_entropy as noised_cross_entropy
 from sdesolve.scores.network import NetworkScore as NetworkScore
 from sdesolve.sde import ODE as ODE
 from sdesolve.sde import SDE as SDE

@@ -18,14 +18,15 @@ PUBLIC = [
     *("SDE", "ODE", "solve", "sample", "EulerMaruyama", "Milstein", "Heun", "RK4", "BrownianPath"),
     *("VP", "VE", "SubVP", "OU", "EDM", "LinearDiffusion", "ReverseSDE", "ProbabilityFlow"),
     *("Gaussian", "GaussianMixture", "NetworkScore", "DenoisingScoreMatching", "train"),
+    *("EnergyScore", "ClassConditional", "ClassifierGuidance", "ClassifierFreeGuidance", "drop_labels"),
 ]
 # A module may import from its own layer and from layers to its left. `reverse` stands left of `diffusions` because a
 # process makes its own reversal, which needs nothing of the process but drift and diffusion.
 LAYERS = [
-    {"sdesolve_kernels", "sdesolve.grids", "sdesolve.sde"},
+    {"sdesolve_kernels", "sdesolve.grids", "sdesolve.sde", "sdesolve.copies"},
     {"sdesolve.reverse", "sdesolve.brownian"},
-    {"sdesolve.diffusions", "sdesolve.nn"},
-    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors"},
+    {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.operators"},
+    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors", "sdesolve.inverse"},
     {"sdesolve.checks", "sdesolve.solution"},
     {
         "sdesolve.saving",
