@@ -1,12 +1,14 @@
 """sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
 
 from sdesolve import grids as grids
+from sdesolve import mcmc as mcmc
 from sdesolve import metrics as metrics
 from sdesolve import nn as nn
 from sdesolve import oracle as oracle
 from sdesolve.brownian import BrownianPath as BrownianPath
 from sdesolve.checkpoints import load as load
 from sdesolve.checkpoints import save as save
+from sdesolve.correctors import LangevinCorrector as LangevinCorrector
 from sdesolve.diffusions import EDM as EDM
 from sdesolve.diffusions import OU as OU
 from sdesolve.diffusions import VE as VE
@@ -16,6 +18,8 @@ from sdesolve.diffusions import LinearBeta as LinearBeta
 from sdesolve.diffusions import LinearDiffusion as LinearDiffusion
 from sdesolve.diffusions import SubVP as SubVP
 from sdesolve.losses import DenoisingScoreMatching as DenoisingScoreMatching
+from sdesolve.mcmc import AnnealedLangevin as AnnealedLangevin
+from sdesolve.mcmc import run_chain as run_chain
 from sdesolve.reverse import ProbabilityFlow as ProbabilityFlow
 from sdesolve.reverse import ReverseSDE as ReverseSDE
 from sdesolve.sampling import sample as sample
@@ -33,6 +37,7 @@ from sdesolve.solvers import DEIS as DEIS
 from sdesolve.solvers import DPM2 as DPM2
 from sdesolve.solvers import RK4 as RK4
 from sdesolve.solvers import Ancestral as Ancestral
+from sdesolve.solvers import DormandPrince as DormandPrince
 from sdesolve.solvers import DPMSolver as DPMSolver
 from sdesolve.solvers import DPMSolverPP as DPMSolverPP
 from sdesolve.solvers import DPMSolverPP2S as DPMSolverPP2S
@@ -41,6 +46,7 @@ from sdesolve.solvers import EulerMaruyama as EulerMaruyama
 from sdesolve.solvers import Heun as Heun
 from sdesolve.solvers import LinearMultistep as LinearMultistep
 from sdesolve.solvers import Milstein as Milstein
+from sdesolve.solvers import PredictorCorrector as PredictorCorrector
 from sdesolve.solvers import ReverseDiffusion as ReverseDiffusion
 from sdesolve.solvers import SASolver as SASolver
 from sdesolve.solvers import SDEDPMSolverPP as SDEDPMSolverPP

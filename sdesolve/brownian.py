@@ -62,6 +62,20 @@ class AbstractNoise(abc.ABC):
         """
 
 
+class AbstractPaths(AbstractNoise):
+    """Noise of paths that are driven, and corrected between the steps."""
+
+    @abc.abstractmethod
+    def correctors(self, draws: int) -> AbstractNoise:
+        """The noise of correctors on these paths, ``draws`` of it a step; independent of the driving noise."""
+
+
+def unit_normals(noise: AbstractNoise, k: int, x: Tensor) -> Tensor:
+    """Draw ``k`` of ``noise``: standard normals like ``x``."""
+    times = torch.tensor([k, k + 1], dtype=torch.float64)
+    return noise.increments(times, tuple(x.shape), step=k, dtype=x.dtype, device=x.device)[0]
+
+
 class Place(TypedDict):
     """Where a kernel finds the normals of one step: what all step kernels of `sdesolve_kernels` take."""
 
@@ -72,7 +86,7 @@ class Place(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class BrownianPath(AbstractNoise):
+class BrownianPath(AbstractPaths):
     r"""Brownian paths addressed by coordinates: row ``i`` of a batch is a function of ``(seed, first_path + i)``.
 
     Nothing is stored and nothing depends on batch size, order of queries, chunking, device or backend. Step ``k`` with
@@ -133,6 +147,14 @@ class BrownianPath(AbstractNoise):
     def after(self, steps: int) -> BrownianPath:
         """The same paths from ``steps`` steps later: what an integration split at a grid point goes on with."""
         return dataclasses.replace(self, first_step=self.first_step + whole_number(steps, "steps", 0))
+
+    def correctors(self, draws: int) -> BrownianPath:
+        """The corrector stream of the same paths: step ``k`` of this one has draws ``k draws ... (k + 1) draws - 1``.
+
+        It has no coarse increments: a corrector's steps are its own, whatever the grid.
+        """
+        first = self.first_step * whole_number(draws, "draws", 1)
+        return dataclasses.replace(self, stream=Stream.CORRECTOR, first_step=first, substeps=1, kind="normal")
 
     def place(self, step: int) -> Place:
         """Where the normals of step ``step`` stand, for a kernel that makes them itself.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
+from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
 STATE_DTYPES = (torch.float32, torch.float64)
@@ -27,15 +28,15 @@ def check_state(x0: Tensor, name: str = "x0") -> None:
         raise ValueError(f"{name} must be finite; row {row} holds nan or inf")
 
 
-def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
+def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> None:
     """Refuses a solver that does not converge to the solution of the SDE as declared."""
-    if not isinstance(solver, AbstractSolver):
+    if not isinstance(solver, AbstractSolver | AbstractAdaptive):
         hint = f"; did you mean {solver.__name__}()?" if isinstance(solver, type) else ""
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
     if not isinstance(sde, AbstractSDE):
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {type(sde).__name__}; wrap it in sds.SDE")
     name = type(solver).__name__
-    if not isinstance(solver, AbstractOneStep) and not isinstance(sde, AbstractSemilinear):
+    if not isinstance(solver, AbstractOneStep | AbstractAdaptive) and not isinstance(sde, AbstractSemilinear):
         raise ValueError(
             f"{name} integrates the reverse SDE or probability flow of a linear diffusion, process.reverse(score) or "
             f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "

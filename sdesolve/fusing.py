@@ -136,6 +136,8 @@ def fuse(task: Task) -> Fused | str:
 def _obstacle(task: Task) -> str:
     """Why this call cannot be fused whatever its functions are; empty if nothing stands in the way."""
     noise = task.noise
+    if not isinstance(task.solver, AbstractOneStep | AbstractTabulated):
+        return f"{type(task.solver).__name__} does more than the steps of one solver"
     if task.times.ndim == 2:
         return "there is a time grid per sample"
     if len(task.x0) == 0 or task.x0.numel() == 0:

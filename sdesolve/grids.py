@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -102,6 +102,119 @@ def exponential_steps(t0: float, t1: float, steps: int) -> Tensor:
     return _pinned(torch.where(u < 0, u.clamp(max=0).exp(), 1 + u), t0, t1)
 
 
+def quadratic(t0: float, t1: float, steps: int) -> Tensor:
+    """``t_k = (sqrt(t0) + k/steps (sqrt(t1) - sqrt(t0)))^2``: steps in proportion to ``sqrt(t)``.
+
+    For times of at least 0. Song, Meng and Ermon 2021 (appendix D.2) take it for few steps on VP.
+
+    Raises:
+        ValueError: as `uniform`; a time below zero.
+    """
+    if min(t0, t1) < 0:
+        raise ValueError(f"a quadratic grid needs times of at least 0, got t0={t0}, t1={t1}")
+    return karras(t0, t1, steps, rho=2.0)
+
+
+@runtime_checkable
+class NoiseLevels(Protocol):
+    """What a grid by noise level needs of a process; every linear diffusion has it."""
+
+    t_min: float
+    t_max: float
+
+    def log_snr(self, t: Tensor | float, /) -> Tensor:
+        """``log(alpha^2 / sigma^2)``, decreasing."""
+
+    def time_at_log_snr(self, log_snr: Tensor | float, /) -> Tensor:
+        """Its inverse."""
+
+
+def uniform_log_snr(process: NoiseLevels, steps: int, *, t0: float | None = None, t1: float | None = None) -> Tensor:
+    """Equal steps in the log-SNR ``log(alpha^2 / sigma^2)`` of ``process``, the time of exponential integrators.
+
+    On a process with ``alpha = 1`` this is `geometric` in the noise level. Lu et al. 2022, section 3.3.
+
+    Args:
+        process: a linear diffusion.
+        steps: number of steps, at least 1.
+        t0: first time, ``process.t_max`` by default.
+        t1: last time, ``process.t_min`` by default; on either side of ``t0``.
+
+    Raises:
+        ValueError: as `uniform`; a time outside ``(0, t_max]``, or between two times of the grid the log-SNR does not
+            change.
+        TypeError: ``process`` has no log-SNR that can be inverted.
+    """
+    t0, t1 = _ends(process, t0, t1)
+    u, (a, b) = _unit(t0, t1, steps), (float(process.log_snr(t)) for t in (t0, t1))
+    if not (math.isfinite(a) and math.isfinite(b)):
+        raise ValueError(
+            f"a grid in log-SNR needs times above 0, where it is finite, got t0={t0}, t1={t1}; end earlier, and add "
+            "the end with grids.with_zero"
+        )
+    return _at_log_snr(process, a + (b - a) * u, t0, t1)
+
+
+def uniform_sigma(process: NoiseLevels, steps: int, *, t0: float | None = None, t1: float | None = None) -> Tensor:
+    """Equal steps in the noise level ``sigma / alpha`` of ``process``: `karras_sigma` with ``rho = 1``.
+
+    Args:
+        process: a linear diffusion.
+        steps: number of steps, at least 1.
+        t0: first time, ``process.t_max`` by default.
+        t1: last time, ``process.t_min`` by default, 0 allowed; on either side of ``t0``.
+
+    Raises:
+        ValueError: as `karras_sigma`.
+        TypeError: likewise.
+    """
+    return karras_sigma(process, steps, t0=t0, t1=t1, rho=1.0)
+
+
+def karras_sigma(
+    process: NoiseLevels, steps: int, *, t0: float | None = None, t1: float | None = None, rho: float = 7.0
+) -> Tensor:
+    """`karras` in the noise level ``sigma / alpha`` of any process, mapped to its times.
+
+    ``sigma / alpha`` is the noise level relative to the data, which is ``sigma`` where ``alpha = 1`` and what Karras
+    et al. 2022 (table 1, eq. 5) call sigma elsewhere.
+
+    Args:
+        process: a linear diffusion.
+        steps: number of steps, at least 1.
+        t0: first time, ``process.t_max`` by default.
+        t1: last time, ``process.t_min`` by default, 0 allowed; on either side of ``t0``.
+        rho: equal steps are taken in ``(sigma / alpha)^(1 / rho)``.
+
+    Raises:
+        ValueError: as `uniform`; a time outside ``[0, t_max]``; ``rho`` not positive; or between two times of the grid
+            the noise level does not change.
+        TypeError: ``process`` has no log-SNR that can be inverted.
+    """
+    t0, t1 = _ends(process, t0, t1)
+    _unit(t0, t1, steps)
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be a positive number, got {rho}")
+    a, b = (math.exp(-0.5 * float(process.log_snr(t))) if t else 0.0 for t in (t0, t1))
+    if a == b:
+        raise ValueError(
+            f"the noise level of {type(process).__name__} is the same at t0={t0} and t1={t1}, {a}: no steps lie between"
+        )
+    return _at_log_snr(process, -2.0 * karras(a, b, steps, rho).log(), t0, t1)
+
+
+def with_zero(grid: Tensor) -> Tensor:
+    """``grid``, one of decreasing positive times, with 0 as one more time at its end.
+
+    Raises:
+        ValueError: ``grid`` is no grid of decreasing positive times.
+    """
+    grid = check_grid(grid)
+    if not bool((grid[-1] > 0).all() & (grid[0] > grid[-1]).all()):
+        raise ValueError(f"0 can end a grid of decreasing positive times, not one from {grid[0]} to {grid[-1]}")
+    return torch.cat([grid, torch.zeros_like(grid[:1])])
+
+
 def whole_number(value: Any, name: str, minimum: int) -> int:
     """``value`` as a Python integer of at least ``minimum``; refuses floats and booleans."""
     if isinstance(value, bool):
@@ -147,4 +260,28 @@ def _unit(t0: float, t1: float, steps: int) -> Tensor:
 def _pinned(grid: Tensor, t0: float, t1: float) -> Tensor:
     """The grid with end points that rounding has not touched."""
     grid[0], grid[-1] = t0, t1
+    return grid
+
+
+def _ends(process: NoiseLevels, t0: float | None, t1: float | None) -> tuple[float, float]:
+    if not isinstance(process, NoiseLevels):
+        raise TypeError(f"process must be a linear diffusion such as VP(), got {process!r}")
+    t0, t1 = process.t_max if t0 is None else float(t0), process.t_min if t1 is None else float(t1)
+    if not (min(t0, t1) >= 0.0 and max(t0, t1) <= process.t_max):
+        raise ValueError(
+            f"times of {type(process).__name__} lie within [0, t_max = {process.t_max}], got t0={t0}, t1={t1}"
+        )
+    return t0, t1
+
+
+def _at_log_snr(process: NoiseLevels, log_snr: Tensor, t0: float, t1: float) -> Tensor:
+    grid = _pinned(process.time_at_log_snr(log_snr).clone(), t0, t1)
+    dt = grid.diff() * math.copysign(1.0, t1 - t0)
+    if not bool((dt > 0).all()):  # also where nan
+        k = int((~(dt > 0)).nonzero()[0])
+        raise ValueError(
+            f"this grid does not match the process: between log-SNRs {float(log_snr[k]):.6g} and "
+            f"{float(log_snr[k + 1]):.6g} {type(process).__name__} goes from t = {float(grid[k]):.6g} to "
+            f"{float(grid[k + 1]):.6g}. Where its log-SNR hardly changes, take fewer steps or a grid in time"
+        )
     return grid

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise
-from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.sde import AbstractSDE, Noise, per_sample
 from sdesolve.solvers.base import Span
 
 SaveAt = Sequence[float] | Tensor | Literal["grid"] | None
@@ -117,6 +117,11 @@ class SavePlan:
                 b = noise.bridge(k, theta, shape, dtype=x.dtype, device=x.device)
                 chord = x + theta * (x_next - x)
                 self._keep(slot, chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b))
+
+    def fill(self, slot: int, x: Tensor, rows: Tensor) -> None:
+        """Keeps the ``rows: (batch,)`` of a state that samples reach one after another."""
+        old = self._states[slot]
+        self._states[slot] = x if old is None else torch.where(per_sample(rows, x), x, old)
 
     def states(self) -> Tensor:
         """All that was kept, ``(times, batch, *values)``, or means ``(times, *values)``."""

@@ -20,6 +20,9 @@ class Stats:
         reason: which kernel, or why no faster one.
         seed: seed of the driving noise; ``None`` for an ODE or for noise that has none.
         source: the generated kernel, if one ran.
+        accepted: with an adaptive solver, steps that each sample took, ``(batch,)``; ``steps`` is the most of any.
+        rejected: attempts that each threw away.
+        evaluations: of the drift on each sample's way; ``nfe`` counts those of the whole batch.
     """
 
     solver: str
@@ -29,6 +32,9 @@ class Stats:
     reason: str
     seed: int | None = None
     source: str | None = None
+    accepted: Tensor | None = None
+    rejected: Tensor | None = None
+    evaluations: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,17 +12,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdesolve import grids
+from sdesolve.adaptive import solve_adaptively
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
 from sdesolve.checks import check_diffusion, check_drift, check_pair, check_state
 from sdesolve.fusing import AbstractCounted, Fused, Task, fuse
 from sdesolve.saving import Observable, SaveAt, SavePlan
 from sdesolve.sde import ODE, SDE, AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
 from sdesolve.solution import DivergenceError, Solution, Stats
+from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
+from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.stepping import AbstractStepper, choose_stepper
 
 Backend = Literal["auto", "fused", "kernel", "eager"]
+_PLAIN = ("auto", "eager")
 
 # Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
 # it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.
@@ -37,7 +41,7 @@ def solve(
     t1: float | Tensor | None = None,
     steps: int | None = None,
     *,
-    solver: AbstractSolver,
+    solver: AbstractSolver | AbstractAdaptive,
     grid: Tensor | None = None,
     seed: int | None = None,
     noise: AbstractNoise | None = None,
@@ -58,7 +62,8 @@ def solve(
         t0: start time; a number, or ``(batch,)`` for a start per sample.
         t1: end time, on either side of ``t0``; likewise.
         steps: number of equal steps. Times are ``t0 + (t1 - t0) k / steps``, computed in float64 for each ``k``.
-        solver: the scheme, such as ``EulerMaruyama()``.
+        solver: the scheme, such as ``EulerMaruyama()``. An adaptive one (`DormandPrince`) takes no ``steps`` or
+            ``grid``, and ``save_at`` only as times, whose states its interpolant gives.
         grid: explicit times instead of ``t0, t1, steps``: ``(steps + 1,)`` or ``(steps + 1, batch)``, monotone.
         seed: short for ``noise=BrownianPath(seed)``. Without either, a seed is drawn from torch's default generator; it
             is in ``stats.seed``, so the run can be repeated.
@@ -86,14 +91,10 @@ def solve(
             does not converge for this calculus and noise type.
         TypeError: bad types or dtypes.
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
+        RuntimeError: an adaptive solver cannot meet its tolerances.
     """
     check_pair(solver, sde)
     check_state(x0)
-    times = _grid_of(t0, t1, steps, grid, len(x0))
-    noise = _noise_of(sde, seed, noise, increments)
-    for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     if params is not None:
         if not isinstance(sde, SDE | ODE):
             raise TypeError(
@@ -101,9 +102,25 @@ def solve(
                 "hold their parameters"
             )
         sde = sde.with_params(params)
+    if isinstance(solver, AbstractAdaptive):
+        given = any(value is not None for value in (steps, grid, observable, reduce))
+        if given or isinstance(save_at, str) or backend not in _PLAIN:
+            raise ValueError(
+                f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
+                "for states between; no steps, grid, observable, reduce or kernel backend"
+            )
+        return solve_adaptively(sde, x0, _grid_of(t0, t1, 1, None, len(x0)), solver, save_at, progress=progress)
+    times = _grid_of(t0, t1, steps, grid, len(x0))
+    random = sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
+    noise = _noise_of(random, seed, noise, increments)
+    for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     watched = _Watched(sde)
     plan = SavePlan(times, save_at, observable, moments=reduce is not None)
-    seed_used = noise.seed if isinstance(noise, BrownianPath) and sde.noise is not Noise.NONE else None
+    if plan.inside and isinstance(solver, PredictorCorrector):
+        raise ValueError("a corrected chain has states at grid points alone; save_at holds times between them")
+    seed_used = noise.seed if isinstance(noise, BrownianPath) and random else None
     why = ""
     if backend in ("auto", "fused"):
         with tqdm(total=len(times) - 1, disable=not progress, unit="step", leave=False) as bar:
@@ -311,7 +328,7 @@ def _grid_of(
 
 
 def _noise_of(
-    sde: AbstractSDE, seed: int | None, noise: AbstractNoise | None, increments: Increments | None
+    random: bool, seed: int | None, noise: AbstractNoise | None, increments: Increments | None
 ) -> AbstractNoise:
     if seed is not None and noise is not None:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
@@ -322,7 +339,7 @@ def _noise_of(
             raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
         return noise
     if seed is None:
-        seed = 0 if sde.noise is Noise.NONE else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+        seed = 0 if not random else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
     return BrownianPath(seed, kind=increments or "normal")
 
 

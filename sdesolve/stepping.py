@@ -17,10 +17,12 @@ import torch
 from sdesolve_kernels import euler_maruyama_step, linear_step
 from torch import Tensor
 
-from sdesolve.brownian import AbstractNoise, BrownianPath, Place
+from sdesolve.brownian import AbstractNoise, AbstractPaths, BrownianPath, Place
+from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver, Span
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table, row_step
 
 Memory = tuple[Tensor, ...]
@@ -199,6 +201,36 @@ class EulerStepper(AbstractStepper):
         return euler_maruyama_step(x, f, g, dt, **_place(self._noise, k))
 
 
+@final
+class CorrectedStepper(AbstractStepper):
+    """The steps of a predictor, each followed by those of a corrector at the time it has reached."""
+
+    def __init__(
+        self,
+        predictor: AbstractStepper,
+        solver: PredictorCorrector,
+        process: AbstractDiffusion,
+        field: Field,
+        times: Tensor,
+        noise: AbstractPaths,
+        x0: Tensor,
+    ) -> None:
+        self._predictor, self._corrector, self._n, self._field = predictor, solver.corrector, solver.n, field
+        self._scales = solver.corrector.scales(process, times[1:]).to(x0).unbind(0)
+        self._noise = noise.correctors(solver.n)
+        self._corrected = (process.sigma(times[1:]) > 0).reshape(len(times) - 1, -1).all(1).tolist()
+        self.backend, self.reason = predictor.backend, f"{predictor.reason}; then {solver.n} corrector step(s)"
+
+    def begin(self, first: int, times: Tensor) -> None:
+        self._predictor.begin(first, times)
+
+    def advance(self, k: int, x: Tensor, span: Span) -> Tensor:
+        x = self._predictor.advance(k, x, span)
+        for i in range(self._n if self._corrected[k] else 0):
+            x = self._corrector.correct(self._field, x, span.t1, self._scales[k], self._noise, k * self._n + i)
+        return x
+
+
 def choose_stepper(
     solver: AbstractSolver,
     sde: AbstractSDE,
@@ -228,6 +260,15 @@ def choose_stepper(
         eager: the caller wants the solver's own torch code.
     """
 
+    if isinstance(solver, PredictorCorrector):
+        predictor = choose_stepper(
+            solver.predictor, sde, field, equation, noise, times, x0, shape, elementwise=elementwise, eager=eager
+        )
+        process = reversed_diffusion(equation)
+        if not isinstance(noise, AbstractPaths):
+            raise TypeError(f"correctors take noise from a BrownianPath, not from {type(noise).__name__}")
+        solver.corrector.check(x0)
+        return CorrectedStepper(predictor, solver, process, field, times, noise, x0)
     plain = not isinstance(noise, BrownianPath) or not noise.plain
     if eager:
         why = "requested"

@@ -27,3 +27,5 @@ class Stream(enum.IntEnum):
     DEQUANTISATION = 9  # uniform noise that turns integers into densities
     DROPOUT = 10  # training: which labels are dropped
     LEVY = 11  # space-time Levy area, independent of the increments
+    ACCEPTANCE = 12  # which proposals of a Markov chain are accepted
+    VELOCITY = 13  # velocities at the start of underdamped dynamics

@@ -4,6 +4,7 @@ from sdesolve.diffusions.base import AbstractDiffusion as AbstractDiffusion
 from sdesolve.diffusions.base import Marginal as Marginal
 from sdesolve.diffusions.base import Prior as Prior
 from sdesolve.diffusions.base import Transition as Transition
+from sdesolve.diffusions.base import inverse_log_snr as inverse_log_snr
 from sdesolve.diffusions.edm import EDM as EDM
 from sdesolve.diffusions.linear import LinearDiffusion as LinearDiffusion
 from sdesolve.diffusions.ou import OU as OU

@@ -77,6 +77,14 @@ class AbstractDiffusion(AbstractLinearSDE):
     def sigma(self, t: Tensor | float) -> Tensor:
         """``sigma(t)``, the standard deviation of the noise in ``x_t``; 0 at ``t = 0``."""
 
+    @abc.abstractmethod
+    def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        """The inverse of `log_snr`: the time in ``[0, t_max]`` at which it has this value; 0 for ``inf``.
+
+        Of the shape and dtype of ``log_snr``. Meaningless below ``log_snr(t_max)``. Where there is no closed form,
+        `inverse_log_snr` finds it by bisection.
+        """
+
     @property
     @abc.abstractmethod
     def prior(self) -> Prior:
@@ -151,6 +159,22 @@ class AbstractDiffusion(AbstractLinearSDE):
     ) -> Tensor:
         """Draws start states ``(batch, *state)`` from `prior` (`Prior.sample`)."""
         return self.prior.sample(shape, seed=seed, first_path=first_path, dtype=dtype, device=device)
+
+
+def inverse_log_snr(process: AbstractDiffusion, log_snr: Tensor | float) -> Tensor:
+    """The time in ``[0, t_max]`` at which the log-SNR of ``process`` has this value, by bisection in float64.
+
+    Exact to the last bit that ``process.log_snr`` resolves; 0 where the value is above all others, ``t_max`` where it
+    is below them. Waits for the device, if ``log_snr`` is not on the host.
+    """
+    log_snr = as_time(log_snr)
+    low, high = torch.zeros_like(log_snr, dtype=torch.float64), torch.full_like(log_snr, process.t_max).double()
+    while True:
+        middle = 0.5 * (low + high)
+        if not bool(((middle > low) & (middle < high)).any()):
+            return high.where(log_snr < math.inf, 0.0).to(log_snr.dtype)
+        noisier = process.log_snr(middle) < log_snr
+        low, high = low.where(noisier, middle), high.where(~noisier, middle)
 
 
 def as_time(t: Tensor | float) -> Tensor:

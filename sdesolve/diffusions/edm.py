@@ -31,6 +31,9 @@ class EDM(AbstractDiffusion):
     def sigma(self, t: Tensor | float) -> Tensor:
         return as_time(t).clone()
 
+    def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        return (-0.5 * as_time(log_snr)).exp()
+
     def drift_rate(self, t: Tensor | float) -> Tensor:
         return torch.zeros_like(as_time(t))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_times
+from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_times, inverse_log_snr
 
 
 @final
@@ -51,6 +51,9 @@ class LinearDiffusion(AbstractDiffusion):
 
     def sigma(self, t: Tensor | float) -> Tensor:
         return self._sigma(as_time(t))
+
+    def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        return inverse_log_snr(self, log_snr)
 
     def drift_rate(self, t: Tensor | float) -> Tensor:
         value, slope = _value_and_slope(self._alpha, as_time(t))

@@ -40,6 +40,10 @@ class OU(AbstractDiffusion):
     def sigma(self, t: Tensor | float) -> Tensor:
         return self.scale / math.sqrt(2.0 * self.rate) * (-torch.expm1(-2.0 * self.rate * as_time(t))).sqrt()
 
+    def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        # sigma^2 / alpha^2 = scale^2 / (2 rate) (exp(2 rate t) - 1)
+        return torch.log1p((-as_time(log_snr)).exp() * (2.0 * self.rate / self.scale**2)) / (2.0 * self.rate)
+
     def drift_rate(self, t: Tensor | float) -> Tensor:
         return torch.full_like(as_time(t), -self.rate)
 

@@ -35,6 +35,10 @@ class SubVP(AbstractDiffusion):
     def sigma(self, t: Tensor | float) -> Tensor:
         return -torch.expm1(-self.schedule.integral(as_time(t)))
 
+    def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        # sigma / alpha = 2 sinh(B / 2)
+        return self.schedule.time_at_integral(2.0 * (0.5 * (-0.5 * as_time(log_snr)).exp()).asinh())
+
     def drift_rate(self, t: Tensor | float) -> Tensor:
         return -0.5 * self.schedule.beta(as_time(t))
 

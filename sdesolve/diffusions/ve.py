@@ -43,6 +43,10 @@ class VE(AbstractDiffusion):
         t = as_time(t)
         return (self.sigma_min * torch.expm1(self._exponent(t)).sqrt()).to(t.dtype)
 
+    def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        # sigma^2 / sigma_min^2 = r^(2t) - 1
+        return torch.log1p((-as_time(log_snr)).exp() / self.sigma_min**2) / (2.0 * self._log_ratio)
+
     def drift_rate(self, t: Tensor | float) -> Tensor:
         return torch.zeros_like(as_time(t))
 

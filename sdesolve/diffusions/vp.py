@@ -27,6 +27,10 @@ class BetaSchedule(abc.ABC):
     def integral(self, t: Tensor) -> Tensor:
         """``B(t)``, accurate relative to its own size as ``t -> 0``."""
 
+    @abc.abstractmethod
+    def time_at_integral(self, integral: Tensor) -> Tensor:
+        """The inverse of `integral`: the time ``t >= 0`` with ``B(t)`` of this value."""
+
 
 @final
 class LinearBeta(BetaSchedule):
@@ -50,6 +54,10 @@ class LinearBeta(BetaSchedule):
 
     def integral(self, t: Tensor) -> Tensor:
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
+
+    def time_at_integral(self, integral: Tensor) -> Tensor:
+        slope = self.beta_max - self.beta_min
+        return 2.0 * integral / (self.beta_min + (self.beta_min**2 + 2.0 * slope * integral).sqrt())
 
 
 @final
@@ -84,6 +92,15 @@ class CosineBeta(BetaSchedule):
             v < 0.5, -torch.log1p(-v.clamp(max=0.5)), -2.0 * (self._angle_left(t).sin() / a0.cos()).log()
         )
 
+    def time_at_integral(self, integral: Tensor) -> Tensor:
+        # cos a = alpha cos a(0), so that sin^2 a - sin^2 a(0) = v = (1 - alpha^2) cos^2 a(0), which is also
+        # sin(a - a(0)) sin(a + a(0)): the form of the difference that does not cancel near 0.
+        a0 = 0.5 * math.pi * self.s / (1 + self.s)
+        v = -torch.expm1(-integral) * math.cos(a0) ** 2
+        a = torch.atan2((math.sin(a0) ** 2 + v).sqrt(), (-0.5 * integral).exp() * math.cos(a0))
+        near = (v / (a + a0).sin()).clamp(max=0.5).asin()
+        return near.where(a - a0 < 0.5, a - a0) * (2.0 * (1 + self.s) / math.pi)
+
     def _angle(self, t: Tensor) -> Tensor:
         return 0.5 * math.pi * (t + self.s) / (1 + self.s)
 
@@ -114,6 +131,10 @@ class VP(AbstractDiffusion):
 
     def sigma(self, t: Tensor | float) -> Tensor:
         return (-torch.expm1(-self.schedule.integral(as_time(t)))).sqrt()
+
+    def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
+        # sigma^2 / alpha^2 = exp(B) - 1
+        return self.schedule.time_at_integral(torch.log1p((-as_time(log_snr)).exp()))
 
     def drift_rate(self, t: Tensor | float) -> Tensor:
         return -0.5 * self.schedule.beta(as_time(t))

@@ -78,6 +78,14 @@ class GaussianMixture(AbstractData):
         )
 
     @property
+    def covs(self) -> Tensor:
+        """Covariances of the components over the flattened state, ``(K, d, d)``, float64."""
+        values, vectors = self._spectra
+        d = self.means[0].numel()
+        scaled = values.expand(len(self.means), d)
+        return torch.diag_embed(scaled) if vectors is None else vectors @ (scaled.unsqueeze(-1) * vectors.mT)
+
+    @property
     def has_density(self) -> bool:
         return bool((self._spectra.values > 0).all())
 

@@ -2,11 +2,13 @@
 
 from sdesolve.solvers.adams import DEIS as DEIS
 from sdesolve.solvers.adams import LinearMultistep as LinearMultistep
+from sdesolve.solvers.adaptive import AbstractAdaptive as AbstractAdaptive
 from sdesolve.solvers.ancestral import Ancestral as Ancestral
 from sdesolve.solvers.base import AbstractOneStep as AbstractOneStep
 from sdesolve.solvers.base import AbstractSolver as AbstractSolver
 from sdesolve.solvers.base import Span as Span
 from sdesolve.solvers.ddim import DDIM as DDIM
+from sdesolve.solvers.dormand_prince import DormandPrince as DormandPrince
 from sdesolve.solvers.dpm_solver import DPMSolver as DPMSolver
 from sdesolve.solvers.dpm_solver_pp import DPMSolverPP as DPMSolverPP
 from sdesolve.solvers.dpm_solver_pp import SDEDPMSolverPP as SDEDPMSolverPP
@@ -17,6 +19,7 @@ from sdesolve.solvers.edm import EDMHeun as EDMHeun
 from sdesolve.solvers.euler_maruyama import EulerMaruyama as EulerMaruyama
 from sdesolve.solvers.heun import Heun as Heun
 from sdesolve.solvers.milstein import Milstein as Milstein
+from sdesolve.solvers.predictor_corrector import PredictorCorrector as PredictorCorrector
 from sdesolve.solvers.reverse_diffusion import ReverseDiffusion as ReverseDiffusion
 from sdesolve.solvers.rk4 import RK4 as RK4
 from sdesolve.solvers.sa_solver import SASolver as SASolver

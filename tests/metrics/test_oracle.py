@@ -123,7 +123,7 @@ def test_many_rows_go_through_in_blocks(monkeypatch):
     law, process = normal_law(), VP()
     sde, start = process.reverse(law.score(process)), law.moments(process, 1.0)
     one = chain_moments(sde, EulerMaruyama(), process.time_grid(15), *start)
-    monkeypatch.setattr("sdesolve.oracle._BLOCK_ELEMENTS", 10)
+    monkeypatch.setattr("sdesolve.oracle.moments._BLOCK_ELEMENTS", 10)
     many = chain_moments(sde, EulerMaruyama(), process.time_grid(15), *start)
     torch.testing.assert_close(one.cov, many.cov)
     torch.testing.assert_close(one.mean, many.mean)

@@ -1,0 +1,181 @@
+"""Integration with steps that each sample chooses for itself."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdesolve.checks import check_drift
+from sdesolve.saving import SaveAt, SavePlan
+from sdesolve.sde import AbstractSDE, per_sample
+from sdesolve.solution import DivergenceError, Solution, Stats
+from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt
+
+_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
+
+
+class Arrival(NamedTuple):
+    """Where samples arrived, and what it took.
+
+    Attributes:
+        x: ``(batch, *state)``.
+        accepted: steps that each sample took, ``(batch,)``.
+        rejected: attempts that each threw away, ``(batch,)``.
+        evaluations: drift evaluations on each one's way, ``(batch,)``.
+        calls: drift evaluations of the whole batch.
+    """
+
+    x: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    evaluations: Tensor
+    calls: int
+
+
+def solve_adaptively(
+    sde: AbstractSDE, x0: Tensor, ends: Tensor, solver: AbstractAdaptive, save_at: SaveAt, *, progress: bool
+) -> Solution:
+    """The solution from the first to the last of ``ends``, ``(2,)`` or ``(2, batch)``; raises what `integrate` does."""
+    plan = SavePlan(ends, save_at)
+    plan.at_grid_point(0, x0)
+    t0, t1 = (t.expand(len(x0)) for t in ends)
+    arrival = integrate(sde, solver, x0, t0, t1, plan, progress=progress)
+    plan.at_grid_point(1, arrival.x)
+    stats = Stats(
+        solver=type(solver).__name__,
+        steps=int(arrival.accepted.amax()) if len(x0) else 0,
+        nfe=arrival.calls,
+        backend="eager",
+        reason="steps differ between samples",
+        accepted=arrival.accepted,
+        rejected=arrival.rejected,
+        evaluations=arrival.evaluations,
+    )
+    return Solution(x1=arrival.x, ts=plan.ts, xs=plan.states(), stats=stats)
+
+
+def integrate(
+    sde: AbstractSDE, solver: AbstractAdaptive, x: Tensor, t0: Tensor, t1: Tensor, plan: SavePlan, *, progress: bool
+) -> Arrival:
+    """Takes every sample from its ``t0`` to its ``t1``; both ``(batch,)``, float64.
+
+    Samples that have arrived stay in the batch, standing still: rows keep their places, so that a drift may know what
+    belongs to which (labels, say).
+
+    Raises:
+        ValueError: tolerances below the resolution of the state's dtype.
+        DivergenceError: the drift is not finite at the start.
+        RuntimeError: a sample needs steps below the resolution of its time, or more than ``max_steps``.
+    """
+    eps = torch.finfo(x.dtype).eps
+    if solver.rtol < 10 * eps:
+        raise ValueError(
+            f"rtol={solver.rtol:.3g} is below what {x.dtype} resolves: take at least {10 * eps:.2g}, or a float64 state"
+        )
+    drift = _Drift(sde)
+    t = t0.to(x.device)
+    t1 = t1.to(t)
+    slope = drift(x, t)
+    check_drift(slope, x, t)
+    _refuse_nonfinite(slope, t)
+    h = _first_step(drift, solver, x, slope, t, t1)
+    accepted, rejected = torch.zeros_like(t, dtype=torch.int64), torch.zeros_like(t, dtype=torch.int64)
+    starts, held = drift.calls, torch.zeros_like(t, dtype=torch.bool)  # held: the last attempt was rejected
+    with tqdm(disable=not progress, unit="attempt", leave=False) as bar:
+        while bool((active := t != t1).any()):
+            t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
+            dt = t_next - t
+            attempt = solver.attempt(drift, x, slope, t, dt)
+            error = _norm(attempt.error, _scale(solver, torch.maximum(x.abs(), attempt.x.abs())))
+            good = active & (error < 1.0)  # nan is not
+            _save(plan, solver, x, attempt, t, t_next, good)
+            x, slope, t = _chosen(good, attempt.x, x), _chosen(good, attempt.slopes[-1], slope), t_next.where(good, t)
+            accepted, rejected = accepted + good, rejected + (active & ~good)
+
+            growth = (_SAFETY * error ** (-1.0 / solver.error_order)).nan_to_num(_SHRINK).clamp(_SHRINK, _GROW)
+            h = (dt.abs() * torch.where(held | ~good, growth.clamp(max=1.0), growth)).where(active, h)
+            held = active & ~good
+            late = (accepted + rejected >= solver.max_steps) & (t != t1)
+            _refuse(solver, (held & (h < 10 * eps * t.abs())) | late, t, error)
+            h = torch.maximum(h, 1e-15 * t.abs())  # a step that leaves t where it is would be repeated for ever
+            bar.update()
+    return Arrival(x, accepted, rejected, starts + solver.evaluations * (accepted + rejected), drift.calls)
+
+
+@final
+class _Drift:
+    """``f(x, t)`` at float64 times, counted."""
+
+    def __init__(self, sde: AbstractSDE) -> None:
+        self._sde, self.calls = sde, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self._sde.drift(x, t.to(x.dtype))
+
+
+def _first_step(drift: _Drift, solver: AbstractAdaptive, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+    """Starting step sizes: Hairer, Norsett and Wanner 1993, section II.4, for each sample."""
+    length = (t1 - t0).abs()
+    scale = _scale(solver, x.abs())
+    d0, d1 = _norm(x, scale), _norm(slope, scale)
+    h = torch.minimum(torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1), length)
+    step = h.copysign(t1 - t0)
+    bent = drift(x + per_sample(step.to(x.dtype), x) * slope, t0 + step)
+    steepest = torch.maximum(d1, (_norm(bent - slope, scale) / h).nan_to_num(math.inf))
+    other = torch.where(steepest <= 1e-15, (1e-3 * h).clamp(min=1e-6), (0.01 / steepest) ** (1.0 / solver.error_order))
+    return torch.minimum(torch.minimum(100.0 * h, other), length).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _scale(solver: AbstractAdaptive, size: Tensor) -> Tensor:
+    return solver.atol + solver.rtol * size.detach()
+
+
+def _norm(v: Tensor, scale: Tensor) -> Tensor:
+    """Root mean square of ``v / scale`` over the state, ``(batch,)``, float64."""
+    d = math.prod(v.shape[1:])
+    return ((v.detach() / scale).double().reshape(len(v), d).square().sum(1) / max(d, 1)).sqrt()
+
+
+def _chosen(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(per_sample(mask, a), a, b)
+
+
+def _save(
+    plan: SavePlan, solver: AbstractAdaptive, x: Tensor, attempt: Attempt, t: Tensor, t_next: Tensor, good: Tensor
+) -> None:
+    """Keeps what the accepted steps reached or passed of the times in the plan."""
+    for slot in (slot for slot, _ in plan.inside.get(0, ())):
+        time = float(plan.ts[slot])
+        here = good & (((t < time) & (time <= t_next)) | ((t_next <= time) & (time < t)))
+        if bool(here.any()):
+            theta = ((time - t) / (t_next - t)).where(here, 1.0)
+            plan.fill(slot, solver.between(x, attempt, t_next - t, theta), here)
+
+
+def _refuse_nonfinite(slope: Tensor, t: Tensor) -> None:
+    bad = ~slope.detach().isfinite().reshape(len(slope), math.prod(slope.shape[1:])).all(1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise DivergenceError(
+            f"the drift is not finite at the start, t = {float(t[row]):.6g}, for sample {row} and "
+            f"{int(bad.sum()) - 1} more",
+            step=0,
+            time=float(t[row]),
+            path=row,
+        )
+
+
+def _refuse(solver: AbstractAdaptive, stuck: Tensor, t: Tensor, error: Tensor) -> None:
+    if bool(stuck.any()):
+        row = int(stuck.nonzero()[0])
+        what = "it may be stiff or singular there" if math.isfinite(error[row]) else "its drift is not finite there"
+        raise RuntimeError(
+            f"the equation of sample {row} cannot be taken further than t = {float(t[row]):.6g} in "
+            f"max_steps={solver.max_steps} steps that its time can resolve ({int(stuck.sum()) - 1} more samples are "
+            f"stuck): {what}, or the tolerances are too tight (rtol={solver.rtol:.3g}, atol={solver.atol:.3g})"
+        )

@@ -1,0 +1,172 @@
+"""What the oracle takes for a sampler, and how it looks at one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor
+
+from sdesolve.brownian import AbstractNoise
+from sdesolve.correctors import AbstractCorrector
+from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.oracle.inputs import Constant, Numbers, OracleNoise, Silence
+from sdesolve.reverse import Score
+from sdesolve.scores.mixture import GaussianMixture
+from sdesolve.sde import Calculus, Noise
+from sdesolve.solve import solve
+from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.predictor_corrector import PredictorCorrector
+
+_SAME = 1e-9  # of the size of the states
+
+
+class Sampler(Protocol):
+    """Any sampler, of this library or not, as the oracle runs it."""
+
+    def __call__(
+        self, process: AbstractDiffusion, score: Score, x: Tensor, grid: Tensor, noise: OracleNoise, /
+    ) -> Tensor:
+        """States at the end of ``grid`` from states ``x`` at its start.
+
+        Args:
+            process: the forward diffusion.
+            score: ``grad_x log p_t(x)``, a function of ``(x, t)``.
+            x: ``(rows, *state)``, float64; each row must go its own way.
+            grid: decreasing times ``(steps + 1,)``, float64.
+            noise: call it for standard normals of the shape of ``x``, new ones at each call.
+        """
+
+
+@final
+class SolverSampler:
+    """A solver of this library as a `Sampler`."""
+
+    def __init__(self, solver: AbstractSolver, stochasticity: float | None = None) -> None:
+        if not isinstance(solver, AbstractSolver):
+            raise TypeError(f"solver must be a fixed-step solver such as EulerMaruyama(), got {solver!r}")
+        if stochasticity is None:
+            stochasticity = solver.stochasticity
+        if stochasticity is None:
+            stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
+        self.solver, self.stochasticity = solver, stochasticity
+
+    def __call__(
+        self, process: AbstractDiffusion, score: Score, x: Tensor, grid: Tensor, noise: AbstractNoise, /
+    ) -> Tensor:
+        q = self.stochasticity
+        sde = process.probability_flow(score) if q == 0 else process.reverse(score, q)
+        return solve(sde, x, grid=grid, solver=self.solver, noise=noise, backend="eager").x1
+
+
+def as_sampler(solver: AbstractSolver, stochasticity: float | None = None) -> SolverSampler:
+    """The sampler that a solver makes of a reverse SDE or, with ``stochasticity = 0``, of the probability flow.
+
+    Args:
+        solver: a fixed-step solver.
+        stochasticity: as `sample`; by default what the solver is made for.
+
+    Raises:
+        TypeError: not such a solver.
+    """
+    return SolverSampler(solver, stochasticity)
+
+
+def is_deterministic(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> bool:
+    """Whether a run of ``sampler`` asks for no noise."""
+    heard = Silence()
+    x = torch.ones(1, *data.state_shape, dtype=torch.float64)
+    sampler(process, data.score(process), x, grid, OracleNoise(heard, tuple(x.shape)))
+    return not heard.draws
+
+
+class Step(NamedTuple):
+    """One step as a Gaussian transition, ``x' ~ N(mean, std^2 I)``.
+
+    Attributes:
+        mean: ``(rows, *state)`` for the states the step was looked at.
+        std: of the noise, the same for all states.
+    """
+
+    mean: Tensor
+    std: float
+
+
+Look = Callable[[Tensor], Step]
+
+
+def gaussian_steps(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> Iterator[Look]:
+    """Each step of ``sampler`` in turn, as a function that looks at it from given states.
+
+    Raises:
+        ValueError: the sampler's steps are not Gaussian transitions: they remember earlier ones, draw more than once,
+            or their noise goes through the score.
+    """
+    score = data.score(process)
+    corrector, draws = None, 1
+    if isinstance(sampler, SolverSampler) and isinstance(sampler.solver, PredictorCorrector):
+        corrector, draws = sampler.solver.corrector, sampler.solver.n
+        sampler = SolverSampler(sampler.solver.predictor, sampler.stochasticity)
+    _check_memoryless(sampler, process, data, grid)
+    for k in range(len(grid) - 1):
+        yield _looked_at(sampler, process, score, grid[k : k + 2])
+        if corrector is not None and float(process.sigma(grid[k + 1])) > 0:
+            for _ in range(draws):
+                yield _corrected(corrector, process, score, grid[k + 1])
+
+
+def _looked_at(sampler: Sampler, process: AbstractDiffusion, score: Score, grid: Tensor) -> Look:
+    def run(x: Tensor, numbers: Numbers) -> Tensor:
+        return sampler(process, score, x, grid, OracleNoise(numbers, tuple(x.shape)))
+
+    def look(x: Tensor) -> Step:
+        heard = Silence()
+        mean = run(x, heard)
+        if sum(heard.draws.values()) > 1:
+            raise ValueError(f"this sampler draws noise {sum(heard.draws.values())} times a step; {_EXPECTED}")
+        return _step(mean, [run(x, Constant(z)) for z in (1.0, -2.0)])
+
+    return look
+
+
+def _corrected(corrector: AbstractCorrector, process: AbstractDiffusion, score: Score, t: Tensor) -> Look:
+    scale = corrector.scales(process, t[None])[0]
+
+    def run(x: Tensor, numbers: Numbers) -> Tensor:
+        return corrector.correct(score, x, t, scale, OracleNoise(numbers, tuple(x.shape)), 0)
+
+    def look(x: Tensor) -> Step:
+        return _step(run(x, Silence()), [run(x, Constant(z)) for z in (1.0, -2.0)])
+
+    return look
+
+
+def _step(mean: Tensor, shifted: list[Tensor]) -> Step:
+    by_one, by_two = ((y - mean) / z for y, z in zip(shifted, (1.0, -2.0), strict=True))
+    std = by_one.flatten()[0]
+    if not bool(((torch.stack([by_one, by_two]) - std).abs() <= _SAME * (std.abs() + mean.abs().amax())).all()):
+        raise ValueError(f"the noise in a step of this sampler depends on the state; {_EXPECTED}")
+    return Step(mean, abs(float(std)))
+
+
+def _check_memoryless(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> None:
+    score, d = data.score(process), data.means[0].numel()
+    x = float(process.sigma(grid[0])) * torch.linspace(-1.0, 1.0, 3 * d, dtype=torch.float64).reshape(
+        3, *data.state_shape
+    )
+
+    def run(x: Tensor, times: Tensor) -> Tensor:
+        return sampler(process, score, x, times, OracleNoise(Silence(), tuple(x.shape)))
+
+    whole, parts = run(x, grid), x
+    for k in range(len(grid) - 1):
+        parts = run(parts, grid[k : k + 2])
+    if not bool(((whole - parts).abs() <= 1e-6 * (whole.abs() + 1e-3)).all()):
+        raise ValueError(f"the steps of this sampler depend on earlier ones or on the whole grid; {_EXPECTED}")
+
+
+_EXPECTED = (
+    "on mixtures the oracle knows deterministic samplers, and ones whose steps are x' = m(x) + c z each for itself, "
+    "such as EulerMaruyama or Ancestral. On Gaussian data it knows all"
+)

@@ -1,0 +1,220 @@
+"""Adaptive Runge-Kutta: against scipy's, against closed forms, and each sample for itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+
+from sdesolve import ODE, SDE, VP, DivergenceError, DormandPrince, Gaussian, GaussianMixture, solve
+from sdesolve.diffusions import EDM
+
+DATA = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), 0.3)
+
+
+def flow():
+    return VP().probability_flow(DATA.score(VP()))
+
+
+def oscillator():
+    """Van der Pol's, mildly stiff: steps differ along the way and between samples."""
+    return ODE(lambda x, t: torch.stack([x[:, 1], 3 * (1 - x[:, 0] ** 2) * x[:, 1] - x[:, 0]], 1))
+
+
+def start(n: int) -> torch.Tensor:
+    return torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("ode", "t0", "t1"),
+    [(flow(), 1.0, 1e-3), (flow(), 1e-3, 1.0), (oscillator(), 0.0, 6.0)],
+    ids=["flow down", "flow up", "van der pol"],
+)
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-8])
+def test_every_sample_takes_the_steps_that_scipy_takes_for_it_alone(ode, t0, t1, tolerance):
+    """scipy's RK45 has the same pair, error norm and step control, and knows one sample only."""
+    x0, ts = start(4), np.linspace(t0, t1, 7)
+    sol = solve(ode, x0, t0, t1, solver=DormandPrince(tolerance, tolerance), save_at=ts[1:])
+    for i, x in enumerate(x0.numpy()):
+
+        def drift(t, y):
+            return ode.drift(torch.tensor(y)[None], torch.tensor([t], dtype=torch.float64))[0].numpy()
+
+        peer = solve_ivp(drift, (t0, t1), x, rtol=tolerance, atol=tolerance, dense_output=True)
+        assert int(sol.stats.evaluations[i]) == peer.nfev
+        assert int(sol.stats.accepted[i]) == len(peer.t) - 1
+        np.testing.assert_allclose(sol.x1[i].numpy(), peer.y[:, -1], rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(sol.xs[:, i].numpy(), peer.sol(ts[1:]).T, rtol=1e-9, atol=1e-10)
+    assert sol.stats.nfe == int(sol.stats.evaluations.max())
+    assert len(set(sol.stats.accepted.tolist())) > 1
+
+
+@pytest.mark.parametrize("process", [VP(), EDM(sigma_max=20.0)], ids=["vp", "edm"])
+def test_the_flow_of_gaussian_data(process):
+    law = Gaussian(torch.tensor([1.0, -0.5]), torch.tensor([[1.0, 0.6], [0.6, 0.5]]))
+    x0 = process.sample_prior((64, 2), seed=0, dtype=torch.float64)
+    exact = law.flow(process)(x0, process.t_max, process.t_min)
+    errors = []
+    for tolerance in (1e-4, 1e-6, 1e-8):
+        there = solve(
+            process.probability_flow(law.score(process)),
+            x0,
+            process.t_max,
+            process.t_min,
+            solver=DormandPrince(tolerance, tolerance),
+        ).x1
+        errors.append(float((there - exact).abs().max()))
+        assert errors[-1] < 100 * tolerance
+    assert errors[0] > 20 * errors[1] > 400 * errors[2]
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    """Trap 18: with an error norm over the batch, a sample takes other steps in company than alone."""
+    x0 = 4.0 * start(12)
+    solver = DormandPrince(1e-6, 1e-8)
+    batch = solve(oscillator(), x0, 0.0, 6.0, solver=solver)
+    for i in range(12):
+        alone = solve(oscillator(), x0[i : i + 1], 0.0, 6.0, solver=solver)
+        assert torch.equal(alone.x1[0], batch.x1[i])
+        assert int(alone.stats.accepted[0]) == int(batch.stats.accepted[i])
+        assert int(alone.stats.rejected[0]) == int(batch.stats.rejected[i])
+    assert len(set(batch.stats.accepted.tolist())) > 2
+    spoilt = x0.clone()
+    spoilt[0] *= 4  # stiff: many more steps
+    assert torch.equal(
+        solve(oscillator(), spoilt, 0.0, 1.0, solver=solver).x1[1:],
+        solve(oscillator(), x0, 0.0, 1.0, solver=solver).x1[1:],
+    )
+
+
+def test_each_sample_has_its_own_interval_and_direction():
+    t0, t1 = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, -1.0, 5.0])
+    x0 = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    sol = solve(ODE(lambda x, t: -x), x0, t0, t1, solver=DormandPrince(1e-10, 1e-12))
+    torch.testing.assert_close(sol.x1, x0 * (t0 - t1).double().exp(), rtol=1e-8, atol=0)
+    assert sol.ts.shape == (1, 3)
+
+
+def test_labels_stay_with_their_rows():
+    rates = torch.tensor([0.1, 30.0, 1.0], dtype=torch.float64)
+    x = solve(
+        ODE(lambda x, t: -rates * x), torch.ones(3, dtype=torch.float64), 0.0, 1.0, solver=DormandPrince(1e-9, 1e-12)
+    ).x1
+    torch.testing.assert_close(x, (-rates).exp(), rtol=1e-6, atol=1e-11)
+
+
+def test_orders_of_the_step_and_of_the_states_within_it():
+    """One step of size h on a nonlinear equation with known solution: errors h^6 at its end, h^5 inside."""
+    solver = DormandPrince()
+    inside, ends, estimates = [], [], []
+    for h in (0.08, 0.04, 0.02):
+        x, t = torch.ones(1, dtype=torch.float64), torch.full((1,), 1.0, dtype=torch.float64)
+
+        def drift(x, t):
+            return -2 * t * x * x  # x = 1 / t^2
+
+        dt = torch.full_like(t, h)
+        attempt = solver.attempt(drift, x, drift(x, t), t, dt)
+        ends.append(float((attempt.x - (t + dt) ** -2).abs()))
+        estimates.append(float(attempt.error.abs()))
+        inside.append(
+            max(
+                float((solver.between(x, attempt, dt, torch.full_like(t, u)) - (t + u * dt) ** -2).abs())
+                for u in (0.2, 0.5, 0.8)
+            )
+        )
+    for errors, order in ((ends, 6), (estimates, 5), (inside, 5)):
+        assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.5)
+
+
+def test_asking_for_states_changes_nothing_else():
+    x0 = start(5)
+    bare = solve(flow(), x0, 1.0, 0.01, solver=DormandPrince())
+    kept = solve(flow(), x0, 1.0, 0.01, solver=DormandPrince(), save_at=[1.0, 0.9, 0.5, 0.05, 0.01])
+    assert torch.equal(bare.x1, kept.x1)
+    assert torch.equal(kept.xs[0], x0)
+    assert torch.equal(kept.xs[-1], kept.x1)
+    assert torch.equal(bare.stats.accepted, kept.stats.accepted)
+    between = solve(flow(), x0, 1.0, 0.05, solver=DormandPrince(1e-10, 1e-10)).x1
+    torch.testing.assert_close(kept.xs[3], between, rtol=0, atol=1e-3)
+
+
+def test_there_and_back():
+    x0 = DATA.sample(32, seed=0, dtype=torch.float64)
+    solver = DormandPrince(1e-9, 1e-9)
+    noise = solve(flow(), x0, 1e-3, 1.0, solver=solver).x1
+    torch.testing.assert_close(solve(flow(), noise, 1.0, 1e-3, solver=solver).x1, x0, rtol=0, atol=1e-5)
+
+
+def test_gradients_pass_through_the_accepted_steps():
+    rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x0 = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    x1 = solve(ODE(lambda x, t: -rate * x), x0, 0.0, 2.0, solver=DormandPrince(1e-9, 1e-12)).x1
+    grads = torch.autograd.grad(x1.sum(), [x0, rate])
+    decay = math.exp(-1.4)
+    torch.testing.assert_close(grads[0], torch.full((2,), decay, dtype=torch.float64), rtol=1e-7, atol=0)
+    assert float(grads[1]) == pytest.approx(-2 * 3 * decay, rel=1e-6)
+
+
+def test_shapes_and_dtypes():
+    for shape in ((0, 3), (4,), (2, 3, 2, 2), (3, 0)):
+        for dtype in (torch.float32, torch.float64):
+            sol = solve(ODE(lambda x, t: -x), torch.ones(shape, dtype=dtype), 0.0, 1.0, solver=DormandPrince())
+            torch.testing.assert_close(sol.x1, torch.full(shape, math.exp(-1), dtype=dtype), rtol=0, atol=1e-4)
+            assert sol.x1.dtype == dtype
+
+
+def test_what_cannot_be_solved():
+    x0, solver = torch.ones(3, 1, dtype=torch.float64), DormandPrince()
+    with pytest.raises(DivergenceError, match="not finite at the start, t = 0, for sample 1 and 0 more") as caught:
+        solve(ODE(lambda x, t: x / torch.tensor([[1.0], [0.0], [1.0]])), x0, 0.0, 1.0, solver=solver)
+    assert (caught.value.step, caught.value.path) == (0, 1)
+    with pytest.raises(RuntimeError, match=r"equation of sample 0 cannot be taken further than t = 1 .*stiff or sing"):
+        solve(ODE(lambda x, t: x * x), x0, 0.0, 2.0, solver=solver)  # 1 / (1 - t)
+    with pytest.raises(RuntimeError, match="in max_steps=7 steps"):
+        solve(oscillator(), start(3), 0.0, 50.0, solver=DormandPrince(max_steps=7))
+    with pytest.raises(RuntimeError, match=r"t = 0.5.*drift is not finite"):
+        solve(ODE(lambda x, t: x * (0.5 - t).reshape(-1, 1).sqrt()), x0, 0.0, 1.0, solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: solve(flow(), start(1), 1.0, 0.1, 10, solver=DormandPrince()), ValueError, "chooses its own steps"),
+        (
+            lambda: solve(flow(), start(1), grid=torch.tensor([1.0, 0.1]), solver=DormandPrince()),
+            ValueError,
+            "own steps",
+        ),
+        (lambda: solve(flow(), start(1), 1.0, 0.1, solver=DormandPrince(), save_at="grid"), ValueError, "save_at"),
+        (lambda: solve(flow(), start(1), 1.0, 0.1, solver=DormandPrince(), save_at=[2.0]), ValueError, "outside"),
+        (lambda: solve(flow(), start(1), 1.0, solver=DormandPrince()), ValueError, "missing: t1"),
+        (lambda: solve(flow(), start(1), 1.0, 1.0, solver=DormandPrince()), ValueError, "must differ"),
+        (
+            lambda: solve(flow(), start(1), 1.0, 0.1, solver=DormandPrince(), backend="fused"),
+            ValueError,
+            "kernel backend",
+        ),
+        (lambda: solve(flow(), start(1).float(), 1.0, 0.1, solver=DormandPrince(1e-9)), ValueError, "float32 resolves"),
+        (
+            lambda: solve(SDE(lambda x, t: x, lambda x, t: x), start(1), 0.0, 1.0, solver=DormandPrince()),
+            ValueError,
+            "ODEs",
+        ),
+        (lambda: DormandPrince(rtol=0.0), ValueError, "rtol > 0"),
+        (lambda: DormandPrince(atol=-1.0), ValueError, "atol >= 0"),
+        (lambda: DormandPrince(max_steps=0), ValueError, "max_steps must be at least 1"),
+        (lambda: DormandPrince(max_steps=1.5), TypeError, "must be an integer"),
+        (
+            lambda: solve(ODE(lambda x, t: x[:, :1]), start(1), 0.0, 1.0, solver=DormandPrince()),
+            ValueError,
+            "drift must return",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
