@@ -6,6 +6,8 @@ from sdesolve import metrics as metrics
 from sdesolve import nn as nn
 from sdesolve import oracle as oracle
 from sdesolve.brownian import BrownianPath as BrownianPath
+from sdesolve.chain_objectives import ChainBound as ChainBound
+from sdesolve.chain_objectives import SimpleChainLoss as SimpleChainLoss
 from sdesolve.chains import DDPM as DDPM
 from sdesolve.chains import SMLD as SMLD
 from sdesolve.chains import ChainScore as ChainScore
@@ -37,6 +39,10 @@ from sdesolve.reverse import ProbabilityFlow as ProbabilityFlow
 from sdesolve.reverse import ReverseSDE as ReverseSDE
 from sdesolve.sampling import sample as sample
 from sdesolve.sampling import tweedie as tweedie
+from sdesolve.score_matching import ExplicitScoreMatching as ExplicitScoreMatching
+from sdesolve.score_matching import ImplicitScoreMatching as ImplicitScoreMatching
+from sdesolve.score_matching import PlainScore as PlainScore
+from sdesolve.score_matching import SlicedScoreMatching as SlicedScoreMatching
 from sdesolve.scores import Gaussian as Gaussian
 from sdesolve.scores import GaussianMixture as GaussianMixture
 from sdesolve.scores.network import NetworkScore as NetworkScore
@@ -66,3 +72,8 @@ from sdesolve.solvers import SDEDPMSolverPP as SDEDPMSolverPP
 from sdesolve.solvers import SDEDPMSolverPP2S as SDEDPMSolverPP2S
 from sdesolve.solvers import UniPC as UniPC
 from sdesolve.training import train as train
+from sdesolve.training_times import LogNormalNoise as LogNormalNoise
+from sdesolve.training_times import NoiseLadder as NoiseLadder
+from sdesolve.training_times import TrainingTimes as TrainingTimes
+from sdesolve.training_times import UniformLogSNR as UniformLogSNR
+from sdesolve.training_times import UniformTime as UniformTime

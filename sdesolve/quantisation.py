@@ -136,4 +136,4 @@ def discretised_gaussian_log_prob(
     upper = a > 0
     a, b = torch.where(upper, -b, a), torch.where(upper, -a, b)
     top = torch.special.log_ndtr(b)
-    return top + torch.log1p(-torch.exp(torch.special.log_ndtr(a) - top))
+    return top + (-torch.expm1(torch.special.log_ndtr(a) - top)).log()

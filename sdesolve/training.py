@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sdesolve import checkpoints
 from sdesolve.batches import Position, batches_of, seeded
 from sdesolve.grids import whole_number
-from sdesolve.losses import Objective
+from sdesolve.losses import AbstractObjective
 from sdesolve.nn.ema import EMA
 
 Decay = Literal["constant", "cosine"]
@@ -54,7 +54,7 @@ def train(
     score: nn.Module,
     data: Tensor | Iterable[object],
     *,
-    loss: Objective,
+    loss: AbstractObjective,
     steps: int,
     batch_size: int | None = None,
     lr: float = 1e-3,
@@ -160,10 +160,10 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 class _Run:
     """All that changes while training, and its way to the disk and back."""
 
-    def __init__(self, score: nn.Module, loss: Objective, ema: float, weight_decay: float, seed: int) -> None:
+    def __init__(self, score: nn.Module, loss: AbstractObjective, ema: float, weight_decay: float, seed: int) -> None:
         if not isinstance(score, nn.Module):
             raise TypeError(f"score must be a module, such as a NetworkScore; got {type(score).__name__}")
-        if not isinstance(loss, Objective):
+        if not isinstance(loss, AbstractObjective):
             raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {type(loss).__name__}")
         self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
         if not self.parameters:

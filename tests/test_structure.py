@@ -32,6 +32,7 @@ LAYERS = [
     {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting", "sdesolve.likelihood"},
     {"sdesolve.training_times"},
     {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
+    {"sdesolve.score_matching", "sdesolve.chain_objectives"},
     {"sdesolve.training"},
 ]
 
