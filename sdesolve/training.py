@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sdesolve import checkpoints
 from sdesolve.batches import batches_of
 from sdesolve.grids import whole_number
-from sdesolve.losses import Objective
+from sdesolve.losses import AbstractObjective
 from sdesolve.nn.ema import EMA
 from sdesolve.runs import Metrics, Run
 from sdesolve.scores.network import NetworkScore
@@ -65,7 +65,7 @@ def train(
     score: nn.Module,
     data: Tensor | Iterable[object],
     *,
-    loss: Objective,
+    loss: AbstractObjective,
     steps: int,
     batch_size: int | None = None,
     lr: float = 1e-3,
@@ -204,6 +204,131 @@ _DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
     "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
 }
+
+
+@final
+class _Run:
+    """All that changes while training, and its way to the disk and back."""
+
+    def __init__(self, score: nn.Module, loss: AbstractObjective, ema: float, weight_decay: float, seed: int) -> None:
+        if not isinstance(score, nn.Module):
+            raise TypeError(f"score must be a module, such as a NetworkScore; got {type(score).__name__}")
+        if not isinstance(loss, AbstractObjective):
+            raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {type(loss).__name__}")
+        self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"this {type(score).__name__} has no parameters that require gradients: nothing to train")
+        if not 0.0 <= ema < 1.0:
+            raise ValueError(f"ema must be in [0, 1), got {ema}; 0 means no averaging")
+        self.score, self.loss, self.seed = score, loss, seed
+        self.device = next(iter(self.parameters.values())).device
+        matrices = [p for p in self.parameters.values() if p.ndim > 1]
+        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        # The fused update takes a third of the time of the loop over tensors, on CPUs as well.
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], fused=self.device.type in ("cpu", "cuda")
+        )
+        self.average = EMA(score, ema)
+        self.step, self.position = 0, Position()
+        self.losses: list[float] = []
+
+    def check_dtype(self, data: object) -> None:
+        """Refuses a tensor in a precision that the network does not compute in."""
+        dtypes = {p.dtype for p in self.parameters.values()}
+        if isinstance(data, Tensor) and data.dtype not in dtypes:
+            ours = ", ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"the data is {data.dtype} and the score's parameters are {ours}; convert one to the other")
+
+    def advance(
+        self, x0: Tensor, position: Position, lr: float, clip: float | None, file: Path | None
+    ) -> tuple[float, float]:
+        """One step; the loss and the norm of its gradient."""
+        x0 = x0.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with seeded("network", self.seed, self.step, device=self.device):
+            loss = self.loss(self.score, x0, seed=self.seed, first_sample=self.position.samples)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
+        # One transfer from the device per step. It must come before the update, or a bad step would spoil the weights.
+        value, size = torch.stack([loss.detach().double(), norm.double()]).tolist()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise FloatingPointError(self._failure(x0, value, size, file))
+        self.optimizer.step()
+        self.average.update()
+        self.step, self.position = self.step + 1, position
+        self.losses.append(value)
+        return value, size
+
+    def save(self, file: Path, config: dict[str, Any]) -> None:
+        """Writes the whole run to ``file``, atomically."""
+        tensors = {f"weights.{name}": value for name, value in checkpoints.named(self.score).items()}
+        tensors |= {f"ema.{name}": checkpoints.on_host(value) for name, value in self.average.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"adamw.{key}.{name}"] = checkpoints.on_host(value)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        header = {
+            "kind": checkpoints.TRAINING, "fingerprint": checkpoints.fingerprint(self.score), "config": config,
+            "step": self.step, "position": list(self.position), "updates": self.average.updates,
+        }  # fmt: skip
+        checkpoints.write(file, tensors, header)
+
+    def restore(self, file: Path, config: dict[str, Any], steps: int) -> None:
+        """Takes up the run in ``file``, or says why it is another one."""
+        tensors, header = checkpoints.read(file)
+        if header["kind"] != checkpoints.TRAINING:
+            raise ValueError(f"{file} holds weights only, no training run; to start from them call load(score, path)")
+        checkpoints.check_fingerprint(self.score, header, file)
+        theirs, ours = header["config"], json.loads(json.dumps(config))
+        changed = [
+            f"{k}={theirs.get(k)!r} (now {ours.get(k)!r})" for k in theirs | ours if theirs.get(k) != ours.get(k)
+        ]
+        if changed:
+            raise ValueError(
+                f"the run in {file} was made with {', '.join(changed)}: call train with the same arguments to continue "
+                "it, or give another folder"
+            )
+        if header["step"] > steps:
+            raise ValueError(f"the run in {file} is at step {header['step']}, beyond steps={steps}; ask for more steps")
+        checkpoints.load_named(self.score, _part(tensors, "weights."))
+        self.average.load_state_dict(_part(tensors, "ema."), header["updates"])
+        self.optimizer.load_state_dict(self._optimizer_state(tensors))
+        self.step, self.position = header["step"], Position(*header["position"])
+        self.losses = tensors["losses"].tolist()
+
+    def _optimizer_state(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        names = {id(p): name for name, p in self.parameters.items()}
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state["state"] = {
+            k: {key: tensors[f"adamw.{key}.{names[id(p)]}"] for key in keys}
+            for k, p in enumerate(ordered)
+            if f"adamw.step.{names[id(p)]}" in tensors
+        }
+        return state
+
+    def _failure(self, x0: Tensor, value: float, size: float, file: Path | None) -> str:
+        with torch.no_grad(), seeded("network", self.seed, self.step, device=self.device):
+            each = self.loss.per_sample(self.score, x0, seed=self.seed, first_sample=self.position.samples)
+            t = self.loss.times(self.score, x0, seed=self.seed, first_sample=self.position.samples)
+        bad = (~each.isfinite()).nonzero().flatten()
+        row = int(bad[0]) if len(bad) else int(each.argmax())
+        what = "the loss" if not math.isfinite(value) else f"the loss is {value:.6g} but the norm of its gradient"
+        cause = "" if bool(x0.isfinite().all()) else " The batch itself holds nan or inf."
+        kept = "" if file is None or not file.exists() else f" The last good checkpoint is {file}."
+        return (
+            f"{what} is {value if not math.isfinite(value) else size} at step {self.step}: sample {row} of the batch, "
+            f"at time t = {float(t[row]):.6g}, has the loss {float(each[row]):.6g}.{cause} The weights are those "
+            f"before this step.{kept} A lower lr or a larger t_min are the usual cures"
+        )
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _checkpoint_file(folder: str | Path | None) -> Path | None:

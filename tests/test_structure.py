@@ -41,6 +41,16 @@ LAYERS = [
     {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting", "sdesolve.adapters"},
     {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
     {"sdesolve.training", "sdesolve.runs"},
+    {"sdesolve.diffusions", "sdesolve.nn"},
+    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors"},
+    {"sdesolve.checks", "sdesolve.solution", "sdesolve.divergence", "sdesolve.quantisation", "sdesolve.chains"},
+    {"sdesolve.saving", "sdesolve.stepping", "sdesolve.fusing", "sdesolve.adaptive", "sdesolve.mcmc"},
+    {"sdesolve.solve", "sdesolve.graphs"},
+    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting", "sdesolve.likelihood"},
+    {"sdesolve.training_times"},
+    {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
+    {"sdesolve.score_matching", "sdesolve.chain_objectives"},
+    {"sdesolve.training"},
 ]
 
 
