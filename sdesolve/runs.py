@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdesolve import checkpoints
 from sdesolve.batches import Batch, Position, seeded
 from sdesolve.grids import whole_number
-from sdesolve.losses import Objective
+from sdesolve.losses import AbstractObjective
 from sdesolve.nn.ema import EMA
 from sdesolve.nn.labels import LabelledNetwork, check_labels
 from sdesolve.scores.network import NetworkScore
@@ -53,7 +53,7 @@ class Run:
     def __init__(
         self,
         score: nn.Module,
-        loss: Objective,
+        loss: AbstractObjective,
         ema: float | Sequence[float],
         weight_decay: float,
         seed: int,
@@ -64,7 +64,7 @@ class Run:
     ) -> None:
         if not isinstance(score, nn.Module):
             raise TypeError(f"score must be a module, such as a NetworkScore; got {type(score).__name__}")
-        if not isinstance(loss, Objective):
+        if not isinstance(loss, AbstractObjective):
             raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {type(loss).__name__}")
         self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
         if not self.parameters:

@@ -27,7 +27,7 @@ LAYERS = [
     {"sdesolve.reverse", "sdesolve.brownian"},
     {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.operators"},
     {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors", "sdesolve.inverse"},
-    {"sdesolve.checks", "sdesolve.solution"},
+    {"sdesolve.checks", "sdesolve.solution", "sdesolve.divergence", "sdesolve.quantisation", "sdesolve.chains"},
     {
         "sdesolve.saving",
         "sdesolve.stepping",
@@ -38,19 +38,18 @@ LAYERS = [
         "sdesolve.mcmc",
     },
     {"sdesolve.solve", "sdesolve.graphs"},
-    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting", "sdesolve.adapters"},
-    {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
-    {"sdesolve.training", "sdesolve.runs"},
-    {"sdesolve.diffusions", "sdesolve.nn"},
-    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors"},
-    {"sdesolve.checks", "sdesolve.solution", "sdesolve.divergence", "sdesolve.quantisation", "sdesolve.chains"},
-    {"sdesolve.saving", "sdesolve.stepping", "sdesolve.fusing", "sdesolve.adaptive", "sdesolve.mcmc"},
-    {"sdesolve.solve", "sdesolve.graphs"},
-    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting", "sdesolve.likelihood"},
+    {
+        "sdesolve.sampling",
+        "sdesolve.oracle",
+        "sdesolve.metrics",
+        "sdesolve.plotting",
+        "sdesolve.likelihood",
+        "sdesolve.adapters",
+    },
     {"sdesolve.training_times"},
     {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
     {"sdesolve.score_matching", "sdesolve.chain_objectives"},
-    {"sdesolve.training"},
+    {"sdesolve.training", "sdesolve.runs"},
 ]
 
 
