@@ -40,7 +40,7 @@ def test_linear_sde_against_peers(benchmark: Any, paths: int) -> None:
     contenders = {name: run for name, run in made.items() if run is not None}
     expected = 0.1 * (1 + 1.5 / STEPS) ** STEPS
     for name, run in contenders.items():
-        x1 = torch.from_numpy(np.array(run()))
+        x1 = torch.from_numpy(np.array(run().__array__()))
         error = abs(float(x1.double().mean()) - expected) / (0.01 * expected / x1.numel() ** 0.5)
         assert error < 5, f"{name}: the mean of X(1) is {error:.1f} standard errors off"
     timings = interleave(contenders, baseline="sdesolve", rounds=5, min_seconds=0.0, settle=0.02)

@@ -1,5 +1,6 @@
 """sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
 
+from sdesolve import adapters as adapters
 from sdesolve import grids as grids
 from sdesolve import inverse as inverse
 from sdesolve import mcmc as mcmc
@@ -8,6 +9,12 @@ from sdesolve import nn as nn
 from sdesolve import operators as operators
 from sdesolve import oracle as oracle
 from sdesolve.brownian import BrownianPath as BrownianPath
+from sdesolve.chain_objectives import ChainBound as ChainBound
+from sdesolve.chain_objectives import SimpleChainLoss as SimpleChainLoss
+from sdesolve.chains import DDPM as DDPM
+from sdesolve.chains import SMLD as SMLD
+from sdesolve.chains import ChainScore as ChainScore
+from sdesolve.chains import variational_bound as variational_bound
 from sdesolve.checkpoints import load as load
 from sdesolve.checkpoints import save as save
 from sdesolve.correctors import LangevinCorrector as LangevinCorrector
@@ -19,14 +26,26 @@ from sdesolve.diffusions import CosineBeta as CosineBeta
 from sdesolve.diffusions import LinearBeta as LinearBeta
 from sdesolve.diffusions import LinearDiffusion as LinearDiffusion
 from sdesolve.diffusions import SubVP as SubVP
+from sdesolve.divergence import ExactTrace as ExactTrace
+from sdesolve.divergence import Hutchinson as Hutchinson
+from sdesolve.divergence import HutchPP as HutchPP
+from sdesolve.likelihood import Likelihood as Likelihood
+from sdesolve.likelihood import decode as decode
+from sdesolve.likelihood import encode as encode
+from sdesolve.likelihood import estimate_likelihood as estimate_likelihood
+from sdesolve.likelihood import log_likelihood as log_likelihood
 from sdesolve.losses import DenoisingScoreMatching as DenoisingScoreMatching
 from sdesolve.mcmc import AnnealedLangevin as AnnealedLangevin
 from sdesolve.mcmc import run_chain as run_chain
+from sdesolve.quantisation import Quantisation as Quantisation
 from sdesolve.reverse import ProbabilityFlow as ProbabilityFlow
 from sdesolve.reverse import ReverseSDE as ReverseSDE
 from sdesolve.sampling import sample as sample
 from sdesolve.sampling import tweedie as tweedie
-from sdesolve.scores import ClassConditional as ClassConditional
+from sdesolve.score_matching import ExplicitScoreMatching as ExplicitScoreMatching
+from sdesolve.score_matching import ImplicitScoreMatching as ImplicitScoreMatching
+from sdesolve.score_matching import PlainScore as PlainScore
+from sdesolve.score_matching import SlicedScoreMatching as SlicedScoreMatching
 from sdesolve.scores import ClassifierFreeGuidance as ClassifierFreeGuidance
 from sdesolve.scores import ClassifierGuidance as ClassifierGuidance
 from sdesolve.scores import EnergyScore as EnergyScore
@@ -61,3 +80,8 @@ from sdesolve.solvers import SDEDPMSolverPP as SDEDPMSolverPP
 from sdesolve.solvers import SDEDPMSolverPP2S as SDEDPMSolverPP2S
 from sdesolve.solvers import UniPC as UniPC
 from sdesolve.training import train as train
+from sdesolve.training_times import LogNormalNoise as LogNormalNoise
+from sdesolve.training_times import NoiseLadder as NoiseLadder
+from sdesolve.training_times import TrainingTimes as TrainingTimes
+from sdesolve.training_times import UniformLogSNR as UniformLogSNR
+from sdesolve.training_times import UniformTime as UniformTime

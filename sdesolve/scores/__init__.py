@@ -6,7 +6,6 @@ from sdesolve.scores.energy import EnergyScore as EnergyScore
 from sdesolve.scores.gaussian import Gaussian as Gaussian
 from sdesolve.scores.gaussian import GaussianFlow as GaussianFlow
 from sdesolve.scores.gaussian import Moments as Moments
-from sdesolve.scores.guidance import ClassConditional as ClassConditional
 from sdesolve.scores.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
 from sdesolve.scores.guidance import ClassifierGuidance as ClassifierGuidance
 from sdesolve.scores.guidance import drop_labels as drop_labels

@@ -1,4 +1,4 @@
-"""Scores of data with a class: conditional networks, classifier guidance and classifier-free guidance."""
+"""Scores of data with a class: classifier guidance and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -13,38 +13,9 @@ from torch import Tensor, nn
 from sdesolve.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.grids import whole_number
+from sdesolve.nn.labels import check_labels
 from sdesolve.reverse import Score
 from sdesolve.scores.base import check_process
-
-
-@final
-class ClassConditional(nn.Module):
-    """``net(x, t, labels)`` with the labels bound: a function of ``(x, t)``.
-
-    As it stands it is a score, if ``net`` is one; around a network it is what `NetworkScore` takes:
-    ``NetworkScore(ClassConditional(net, labels, classes), process)``.
-
-    Args:
-        net: a function or module ``(x, t, labels)``, labels int64 of shape ``(batch,)``.
-        labels: one for all samples, or ``(batch,)``; from 0 to ``classes - 1``.
-        classes: how many labels ``net`` knows, the one for "no class" included if there is one.
-
-    Raises:
-        TypeError: ``net`` cannot be called; labels that are not integers.
-        ValueError: labels outside the classes. When called: not as many labels as samples.
-    """
-
-    def __init__(self, net: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor | int, classes: int) -> None:
-        super().__init__()
-        if not callable(net):
-            raise TypeError(f"net must be a function or module of (x, t, labels), got {type(net).__name__}")
-        self.net = net
-        self.labels: Tensor
-        self.register_buffer("labels", check_labels(labels, classes), persistent=False)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``net(x, t, labels)``."""
-        return self.net(x, t, _labels_for(self.labels, x))
 
 
 @final
@@ -76,7 +47,7 @@ class ClassifierGuidance:
             if not callable(function):
                 raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
         self.score, self.classifier = score, classifier
-        checked = check_labels(labels, None)
+        checked = _integers(labels)
         self._labels, self._largest = Copies(checked), int(checked.max()) if checked.numel() else 0
         self.scale = _finite(scale, "scale")
 
@@ -112,8 +83,8 @@ class ClassifierFreeGuidance:
     of `NetworkScore` are. What was said of scales other than 1 in `ClassifierGuidance` holds here too.
 
     Args:
-        conditional: ``(x, t)``, such as ``ClassConditional(net, labels, classes)``.
-        unconditional: ``(x, t)``, such as ``ClassConditional(net, null_label, classes)``; not called at scale 1.
+        conditional: ``(x, t)``, such as ``score.given(labels)`` (`NetworkScore.given`).
+        unconditional: ``(x, t)``, such as ``score`` itself, given nothing; not called at scale 1.
         scale: not negative; or
         weight: at least -1.
 
@@ -169,9 +140,9 @@ def drop_labels(labels: Tensor, probability: float, *, null_label: int, seed: in
 
     Example:
         >>> kept = drop_labels(labels, 0.1, null_label=10, seed=0, first_sample=k * len(labels))
-        >>> loss = objective(NetworkScore(ClassConditional(net, kept, 11), process), x0, seed=0, first_sample=...)
+        >>> loss = objective(score.given(kept), x0, seed=0, first_sample=k * len(labels))
     """
-    checked = check_labels(labels, None)
+    checked = _integers(labels)
     if checked.ndim != 1:
         raise ValueError("labels must have shape (batch,), got a single one")
     if not 0.0 <= probability <= 1.0:
@@ -216,7 +187,7 @@ def noised_cross_entropy(
         ValueError: not as many labels as samples; logits of another shape; labels outside the classes.
     """
     check_process(process)
-    checked = _labels_for(check_labels(labels, None), x0)
+    checked = _labels_for(_integers(labels), x0)
     first = whole_number(first_sample, "first_sample", 0)
     u = uniform(
         len(x0), 1, seed=seed, stream=Stream.TIMES, first_path=first, dtype=torch.float64, device=x0.device
@@ -228,28 +199,19 @@ def noised_cross_entropy(
     logits = classifier(x_t, t)
     if logits.ndim != 2 or len(logits) != len(x0):
         raise ValueError(f"the classifier must return logits (batch, classes), got {tuple(logits.shape)}")
-    check_labels(checked, logits.shape[1])
+    check_labels(checked, logits.shape[1], null=False)
     return nn.functional.cross_entropy(logits, checked, reduction="none")
 
 
-def check_labels(labels: Tensor | int, classes: int | None) -> Tensor:
-    """``labels`` as int64, ``()`` or ``(batch,)``.
-
-    Raises:
-        TypeError: not integers.
-        ValueError: another shape; outside ``0 ... classes - 1``.
-    """
+def _integers(labels: Tensor | int) -> Tensor:
+    """``labels`` as int64, ``()`` or ``(batch,)``, not negative."""
     y = torch.as_tensor(labels)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {y.dtype}; one-hot vectors become labels by .argmax(-1)")
     if y.ndim > 1:
         raise ValueError(f"labels must be one integer or have shape (batch,), got {tuple(y.shape)}")
-    if classes is not None:
-        classes = whole_number(classes, "classes", 1)
-    outside = (y < 0) | (y >= classes) if classes is not None else y < 0
-    if bool(outside.any()):
-        upper = "" if classes is None else f" to {classes - 1}"
-        raise ValueError(f"labels run from 0{upper}, got {int(y[outside].flatten()[0])}")
+    if bool((y < 0).any()):
+        raise ValueError(f"labels run from 0, got {int(y.min())}")
     return y.detach().long()
 
 

@@ -10,7 +10,6 @@ from sdesolve_kernels import normal
 
 import sdesolve as sds
 from sdesolve.scores import (
-    ClassConditional,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     drop_labels,
@@ -42,9 +41,13 @@ def conditional(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch
     return scores[labels, torch.arange(len(x))]
 
 
+def given_labels(labels: torch.Tensor | int):
+    return lambda x, t: conditional(x, t, torch.as_tensor(labels).expand(len(x)))
+
+
 def test_the_exact_classifier_gives_the_exact_score_of_the_class():
     guided = ClassifierGuidance(DATA.score(PROCESS), logits, LABELS)
-    expected = ClassConditional(conditional, LABELS, 4)(X, TIMES)
+    expected = given_labels(LABELS)(X, TIMES)
     torch.testing.assert_close(guided(X, TIMES), expected, rtol=1e-10, atol=1e-12)
     one = ClassifierGuidance(DATA.score(PROCESS), logits, 2)(X, 0.3)
     torch.testing.assert_close(one, CLASSES[2](X, 0.3), rtol=1e-10, atol=1e-12)
@@ -55,7 +58,7 @@ def test_both_guidances_are_the_score_of_the_tilted_density(scale):
     x = X.clone().requires_grad_()
     log_class = logits(x, TIMES).log_softmax(1).gather(1, LABELS[:, None])[:, 0]
     (expected,) = torch.autograd.grad((DATA.score(PROCESS).log_prob(x, TIMES) + scale * log_class).sum(), x)
-    given, free = ClassConditional(conditional, LABELS, 4), ClassConditional(conditional, 3, 4)
+    given, free = given_labels(LABELS), given_labels(3)
     for score in (
         ClassifierGuidance(DATA.score(PROCESS), logits, LABELS, scale),
         ClassifierFreeGuidance(given, free, scale=scale),
@@ -66,15 +69,16 @@ def test_both_guidances_are_the_score_of_the_tilted_density(scale):
 
 @pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "edm"])
 def test_networks_and_scores_are_guided_alike(predicts):
-    def net(x, t, labels):
-        return (1.0 + labels[:, None]) * torch.sin(x) + t[:, None]
-
-    given, free = ClassConditional(net, LABELS, 4), ClassConditional(net, 3, 4)
-    outside = ClassifierFreeGuidance(
-        sds.NetworkScore(given, PROCESS, predicts), sds.NetworkScore(free, PROCESS, predicts), scale=2.5
-    )
-    inside = sds.NetworkScore(ClassifierFreeGuidance(given, free, scale=2.5), PROCESS, predicts)
-    torch.testing.assert_close(outside(X, TIMES), inside(X, TIMES), rtol=1e-10, atol=1e-10)
+    net = sds.nn.MLP((2,), width=8, depth=1, classes=3).double()
+    with torch.no_grad():
+        for k, parameter in enumerate(net.parameters()):
+            parameter.copy_(draws(50 + k, *parameter.shape))
+        score = sds.NetworkScore(net, PROCESS, predicts)
+        outside = ClassifierFreeGuidance(score.given(LABELS), score, scale=2.5)
+        within = ClassifierFreeGuidance(lambda x, t: net(x, t, LABELS), net, scale=2.5)
+        inside = sds.NetworkScore(within, PROCESS, predicts)
+        torch.testing.assert_close(outside(X, TIMES), inside(X, TIMES), rtol=1e-9, atol=1e-9)
+        assert float((outside(X, TIMES) - score(X, TIMES)).norm()) > 1e-3
 
 
 def test_samples_are_of_the_class():
@@ -138,12 +142,10 @@ def zero(x, t):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ClassConditional(1.0, 0, 3), TypeError, "net must be"),
-        (lambda: ClassConditional(conditional, 4, 4), ValueError, "labels run from 0 to 3, got 4"),
-        (lambda: ClassConditional(conditional, torch.tensor([0, -1]), 4), ValueError, "got -1"),
-        (lambda: ClassConditional(conditional, torch.tensor([0.0, 1.0]), 4), TypeError, "integers"),
-        (lambda: ClassConditional(conditional, torch.ones(2, 3, dtype=torch.int64), 4), ValueError, r"\(batch,\)"),
-        (lambda: ClassConditional(conditional, LABELS, 4)(X[:3], TIMES[:3]), ValueError, "4 labels and 3 samples"),
+        (lambda: ClassifierGuidance(zero, logits, torch.tensor([0, -1])), ValueError, "got -1"),
+        (lambda: ClassifierGuidance(zero, logits, torch.tensor([0.0, 1.0])), TypeError, "integers"),
+        (lambda: ClassifierGuidance(zero, logits, torch.ones(2, 3, dtype=torch.int64)), ValueError, r"\(batch,\)"),
+        (lambda: ClassifierGuidance(zero, logits, LABELS)(X[:3], TIMES[:3]), ValueError, "4 labels and 3 samples"),
         (lambda: ClassifierGuidance(None, logits, 0), TypeError, "score must be"),
         (lambda: ClassifierGuidance(zero, None, 0), TypeError, "classifier must be"),
         (lambda: ClassifierGuidance(zero, logits, 0, -1.0), ValueError, "scale must be finite"),
@@ -162,7 +164,7 @@ def zero(x, t):
         (lambda: drop_labels(LABELS, 1.5, null_label=3, seed=0), ValueError, "probability must lie"),
         (lambda: drop_labels(torch.tensor(1), 0.5, null_label=3, seed=0), ValueError, "got a single one"),
         (lambda: drop_labels(LABELS, 0.5, null_label=-1, seed=0), ValueError, "null_label must be at least 0"),
-        (lambda: noised_cross_entropy(logits, PROCESS, X, LABELS + 1, seed=0), ValueError, "labels run from 0 to 2"),
+        (lambda: noised_cross_entropy(logits, PROCESS, X, LABELS + 1, seed=0), ValueError, "must be in 0 ... 2; got 3"),
         (lambda: noised_cross_entropy(logits, PROCESS, X, LABELS[:2], seed=0), ValueError, "2 labels and 4 samples"),
         (lambda: noised_cross_entropy(logits, None, X, LABELS, seed=0), TypeError, "process must be"),
         (lambda: noised_cross_entropy(lambda x, t: x[0], PROCESS, X, LABELS, seed=0), ValueError, "must return logits"),

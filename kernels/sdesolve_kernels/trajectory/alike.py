@@ -49,7 +49,7 @@ def _same_along(a: np.ndarray, axis: int) -> bool:
 
 
 def thin(*arrays: np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
-    """The arrays with one row for those alike in all of them, and the axes, from the last, where that is so."""
+    """The arrays with one row for those that are alike in all of them, and the axes (from the last) of such rows."""
     rows = _rows.get()
     if not rows:
         return arrays, ()
