@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from sdesolve_kernels import Stream, uniform
 from torch import Tensor, nn
 
 from sdesolve import checkpoints
@@ -18,6 +17,7 @@ from sdesolve.grids import whole_number
 from sdesolve.losses import AbstractObjective
 from sdesolve.nn.ema import EMA
 from sdesolve.nn.labels import LabelledNetwork, check_labels
+from sdesolve.scores.guidance import drop_labels
 from sdesolve.scores.network import NetworkScore
 
 Metrics = Callable[[nn.Module], Mapping[str, float]]
@@ -197,8 +197,8 @@ class Run:
         null = self.score.net.classes
         label = check_labels(label, null, null=False)
         if self.label_dropout:
-            u = uniform(len(x0), 1, seed=self.seed, stream=Stream.DROPOUT, first_path=self.position.samples)
-            label = torch.where(u.squeeze(1).to(label.device) < self.label_dropout, null, label)
+            first = self.position.samples
+            label = drop_labels(label, self.label_dropout, null_label=null, seed=self.seed, first_sample=first)
         return x0, label.to(self.device)
 
     def _parts(self, x0: Tensor, label: Tensor | None) -> Iterator[Part]:
