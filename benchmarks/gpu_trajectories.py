@@ -46,28 +46,8 @@ def _functions(x: Tensor, t: Tensor) -> Tensor:
 
 def _special() -> Tensor:
     """``(values, functions)``: ordinary numbers, and some next to which functions change their ways."""
-    near = [
-        0.0,
-        -0.0,
-        1.0,
-        -1.0,
-        0.5,
-        2.0,
-        -2.0,
-        3.0,
-        88.0,
-        89.0,
-        -87.0,
-        -104.0,
-        1e-7,
-        1e-20,
-        1e6,
-        1e20,
-        -1e6,
-        2.5,
-        -3.5,
-    ]
-    some = torch.cat([torch.tensor(near), torch.linspace(-8.0, 8.0, 301), torch.linspace(-400.0, 400.0, 101)])
+    ends = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 2.5, -3.5, 88.0, 89.0, -87.0, -104.0, 1e-7, 1e-20, 1e6, 1e20, -1e6]
+    some = torch.cat([torch.tensor(ends), torch.linspace(-8.0, 8.0, 301), torch.linspace(-400.0, 400.0, 101)])
     return some[:, None].repeat(1, len(_FUNCTIONS))
 
 
@@ -202,17 +182,13 @@ def trajectories(machine: Machine, quick: bool, tiny: bool, refused: list[Record
         ("geometric", "geometric", many, steps, 0.0, False),
     ]
     if not tiny:
-        work += [
-            ("stress", "stress", sweep, steps, 250_000.0, False),
-            ("stress", "stress", sweep // 64, steps, 0.0, False),
-        ]
+        work += [("stress", "stress", n, steps, wanted, False) for n, wanted in ((sweep, 250_000.0), (sweep // 4, 0.0))]
         others = [name for name in MODELS if name not in ("linear", "geometric", "stress")]
         work += [(name, name, many // 8, steps, 0.0, False) for name in others]
     for name, case, paths, n, wanted, whole in work:
         if name in failed:
-            refused.append(
-                {"case": case, "dtype": "float32", "size": str(paths), "why": f"checks failed: {failed[name]}"}
-            )
+            why = f"checks failed: {failed[name]}"
+            refused.append({"case": case, "dtype": "float32", "size": str(paths), "why": why})
             continue
         yield _timed(machine, name, case, paths, n or MODELS[name].steps, count, wanted, whole)
         machine.release()

@@ -1,4 +1,6 @@
-"""What generated trajectory kernels compile to, on any machine: ``PYTHONPATH=.:kernels python benchmarks/trajectory_report.py``.
+"""What generated trajectory kernels compile to, on any machine.
+
+From the repository's root: ``PYTHONPATH=.:kernels python benchmarks/trajectory_report.py``.
 
 The models of `models` go through the public `solve`, which launches on a recorder instead of a device; what it recorded
 is compiled ahead of time and counted as in `sdesolve_kernels.report`. ``per_element`` is instructions per path-step.

@@ -1,9 +1,12 @@
 """sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
 
+from sdesolve import adapters as adapters
 from sdesolve import grids as grids
+from sdesolve import inverse as inverse
 from sdesolve import mcmc as mcmc
 from sdesolve import metrics as metrics
 from sdesolve import nn as nn
+from sdesolve import operators as operators
 from sdesolve import oracle as oracle
 from sdesolve.brownian import BrownianPath as BrownianPath
 from sdesolve.chain_objectives import ChainBound as ChainBound
@@ -43,8 +46,14 @@ from sdesolve.score_matching import ExplicitScoreMatching as ExplicitScoreMatchi
 from sdesolve.score_matching import ImplicitScoreMatching as ImplicitScoreMatching
 from sdesolve.score_matching import PlainScore as PlainScore
 from sdesolve.score_matching import SlicedScoreMatching as SlicedScoreMatching
+from sdesolve.scores import ClassConditional as ClassConditional
+from sdesolve.scores import ClassifierFreeGuidance as ClassifierFreeGuidance
+from sdesolve.scores import ClassifierGuidance as ClassifierGuidance
+from sdesolve.scores import EnergyScore as EnergyScore
 from sdesolve.scores import Gaussian as Gaussian
 from sdesolve.scores import GaussianMixture as GaussianMixture
+from sdesolve.scores import drop_labels as drop_labels
+from sdesolve.scores import noised_cross_entropy as noised_cross_entropy
 from sdesolve.scores.network import NetworkScore as NetworkScore
 from sdesolve.sde import ODE as ODE
 from sdesolve.sde import SDE as SDE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,16 @@ def check_state(x0: Tensor, name: str = "x0") -> None:
         raise TypeError(f"{name} must be float32 or float64, got {x0.dtype}: {hint}; convert it with {name}.float()")
     if x0.ndim == 0:
         raise ValueError(f"{name} must have a batch axis, shape (batch, *state); got a 0-d tensor, use {name}[None]")
-    if not bool(x0.isfinite().all()):
+    if not all_finite(x0):
         row = (
             int((~x0.isfinite()).flatten(1).any(1).nonzero()[0]) if x0.ndim > 1 else int((~x0.isfinite()).nonzero()[0])
         )
         raise ValueError(f"{name} must be finite; row {row} holds nan or inf")
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether ``x`` holds neither nan nor inf: one pass that makes no tensor of its size."""
+    return x.numel() == 0 or all(math.isfinite(float(bound)) for bound in x.detach().aminmax())
 
 
 def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> None:

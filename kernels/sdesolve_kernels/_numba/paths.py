@@ -10,12 +10,14 @@ from numba import types
 from .box_muller import normals32, normals64
 from .compile import inline
 from .functions import FUNCTIONS
-from .intrinsics import fma, pointer, select
+from .intrinsics import fma as fma
+from .intrinsics import pointer
+from .intrinsics import select as select
+from .intrinsics import sqrt as sqrt
 from .philox import philox
 
 F32, F64, I64 = np.float32, np.float64, np.int64
 INF, NAN = np.inf, np.nan
-sqrt = np.sqrt
 _U64, _2, _3 = np.uint64, np.uint64(2), np.uint64(3)
 
 

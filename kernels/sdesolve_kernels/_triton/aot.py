@@ -45,8 +45,8 @@ class Figures(NamedTuple):
     Padding (``NOP`` and the branch to itself that ends a function) does not count. Kernels that handle no states but a
     number a sample have no ``per_element``.
 
-    A generated trajectory's hot loop is its innermost one, over groups of steps (loops of a quarter of its size or less,
-    in the slow paths of functions, are part of it), and its elements are a thread's paths times a group's steps.
+    A generated trajectory's hot loop is its innermost one, over groups of steps (loops of a quarter of its size or
+    less, in the slow paths of functions, are part of it); its elements are a thread's paths times a group's steps.
     """
 
     registers: int

@@ -7,6 +7,8 @@ from sdesolve_kernels.trajectory.launch import Launch as Launch
 from sdesolve_kernels.trajectory.launch import compile_trajectory as compile_trajectory
 from sdesolve_kernels.trajectory.program import Inputs as Inputs
 from sdesolve_kernels.trajectory.program import Signature as Signature
+from sdesolve_kernels.trajectory.program import batch_kind as batch_kind
+from sdesolve_kernels.trajectory.program import check_batch as check_batch
 from sdesolve_kernels.trajectory.program import trace as trace
 from sdesolve_kernels.trajectory.program import traced_shape as traced_shape
 from sdesolve_kernels.trajectory.tracing import Unsupported as Unsupported

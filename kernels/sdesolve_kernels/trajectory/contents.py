@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import random
 import sys
 import types
 from collections.abc import Hashable, Iterator
@@ -26,6 +27,9 @@ __all__ = ["Contents", "contents"]
 _MOST = 20_000  # objects looked at
 _SMALL = 1 << 16  # bytes of a numpy array compared by value
 _VALUES = (bool, int, str, bytes, complex, type(None), type(Ellipsis), torch.dtype, torch.device, range)
+_PLAIN = (float, int, str, bytes, complex)
+# Names of what can reach values that no name in the code tells of.
+_BEYOND = frozenset(("globals", "locals", "vars", "eval", "exec", "__import__", "import_module", "environ", "getenv"))
 _OURS = frozenset(("torch", "numpy", "sdesolve", "sdesolve_kernels", "scipy", "jaxtyping", "builtins", "typing"))
 _FOREIGN = frozenset(sys.stdlib_module_names) | _OURS
 
@@ -108,12 +112,22 @@ class _Walk:
             for name, item in value.items():
                 self.visit(name)
                 self.visit(item)
+            self._extras(value, kind)
         elif issubclass(kind, list | tuple | collections.deque):
             key.append((kind, len(value)))
             for item in value:
                 self.visit(item)
+            self._extras(value, kind)
         elif issubclass(kind, set | frozenset):
             key.append((kind, frozenset(value)))
+            self.complete &= all(type(item) in _VALUES or type(item) is float for item in value)
+        elif issubclass(kind, float | int | str | bytes | complex) and not isinstance(value, enum.Enum | np.generic):
+            key.append((kind, repr(next(b for b in _PLAIN if issubclass(kind, b))(value))))
+            self._extras(value, kind)
+        elif isinstance(value, random.Random):
+            key.append((kind, value.getstate()))
+        elif isinstance(value, np.random.Generator):
+            key.append((kind, repr(value.bit_generator.state)))
         elif isinstance(value, np.ndarray | np.generic):
             if value.nbytes > _SMALL or value.dtype.hasobject:
                 self.complete = False
@@ -121,9 +135,14 @@ class _Walk:
                 key.append((kind, value.shape, value.dtype, value.tobytes()))
         elif isinstance(value, enum.Enum | types.CodeType | types.BuiltinFunctionType | types.ModuleType):
             key.append(("is", value))
+            owner = getattr(value, "__self__", None)
+            if not isinstance(owner, types.ModuleType | type):
+                self.visit(owner)
         elif isinstance(value, type):
             key.append(("class", value))
             self._class(value)
+            if type(value) is not type:
+                self.visit(type(value))
         else:
             self._object(value, kind)
 
@@ -138,19 +157,30 @@ class _Walk:
                 self.key.append("empty cell")
         self.visit(function.__defaults__)
         self.visit(function.__kwdefaults__)
+        for name, item in vars(function).items():
+            self.key.append(name)
+            self.visit(item)
         if not _is_foreign(function.__module__):
             self._globals(function)
 
     def _globals(self, function: types.FunctionType) -> None:
         names = set(_names(function.__code__))
+        if not names.isdisjoint(_BEYOND):
+            self.complete = False
         for name in sorted(names & function.__globals__.keys()):
-            value = function.__globals__[name]
             self.key.append(name)
-            if not isinstance(value, types.ModuleType):
-                self.visit(value)
-            elif not _is_foreign(value.__name__):
-                for attribute in sorted(names & vars(value).keys()):
-                    self.visit(vars(value)[attribute])
+            self._named(function.__globals__[name], names)
+        for name in sorted(names & sys.modules.keys() - function.__globals__.keys()):  # imported by the function itself
+            self._named(sys.modules[name], names)
+
+    def _named(self, value: object, names: set[str], inside: tuple[object, ...] = ()) -> None:
+        """A value that goes by one of some names; of a module, what they stand for in it."""
+        if not isinstance(value, types.ModuleType):
+            self.visit(value)
+        elif not _is_foreign(value.__name__) and value not in inside:
+            for name in sorted(names & vars(value).keys()):
+                self.key.append(name)
+                self._named(vars(value)[name], names, (*inside, value))
 
     def _class(self, kind: type) -> None:
         """Values and methods that instances of a user's class find on it."""
@@ -174,6 +204,14 @@ class _Walk:
                 self.key.append(name)
                 self.visit(value)
 
+    def _extras(self, value: Any, kind: type) -> None:
+        """What an instance of a user's subclass of a builtin type has besides its value."""
+        if not _is_foreign(kind.__module__) or hasattr(value, "__dict__"):
+            self._class(kind)
+            for name, item in vars(value).items() if hasattr(value, "__dict__") else ():
+                self.key.append(name)
+                self.visit(item)
+
     def _object(self, value: Any, kind: type) -> None:
         self.key.append(("object", kind))
         state = getattr(value, "__dict__", None)
@@ -193,11 +231,16 @@ class _Walk:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Global and attribute names that code, and code inside it, uses."""
-    yield from code.co_names
+    """Global and attribute names that code, and code inside it, uses; text is taken for the name of an attribute."""
+    for name in code.co_names:
+        yield name
+        if "." in name:  # import a.b
+            yield from name.split(".")
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+        elif isinstance(constant, str):
+            yield constant
 
 
 def _slots(kind: type) -> Iterator[str]:

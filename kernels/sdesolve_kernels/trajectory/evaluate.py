@@ -1,4 +1,9 @@
-"""Values of expressions that do not depend on a path, in float64, for all steps at once."""
+"""Values of expressions that do not depend on a path, for all steps at once.
+
+Arithmetic is done in float64, from the same numbers that torch starts from: times are rounded to the precision of the
+state, as its functions see them, and so is whatever a comparison or a rounding to whole numbers looks at. Else a switch
+at ``t < 0.3`` could fall into another step than it does in torch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.expressions import Expression, topological
+from sdesolve_kernels.trajectory.expressions import F32, Expression, topological
 
 __all__ = ["evaluate"]
+
+_JUMPS = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "floor", "ceil", "trunc", "round", "sign"))
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
@@ -54,10 +61,10 @@ def evaluate(
             case "const":
                 value: Any = torch.tensor(e.data, dtype=torch.bool if e.dtype == "bool" else torch.float64)
             case "time":
-                value = times[e.data]
+                value = _rounded(times[e.data], e)
             case "row":
                 assert rows is not None
-                value = rows[:, e.data]
+                value = _rounded(rows[:, e.data], e)
             case "shared":
                 parameter = parameters[e.data[0]]
                 assert parameter is not None
@@ -67,7 +74,9 @@ def evaluate(
                 if value.dtype == torch.bool or e.dtype == "bool":
                     value = value.to(torch.bool if e.dtype == "bool" else torch.float64)
                 elif e.dtype == "int64":
-                    value = value.trunc()
+                    value = _rounded(value, e.args[0]).trunc()
+                else:
+                    value = _rounded(value, e)
             case "product":
                 matrix, parameter = e.data, parameters[e.data.parameter]
                 assert parameter is not None
@@ -81,6 +90,14 @@ def evaluate(
             case "element":
                 value = values[e.args[0].number][e.data]
             case name:
-                value = _FUNCTIONS[name](*(values[a.number] for a in e.args))
+                arguments = [values[a.number] for a in e.args]
+                if name in _JUMPS:
+                    arguments = [_rounded(v, a) for v, a in zip(arguments, e.args, strict=True)]
+                value = _FUNCTIONS[name](*arguments)
         values[e.number] = value
     return [values[e.number] for e in roots]
+
+
+def _rounded(value: Tensor, e: Expression) -> Tensor:
+    """The value as ``e`` has it in torch."""
+    return value.float().double() if e.dtype == F32 and value.is_floating_point() else value

@@ -176,7 +176,7 @@ class Graph:
             return self.op("ne", a, self.const(0, a.dtype))
         if a.dtype == BOOL:
             return self.op("where", a, self.const(1, dtype), self.const(0, dtype))
-        if a.op == "cast" and a.args[0].dtype == dtype and dtype == F32:  # float32 -> float64 -> float32
+        if a.op == "cast" and a.dtype == F64 and a.args[0].dtype == dtype == F32:  # there and back, exactly
             return a.args[0]
         return self._intern("cast", (a,), None, dtype, a.depends)
 

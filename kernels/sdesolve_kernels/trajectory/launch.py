@@ -108,7 +108,11 @@ class NumbaTrajectory(AbstractTrajectory):
         self.plan = plan
         self._kernel = numba_kernel(plan, increments)
         self.source = self._kernel.source
-        self._entry = load(self.source)
+        try:
+            self._entry = load(self.source)
+        except Exception as problem:
+            text = str(problem).strip().partition("\n")[0]
+            raise Unsupported(f"its kernel does not compile, a fault of sdesolve ({text})") from problem
 
     def run(self, launch: Launch) -> Saved:
         x0 = launch.x0.detach().contiguous()

@@ -11,8 +11,9 @@ from typing import Any, final
 
 import numpy as np
 
+from sdesolve_kernels.trajectory.alike import mapped, spread, thin_axis
 from sdesolve_kernels.trajectory.expressions import Expression, Graph
-from sdesolve_kernels.trajectory.operations import apply, handles
+from sdesolve_kernels.trajectory.operations import handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
 
 __all__ = ["Matrix"]
@@ -65,6 +66,12 @@ def _dot(g: Graph, a: Any, b: Any, dtype: str) -> Expression:
 
 def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     """``(m, k) @ (k, n)``."""
+    (a,), down = thin_axis(-2, a)
+    (b,), across = thin_axis(-1, b)
+    return spread(_matmul(g, a, b, dtype), (*down, *across))
+
+
+def _matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     out = np.empty((a.shape[0], b.shape[1]), dtype=object)
     whole = shared_matrix(b.T) if b.size > _WRITTEN_OUT else None
     if whole is None and a.size > _WRITTEN_OUT and shared_matrix(a) is not None:
@@ -96,10 +103,11 @@ def mm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
 def bmm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
     x, y, name = _operands(tracer, a, b)
     _check(x.shape[0] == y.shape[0] and x.shape[2] == y.shape[1], a, b)
+    (x, y), alike = thin_axis(-3, x, y)
     out = np.empty((x.shape[0], x.shape[1], y.shape[2]), dtype=object)
     for i in range(x.shape[0]):
         out[i] = matmul(tracer.graph, x[i], y[i], name)
-    return tracer.traced(out, a.dtype)
+    return tracer.traced(spread(out, alike), a.dtype)
 
 
 @handles("mv")
@@ -118,7 +126,7 @@ def dot(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
 
 def _scaled(tracer: Tracer, e: np.ndarray, scale: float, name: str) -> np.ndarray:
     factor = tracer.graph.const(scale, name)
-    return e if scale == 1 else apply(lambda x: tracer.graph.op("mul", x, factor), e)
+    return e if scale == 1 else mapped(lambda x: tracer.graph.op("mul", x, factor), e)
 
 
 @handles("addmm", "addmv", "baddbmm", "addbmm")
@@ -128,7 +136,7 @@ def addmm(tracer: Tracer, func: Any, c: Traced, a: Traced, b: Traced, *, beta: f
     name = dtype_name(c.dtype)
     left = _scaled(tracer, product.elements, alpha, name)
     return tracer.traced(
-        apply(lambda x, y: tracer.graph.op("add", x, y), left, _scaled(tracer, c.elements, beta, name)), c.dtype
+        mapped(lambda x, y: tracer.graph.op("add", x, y), left, _scaled(tracer, c.elements, beta, name)), c.dtype
     )
 
 
@@ -138,7 +146,7 @@ def linear(tracer: Tracer, func: Any, a: Traced, weight: Traced, bias: Traced | 
     _check(x.shape[-1] == w.shape[1], a, weight)
     out = matmul(tracer.graph, x.reshape(-1, x.shape[-1]), w.T, name).reshape(*x.shape[:-1], w.shape[0])
     if bias is not None:
-        out = apply(lambda s, c: tracer.graph.op("add", s, c), out, bias.elements)
+        out = mapped(lambda s, c: tracer.graph.op("add", s, c), out, bias.elements)
     return tracer.traced(out, a.dtype)
 
 

@@ -130,8 +130,7 @@ class _Printer:
         body: list[str] = []
         block = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
         block += self._load()
-        block += ["slot = 0", "if saves[0] == 0:", *indented(self._save(width), 1)]
-        block += ["for k in range(steps):", *indented(self._step(width), 1)]
+        block += ["slot = 0", "for k in range(steps + 1):", *indented(self._step(width), 1)]
         block += self._store()
         body += [f"u{j} = uniforms[{j}]" for j in _numbers("u", block)]
         body += ["for block in range(start, stop):", *indented(block, 1)]
@@ -208,7 +207,7 @@ class _Printer:
 
     def _step(self, width: int) -> list[str]:
         plan = self.plan
-        lines: list[str] = []
+        lines = ["if saves[slot] == k:", *indented(self._save(width), 1), "if k == steps:", "    break"]
         for g, (m, n, base) in enumerate(zip(self.noise_counts, self.per_fill, self.noise, strict=True)):
             kind = self.increments[g].replace("-", "_")
             if m == 0:
@@ -228,9 +227,7 @@ class _Printer:
             ]
         computed = self._compute(self.state, plan.states)
         lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in _numbers("c", computed)]
-        lines += computed
-        lines += ["if saves[slot] == k + 1:", *indented(self._save(width), 1)]
-        return lines
+        return lines + computed
 
     def _words(self, source: int) -> str:
         """Address of the words that a source of signs keeps."""

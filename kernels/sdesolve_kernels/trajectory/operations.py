@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.expressions import BOOL, Expression, Graph
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, result_dtype
+from sdesolve_kernels.trajectory.alike import mapped
+from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph
+from sdesolve_kernels.trajectory.tracing import READS, Traced, Tracer, Unsupported, cast, dtype_name, result_dtype
 
-__all__ = ["HANDLERS"]
+__all__ = ["EXTREMES", "HANDLERS"]
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
 
@@ -31,16 +32,6 @@ def handles(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def apply(function: Callable[..., Expression], *arrays: Any) -> np.ndarray:
-    """``function`` elementwise, with broadcasting; always an array."""
-    out = np.frompyfunc(function, len(arrays), 1)(*arrays)
-    if isinstance(out, np.ndarray):
-        return out
-    made = np.empty((), dtype=object)
-    made[()] = out
-    return made
-
-
 def elements_of(tracer: Tracer, value: Any, dtype: str) -> np.ndarray:
     """A tensor's or a number's elements, cast."""
     if isinstance(value, Traced):
@@ -51,23 +42,37 @@ def elements_of(tracer: Tracer, value: Any, dtype: str) -> np.ndarray:
 
 
 # Pointwise -------------------------------------------------------------------------------------------------------
-def pointwise(name: str, function: Callable[..., Expression], *, compare: bool = False) -> None:
+Rule = Callable[..., Expression]
+
+
+def pointwise(
+    name: str, function: Rule, *, whole: Rule | None = None, boolean: Rule | None = None, compare: bool = False
+) -> None:
     """Registers ``function(graph, *expressions)`` for an operation on tensors and numbers.
 
     Operands are promoted to the result's dtype, or, for comparisons, to the dtype torch would compare in.
-    """
 
-    def handler(tracer: Tracer, func: Any, *args: Any, **kwargs: Any) -> Traced:
-        dtype = result_dtype(func, args, kwargs)
-        operands = [elements_of(tracer, a, dtype_name(_common(args) if compare else dtype)) for a in args]
-        if "alpha" in kwargs:
-            operands[1] = (
-                apply(lambda b: tracer.graph.op("mul", b, scale), operands[1])
-                if (scale := tracer.graph.const(kwargs["alpha"], dtype_name(dtype))).data != 1
-                else operands[1]
-            )
-        out = apply(lambda *e: function(tracer.graph, *e), *operands)
-        return tracer.traced(out, dtype)
+    Args:
+        name: of the aten operation.
+        function: for floats; for a comparison, for all types.
+        whole: for a result of whole numbers; refused without.
+        boolean: for a result of truth values; refused without.
+        compare: whether the result is a truth value whatever the operands are.
+    """
+    rules = {I64: whole, BOOL: boolean}
+
+    def handler(tracer: Tracer, func: Any, *args: Any, alpha: float = 1) -> Traced:
+        dtype = result_dtype(func, args, {} if alpha == 1 else {"alpha": alpha})
+        kind = dtype_name(_common(args) if compare else dtype)
+        rule = function if compare else rules.get(kind, function)
+        if rule is None:
+            raise Unsupported(f"it calls {name} on {kind} tensors, which no kernel is generated for")
+        operands = [elements_of(tracer, a, kind) for a in args]
+        if alpha != 1:
+            # The scaled operand is the one that is added to, or subtracted from, the other.
+            scaled, scale = 0 if name == "rsub" else 1, tracer.graph.const(alpha, kind)
+            operands[scaled] = mapped(lambda b: tracer.graph.op("mul", b, scale), operands[scaled])
+        return tracer.traced(mapped(lambda *e: rule(tracer.graph, *e), *operands), dtype)
 
     HANDLERS[name] = handler
 
@@ -79,73 +84,64 @@ def _common(args: Any) -> torch.dtype:
         return singles[0].dtype if len(singles) == 1 else torch.result_type(*singles)
 
 
-def _op(name: str) -> Callable[..., Expression]:
+def _op(name: str) -> Rule:
     return lambda g, *e: g.op(name, *e)
 
 
-for _name in ("neg", "abs", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tan", "tanh", "sinh", "cosh",
-              "asin", "acos", "atan", "floor", "ceil", "trunc", "round", "erf", "sign", "atan2"):  # fmt: skip
-    pointwise(_name, _op(_name))
-for _name, _same in {"add": "add", "sub": "sub", "mul": "mul", "maximum": "max", "minimum": "min"}.items():
-    pointwise(_name, _op(_same))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    pointwise(_name, _op(_name), compare=True)
-for _name, _same in {"logical_and": "and", "logical_or": "or", "logical_not": "not"}.items():
-    pointwise(_name, _op(_same))
-pointwise("bitwise_and", lambda g, a, b: g.op("and", _boolean(a), _boolean(b)))
-pointwise("bitwise_or", lambda g, a, b: g.op("or", _boolean(a), _boolean(b)))
-pointwise("bitwise_not", lambda g, a: g.op("not", _boolean(a)))
-pointwise("logical_xor", lambda g, a, b: g.op("ne", _boolean(a), _boolean(b)))
-
-
-def _boolean(a: Expression) -> Expression:
-    if a.dtype != BOOL:
-        raise Unsupported("it does bitwise arithmetic on integers")
+def _unchanged(g: Graph, a: Expression) -> Expression:
     return a
 
 
-def _number(g: Graph, value: float, like: Expression) -> Expression:
+def _larger(g: Graph, a: Expression, b: Expression) -> Expression:
+    return g.op("where", g.op("gt", a, b), a, b)
+
+
+def _smaller(g: Graph, a: Expression, b: Expression) -> Expression:
+    return g.op("where", g.op("lt", a, b), a, b)
+
+
+def number(g: Graph, value: float, like: Expression) -> Expression:
+    """A constant of the type of ``like``."""
     return g.const(value, like.dtype)
 
 
-def _sigmoid(g: Graph, a: Expression) -> Expression:
-    one = _number(g, 1.0, a)
-    return g.op("div", one, g.op("add", one, g.op("exp", g.op("neg", a))))
+def _whole_sign(g: Graph, a: Expression) -> Expression:
+    zero = number(g, 0, a)
+    return g.op("sub", g.cast(g.op("gt", a, zero), I64), g.cast(g.op("lt", a, zero), I64))
 
 
-def _rsqrt(g: Graph, a: Expression) -> Expression:
-    return g.op("div", _number(g, 1.0, a), g.op("sqrt", a))
+for _name in ("sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos",
+              "atan", "erf", "atan2"):  # fmt: skip
+    pointwise(_name, _op(_name))
+for _name in ("floor", "ceil", "trunc"):
+    pointwise(_name, _op(_name), whole=_unchanged)
+for _name in ("add", "sub", "mul"):
+    pointwise(_name, _op(_name), whole=_op(_name), boolean=_op({"add": "or", "mul": "and"}.get(_name, _name)))
+pointwise("neg", _op("neg"), whole=_op("neg"))
+pointwise("abs", _op("abs"), whole=lambda g, a: _larger(g, a, g.op("neg", a)), boolean=_unchanged)
+pointwise("sign", _op("sign"), whole=_whole_sign, boolean=_unchanged)
+EXTREMES = {
+    **{("max", kind): rule for kind, rule in {F32: _op("max"), F64: _op("max"), I64: _larger, BOOL: _op("or")}.items()},
+    **{
+        ("min", kind): rule
+        for kind, rule in {F32: _op("min"), F64: _op("min"), I64: _smaller, BOOL: _op("and")}.items()
+    },
+}
+for _name, _same in {"maximum": "max", "minimum": "min"}.items():
+    pointwise(_name, EXTREMES[_same, F32], whole=EXTREMES[_same, I64], boolean=EXTREMES[_same, BOOL])
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    pointwise(_name, _op(_name), compare=True)
+for _name, _same in {"and": "and", "or": "or", "not": "not", "xor": "ne"}.items():
+    pointwise(f"logical_{_name}", _op(_same), boolean=_op(_same))
+    pointwise(f"bitwise_{_name}", _op(_same), boolean=_op(_same))
 
 
-def _remainder(g: Graph, a: Expression, b: Expression) -> Expression:
-    return g.op("sub", a, g.op("mul", g.op("floor", g.op("div", a, b)), b))
-
-
-def _isnan(g: Graph, a: Expression) -> Expression:
-    return g.op("ne", a, a)
-
-
-def _isinf(g: Graph, a: Expression) -> Expression:
-    return g.op("eq", g.op("abs", a), _number(g, float("inf"), a))
-
-
-pointwise("rsub", lambda g, a, b: g.op("sub", b, a))
-pointwise("reciprocal", lambda g, a: g.op("div", _number(g, 1.0, a), a))
-pointwise("square", lambda g, a: g.op("mul", a, a))
-pointwise("sigmoid", _sigmoid)
-pointwise("rsqrt", _rsqrt)
-pointwise("relu", lambda g, a: g.op("max", a, _number(g, 0.0, a)))
-pointwise("silu", lambda g, a: g.op("mul", a, _sigmoid(g, a)))
-pointwise("exp2", lambda g, a: g.op("exp", g.op("mul", a, _number(g, 0.6931471805599453, a))))
-pointwise("log2", lambda g, a: g.op("mul", g.op("log", a), _number(g, 1.4426950408889634, a)))
-pointwise("log10", lambda g, a: g.op("mul", g.op("log", a), _number(g, 0.4342944819032518, a)))
-pointwise("erfc", lambda g, a: g.op("sub", _number(g, 1.0, a), g.op("erf", a)))
-pointwise("isnan", _isnan, compare=True)
-pointwise("isinf", _isinf, compare=True)
-pointwise("isfinite", lambda g, a: g.op("lt", g.op("abs", a), _number(g, float("inf"), a)), compare=True)
-pointwise("pow", _op("pow"))
-pointwise("remainder", _remainder)
-pointwise("fmod", lambda g, a, b: g.op("sub", a, g.op("mul", g.op("trunc", g.op("div", a, b)), b)))
+def whole_quotient(g: Graph, a: Expression, b: Expression, down: bool) -> Expression:
+    """``a / b`` of whole numbers, rounded down or towards 0; of constants only."""
+    if a.op != "const" or b.op != "const" or b.data == 0:
+        raise Unsupported("it divides whole numbers that are not constant; divide floats, and round")
+    q = abs(a.data) // abs(b.data)
+    return g.const(a.data // b.data if down else q if (a.data < 0) == (b.data < 0) else -q, I64)
 
 
 @handles("div", "true_divide")
@@ -157,10 +153,12 @@ def div(tracer: Tracer, func: Any, a: Any, b: Any, *, rounding_mode: str | None 
     rounding = {None: None, "floor": "floor", "trunc": "trunc"}[rounding_mode]
 
     def divide(x: Expression, y: Expression) -> Expression:
+        if name == I64:
+            return whole_quotient(tracer.graph, x, y, rounding_mode == "floor")
         q = tracer.graph.op("div", x, y)
         return tracer.graph.op(rounding, q) if rounding else q
 
-    return tracer.traced(apply(divide, elements_of(tracer, a, name), elements_of(tracer, b, name)), dtype)
+    return tracer.traced(mapped(divide, elements_of(tracer, a, name), elements_of(tracer, b, name)), dtype)
 
 
 @handles("where")
@@ -171,7 +169,7 @@ def where(tracer: Tracer, func: Any, condition: Traced, a: Any = None, b: Any = 
     dtype = result_dtype(func, (condition, a, b), {})
     name = dtype_name(dtype)
     c = cast(tracer.graph, condition.elements, BOOL)
-    out = apply(_where(tracer), c, elements_of(tracer, a, name), elements_of(tracer, b, name))
+    out = mapped(_where(tracer), c, elements_of(tracer, a, name), elements_of(tracer, b, name))
     return tracer.traced(out, dtype)
 
 
@@ -183,7 +181,7 @@ def _where(tracer: Tracer) -> Callable[..., Expression]:
 def masked_fill(tracer: Tracer, func: Any, a: Traced, mask: Traced, value: Any) -> Traced:
     """``value`` where the mask holds."""
     dtype = dtype_name(a.dtype)
-    return tracer.traced(apply(_where(tracer), mask.elements, elements_of(tracer, value, dtype), a.elements), a.dtype)
+    return tracer.traced(mapped(_where(tracer), mask.elements, elements_of(tracer, value, dtype), a.elements), a.dtype)
 
 
 @handles("clamp", "clip")
@@ -194,7 +192,7 @@ def clamp(tracer: Tracer, func: Any, a: Traced, min: Any = None, max: Any = None
     out = elements_of(tracer, a, name)
     for op, bound in (("max", min), ("min", max)):
         if bound is not None:
-            out = apply(functools.partial(tracer.graph.op, op), out, elements_of(tracer, bound, name))
+            out = mapped(functools.partial(EXTREMES[op, name], tracer.graph), out, elements_of(tracer, bound, name))
     return tracer.traced(out, dtype)
 
 
@@ -213,38 +211,8 @@ def clamp_max(tracer: Tracer, func: Any, a: Traced, max: Any) -> Traced:
     return clamp(tracer, overload, a, None, max)
 
 
-@handles("softplus")
-def softplus(tracer: Tracer, func: Any, a: Traced, beta: float = 1, threshold: float = 20) -> Traced:
-    """``log(1 + exp(beta x)) / beta``, and ``x`` above the threshold."""
-    g = tracer.graph
-
-    def one(x: Expression) -> Expression:
-        scaled = g.op("mul", x, _number(g, beta, x))
-        smooth = g.op("div", g.op("log1p", g.op("exp", scaled)), _number(g, beta, x))
-        return g.op("where", g.op("gt", scaled, _number(g, threshold, x)), x, smooth)
-
-    return tracer.traced(apply(one, a.elements), a.dtype)
-
-
-@handles("gelu")
-def gelu(tracer: Tracer, func: Any, a: Traced, *, approximate: str = "none") -> Traced:
-    """``x Phi(x)``, exact or by tanh."""
-    g = tracer.graph
-
-    def one(x: Expression) -> Expression:
-        half, unit = _number(g, 0.5, x), _number(g, 1.0, x)
-        if approximate == "tanh":
-            cube = g.op("mul", g.op("mul", g.op("mul", x, x), x), _number(g, 0.044715, x))
-            inner = g.op("tanh", g.op("mul", g.op("add", x, cube), _number(g, 0.7978845608028654, x)))
-        else:
-            inner = g.op("erf", g.op("mul", x, _number(g, 0.7071067811865476, x)))
-        return g.op("mul", g.op("mul", half, x), g.op("add", unit, inner))
-
-    return tracer.traced(apply(one, a.elements), a.dtype)
-
-
 # Types and values ------------------------------------------------------------------------------------------------
-@handles("_to_copy", "to")
+@handles("_to_copy")
 def to_copy(tracer: Tracer, func: Any, a: Traced, *, dtype: torch.dtype | None = None, **options: Any) -> Traced:
     """Another dtype; the device is the kernel's."""
     dtype = a.dtype if dtype is None else dtype
@@ -309,10 +277,7 @@ def value_on_host(tracer: Tracer, func: Any, *args: Any) -> Any:
     values = [a.elements.item() for a in args if isinstance(a, Traced) and a.elements.size == 1]
     if len(values) == 1 and values[0].op == "const":
         return values[0].data
-    raise Unsupported(
-        "it reads the value of a tensor in Python (an if or while on a tensor, float(), int(), .item()); "
-        "torch.where chooses without reading"
-    )
+    raise Unsupported(READS.format("an if or while on a tensor, float(), int(), .item()"))
 
 
 @handles("is_same_size")

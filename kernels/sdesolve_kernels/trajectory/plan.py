@@ -108,7 +108,7 @@ class _Hoisted:
         """
         forms = Forms()
         order = {e.number: i for i, e in enumerate(early)}
-        first = {}
+        first: dict[int, int] = {}
         for e in early:
             first.setdefault(forms.of(e), order[e.number])
         for e in sorted(early, key=lambda e: (first[forms.of(e)], forms.leaves(e), order[e.number])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,17 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory import layouts, matrices
+from sdesolve_kernels.trajectory import compositions, layouts, matrices, reductions
+from sdesolve_kernels.trajectory.alike import TooMuchWork, alike_rows, thin_axis
 from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
 from sdesolve_kernels.trajectory.operations import HANDLERS
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, filled, user_line
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unread, Unsupported, cast, dtype_name, filled, user_line
 
-__all__ = ["Inputs", "Program", "Signature", "trace", "traced_shape"]
+__all__ = ["Inputs", "Program", "Signature", "batch_kind", "check_batch", "trace", "traced_shape"]
 
 _HANDLERS = {**HANDLERS}
-_REGISTERED = (layouts, matrices)  # importing them adds their handlers
+_REGISTERED = (compositions, layouts, matrices, reductions)  # importing them adds their handlers
 
 _LARGEST_PROGRAM = 40_000
+_MOST_ROWS = 1021  # of the batch that a program is checked for; a prime, so that few axes are as long by chance
+_NOT_ALIKE = "its rows are not treated alike: it depends on a path's place in the batch, or on its size"
 
 
 @final
@@ -84,6 +88,8 @@ class Program:
         observed_shape: of the observation, for one path; ``None`` if there is none.
         captured: tensors from outside that it reads, in order of `Expression.data` of ``shared`` and ``path`` leaves.
         by_path: which of them have a row per path.
+        split: whether tensors of as many rows as the batch were taken to have a row per path.
+        read: which of them an index was read from: the program is right while their values stay the same.
     """
 
     signature: Signature
@@ -93,6 +99,8 @@ class Program:
     observed_shape: tuple[int, ...] | None
     captured: tuple[Tensor, ...]
     by_path: tuple[bool, ...]
+    split: bool
+    read: tuple[int, ...] = ()
 
 
 Step = Callable[[Inputs], Sequence[Tensor]]
@@ -121,6 +129,34 @@ def trace(step: Step, signature: Signature, observe: Observe | None = None) -> P
     raise problems[0]
 
 
+def check_batch(program: Program, step: Step, observe: Observe | None, batch: int) -> None:
+    """Traces once more with the rows of a call, all alike: a step may do something else from some number on.
+
+    Raises:
+        Unsupported: it is another program for a batch of this size, or in some of its rows.
+    """
+    rows = batch_kind(batch)
+    signature = dataclasses.replace(program.signature, batch=batch)
+    try:
+        with alike_rows(rows):
+            (after, observed, _), _ = _rows(program.graph, step, signature, observe, program.split, rows, alike=True)
+    except TooMuchWork:
+        return
+    own, seen = list(program.states), list(program.observed)
+    if any(e != own for e in after) or any(e != seen for e in observed):
+        raise Unsupported(_NOT_ALIKE)
+
+
+def batch_kind(batch: int) -> int:
+    """Batches of one kind need one `check_batch`."""
+    return min(batch, _MOST_ROWS)
+
+
+def _kinds_of_rows(results: Sequence[Traced]) -> int:
+    """How many rows there are to look at: one if they are all alike."""
+    return 1 if all(len(thin_axis(-a.ndim, a.elements)[1]) for a in results) else len(results[0])
+
+
 def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> tuple[int, ...]:
     """Shape of what a function returns for one path, found without computing it; refuses as `trace` does.
 
@@ -131,7 +167,7 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
     for by_path in orders:
         tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
         try:
-            with tracer, torch.no_grad():
+            with tracer, Unread(), torch.no_grad():
                 made = _called(function, _inputs(tracer, signature))
         except Unsupported as problem:
             problems.append(problem)
@@ -142,14 +178,17 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
 
 def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool) -> Program:
     graph = Graph()
+    drawn = _drawn()
     first, tracer = _rows(graph, step, signature, observe, by_path, 3)
     second, other = _rows(graph, step, signature, observe, by_path, 2)
+    if drawn != _drawn():
+        raise Unsupported("it draws random numbers in Python; all noise comes from the solver's increments")
     if [id(a) for a in tracer.captured] != [id(a) for a in other.captured]:
         raise Unsupported("it makes new tensors from data outside torch each time it is called")
     own = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[0])]
     seen = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[1])]
     if any(e != own[0] for e in own) or any(e != seen[0] for e in seen):
-        raise Unsupported("its rows are not treated alike: it depends on a path's place in the batch, or on its size")
+        raise Unsupported(_NOT_ALIKE)
     shape = first[2]
     program = Program(
         signature,
@@ -159,11 +198,19 @@ def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: b
         shape,
         tuple(tracer.captured),
         tuple(tracer.captured_by_path),
+        by_path,
+        tuple(sorted(tracer.read)),
     )
     size = len(topological([*program.states, *program.observed]))
     if size > _LARGEST_PROGRAM:
         raise Unsupported(f"its step has {size} operations for each path, more than the {_LARGEST_PROGRAM} of a kernel")
     return program
+
+
+def _drawn() -> object:
+    """Changes with every random number that Python's or numpy's global generator makes."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), state["state"]["pos"], state["has_gauss"], state["state"]["key"].tobytes()
 
 
 def _own_row(graph: Graph, roots: Sequence[Expression], row: int) -> list[Expression]:
@@ -185,23 +232,31 @@ def _own_row(graph: Graph, roots: Sequence[Expression], row: int) -> list[Expres
 
 
 def _rows(
-    graph: Graph, step: Step, signature: Signature, observe: Observe | None, by_path: bool, rows: int
+    graph: Graph,
+    step: Step,
+    signature: Signature,
+    observe: Observe | None,
+    by_path: bool,
+    rows: int,
+    alike: bool = False,
 ) -> tuple[tuple[list[list[Expression]], list[list[Expression]], tuple[int, ...] | None], Tracer]:
     """Expressions of each row of the state after a step, and of the observation, and the observation's shape."""
-    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path)
+    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, alike)
     name, inputs = dtype_name(signature.dtype), _inputs(tracer, signature)
     states = inputs.states
-    with tracer, torch.no_grad():
+    with tracer, Unread(), torch.no_grad():
         outputs = [_result(tracer, a) for a in _called(step, inputs)]
         seen = None if observe is None else _result(tracer, _called(observe, states[0]))
     wrong = [(a, s) for a, s in zip(outputs, states, strict=True) if a.shape != s.shape or a.dtype != s.dtype]
     if wrong:
         a, s = wrong[0]
         raise Unsupported(f"the step turns {s.dtype} {tuple(s.shape)} into {a.dtype} {tuple(a.shape)}")
+    if alike:
+        rows = _kinds_of_rows([*outputs, *([] if seen is None else [seen])])
     after = [[e for a in outputs for e in a.elements[r : r + 1].flat] for r in range(rows)]
     if seen is None:
         return (after, [[] for _ in range(rows)], None), tracer
-    if seen.ndim == 0 or seen.shape[0] != rows:
+    if seen.ndim == 0 or seen.shape[0] != tracer.rows:
         raise Unsupported(f"the observable must return one row per path, (batch, ...), got shape {tuple(seen.shape)}")
     observed = [list(cast(graph, seen.elements[r : r + 1], name).flat) for r in range(rows)]
     return (after, observed, tuple(seen.shape[1:])), tracer
@@ -209,12 +264,11 @@ def _rows(
 
 def _inputs(tracer: Tracer, signature: Signature) -> Inputs:
     """What a step is called with, as leaves."""
-    graph, rows, name = tracer.graph, tracer.rows, dtype_name(signature.dtype)
+    graph, name = tracer.graph, dtype_name(signature.dtype)
 
     def per_row(kind: str, shape: tuple[int, ...], start: int) -> Traced:
-        count = math.prod(shape)
-        leaves = [graph.leaf(kind, (r, start + i), name) for r in range(rows) for i in range(count)]
-        return _frozen(tracer, filled(leaves, (rows, *shape)), signature.dtype)
+        leaves = tracer.per_row(lambda r, i: graph.leaf(kind, (r, start + i), name), shape)
+        return _frozen(tracer, leaves, signature.dtype)
 
     def number(what: str) -> Traced:
         return _frozen(tracer, filled([graph.leaf("time", what, name)], ()), signature.dtype)
@@ -249,7 +303,7 @@ def _called(function: Callable[..., Any], argument: Any) -> Any:
     """The call, with whatever goes wrong in it turned into `Unsupported`."""
     try:
         return function(argument)
-    except Unsupported:
+    except (Unsupported, TooMuchWork):
         raise
     except Exception as problem:
         frames = [f for f in traceback.extract_tb(problem.__traceback__) if not _is_internal(f.filename)]

@@ -2,9 +2,9 @@
 
 ``((x a) dt)`` becomes ``x (a dt)`` and ``(b x) (z s)`` becomes ``x (z (b s))``, where ``a dt`` and ``b s`` are computed
 once, in float64: fewer roundings, and half the multiplications of an Euler-Maruyama step. Division by what is known
-early becomes multiplication by its reciprocal, which has the same zeros, infinities and nans.
-
-Noise is finite, so a zero of a matrix diffusion takes no part in a step. ``(y + x p) + x q`` becomes ``y + x (p + q)``, which rounds once less at the size of ``y``; other sums keep their order.
+early becomes multiplication by its reciprocal, which has the same zeros, infinities and nans unless the divisor is
+subnormal. Noise is finite, so a zero of a matrix diffusion takes no part in a step. ``(y + x p) + x q`` becomes
+``y + x (p + q)``, which rounds once less at the size of ``y``; other sums keep their order.
 """
 
 from __future__ import annotations

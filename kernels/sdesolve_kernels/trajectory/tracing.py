@@ -21,10 +21,13 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph
+from sdesolve_kernels.trajectory.alike import mapped, repeated
+from sdesolve_kernels.trajectory.evaluate import evaluate
+from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
 
 __all__ = ["Traced", "Tracer", "Unsupported", "dtype_name"]
 
@@ -69,8 +72,9 @@ class Traced(Tensor):
 
     @staticmethod
     def __new__(cls, elements: np.ndarray, dtype: torch.dtype, tracer: Tracer) -> Traced:
-        strides = [s // elements.itemsize for s in elements.strides]
-        made = Tensor._make_wrapper_subclass(cls, elements.shape, strides=strides, dtype=dtype, device=tracer.device)
+        made = Tensor._make_wrapper_subclass(
+            cls, elements.shape, strides=tracer.strides(elements), dtype=dtype, device=tracer.device
+        )
         made.elements, made.tracer = elements, tracer
         return made
 
@@ -89,6 +93,37 @@ class Traced(Tensor):
 
 Handler = Callable[..., Any]
 
+_READERS = {
+    getattr(Tensor, name)
+    for name in (
+        "numpy",
+        "tolist",
+        "__array__",
+        "__dlpack__",
+        "apply_",
+        "map_",
+        "data_ptr",
+        "storage",
+        "untyped_storage",
+    )
+}
+
+
+@final
+class Unread(TorchFunctionMode):
+    """Refuses what reads a tensor's memory without an operation, which a `Tracer` does not get to see."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READERS:
+            if (
+                func is Tensor.tolist
+                and isinstance(args[0], Traced)
+                and all(e.op == "const" for e in args[0].elements.flat)
+            ):
+                return np.frompyfunc(lambda e: e.data, 1, 1)(args[0].elements).tolist()
+            raise Unsupported(READS.format(f"Tensor.{func.__name__}()"), user_line())
+        return func(*args, **(kwargs or {}))
+
 
 @final
 class Tracer(TorchDispatchMode):
@@ -102,6 +137,7 @@ class Tracer(TorchDispatchMode):
         batch: the batch of the call the trace is for. A tensor of that many rows that the function holds is read as
             one row per path, if ``by_path``.
         by_path: see ``batch``.
+        alike: give all rows the inputs of the first.
     """
 
     def __init__(
@@ -112,12 +148,14 @@ class Tracer(TorchDispatchMode):
         rows: int,
         batch: int | None = None,
         by_path: bool = True,
+        alike: bool = False,
     ) -> None:
         super().__init__()
         self.graph, self.device, self.rows = graph, device, rows
-        self._handlers, self._batch, self._by_path = handlers, batch, by_path
+        self._handlers, self._batch, self._by_path, self._alike = handlers, batch, by_path, alike
         self.captured: list[Tensor] = []
         self.captured_by_path: list[bool] = []
+        self.read: set[int] = set()
         self._inputs: dict[int, Traced] = {}
 
     @classmethod
@@ -130,6 +168,12 @@ class Tracer(TorchDispatchMode):
     def traced(self, elements: np.ndarray, dtype: torch.dtype) -> Traced:
         """A tensor of these expressions."""
         return Traced(elements, dtype, self)
+
+    def strides(self, elements: np.ndarray) -> list[int]:
+        """Those that torch sees; rows that are alike lie in one place, and torch is not to know."""
+        if self._alike:
+            elements = np.empty(elements.shape, dtype=np.bool_)
+        return [s // elements.itemsize for s in elements.strides]
 
     def constant(self, value: Tensor) -> Traced:
         """A tensor of constants."""
@@ -146,19 +190,43 @@ class Tracer(TorchDispatchMode):
         leaf = self.graph.leaf
         shape = tuple(tensor.shape)
         if by_path:
-            count = math.prod(shape[1:])
-            flat = [leaf("path", (r, index, i), name) for r in range(self.rows) for i in range(count)]
-            shape = (self.rows, *shape[1:])
+            if math.prod(shape[1:]) > _MOST_INPUTS:
+                raise Unsupported("the tensors that it uses have too many entries for a generated kernel")
+            elements = self.per_row(lambda r, i: leaf("path", (r, index, i), name), shape[1:])
         else:
             if sum(t.numel() for t in (*self.captured, tensor)) > _MOST_INPUTS:
                 raise Unsupported("the tensors that it uses have too many entries for a generated kernel")
-            flat = [leaf("shared", (index, i), name) for i in range(tensor.numel())]
-        elements = filled(flat, shape)
+            elements = filled([leaf("shared", (index, i), name) for i in range(tensor.numel())], shape)
         elements.flags.writeable = False
         self.captured.append(tensor)  # kept alive, so that no other tensor gets its identity
         self.captured_by_path.append(by_path)
         made = self._inputs[id(tensor)] = self.traced(elements, tensor.dtype)
         return made
+
+    def per_row(self, leaf: Callable[[int, int], Expression], shape: Sequence[int]) -> np.ndarray:
+        """``(rows, *shape)`` leaves, from functions of row and place; those of the first row in all, if ``alike``."""
+        count = range(math.prod(shape))
+        if self._alike:
+            return repeated(filled([leaf(0, i) for i in count], tuple(shape)), self.rows)
+        return filled([leaf(r, i) for r in range(self.rows) for i in count], (self.rows, *shape))
+
+    def values(self, a: Traced) -> list[Any] | None:
+        """Elements that depend on nothing but constants and small tensors from outside, whose values are now `read`."""
+        flat = list(a.elements.flat)
+        if all(e.op == "const" for e in flat):
+            return [e.data for e in flat]
+        order = topological(flat)
+        used = {e.data[0] for e in order if e.op == "shared"}
+        used |= {e.data.parameter for e in order if e.op == "product"}
+        if any(e.depends or e.op == "unknown" for e in order) or any(
+            self.captured[i].numel() > _MOST_READ for i in used
+        ):
+            return None
+        self.read |= used
+        with torch.utils._python_dispatch._disable_current_modes():
+            tensors = [c.detach().reshape(-1).cpu() if i in used else None for i, c in enumerate(self.captured)]
+            parameters = [c.double() if c is not None and c.is_floating_point() else c for c in tensors]
+            return [v.item() for v in evaluate(flat, {}, None, parameters)]
 
     def known(self, tensor: Tensor) -> Traced:
         """The tensor as a traced one."""
@@ -200,19 +268,26 @@ class Tracer(TorchDispatchMode):
 
     def _handle(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         handler = self._handlers.get(name)
+        if "out" in kwargs:
+            raise Unsupported(f"it has {name} write its result into a tensor (out=)")
         if handler is not None:
             return handler(self, func, *args, **kwargs)
         if name.endswith("_") and not name.startswith("_") and name[:-1] in self._handlers:
             return self._in_place(func, name[:-1], args, kwargs)
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            return func.decompose(*args, **kwargs)
-        decomposition = torch._decomp.decomposition_table.get(func)
-        if decomposition is not None:
-            return decomposition(*args, **kwargs)
+        with self:  # tensors that a decomposition makes are constants of the trace
+            if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+                return func.decompose(*args, **kwargs)
+            decomposition = torch._decomp.decomposition_table.get(func)
+            if decomposition is not None:
+                return decomposition(*args, **kwargs)
         raise Unsupported(f"it calls {name}, which no kernel is generated for")
 
     def _in_place(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         target, packet = args[0], getattr(torch.ops.aten, name)
+        if torch.Tag.inplace_view in func.tags:  # squeeze_ and such change a tensor's shape, and no element
+            target.elements = e = self._handlers[name](self, func, *args, **kwargs).elements
+            with torch.utils._mode_utils.no_dispatch():
+                return torch.Tensor.as_strided_(target, e.shape, self.strides(e))
         overload = getattr(packet, func._overloadname, packet.default if hasattr(packet, "default") else None)
         if overload is None:
             raise Unsupported(f"it calls {name}_, which no kernel is generated for")
@@ -228,6 +303,8 @@ class Tracer(TorchDispatchMode):
         target.elements[...] = cast(self.graph, value.elements, dtype_name(target.dtype))
 
 
+READS = "it reads the value of a tensor in Python ({}); write it with torch operations, torch.where for a choice"
+_MOST_READ = 4096  # entries of an index that lives outside
 _MOST_INPUTS = 1 << 16  # entries of tensors that all paths share; a larger network runs better as matrix products
 _MOST_EXPRESSIONS = 400_000
 
@@ -241,9 +318,7 @@ def filled(flat: Sequence[Expression], shape: tuple[int, ...]) -> np.ndarray:
 
 def cast(graph: Graph, elements: np.ndarray, dtype: str) -> np.ndarray:
     """Elements in another type."""
-    out = np.empty(elements.size, dtype=object)
-    out[:] = [graph.cast(e, dtype) for e in elements.flat]
-    return out.reshape(elements.shape)
+    return mapped(lambda e: graph.cast(e, dtype), elements)
 
 
 def result_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Where a step's random numbers come from in generated Triton source.
 
 The generator makes blocks of four words. A normal or a three-point number takes a word (normals in pairs), a two-point
-number one bit. A source with ``m`` numbers a step uses entries ``first + k m ... first + k m + m - 1`` of its sequence in step
-``k`` of a launch, whatever ``first`` is.
+number one bit. In step ``k`` of a launch, a source with ``m`` numbers a step uses the entries of its sequence from
+``first + k m`` on, whatever ``first`` is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAKERS = {"normal": "normals", "three-point": "three_points", "two-point": "wor
 
 
 def period(sources: Sequence[Source], operations: int) -> int:
-    """Steps after which the numbers of all sources start a new block or word again; 0 if these are too many to group."""
+    """Steps after which the numbers of all sources start a new block or word again; 0 if a group would be too long."""
     steps = max((s.period for s in sources), default=4)
     return steps if steps * operations <= _LARGEST_GROUP else 0
 

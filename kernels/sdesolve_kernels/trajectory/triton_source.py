@@ -144,7 +144,7 @@ class _Printer:
             "",
             "from sdesolve_kernels._triton.paths import *",
             "",
-            f"LANES = tl.constexpr({self.shape.lanes})  # paths in a program, which has {32 * self.shape.warps} threads",
+            f"LANES = tl.constexpr({self.shape.lanes})  # paths in a program of {32 * self.shape.warps} threads",
             f"DOUBLE = tl.constexpr({self.dtype == 'float64'})",
             "",
             "",

@@ -1,0 +1,245 @@
+"""What aten operations that reduce along axes do to arrays of expressions: sums, extremes, norms, softmax, moments."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdesolve_kernels.trajectory.alike import mapped, spread, thin
+from sdesolve_kernels.trajectory.expressions import BOOL, Expression
+from sdesolve_kernels.trajectory.operations import EXTREMES, HANDLERS, handles
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
+
+__all__: list[str] = []
+
+
+def _axes(a: Traced, dim: int | Sequence[int] | None) -> tuple[int, ...]:
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return tuple(range(a.ndim))
+    return tuple(d % max(a.ndim, 1) for d in ([dim] if isinstance(dim, int) else dim)) if a.ndim else ()
+
+
+def _reduced(
+    elements: np.ndarray, axes: tuple[int, ...], keepdim: bool, fold: Callable[[list[Expression]], Expression]
+) -> np.ndarray:
+    """``fold`` over the given axes."""
+    (elements,), same = thin(elements)
+    if any(i - elements.ndim in same for i in axes):  # a sum over the batch is long, whatever its rows are
+        elements, same = spread(elements, same), ()
+    kept = [i for i in range(elements.ndim) if i not in axes]
+    moved = elements.transpose(kept + list(axes)).reshape(*(elements.shape[i] for i in kept), -1)
+    out = np.empty(moved.shape[:-1], dtype=object)
+    for i in np.ndindex(out.shape):
+        out[i] = fold(list(moved[i]))
+    out = np.expand_dims(out, axes)
+    out = spread(out, same)
+    return out if keepdim else out.squeeze(axes)
+
+
+def _chain(tracer: Tracer, name: str, start: float, dtype: str) -> Callable[[list[Expression]], Expression]:
+    op = tracer.graph.op
+    if name == "add":
+        return lambda es: tracer.graph.sum(es, dtype)
+    return lambda es: functools.reduce(lambda a, b: op(name, a, b), es) if es else tracer.graph.const(start, dtype)
+
+
+def _sum_dtype(a: Traced, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or (a.dtype if a.dtype.is_floating_point else torch.int64)
+
+
+@handles("sum")
+def sum_(
+    tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Traced:
+    dtype = _sum_dtype(a, dtype)
+    name = dtype_name(dtype)
+    e = cast(tracer.graph, a.elements, name)
+    return tracer.traced(_reduced(e, _axes(a, dim), keepdim, _chain(tracer, "add", 0.0, name)), dtype)
+
+
+@handles("mean")
+def mean(
+    tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Traced:
+    total = sum_(tracer, func, a, dim, keepdim, dtype=dtype)
+    count = a.elements.size // max(total.elements.size, 1)
+    scale = tracer.graph.const(1.0 / count if count else float("nan"), dtype_name(total.dtype))
+    return tracer.traced(mapped(lambda e: tracer.graph.op("mul", e, scale), total.elements), total.dtype)
+
+
+@handles("prod")
+def prod(
+    tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Traced:
+    dtype = _sum_dtype(a, dtype)
+    e = cast(tracer.graph, a.elements, dtype_name(dtype))
+    return tracer.traced(_reduced(e, _axes(a, dim), keepdim, _chain(tracer, "mul", 1.0, dtype_name(dtype))), dtype)
+
+
+def _extreme(name: str) -> Callable[..., Traced]:
+    def handler(tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False) -> Traced:
+        fold = functools.partial(functools.reduce, functools.partial(EXTREMES[name, dtype_name(a.dtype)], tracer.graph))
+        return tracer.traced(_reduced(a.elements, _axes(a, dim), keepdim, fold), a.dtype)
+
+    return handler
+
+
+HANDLERS["amax"], HANDLERS["amin"] = _extreme("max"), _extreme("min")
+
+
+def _extreme_and_place(name: str) -> Callable[..., Any]:
+    def handler(tracer: Tracer, func: Any, a: Traced, *args: Any) -> Any:
+        if args and isinstance(args[0], Traced):
+            return HANDLERS[{"max": "maximum", "min": "minimum"}[name]](tracer, func, a, *args)
+        dim, keepdim = (None, False) if not args else (args[0], bool(args[1:] and args[1]))
+        best: Traced = HANDLERS[f"a{name}"](tracer, func, a, dim, keepdim)
+        if dim is None:
+            return best
+        # The index is not computed: a tensor of nothing, which shows up as a refusal if it is used.
+        return best, tracer.traced(np.full(best.shape, None, dtype=object), torch.int64)
+
+    return handler
+
+
+HANDLERS["max"], HANDLERS["min"] = _extreme_and_place("max"), _extreme_and_place("min")
+
+
+def _logical(name: str, start: bool) -> Callable[..., Traced]:
+    def handler(tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False) -> Traced:
+        fold = _chain(tracer, name, start, BOOL)
+        return tracer.traced(_reduced(cast(tracer.graph, a.elements, BOOL), _axes(a, dim), keepdim, fold), torch.bool)
+
+    return handler
+
+
+HANDLERS["any"], HANDLERS["all"] = _logical("or", False), _logical("and", True)
+
+
+def _shifted(tracer: Tracer, a: Traced, dim: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The largest entry along some axes, 0 where it is infinite, and ``exp`` of the differences to it."""
+    g, name = tracer.graph, dtype_name(a.dtype)
+    top = _reduced(a.elements, _axes(a, dim), True, _chain(tracer, "max", 0.0, name))
+    finite = g.const(float("inf"), name), g.const(0.0, name)
+    top = mapped(lambda e: g.op("where", g.op("eq", g.op("abs", e), finite[0]), finite[1], e), top)
+    return top, mapped(lambda e, m: g.op("exp", g.op("sub", e, m)), a.elements, top)
+
+
+@handles("logsumexp")
+def logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = False) -> Traced:
+    g, axes = tracer.graph, _axes(a, dim)
+    top, powers = _shifted(tracer, a, dim)
+    total = _reduced(powers, axes, True, _chain(tracer, "add", 0.0, dtype_name(a.dtype)))
+    out = mapped(lambda s, m: g.op("add", g.op("log", s), m), total, top)
+    return tracer.traced(out if keepdim else out.squeeze(axes), a.dtype)
+
+
+@handles("_softmax", "_log_softmax", "softmax", "log_softmax")
+def softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
+    g, name = tracer.graph, dtype_name(a.dtype)
+    top = _reduced(a.elements, _axes(a, dim), True, _chain(tracer, "max", 0.0, name))
+    shifted = mapped(lambda e, m: g.op("sub", e, m), a.elements, top)
+    powers = mapped(lambda e: g.op("exp", e), shifted)
+    total = _reduced(powers, _axes(a, dim), True, _chain(tracer, "add", 0.0, name))
+    if "log" in func.overloadpacket.__name__:
+        return tracer.traced(mapped(lambda e, s: g.op("sub", e, g.op("log", s)), shifted, total), a.dtype)
+    return tracer.traced(mapped(lambda e, s: g.op("div", e, s), powers, total), a.dtype)
+
+
+@handles("linalg_vector_norm")
+def vector_norm(
+    tracer: Tracer,
+    func: Any,
+    a: Traced,
+    ord: float = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Traced:
+    g, name, axes = tracer.graph, dtype_name(a.dtype), _axes(a, dim)
+    size = mapped(lambda e: g.op("abs", e), a.elements)
+    if ord in (float("inf"), float("-inf")):
+        out = _reduced(size, axes, keepdim, _chain(tracer, "max" if ord > 0 else "min", 0.0, name))
+    elif ord == 2:
+        squares = mapped(lambda e: g.op("mul", e, e), a.elements)
+        out = mapped(lambda e: g.op("sqrt", e), _reduced(squares, axes, keepdim, _chain(tracer, "add", 0.0, name)))
+    elif ord == 0:
+        zero = g.const(0.0, name)
+        present = mapped(lambda e: g.cast(g.op("ne", e, zero), name), a.elements)
+        out = _reduced(present, axes, keepdim, _chain(tracer, "add", 0.0, name))
+    elif ord == 1:
+        out = _reduced(size, axes, keepdim, _chain(tracer, "add", 0.0, name))
+    else:
+        power, root = g.const(ord, name), g.const(1.0 / ord, name)
+        powers = mapped(lambda e: g.op("pow", e, power), size)
+        total = _reduced(powers, axes, keepdim, _chain(tracer, "add", 0.0, name))
+        out = mapped(lambda e: g.op("pow", e, root), total)
+    return tracer.traced(out, a.dtype)
+
+
+@handles("cumsum", "cumprod")
+def cumulative(tracer: Tracer, func: Any, a: Traced, dim: int, *, dtype: torch.dtype | None = None) -> Traced:
+    name = "add" if func.overloadpacket.__name__ == "cumsum" else "mul"
+    dtype = _sum_dtype(a, dtype)
+    out = np.moveaxis(cast(tracer.graph, a.elements, dtype_name(dtype)), dim, 0).copy()
+    for i in range(1, len(out)):
+        out[i] = mapped(lambda x, y: tracer.graph.op(name, x, y), out[i - 1], out[i])
+    return tracer.traced(np.moveaxis(out, 0, dim), dtype)
+
+
+def _spread(tracer: Tracer, a: Traced, dim: Any, correction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance along some axes, which are kept with length 1; two passes, as torch."""
+    g, name, axes = tracer.graph, dtype_name(a.dtype), _axes(a, dim)
+    count = math.prod(a.shape[i] for i in axes)
+
+    def average(e: np.ndarray, n: float) -> np.ndarray:
+        scale = g.const(1.0 / n if n > 0 else float("nan"), name)
+        return mapped(lambda s: g.op("mul", s, scale), _reduced(e, axes, True, _chain(tracer, "add", 0.0, name)))
+
+    mean = average(a.elements, count)
+    apart = mapped(lambda x, m: g.op("sub", x, m), a.elements, mean)
+    return mean, average(mapped(lambda d: g.op("mul", d, d), apart), count - correction)
+
+
+def _spread_of(result: str) -> Callable[..., Any]:
+    def handler(
+        tracer: Tracer, func: Any, a: Traced, dim: Any = None, *args: Any, correction: float | None = 1, **options: Any
+    ) -> Any:
+        if isinstance(dim, bool):  # the oldest form: var(unbiased)
+            dim, args = None, (dim, *args)
+        keepdim = bool(options.get("keepdim", False))
+        for i, flag in enumerate(args):  # unbiased, keepdim
+            correction, keepdim = (float(flag), keepdim) if i == 0 else (correction, bool(flag))
+        mean, variance = _spread(tracer, a, dim, 1.0 if correction is None else correction)
+        out = {"mean": mean, "var": variance}
+        if "std" in result:
+            out["std"] = mapped(lambda v: tracer.graph.op("sqrt", v), variance)
+        shaped = [out[k] if keepdim else out[k].squeeze(_axes(a, dim)) for k in result.split("_")]
+        made = [tracer.traced(e, a.dtype) for e in shaped]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    return handler
+
+
+for _result in ("var", "std", "var_mean", "std_mean"):
+    HANDLERS[_result] = _spread_of(_result)
+
+
+@handles("native_layer_norm")
+def layer_norm(
+    tracer: Tracer, func: Any, a: Traced, shape: Sequence[int], weight: Traced | None, bias: Traced | None, eps: float
+) -> tuple[Traced, Traced, Traced]:
+    g, name = tracer.graph, dtype_name(a.dtype)
+    mean, variance = _spread(tracer, a, list(range(-len(shape), 0)), 0.0)
+    one, small = g.const(1.0, name), g.const(eps, name)
+    scale = mapped(lambda v: g.op("div", one, g.op("sqrt", g.op("add", v, small))), variance)
+    out = mapped(lambda x, m, s: g.op("mul", g.op("sub", x, m), s), a.elements, mean, scale)
+    for name_of, factor in (("mul", weight), ("add", bias)):
+        if factor is not None:
+            out = mapped(functools.partial(g.op, name_of), out, factor.elements)
+    return tracer.traced(out, a.dtype), tracer.traced(mean, a.dtype), tracer.traced(scale, a.dtype)

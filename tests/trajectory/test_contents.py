@@ -1,0 +1,247 @@
+"""Whatever a function reads is found where Python would look for it; a change of it is a change of the key."""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextvars
+import enum
+import functools
+import random
+import sys
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from sdesolve_kernels.trajectory import contents
+
+import sdesolve as sds
+
+RATE = 1.0
+
+
+class Plain:
+    rate = 1.0
+
+
+class Real(float):
+    pass
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Entries(dict):
+    pass
+
+
+class Items(list):
+    pass
+
+
+class Meta(type):
+    rate = 1.0
+
+
+class WithMeta(metaclass=Meta):
+    pass
+
+
+class Slotted:
+    __slots__ = ("rate",)
+
+
+class Rates:
+    @property
+    def of_global(self):
+        return RATE
+
+    @staticmethod
+    def static():
+        return 1.0
+
+    @classmethod
+    def of_class(cls):
+        return HELD["rate"]
+
+
+class Switch(enum.Enum):
+    ON = 1
+
+
+@functools.lru_cache
+def cached():
+    return RATE
+
+
+def helper(x):
+    return x * RATE
+
+
+def with_default(x, t, a=[1.0], *, b=1.0):  # noqa: B006  # the case
+    return x * a[0] * b
+
+
+def with_attribute(x, t):
+    return x * with_attribute.rate
+
+
+def swapped(x, t):
+    return x
+
+
+def importing(x, t):
+    import usermodule
+
+    return x * usermodule.rate
+
+
+def importing_from(x, t):
+    from usermodule.inner import rate
+
+    return x * rate
+
+
+HELD, LIST, OBJECT, SLOTTED, NUMBERS = {"rate": 1.0}, [1.0], Plain(), Slotted(), np.ones(2)
+SUBCLASSED, ITEMS, ENTRIES, QUEUE = [Real(1.0), Text("a")], Items(), Entries(), collections.deque([1.0])
+BYTES, TYPED, NAMES, VARIABLE = (
+    bytearray(b"a"),
+    array.array("d", [1.0]),
+    {"a"},
+    contextvars.ContextVar("v", default=1.0),
+)
+GENERATOR, PYTHONS, CLASSES, NAMESPACE = (
+    np.random.default_rng(0),
+    random.Random(0),
+    {Plain},
+    types.SimpleNamespace(rate=1.0),
+)
+RATES, GET, LAYER, WEAK = Rates(), HELD.get, torch.nn.Linear(2, 2), weakref.ref(OBJECT)
+VIEW, LARGE = types.MappingProxyType(HELD), np.zeros(100_000)
+usermodule = types.ModuleType("usermodule")
+usermodule.inner = types.ModuleType("usermodule.inner")
+SLOTTED.rate = with_attribute.rate = usermodule.rate = usermodule.inner.rate = ITEMS.rate = ENTRIES.rate = 1.0
+PARTIAL, MAPPED = functools.partial(lambda a, x, t: x * a[0], LIST), torch.vmap(lambda y: y * RATE)
+GRADIENT = torch.func.grad(lambda y: (y * RATE).sum())
+
+
+def set_rate(value):
+    global RATE
+    RATE = value
+
+
+CASES = {
+    "global": (lambda x, t: x * RATE, lambda: set_rate(2.0)),
+    "through a helper": (lambda x, t: helper(x), lambda: set_rate(2.0)),
+    "inside a nested function": (lambda x, t: (lambda: x * RATE)(), lambda: set_rate(2.0)),
+    "inside a comprehension": (lambda x, t: sum([x * RATE for _ in range(2)]), lambda: set_rate(2.0)),
+    "cached function": (lambda x, t: x * cached(), lambda: set_rate(2.0)),
+    "property": (lambda x, t: x * RATES.of_global, lambda: set_rate(2.0)),
+    "vmap": (lambda x, t: MAPPED(x), lambda: set_rate(2.0)),
+    "gradient": (lambda x, t: GRADIENT(x), lambda: set_rate(2.0)),
+    "globals()": (lambda x, t: x * globals()["RATE"], lambda: set_rate(2.0)),
+    "static method": (lambda x, t: x * RATES.static(), lambda: setattr(Rates, "static", staticmethod(lambda: 2.0))),
+    "class method": (lambda x, t: x * RATES.of_class(), lambda: HELD.update(rate=2.0)),
+    "dictionary": (lambda x, t: x * HELD["rate"], lambda: HELD.update(rate=3.0)),
+    "method of a dictionary": (lambda x, t: x * GET("rate"), lambda: HELD.update(rate=4.0)),
+    "view of a dictionary": (lambda x, t: x * VIEW["rate"], lambda: HELD.update(rate=5.0)),
+    "list": (lambda x, t: x * LIST[0], lambda: LIST.append(2.0)),
+    "partial": (PARTIAL, lambda: LIST.append(2.0)),
+    "attribute": (lambda x, t: x * OBJECT.rate, lambda: setattr(OBJECT, "rate", 2.0)),
+    "weak reference": (lambda x, t: x * WEAK().rate, lambda: setattr(OBJECT, "rate", 3.0)),
+    "class attribute": (lambda x, t: x * Plain.rate, lambda: setattr(Plain, "rate", 2.0)),
+    "class in a set": (lambda x, t: x * next(iter(CLASSES)).rate, lambda: setattr(Plain, "rate", 3.0)),
+    "attribute of a metaclass": (lambda x, t: x * WithMeta.rate, lambda: setattr(Meta, "rate", 2.0)),
+    "slot": (lambda x, t: x * SLOTTED.rate, lambda: setattr(SLOTTED, "rate", 2.0)),
+    "namespace": (lambda x, t: x * NAMESPACE.rate, lambda: setattr(NAMESPACE, "rate", 2.0)),
+    "subclass of float": (lambda x, t: x * SUBCLASSED[0], lambda: SUBCLASSED.__setitem__(0, Real(2.0))),
+    "subclass of str": (lambda x, t: x * ord(SUBCLASSED[1]), lambda: SUBCLASSED.__setitem__(1, Text("b"))),
+    "attribute of a list": (lambda x, t: x * ITEMS.rate, lambda: setattr(ITEMS, "rate", 2.0)),
+    "attribute of a dictionary": (lambda x, t: x * ENTRIES.rate, lambda: setattr(ENTRIES, "rate", 2.0)),
+    "attribute of an enumeration": (
+        lambda x, t: x * getattr(Switch, "rate", 1.0),
+        lambda: setattr(Switch, "rate", 2.0),
+    ),
+    "module": (lambda x, t: x * usermodule.rate, lambda: setattr(usermodule, "rate", 2.0)),
+    "module by getattr": (lambda x, t: x * getattr(usermodule, "rate"), lambda: setattr(usermodule, "rate", 3.0)),  # noqa: B009
+    "module in a module": (lambda x, t: x * usermodule.inner.rate, lambda: setattr(usermodule.inner, "rate", 2.0)),
+    "import inside": (importing, lambda: setattr(usermodule, "rate", 4.0)),
+    "import from inside": (importing_from, lambda: setattr(usermodule.inner, "rate", 3.0)),
+    "array in place": (lambda x, t: x * NUMBERS[0], lambda: NUMBERS.__setitem__(0, 2.0)),
+    "large array in place": (lambda x, t: x * LARGE[0], lambda: LARGE.__setitem__(0, 2.0)),
+    "typed array": (lambda x, t: x * TYPED[0], lambda: TYPED.append(2.0)),
+    "bytes": (lambda x, t: x * BYTES[0], lambda: BYTES.append(2)),
+    "queue": (lambda x, t: x * QUEUE[0], lambda: QUEUE.append(2.0)),
+    "set": (lambda x, t: x * len(NAMES), lambda: NAMES.add("b")),
+    "context variable": (lambda x, t: x * VARIABLE.get(), lambda: VARIABLE.set(2.0)),
+    "numpy's generator": (lambda x, t: x * GENERATOR.random(), lambda: GENERATOR.random()),
+    "Python's generator": (lambda x, t: x * PYTHONS.random(), lambda: PYTHONS.random()),
+    "default": (with_default, lambda: with_default.__defaults__[0].__setitem__(0, 2.0)),
+    "keyword default": (with_default, lambda: with_default.__kwdefaults__.update(b=2.0)),
+    "attribute of a function": (with_attribute, lambda: setattr(with_attribute, "rate", 2.0)),
+    "code": (swapped, lambda: setattr(swapped, "__code__", (lambda x, t: -x).__code__)),
+    "flag of a module": (lambda x, t: LAYER(x), lambda: LAYER.train(not LAYER.training)),
+}
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.setitem(sys.modules, "usermodule", usermodule)
+    monkeypatch.setitem(sys.modules, "usermodule.inner", usermodule.inner)
+
+
+@pytest.mark.parametrize(("function", "change"), list(CASES.values()), ids=list(CASES))
+def test_changes_are_seen(function, change):
+    set_rate(1.0)
+    before = contents(function)
+    assert contents(function).key == before.key
+    change()
+    after = contents(function)
+    assert after.key != before.key or not (before.complete and after.complete)
+
+
+def test_a_cell_and_a_redefined_function_are_seen(both, difference, interpreted):
+    x0, rate = torch.ones(3, 1, dtype=torch.float64), 1.0
+    for value in (1.0, 2.0, -1.0, 2.0):
+        rate = value
+        for f in (lambda x, t: rate * x, lambda x, t: -rate * x):
+            fused, eager = both(sds.SDE(f, lambda x, t: 0.1 * x), x0)
+            assert difference(fused.x1, eager.x1) < 1e-14
+    assert interpreted.made == 6
+
+
+def test_tensors_are_found_once_and_by_shape():
+    w = torch.ones(3)
+
+    def function(x, t, held={"a": [w, (w,)], "b": LAYER}):  # noqa: B006
+        return x * w
+
+    found = contents(function)
+    assert [id(t) for t in found.tensors] == [id(w), id(LAYER.weight), id(LAYER.bias)]
+    key = found.key
+    w.add_(1)
+    assert contents(function).key == key
+    w.resize_(4)
+    assert contents(function).key != key
+
+
+def test_tensors_changed_in_place_and_rebound(both, difference, interpreted):
+    held = types.SimpleNamespace(w=torch.tensor([1.0, 2.0], dtype=torch.float64))
+    sde = sds.SDE(lambda x, t: held.w * x, lambda x, t: 0.1 * x)
+    x0 = torch.ones(3, 2, dtype=torch.float64)
+    changes = [
+        lambda: held.w.mul_(-1),
+        lambda: setattr(held, "w", torch.tensor([0.5, 3.0], dtype=torch.float64)),
+        lambda: setattr(held, "w", torch.arange(8, dtype=torch.float64).reshape(2, 4)[1, ::2]),
+    ]
+    for change in changes:
+        change()
+        fused, eager = both(sde, x0)
+        assert difference(fused.x1, eager.x1) < 1e-14
+    assert interpreted.made == 1
+    held.w = torch.tensor([1, 2])
+    fused, eager = both(sde, x0)
+    assert difference(fused.x1, eager.x1) < 1e-14
