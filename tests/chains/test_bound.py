@@ -96,6 +96,16 @@ def test_draws_average_to_the_expectation(chain):
     torch.testing.assert_close(part.total, terms.total[9:11])
 
 
+def test_every_term_has_a_draw_of_its_own():
+    chain = CHAINS["ddpm"]
+    terms = variational_bound(chain, lambda x, k: -x, X0, seed=4)
+    for k in (1, 2, 12):
+        each = torch.full((3,), k)
+        x = chain.perturb(X0, each, seed=4, draw=k - 1)
+        term = step_term(chain, lambda x, k: -x, X0, x, each, variance="small", bits=None)
+        torch.testing.assert_close(terms.decoder if k == 1 else terms.steps[k - 2], term)
+
+
 def test_bits_per_dimension_count_every_dimension():
     x0 = torch.tensor([[3.0, 200.0]], dtype=torch.float64) * 2 / 255 - 1
     terms = variational_bound(CHAINS["ddpm"], lambda x, k: -x, x0, bits=8)

@@ -62,14 +62,15 @@ def test_one_jump_is_replayable_and_has_the_marginal(chain):
 @chains
 def test_the_simulated_chain_has_the_marginals_and_independent_steps(chain):
     n = 4000
-    xs = chain.simulate(torch.full((n, 1), 0.8, dtype=torch.float64), seed=1)
-    assert xs.shape == (chain.steps + 1, n, 1)
+    xs = chain.simulate(torch.full((n, 2), 0.8, dtype=torch.float64), seed=1)
+    assert xs.shape == (chain.steps + 1, n, 2)
     z = (xs[1:] - chain.scale[1:, None, None] * xs[:-1]) / chain.noise[1:, None, None]
-    gram = z[..., 0] @ z[..., 0].T / n - torch.eye(chain.steps, dtype=torch.float64)
+    z = z.movedim(2, 0).flatten(0, 1)  # all steps of the first component, then of the second
+    gram = z @ z.T / n - torch.eye(len(z), dtype=torch.float64)
     # Five standard deviations of a mean of n products of normals (of squares on the diagonal).
     assert float(gram.abs().max()) < 5 * math.sqrt(2 / n)
     last = xs[-1].std()
-    assert abs(float(last / chain.sigma[-1]) - 1) < 5 / math.sqrt(2 * n)
+    assert abs(float(last / chain.sigma[-1]) - 1) < 5 / math.sqrt(4 * n)
     torch.testing.assert_close(
         chain.simulate(xs[0, :5], seed=1, first_path=2), chain.simulate(xs[0, :7], seed=1)[:, 2:]
     )
@@ -111,6 +112,18 @@ def test_fixed_variances_are_right_for_the_data_they_are_made_for():
     mean, var = chain_law(chain, 0.0, 0.75, "small")
     assert mean == pytest.approx(0.75, abs=1e-12)
     assert var < 1e-20
+
+
+def test_the_first_reverse_step_takes_the_small_variance_of_the_second():
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    for chain in (DDPM.linear(20, 0.1, 15.0), SMLD.geometric(20, 0.05, 20.0)):
+        one, two = chain.log_variance(x, torch.tensor([1, 2]), "small").exp()
+        assert float(one) == float(two)
+        assert float(two) == pytest.approx(float(chain.posterior(x, x, 2).variance), rel=1e-12)
+        large = chain.log_variance(x, torch.tensor([1, 2]), "large").exp()[:, 0]
+        torch.testing.assert_close(large, chain.noise[1:3] ** 2)
+        half = chain.log_variance(x, torch.tensor([2, 2]), lambda x, k: torch.full_like(x, 0.5)).exp()
+        torch.testing.assert_close(half[0, 0] ** 2, two[0] * large[1])
 
 
 def rate(counts, errors):
