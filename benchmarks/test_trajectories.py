@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_linear_sde_against_peers(benchmark: Any, paths: int) -> None:
     contenders = {name: run for name, run in made.items() if run is not None}
     expected = 0.1 * (1 + 1.5 / STEPS) ** STEPS
     for name, run in contenders.items():
-        x1 = torch.as_tensor(run().__array__())
+        x1 = torch.from_numpy(np.array(run().__array__()))
         error = abs(float(x1.double().mean()) - expected) / (0.01 * expected / x1.numel() ** 0.5)
         assert error < 5, f"{name}: the mean of X(1) is {error:.1f} standard errors off"
     timings = interleave(contenders, baseline="sdesolve", rounds=5, min_seconds=0.0, settle=0.02)
@@ -111,8 +113,6 @@ def test_solve_beside_its_kernel(benchmark: Any) -> None:
     run = LINEAR["sdesolve"](1 << 20, STEPS)
     assert run is not None
     inside: list[float] = []
-    import time
-
     original = launch.split
 
     def timed(*args: Any) -> None:

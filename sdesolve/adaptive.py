@@ -72,9 +72,9 @@ def integrate(
         RuntimeError: a sample needs steps below the resolution of its time, or more than ``max_steps``.
     """
     eps = torch.finfo(x.dtype).eps
-    if solver.rtol < 10 * eps:
+    if solver.rtol < 4 * eps:
         raise ValueError(
-            f"rtol={solver.rtol:.3g} is below what {x.dtype} resolves: take at least {10 * eps:.2g}, or a float64 state"
+            f"rtol={solver.rtol:.3g} is below what {x.dtype} resolves: take at least {4 * eps:.2g}, or a float64 state"
         )
     drift = _Drift(sde)
     t = t0.to(x.device)

@@ -24,12 +24,20 @@ class Position(NamedTuple):
     batch: int = 0
 
 
+class Batch(NamedTuple):
+    """Data ``(batch, *state)``, their classes ``(batch,)`` if they have any, and the position behind them."""
+
+    x0: Tensor
+    label: Tensor | None
+    position: Position
+
+
 class Batches(abc.ABC):
-    """An endless sequence of batches ``(batch, *state)`` that can start at any position."""
+    """An endless sequence of batches that can start at any position."""
 
     @abc.abstractmethod
-    def after(self, position: Position) -> Iterator[tuple[Tensor, Position]]:
-        """Batches from ``position`` on, each with the position behind it."""
+    def after(self, position: Position) -> Iterator[Batch]:
+        """Batches from ``position`` on."""
 
     @abc.abstractmethod
     def __repr__(self) -> str:
@@ -44,20 +52,24 @@ class TensorBatches(Batches):
 
     Raises:
         TypeError: the data is not floating-point.
-        ValueError: it is empty, or has no batch axis.
+        ValueError: it is empty, or has no batch axis; there are not as many labels as samples.
     """
 
-    def __init__(self, data: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(self, data: Tensor, batch_size: int, seed: int, labels: Tensor | None = None) -> None:
         if not data.is_floating_point():
             raise TypeError(f"training data must be float32 or float64, got {data.dtype}; convert it with .float()")
         if data.ndim == 0 or not data.numel():
             raise ValueError(
                 f"training data must be (samples, *state) with at least one sample, got {tuple(data.shape)}"
             )
-        self._data, self._seed = data.detach(), seed
+        if labels is not None and labels.shape != data.shape[:1]:
+            raise ValueError(
+                f"labels must have one entry for each of the {len(data)} samples, got shape {tuple(labels.shape)}"
+            )
+        self._data, self._labels, self._seed = data.detach(), labels, seed
         self._size = whole_number(batch_size, "batch_size", 1)
 
-    def after(self, position: Position) -> Iterator[tuple[Tensor, Position]]:
+    def after(self, position: Position) -> Iterator[Batch]:
         n, k = len(self._data), position.samples
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
@@ -67,12 +79,18 @@ class TensorBatches(Batches):
                     epoch, order = k // n, self._order(k // n)
                 rows.append(order[k % n : k % n + end - k])
                 k += len(rows[-1])
-            yield self._data[torch.cat(rows).to(self._data.device)], Position(k, k // n)
+            row = torch.cat(rows)
+            label = None if self._labels is None else self._labels[row.to(self._labels.device)]
+            yield Batch(self._data[row.to(self._data.device)], label, Position(k, k // n))
 
     def __repr__(self) -> str:
         # A few rows are enough to tell another data set, and cheap for a large one.
-        rows = self._data[:: max(1, len(self._data) // 64)][:64].cpu().double().contiguous()
-        return f"tensor {list(self._data.shape)} {self._data.dtype}, checksum {zlib.crc32(rows.numpy().tobytes())}"
+        stride = max(1, len(self._data) // 64)
+        rows = self._data[::stride][:64].cpu().double().contiguous()
+        text = f"tensor {list(self._data.shape)} {self._data.dtype}, checksum {zlib.crc32(rows.numpy().tobytes())}"
+        if self._labels is None:
+            return text
+        return f"{text}, labels with checksum {zlib.crc32(self._labels.cpu().long().contiguous().numpy().tobytes())}"
 
     def _order(self, epoch: int) -> Tensor:
         u = uniform(
@@ -87,13 +105,13 @@ class LoaderBatches(Batches):
 
     torch's global generator is seeded from the seed, the epoch and the batch's number while a batch is made, so that a
     shuffling loader and random augmentations repeat themselves; a loader's own ``generator`` is its owner's affair. A
-    start within an epoch skips the batches before it.
+    start within an epoch skips the batches before it. With ``labelled`` every batch is a pair of data and labels.
     """
 
-    def __init__(self, loader: Iterable[object], seed: int) -> None:
-        self._loader, self._seed = loader, seed
+    def __init__(self, loader: Iterable[object], seed: int, *, labelled: bool = False) -> None:
+        self._loader, self._seed, self._labelled = loader, seed, labelled
 
-    def after(self, position: Position) -> Iterator[tuple[Tensor, Position]]:
+    def after(self, position: Position) -> Iterator[Batch]:
         samples, epoch, skip = position
         while True:
             count = 0
@@ -108,8 +126,9 @@ class LoaderBatches(Batches):
                 count += 1
                 if count > skip:
                     x0 = _state_of(batch)
+                    label = _label_of(batch, len(x0)) if self._labelled else None
                     samples += len(x0)
-                    yield x0, Position(samples, epoch, count)
+                    yield Batch(x0, label, Position(samples, epoch, count))
             if not count:
                 raise ValueError(
                     f"the loader gave no batch in epoch {epoch}; it must hold data, and give it again each time it is "
@@ -121,20 +140,32 @@ class LoaderBatches(Batches):
         return type(self._loader).__name__
 
 
-def batches_of(data: Tensor | Iterable[object], batch_size: int | None, seed: int) -> Batches:
-    """Batches from whatever `train` was given.
+def batches_of(
+    data: Tensor | Iterable[object],
+    batch_size: int | None,
+    seed: int,
+    labels: Tensor | None = None,
+    *,
+    labelled: bool = False,
+) -> Batches:
+    """Batches from whatever `train` was given, with labels if ``labelled``.
 
     Raises:
         TypeError: ``data`` is neither a tensor nor an iterable; integer data.
-        ValueError: ``batch_size`` for data that is already in batches; empty data.
+        ValueError: ``batch_size`` or ``labels`` for data that is already in batches; none for a tensor that needs
+            them; empty data.
     """
     if isinstance(data, Tensor):
-        return TensorBatches(data, 256 if batch_size is None else batch_size, seed)
+        if labelled and labels is None:
+            raise ValueError("label_dropout is for data with classes; give them as labels=")
+        return TensorBatches(data, 256 if batch_size is None else batch_size, seed, labels)
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be a tensor (samples, *state) or an iterable of batches, got {type(data).__name__}")
     if batch_size is not None:
         raise ValueError("batch_size is for a tensor of samples; a loader already decides the size of its batches")
-    return LoaderBatches(data, seed)
+    if labels is not None:
+        raise ValueError("labels is for a tensor of samples; a loader gives pairs (data, labels), with label_dropout=")
+    return LoaderBatches(data, seed, labelled=labelled)
 
 
 @contextmanager
@@ -172,3 +203,11 @@ def _state_of(batch: object) -> Tensor:
     if x0.ndim == 0 or not x0.numel():
         raise ValueError(f"a loader must give batches (batch, *state) that are not empty, got {tuple(x0.shape)}")
     return x0
+
+
+def _label_of(batch: object, count: int) -> Tensor:
+    label = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    if not isinstance(label, Tensor) or label.shape != (count,):
+        given = "nothing" if label is None else f"{type(label).__name__} {tuple(getattr(label, 'shape', ()))}"
+        raise ValueError(f"a loader must give pairs of data and labels ({count},) for label_dropout, got {given}")
+    return label

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,45 @@ def save(score: nn.Module, path: str | Path) -> None:
     write(Path(path), named(score), {"kind": WEIGHTS, "fingerprint": fingerprint(score)})
 
 
-def load(score: nn.Module, path: str | Path) -> None:
+def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> None:
     """Reads weights that `save` or a training run wrote into ``score``, in place.
 
     ``path`` is a file of `save`, or the folder or file of a training checkpoint, whose averaged weights are taken.
 
+    Args:
+        score: a score of the architecture and process that was saved.
+        path: as above.
+        ema: which average, by its decay, of a run that kept several; by default the first.
+
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: the file is damaged, not of this library, of a newer format, or for another architecture or process.
+        ValueError: the file is damaged, not of this library, of a newer format, for another architecture or process, or
+            has no such average.
     """
     path = Path(path)
     path = path / TRAINING_FILE if path.is_dir() else path
     tensors, header = read(path)
     check_fingerprint(score, header, path)
-    part = {WEIGHTS: "", TRAINING: "ema."}[header["kind"]]
-    load_named(score, {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)})
+    decays = decays_of(header["config"]["ema"]) if header["kind"] == TRAINING else []
+    if ema is not None and ema not in decays:
+        kept = f"averages with decays {', '.join(map(str, decays))}" if decays else "weights only, no averages"
+        raise ValueError(f"{path} holds {kept}; ema={ema} is not there")
+    load_named(score, part(tensors, average_prefix(0 if ema is None else decays.index(ema)) if decays else ""))
+
+
+def decays_of(ema: float | Sequence[float]) -> list[float]:
+    """The decays of all averages that a run keeps, the one that it leaves in the score first."""
+    return [float(d) for d in ema] if isinstance(ema, Sequence) else [float(ema)]
+
+
+def average_prefix(k: int) -> str:
+    """What the names of average number ``k`` begin with in the file of a training run."""
+    return f"ema{k or ''}."
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def named(module: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from typing import Literal, final
 
 import torch
 from sdesolve_kernels import langevin_step
-from sdesolve_kernels.reference_steps import langevin_size
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath, unit_normals
@@ -20,7 +19,13 @@ from sdesolve.sde import Field, per_sample
 
 
 class AbstractCorrector(abc.ABC):
-    """A step that keeps the law ``p_t`` of a noised state, up to its own discretisation error."""
+    """A step that keeps the law ``p_t`` of a noised state, up to its own discretisation error.
+
+    Attributes:
+        affine: whether its step size is known beforehand, so that it is affine in state and noise if the score is.
+    """
+
+    affine: bool
 
     @abc.abstractmethod
     def scales(self, process: AbstractDiffusion, times: Tensor) -> Tensor:
@@ -104,6 +109,7 @@ class LangevinCorrector(AbstractCorrector):
         self.snr, self.step_size, self.scale = snr, step_size, scale
         self.norms = None if snr is None else _norms("level" if norms is None else norms)
         fixed = self.norms in (None, Norms.LEVEL)
+        self.affine = fixed
         self._mode = "fixed" if fixed else str(self.norms)
         self._size = float(step_size or 0.0) if snr is None else (2.0 * snr**2 if fixed else float(snr))
 
@@ -120,13 +126,13 @@ class LangevinCorrector(AbstractCorrector):
         s = score(x, t)
         if isinstance(noise, BrownianPath):
             return langevin_step(x, s, mode=self._mode, size=self._size, alpha=scale, **noise.place(k))
-        z = unit_normals(noise, k, x)
-        if self._mode == "fixed":
-            delta = scale * self._size
-        else:
-            delta = langevin_size(s, z, mode=self._mode, snr=self._size, alpha=scale)
-        delta = per_sample(delta, x)
-        return x + delta * s + (2.0 * delta).sqrt() * z
+        if self._mode != "fixed":
+            raise ValueError(
+                f"with norms='{self.norms}' the step size depends on the state and on the noise, so that the chain is "
+                "not affine and no exact law is known; norms='level' and a fixed step_size= have one"
+            )
+        delta = per_sample(scale * self._size, x)
+        return x + delta * s + (2.0 * delta).sqrt() * unit_normals(noise, k, x)
 
     def check(self, x: Tensor) -> None:
         d = math.prod(x.shape[1:])

@@ -5,24 +5,26 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float
-from sdesolve_kernels import Stream, dsm_loss, perturb, uniform
+from sdesolve_kernels import Stream, dsm_loss, perturb
 from torch import Tensor
 
 from sdesolve.brownian import Place
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.grids import whole_number
 from sdesolve.reverse import Score
 from sdesolve.scores.network import NetworkScore
+from sdesolve.training_times import LogNormalNoise as LogNormalNoise
+from sdesolve.training_times import NoiseLadder as NoiseLadder
+from sdesolve.training_times import Spread, TimeLaw, TrainingTimes, choice, log_snr_slope
+from sdesolve.training_times import UniformLogSNR as UniformLogSNR
+from sdesolve.training_times import UniformTime as UniformTime
 
-T = TypeVar("T")
 
-
-class Objective(abc.ABC):
-    """A loss per training sample, deterministic given ``seed`` and the sample's number.
+class AbstractObjective(abc.ABC):
+    """A loss of training samples, deterministic given ``seed`` and the samples' numbers.
 
     Sample ``i`` of a batch has the number ``first_sample + i``, counted over the whole training run. Calling twice with
     the same numbers gives the same loss whatever ran in between, and a batch gives the mean of what its parts give.
@@ -37,58 +39,22 @@ class Objective(abc.ABC):
     def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
         """The times ``(batch,)`` that `per_sample` draws for the same arguments."""
 
-    @final
+    @abc.abstractmethod
     def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, ""]:
         """The mean of `per_sample`."""
-        return self.per_sample(score, x0, seed=seed, first_sample=first_sample).mean()
 
     @abc.abstractmethod
     def __repr__(self) -> str:
         """Names the objective and all its settings; a checkpoint is resumed only under the same text."""
 
 
-class TimeLaw(abc.ABC):
-    """A law of training times on ``[t_min, t_max]``, given by its quantile function."""
+class Objective(AbstractObjective):
+    """An objective that is given by its losses per sample."""
 
-    @abc.abstractmethod
-    def quantile(self, u: Tensor, process: AbstractDiffusion, t_min: float, t_max: float) -> Tensor:
-        """The time below which a share ``u`` of the times lie; increasing, elementwise, float64."""
-
-
-@final
-class UniformTime(TimeLaw):
-    """Times uniform on ``[t_min, t_max]``."""
-
-    def quantile(self, u: Tensor, process: AbstractDiffusion, t_min: float, t_max: float) -> Tensor:
-        return t_min + (t_max - t_min) * u
-
-
-@final
-class LogNormalNoise(TimeLaw):
-    """``log(sigma / alpha) ~ N(mean, std^2)``, cut off at ``t_min`` and ``t_max`` (Karras et al. 2022, table 1).
-
-    The law for `EDM`, whose time is the noise level itself: uniform times up to 80 would hardly ever visit the noise
-    levels at which data of unit scale takes shape.
-
-    Raises:
-        ValueError: ``std`` is not positive and finite, or ``mean`` is not finite.
-    """
-
-    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
-        if not (math.isfinite(mean) and 0 < std < math.inf):
-            raise ValueError(f"a law of log noise levels needs a finite mean and std > 0, got mean={mean}, std={std}")
-        self.mean, self.std = float(mean), float(std)
-
-    def quantile(self, u: Tensor, process: AbstractDiffusion, t_min: float, t_max: float) -> Tensor:
-        # The inverse of log_snr from a table: between its nodes the law deviates slightly, which biases nothing that a
-        # choice of training times could bias.
-        log_t = torch.linspace(math.log(t_min), math.log(t_max), 1025, dtype=torch.float64, device=u.device)
-        level = torch.special.ndtr((-0.5 * process.log_snr(log_t.exp()) - self.mean) / self.std)
-        v = level[0] + (level[-1] - level[0]) * u
-        k = torch.searchsorted(level, v).clamp(1, len(level) - 1)
-        low, high = level[k - 1], level[k]
-        share = ((v - low) / (high - low).clamp_min(1e-300)).clamp(0.0, 1.0)
-        return torch.lerp(log_t[k - 1], log_t[k], share).exp()
+    @final
+    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, ""]:
+        """The mean of `per_sample`."""
+        return self.per_sample(score, x0, seed=seed, first_sample=first_sample).mean()
 
 
 class _Regression(NamedTuple):
@@ -100,12 +66,11 @@ class _Regression(NamedTuple):
     weight: Tensor | float
 
 
-Weighting = Literal["sigma2", "likelihood", "simple"]
-Spread = Literal["uniform", "antithetic", "stratified"]
+Weighting = Literal["sigma2", "likelihood", "simple", "edm"] | Callable[[Tensor], Tensor]
 
 
 @final
-class DenoisingScoreMatching(Objective):
+class DenoisingScoreMatching(AbstractObjective):
     r"""Denoising score matching (Vincent 2011, eq. 9; over all times, Song et al. 2021, eq. 7).
 
     ``x_t = alpha x_0 + sigma z``; with ``s = score(x_t, t)`` the loss of a sample is the mean over its elements of
@@ -119,6 +84,9 @@ class DenoisingScoreMatching(Objective):
     ``"simple"``      ``(F - target)^2``                   unweighted in the network's own output space
                                                            (Ho et al. 2020, eq. 14; for ``edm`` the weight of Karras et
                                                            al. 2022, table 1)
+    ``"edm"``         ``(1 + (r / sigma_data)^2)``         the same for any score, ``r = sigma / alpha``
+                      ``(sigma s + z)^2``
+    ``lambda(t)``     ``lambda(t) (s + z / sigma)^2``      a function of your own, ``(batch,)`` to ``(batch,)``
     ================  ==================================  =========================================================
 
     The minimum over scores is the exact score, and it is not zero: the variance of ``z`` given ``x_t`` remains.
@@ -131,6 +99,11 @@ class DenoisingScoreMatching(Objective):
       per seed. Any ``2^k`` successive samples that start at a multiple of ``2^k`` then have equally spaced quantiles
       (Kingma et al. 2021, appendix I.1, for one batch; here it holds for batches of every size at once).
 
+    One sigma, or a ladder of them, is ``law=NoiseLadder([...])``, on `EDM` if times are to be the sigmas. With
+    ``importance=True`` and another law than uniform times, the losses are weighted so that their mean still estimates
+    that over uniform times: ``law=UniformLogSNR(), importance=True`` is the likelihood weighting with its variance from
+    the times removed.
+
     Args:
         weighting: as above; ``"simple"`` needs a `NetworkScore`.
         times: how the times are spread.
@@ -138,9 +111,11 @@ class DenoisingScoreMatching(Objective):
         t_max: largest training time, likewise.
         law: law of the times; `UniformTime` by default.
         process: the forward process, where the score is not a `NetworkScore` and so does not know it.
+        importance: divide by the density of ``law``.
+        sigma_data: for ``"edm"``; a `NetworkScore` has its own.
 
     Raises:
-        ValueError: unknown ``weighting`` or ``times``; a time that is not positive and finite.
+        ValueError: unknown ``weighting`` or ``times``; a time or ``sigma_data`` that is not positive and finite.
     """
 
     def __init__(
@@ -152,22 +127,22 @@ class DenoisingScoreMatching(Objective):
         *,
         law: TimeLaw | None = None,
         process: AbstractDiffusion | None = None,
+        importance: bool = False,
+        sigma_data: float = 1.0,
     ) -> None:
-        self._weight = _choice(_WEIGHTINGS, weighting, "weighting")
-        self._spread = _choice(_SPREADS, times, "times")
-        for name, value in (("t_min", t_min), ("t_max", t_max)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(
-                    f"{name} must be positive and finite, got {value}: at t = 0 there is no noise to match"
-                )
-        if law is not None and not isinstance(law, TimeLaw):
-            raise TypeError(f"law must be a TimeLaw such as UniformTime(), got {law!r}")
-        if process is not None and not isinstance(process, AbstractDiffusion):
-            raise TypeError(f"process must be a diffusion such as VP(), got {process!r}")
-        self._names = (weighting, times)
-        self.t_min, self.t_max = t_min, t_max
-        self.law = UniformTime() if law is None else law
-        self.process = process
+        if callable(weighting):
+            self._weight: _Weight = _Given(weighting)
+        elif weighting == "edm":
+            self._weight = _Edm(sigma_data)
+        else:
+            self._weight = choice(_WEIGHTINGS, weighting, "weighting")
+        self._times = TrainingTimes(process, times, t_min, t_max, law)
+        self._weighting, self._importance = weighting, bool(importance)
+
+    @property
+    def process(self) -> AbstractDiffusion | None:
+        """The forward process that was given."""
+        return self._times.process
 
     def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
         """Losses ``(batch,)``, each the mean over the elements of one sample.
@@ -177,15 +152,11 @@ class DenoisingScoreMatching(Objective):
                 `NetworkScore`.
             ValueError: ``x0`` has no batch axis, or the training interval is empty.
         """
-        process = self._process_of(score)
-        _check_data(x0)
-        t = self.times(score, x0, seed=seed, first_sample=first_sample)
-        # The noise is made inside both kernels, and again for the gradient: no tensor of it exists.
-        place: Place = {"seed": seed, "stream": Stream.PERTURBATION, "first_path": first_sample, "step": 0}
-        x_t = perturb(x0, process.alpha(t), process.sigma(t), **place)
-        output, p, q, weight = self._weight(score, process, x_t, t)
-        clean = None if isinstance(p, float) and p == 0.0 else x0
-        return dsm_loss(output, clean, p, q, weight, reduction="none", **place)
+        return self._loss(score, x0, seed, first_sample, "none")
+
+    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, ""]:
+        """The mean of `per_sample`, whose kernel makes the gradient in the same pass; raises what that does."""
+        return self._loss(score, x0, seed, first_sample, "mean")
 
     def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
         """Times ``(batch,)`` in the dtype of ``x0``.
@@ -193,34 +164,26 @@ class DenoisingScoreMatching(Objective):
         Raises:
             ValueError: the training interval is empty.
         """
-        process = self._process_of(score)
-        t_min = process.t_min if self.t_min is None else self.t_min
-        t_max = process.t_max if self.t_max is None else self.t_max
-        if not t_min < t_max:
-            raise ValueError(f"the training interval is empty: t_min={t_min}, t_max={t_max}")
-        whole_number(first_sample, "first_sample", 0)
-        u = self._spread(len(x0), seed, first_sample, x0.device)
-        return self.law.quantile(u, process, t_min, t_max).to(x0.dtype)
+        return self._times.draw(score, x0, seed=seed, first_sample=first_sample)
 
     def __repr__(self) -> str:
-        weighting, times = self._names
-        law = f"{type(self.law).__name__}({', '.join(f'{k}={v}' for k, v in vars(self.law).items())})"
-        return (
-            f"DenoisingScoreMatching(weighting={weighting!r}, times={times!r}, t_min={self.t_min}, t_max={self.t_max}, "
-            f"law={law})"
-        )
+        weighting = getattr(self._weighting, "__qualname__", repr(self._weighting))
+        more = f", sigma_data={self._weight.sigma_data}" if isinstance(self._weight, _Edm) else ""
+        more += ", importance=True" if self._importance else ""
+        return f"DenoisingScoreMatching(weighting={weighting}, {self._times!r}{more})"
 
-    def _process_of(self, score: Score) -> AbstractDiffusion:
-        if isinstance(score, NetworkScore):
-            if self.process is not None and self.process is not score.process:
-                raise ValueError("this loss was made for another process than the score's; leave its process= out")
-            return score.process
-        if self.process is None:
-            raise TypeError(
-                f"a score of type {type(score).__name__} does not say which process it belongs to; give it to "
-                "DenoisingScoreMatching(process=...), or wrap the network in a NetworkScore"
-            )
-        return self.process
+    def _loss(self, score: Score, x0: Tensor, seed: int, first_sample: int, reduction: str) -> Tensor:
+        process = self._times.process_of(score)
+        check_data(x0)
+        t = self.times(score, x0, seed=seed, first_sample=first_sample)
+        # The noise is made inside both kernels, and again for the gradient: no tensor of it exists.
+        place: Place = {"seed": seed, "stream": Stream.PERTURBATION, "first_path": first_sample, "step": 0}
+        x_t = perturb(x0, process.alpha(t), process.sigma(t), **place)
+        output, p, q, weight = self._weight(score, process, x_t, t)
+        if self._importance:
+            weight = weight * self._times.ratio(process, t)
+        clean = None if isinstance(p, float) and p == 0.0 else x0
+        return dsm_loss(output, clean, p, q, weight, reduction=reduction, **place)
 
 
 def _sigma2(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
@@ -234,7 +197,7 @@ def _sigma2(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) ->
 
 def _likelihood(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
     noise = _sigma2(score, process, x_t, t)
-    return noise._replace(weight=noise.weight * process.squared_diffusion(t) / process.sigma(t).square())
+    return noise._replace(weight=noise.weight * log_snr_slope(process, t))
 
 
 def _simple(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
@@ -247,51 +210,48 @@ def _simple(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) ->
     return _Regression(score.output(x_t, t), p, q, 1.0)
 
 
-def _independent(batch: int, seed: int, first: int, device: torch.device) -> Tensor:
-    return _uniforms(batch, seed, first, device)
+@final
+class _Edm:
+    """``(1 + (r / sigma_data)^2) (sigma s + z)^2``: Karras' weight of an error in the data, as one of the noise."""
+
+    def __init__(self, sigma_data: float) -> None:
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
+        self.sigma_data = float(sigma_data)
+
+    def __call__(self, score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
+        noise = _sigma2(score, process, x_t, t)
+        scale = score.sigma_data if isinstance(score, NetworkScore) else self.sigma_data
+        ratio = process.sigma(t) / (process.alpha(t) * scale)
+        return noise._replace(weight=noise.weight * (1.0 + ratio.square()))
 
 
-def _antithetic(batch: int, seed: int, first: int, device: torch.device) -> Tensor:
-    # Pairs are told by the sample's own number, so splitting a batch within a pair changes nothing.
-    pairs = (first + batch + 1) // 2 - first // 2
-    u = _uniforms(pairs, seed, first // 2, device)
-    return torch.stack([u, 1.0 - u], dim=1).flatten()[first % 2 : first % 2 + batch]
+@final
+class _Given:
+    """``weight(t) (s + z / sigma)^2`` with a function of the user's."""
+
+    def __init__(self, weight: Callable[[Tensor], Tensor]) -> None:
+        self._weight = weight
+
+    def __call__(self, score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:
+        weight = self._weight(t)
+        if not isinstance(weight, Tensor) or weight.shape != t.shape:
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"a weighting must give one weight for each time, {tuple(t.shape)}, got {got}")
+        noise = _sigma2(score, process, x_t, t)
+        return noise._replace(weight=noise.weight * weight / process.sigma(t).square())
 
 
-def _stratified(batch: int, seed: int, first: int, device: torch.device) -> Tensor:
-    i = first + torch.arange(batch, dtype=torch.int64, device=device)
-    bits = i & 0xFFFFFFFF
-    for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
-        bits = ((bits >> shift) & mask) | ((bits & mask) << shift)
-    rotation = _uniforms(1, seed, 0, device)
-    return (bits.double() * 2.0**-32 + rotation) % 1.0
-
-
-def _uniforms(count: int, seed: int, first: int, device: torch.device) -> Tensor:
-    return uniform(
-        count, 1, seed=seed, stream=Stream.TIMES, first_path=first, dtype=torch.float64, device=device
-    ).squeeze(1)
-
-
-_WEIGHTINGS: dict[str, Callable[[Score, AbstractDiffusion, Tensor, Tensor], _Regression]] = {
+_Weight = Callable[[Score, AbstractDiffusion, Tensor, Tensor], _Regression]
+_WEIGHTINGS: dict[str, _Weight] = {
     "sigma2": _sigma2,
     "likelihood": _likelihood,
     "simple": _simple,
 }
-_SPREADS: dict[str, Callable[[int, int, int, torch.device], Tensor]] = {
-    "uniform": _independent,
-    "antithetic": _antithetic,
-    "stratified": _stratified,
-}
 
 
-def _choice(table: dict[str, T], name: str, what: str) -> T:
-    if name not in table:
-        raise ValueError(f"{what}={name!r} is unknown; choose one of {', '.join(map(repr, table))}")
-    return table[name]
-
-
-def _check_data(x0: Tensor) -> None:
+def check_data(x0: Tensor) -> None:
+    """Refuses data that is not float32 or float64, or has no batch axis."""
     if x0.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"training data must be float32 or float64, got {x0.dtype}; convert it with .float(), and use "

@@ -85,6 +85,8 @@ def recipe_for(task: Task, solver: AbstractSolver) -> Recipe | str:
     """The step of a solver, whatever kind it is."""
     path = task.noise if isinstance(task.noise, BrownianPath) else BrownianPath(0)
     if isinstance(solver, PredictorCorrector):
+        if not solver.corrector.affine:
+            return "the corrector's step size depends on the state: norms='level' and a fixed step_size= do not"
         predictor = recipe_for(task, solver.predictor)
         return predictor if isinstance(predictor, str) else _corrected(task, solver, predictor, path)
     if isinstance(solver, AbstractTabulated) and isinstance(task.equation, AbstractSemilinear):

@@ -13,8 +13,10 @@ from sdesolve.graphs import StraightSampler, captured
 from sdesolve.reverse import Score
 from sdesolve.sde import Calculus, Noise, per_sample
 from sdesolve.solve import Backend, solve
+from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import AbstractTabulated
 
 
@@ -23,7 +25,7 @@ def sample(
     score: Score,
     shape: tuple[int, ...],
     *,
-    solver: AbstractSolver | None = None,
+    solver: AbstractSolver | AbstractAdaptive | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
     seed: int | None = None,
@@ -45,7 +47,8 @@ def sample(
         score: ``grad_x log p_t(x)``, exact or learned.
         shape: of the result.
         solver: ``EulerMaruyama()`` by default.
-        steps: number of steps on the process's own grid (`AbstractDiffusion.time_grid`).
+        steps: number of steps on the process's own grid (`AbstractDiffusion.time_grid`). `DormandPrince` takes neither
+            these nor a grid: it goes from ``t_max`` to ``t_min`` in steps of its own, each sample for itself.
         grid: explicit decreasing times instead of ``steps``. For samplers made for reverse equations, such as
             `DPMSolverPP`, it may end at 0; the last step then is Tweedie's formula and nothing is left to denoise.
         seed: for the start and the driving noise; drawn from torch's default generator if not given.
@@ -79,21 +82,28 @@ def sample(
         stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
+        if isinstance(solver, AbstractAdaptive):
+            raise ValueError(f"{type(solver).__name__} decides on its steps as it goes, which a CUDA graph cannot hold")
         where = torch.empty(0, device=device).device
+        fixed = solver
         key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
         if not isinstance(path, BrownianPath) or not path.plain or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
 
         def straight() -> StraightSampler:
             return StraightSampler(
-                process, score, backward, solver, times, shape, denoise=denoise, dtype=dtype, device=where
+                process, score, backward, fixed, times, shape, denoise=denoise, dtype=dtype, device=where
             )
 
         return captured(key, straight, where)(path.seed, path.first_path)
     with torch.no_grad():
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)
         x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
-        x = solve(backward, x, grid=times, solver=solver, noise=path, backend=backend, progress=progress).x1
+        if isinstance(solver, AbstractAdaptive):
+            ends = times.tolist()
+            x = solve(backward, x, *ends, solver=solver, noise=path, backend=backend, progress=progress).x1
+        else:
+            x = solve(backward, x, grid=times, solver=solver, noise=path, backend=backend, progress=progress).x1
         return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
 
 
@@ -111,7 +121,15 @@ def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> T
     return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
 
 
-def _times(process: AbstractDiffusion, solver: AbstractSolver, steps: int | None, grid: Tensor | None) -> Tensor:
+def _times(
+    process: AbstractDiffusion, solver: AbstractSolver | AbstractAdaptive, steps: int | None, grid: Tensor | None
+) -> Tensor:
+    if isinstance(solver, AbstractAdaptive):
+        if steps is not None or grid is not None:
+            raise ValueError(f"{type(solver).__name__} chooses its own steps: leave out steps and grid")
+        return torch.tensor([process.t_max, process.t_min], dtype=torch.float64)
+    if isinstance(solver, PredictorCorrector):
+        solver = solver.predictor
     if (steps is None) == (grid is None):
         raise ValueError("give steps, the number of steps on the process's own grid, or grid, explicit times")
     times = process.time_grid(steps) if grid is None else grids.check_grid(grid)  # type: ignore[arg-type]

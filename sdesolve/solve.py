@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterator
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,25 +11,19 @@ from tqdm import tqdm
 from sdesolve import grids
 from sdesolve.adaptive import solve_adaptively
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
-from sdesolve.checks import all_finite, check_diffusion, check_drift, check_pair, check_state
+from sdesolve.checks import all_finite, check_pair, check_state
 from sdesolve.fusing import Fused, fuse
-from sdesolve.recipes import AbstractCounted, Task
+from sdesolve.integration import Watched, stepwise
+from sdesolve.recipes import Task
 from sdesolve.saving import Observable, SaveAt, SavePlan
-from sdesolve.sde import ODE, SDE, AbstractSDE, AbstractSemilinear, Noise, State, is_matrix, noise_shape
-from sdesolve.solution import DivergenceError, Solution, Stats
+from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
+from sdesolve.solution import Solution, Stats
 from sdesolve.solvers.adaptive import AbstractAdaptive
-from sdesolve.solvers.base import AbstractSolver, Span
-from sdesolve.solvers.milstein import check_own_component
+from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
-from sdesolve.stepping import AbstractStepper, choose_stepper
 
 Backend = Literal["auto", "fused", "kernel", "eager"]
 _PLAIN = ("auto", "eager")
-
-# Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
-# it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.
-_CHUNK_NORMALS = 64
-_CHUNK_ELEMENTS = 1 << 20
 
 
 def solve(
@@ -117,7 +108,7 @@ def solve(
     for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    watched = _Watched(sde)
+    watched = Watched(sde)
     plan = SavePlan(times, save_at, observable, moments=reduce is not None)
     if plan.inside and isinstance(solver, PredictorCorrector):
         raise ValueError("a corrected chain has states at grid points alone; save_at holds times between them")
@@ -129,7 +120,7 @@ def solve(
             bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)
         if isinstance(fused, Fused):
             if check_finite and not all_finite(fused.x1):
-                _stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True).report_divergence(x0)
+                stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True).report_divergence(x0)
             stats = Stats(
                 solver=type(solver).__name__,
                 steps=len(times) - 1,
@@ -143,7 +134,7 @@ def solve(
         if backend == "fused":
             raise ValueError(f"this integration cannot be fused: {fused}. backend='auto' runs it in another way")
         why = f"; not fused: {fused}"
-    run = _stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=backend == "eager")
+    run = stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=backend == "eager")
     if backend == "kernel" and run.stepper.backend != "kernel":
         raise ValueError(f"no kernel does a step of this integration: {run.stepper.reason}")
     x = x0
@@ -169,132 +160,6 @@ def _solution(plan: SavePlan, x1: Tensor, xs: Tensor, variances: Tensor | None, 
     if variances is None:
         return Solution(x1=x1, ts=plan.ts, xs=xs, stats=stats)
     return Solution(x1, plan.ts, x1.new_empty(0, *x1.shape), stats, mean=xs, variance=variances)
-
-
-def _stepwise(
-    solver: AbstractSolver,
-    sde: AbstractSDE,
-    watched: _Watched,
-    noise: AbstractNoise,
-    times: Tensor,
-    x0: Tensor,
-    check_finite: bool,
-    *,
-    eager: bool,
-) -> _Integration:
-    """The integration step by step: by the solver's own torch code if ``eager``, else by a kernel where one fits."""
-    shape, elementwise = _increment_shape(watched, solver, x0, times)
-    stepper = choose_stepper(
-        solver,
-        watched,
-        watched.field,
-        sde,
-        noise,
-        times,
-        x0,
-        shape,
-        elementwise=elementwise,
-        eager=eager,
-    )
-    return _Integration(watched, stepper, times, noise, x0, shape, check_finite)
-
-
-@final
-class _Watched(AbstractCounted):
-    """An SDE that counts its drift evaluations, and checks what its functions return until told to stop."""
-
-    def __init__(self, sde: AbstractSDE) -> None:
-        self.noise, self.calculus, self._sde = sde.noise, sde.calculus, sde
-        self.evaluations, self.checking = 0, True
-
-    def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        self.evaluations += 1
-        f = self._sde.drift(x, t)
-        if self.checking:
-            check_drift(f, x, t)
-        return f
-
-    def field(self, x: Tensor, t: Tensor) -> Tensor:
-        """The score of a reverse SDE or probability flow, counted as one evaluation of the drift it makes."""
-        if not isinstance(self._sde, AbstractSemilinear):
-            raise TypeError(f"{type(self._sde).__name__} has no field")
-        self.evaluations += 1
-        s = self._sde.field(x, t)
-        if self.checking:
-            check_drift(s, x, t, "score")
-        return s
-
-    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        g = self._sde.diffusion(x, t)
-        if self.checking:
-            check_diffusion(g, x, self.noise)
-        return g
-
-
-@dataclasses.dataclass(frozen=True)
-class _Integration:
-    """Everything one pass over the grid needs; can be gone through again, because noise can."""
-
-    sde: _Watched
-    stepper: AbstractStepper
-    times: Tensor
-    noise: AbstractNoise
-    x0: Tensor
-    shape: tuple[int, ...]
-    check_finite: bool
-
-    @property
-    def steps(self) -> int:
-        return len(self.times) - 1
-
-    def states(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Span]]:
-        """State before, state after, and span of each step in turn."""
-        chunk = _chunk_steps(self.shape)
-        self.sde.checking = True
-        for first in range(0, self.steps, chunk):
-            times = self.times[first : first + chunk + 1]
-            self.stepper.begin(first, times)
-            for k, span in enumerate(_spans(times, x), first):
-                x_before = x
-                x = self.stepper.advance(k, x, span)
-                if self.sde.checking and self.check_finite and x.device.type == "cpu":  # elsewhere, wait for no device
-                    self._refuse_nonfinite(k, x_before, x, span)
-                self.sde.checking = False
-                yield x_before, x, span
-
-    def report_divergence(self, x0: Tensor) -> None:
-        """Goes through the integration again to find the first step and path that are not finite."""
-        with torch.no_grad():
-            for k, (x_before, x, span) in enumerate(self.states(x0)):
-                self._refuse_nonfinite(k, x_before, x, span)
-
-    def _refuse_nonfinite(self, k: int, x_before: Tensor, x: Tensor, span: Span) -> None:
-        bad = ~x.detach().flatten(1).isfinite().all(1) if x.ndim > 1 else ~x.detach().isfinite()
-        if not bool(bad.any()):
-            return
-        row = int(bad.nonzero()[0])
-        path = row + (self.noise.first_path if isinstance(self.noise, BrownianPath) else 0)
-        time = float(self.times[k].flatten()[row if self.times.ndim == 2 else 0])
-        message = (
-            f"the state of path {path} stopped being finite in step {k} of {self.steps}, which starts at "
-            f"t = {time:.6g}: {self._culprit(x_before, span, row)}. {int(bad.sum())} of {len(bad)} paths are "
-            "affected by that step"
-        )
-        raise DivergenceError(message, step=k, time=time, path=path)
-
-    def _culprit(self, x: Tensor, span: Span, row: int) -> str:
-        size = f"{float(x[row].abs().max()):.3g}" if x[row].numel() else "0"
-        with torch.no_grad():
-            values = {"drift": self.sde.drift(x, span.t0)}
-            if self.sde.noise is not Noise.NONE:
-                values["diffusion"] = self.sde.diffusion(x, span.t0)
-        for name, value in values.items():
-            if bool(value.isnan().any()):
-                return f"the {name} returned nan for a state of size {size}"
-        for name, value in values.items():
-            if bool(value.isinf().any()):
-                return f"the {name} returned inf for a state of size {size}, which overflowed; take smaller steps"
-        return f"the state, of size {size}, overflowed; take smaller steps"
 
 
 def _grid_of(
@@ -342,35 +207,3 @@ def _noise_of(
     if seed is None:
         seed = 0 if not random else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
     return BrownianPath(seed, kind=increments or "normal")
-
-
-def _increment_shape(sde: _Watched, solver: AbstractSolver, x0: Tensor, times: Tensor) -> tuple[tuple[int, ...], bool]:
-    """Shape of ``dW``, batch included, and whether element ``j`` of it drives element ``j`` of the state alone.
-
-    Evaluates the diffusion once where the noise type does not settle it.
-    """
-    t = times[0].to(dtype=x0.dtype, device=x0.device)
-    g = None
-    if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
-        with torch.no_grad():
-            g = sde.diffusion(x0, t)
-    if solver.own_component_diffusion and sde.noise is Noise.DIAGONAL and x0.numel():
-        with torch.no_grad():
-            check_own_component(sde, x0.detach(), t)
-    elementwise = sde.noise in (Noise.ADDITIVE, Noise.DIAGONAL) and not (g is not None and is_matrix(g, x0))
-    return (x0.shape[0], *noise_shape(sde.noise, x0, g)), elementwise
-
-
-def _chunk_steps(shape: tuple[int, ...]) -> int:
-    m, total = math.prod(shape[1:]), math.prod(shape)
-    return max(1, min(_CHUNK_NORMALS // max(m, 1), _CHUNK_ELEMENTS // max(total, 1)))
-
-
-def _spans(times: Tensor, x: Tensor) -> list[Span]:
-    """The steps between consecutive times, rounded once from float64 to the dtype of the state."""
-    ts = times.to(dtype=x.dtype, device=x.device)
-    dts = times.diff(dim=0).to(dtype=x.dtype, device=x.device)
-    if times.ndim == 2:
-        dts = dts.reshape(*dts.shape, *(1,) * (x.ndim - 1))
-    t, dt = ts.unbind(0), dts.unbind(0)
-    return [Span(t[k], t[k + 1], dt[k]) for k in range(len(dt))]

@@ -267,6 +267,10 @@ def choose_stepper(
         process = reversed_diffusion(equation)
         if not isinstance(noise, AbstractPaths):
             raise TypeError(f"correctors take noise from a BrownianPath, not from {type(noise).__name__}")
+        if not (solver.corrector.affine or isinstance(noise, BrownianPath)):
+            raise ValueError(
+                "a corrector whose step size depends on state and noise is not affine: no exact law is known"
+            )
         solver.corrector.check(x0)
         return CorrectedStepper(predictor, solver, process, field, times, noise, x0)
     plain = not isinstance(noise, BrownianPath) or not noise.plain

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, final
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdesolve import checkpoints
-from sdesolve.batches import Position, batches_of, seeded
+from sdesolve.batches import batches_of
 from sdesolve.grids import whole_number
-from sdesolve.losses import Objective
+from sdesolve.losses import AbstractObjective
 from sdesolve.nn.ema import EMA
+from sdesolve.runs import Metrics, Run
+from sdesolve.scores.network import NetworkScore
 
 Decay = Literal["constant", "cosine"]
 
@@ -32,6 +33,12 @@ class StepReport(NamedTuple):
     """Before clipping."""
     average: EMA
     """The running average; ``with report.average.swap(): ...`` evaluates it."""
+    averages: Mapping[float, EMA]
+    """All running averages by their decay."""
+    learning_rate: float
+    """Of this step."""
+    samples: int
+    """Training samples seen so far, repeats counted."""
 
 
 class TrainingResult(NamedTuple):
@@ -48,26 +55,37 @@ class TrainingResult(NamedTuple):
     """Time of this call."""
     checkpoint: Path | None
     """The file that holds the run, if one was asked for."""
+    averages: Mapping[float, EMA]
+    """The averaged weights by their decay: ``result.averages[0.99].copy_to()`` puts others into the score."""
+    metrics: list[tuple[int, dict[str, float]]]
+    """Steps and what ``metrics`` found there, from before a resume as well."""
 
 
 def train(
     score: nn.Module,
     data: Tensor | Iterable[object],
     *,
-    loss: Objective,
+    loss: AbstractObjective,
     steps: int,
     batch_size: int | None = None,
     lr: float = 1e-3,
     warmup: int = 100,
     decay: Decay = "constant",
     weight_decay: float = 0.0,
-    ema: float = 0.999,
+    ema: float | Sequence[float] = 0.999,
     clip: float | None = 1.0,
+    labels: Tensor | None = None,
+    label_dropout: float | None = None,
+    accumulate: int = 1,
+    autocast: torch.dtype | None = None,
+    compile: bool = False,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1000,
     progress: bool = True,
     callback: Callable[[StepReport], object] | None = None,
+    metrics: Metrics | None = None,
+    metrics_every: int = 1000,
 ) -> TrainingResult:
     """Trains ``score`` in place by AdamW and leaves it in evaluation mode with the averaged weights.
 
@@ -81,6 +99,9 @@ def train(
     threads, it ends with bitwise the weights of a run that never stopped. Asking for more ``steps`` later extends a
     finished run (not with ``decay="cosine"``, whose learning rates depend on the number of steps).
 
+    Data go through the score's `Normalizer` first, if it has one. With labels the loss sees ``score.given(labels)``, so
+    that every objective trains class-conditional networks; dropped labels make them fit for classifier-free guidance.
+
     Args:
         score: a `NetworkScore`, or another module whose ``score(x, t)`` the loss understands.
         data: samples ``(samples, *state)``, or an iterable of batches (or of tuples that start with one), which is gone
@@ -92,26 +113,46 @@ def train(
         warmup: steps over which the learning rate grows.
         decay: what the learning rate does afterwards.
         weight_decay: decoupled, per learning rate.
-        ema: limit of the decay of the averaged weights (`EMA`), in [0, 1).
+        ema: limit of the decay of the averaged weights (`EMA`), in [0, 1); several for as many averages, of which the
+            first ends in the score and the others in the result and in the checkpoint (``load(..., ema=)``).
         clip: largest gradient norm; None for no limit.
+        labels: classes ``(samples,)`` of a tensor of samples, for a class-conditional network.
+        label_dropout: share of labels that are replaced by the null class, in [0, 1]; 0 where only ``labels`` is given.
+            With an iterable of pairs (data, labels) it is what says that the labels are to be used.
+        accumulate: parts that each batch is cut into, to go through the network one after another for less memory. The
+            gradient is that of the whole batch; what the network draws for itself is drawn for each part.
+        autocast: ``torch.bfloat16`` to let matrix products of the network run in 16 bits (`torch.autocast`); weights,
+            their averages, noise and loss stay as they are.
+        compile: compile the network in place with `torch.nn.Module.compile`; it stays compiled.
         seed: of all randomness here; the initial weights are the caller's.
         checkpoint: folder of this run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         progress: show a bar with the loss.
         callback: called after each step with a `StepReport`.
+        metrics: called as ``metrics(score)`` every ``metrics_every`` steps and at the end, with the averaged weights,
+            in evaluation mode and without gradients; the numbers it returns by name are in the result. What it draws
+            from torch's generators is a function of seed and step, and does not disturb the training.
+        metrics_every: steps between them.
 
     Raises:
-        TypeError: ``score`` is no module, ``loss`` no `Objective`; integer data; a count that is not an integer.
-        ValueError: an argument out of range, empty data, nothing to train, or a checkpoint that is damaged or belongs
-            to another run.
+        TypeError: ``score`` is no module, ``loss`` no `Objective`; integer data; labels that are not integers or whose
+            network takes none; a count that is not an integer.
+        ValueError: an argument out of range, empty data, data outside the range of the normalizer, labels outside the
+            classes, nothing to train, or a checkpoint that is damaged or belongs to another run.
         FloatingPointError: the loss or its gradient is not finite. The message says at which step, sample and time;
             the weights in ``score`` are those before the step.
         OSError: a checkpoint could not be written; the one before it is intact.
     """
     started = time.perf_counter()
-    run = _Run(score, loss, ema, weight_decay, whole_number(seed, "seed", 0))
+    labelled = labels is not None or label_dropout is not None
+    dropped = 0.0 if label_dropout is None else float(label_dropout)
+    _check_range("label_dropout", dropped, 0 <= dropped <= 1, "a share in [0, 1]")
+    run = Run(
+        score, loss, ema, weight_decay, seed, accumulate=accumulate, autocast=autocast, label_dropout=dropped
+    )  # fmt: skip
     steps, warmup = whole_number(steps, "steps", 1), whole_number(warmup, "warmup", 0)
     whole_number(checkpoint_every, "checkpoint_every", 1)
+    whole_number(metrics_every, "metrics_every", 1)
     _check_range("lr", lr, 0 < lr < math.inf, "positive and finite")
     _check_range("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0 and finite")
     _check_range("clip", clip, clip is None or clip > 0, "positive, or None for no clipping")
@@ -119,166 +160,50 @@ def train(
         raise ValueError(f"decay={decay!r} is unknown; choose one of {', '.join(map(repr, _DECAYS))}")
     if isinstance(data, Tensor) and batch_size is None:
         batch_size = 256
-    batches = batches_of(data, batch_size, seed)
+    batches = batches_of(data, batch_size, seed, labels, labelled=labelled)
     run.check_dtype(data)
     config = {
         "loss": repr(loss), "data": repr(batches), "batch_size": batch_size, "lr": float(lr), "warmup": warmup,
-        "decay": decay, "weight_decay": float(weight_decay), "ema": float(ema), "clip": clip, "seed": seed,
+        "decay": decay, "weight_decay": float(weight_decay), "ema": ema if isinstance(ema, Sequence) else float(ema),
+        "clip": clip, "label_dropout": label_dropout, "accumulate": accumulate,
+        "autocast": None if autocast is None else str(autocast), "compile": compile, "seed": seed,
     } | ({"steps": steps} if decay == "cosine" else {})  # fmt: skip
     file = _checkpoint_file(checkpoint)
     if file is not None and file.exists():
         run.restore(file, config, steps)
     first = run.step
+    if compile:
+        (score.net if isinstance(score, NetworkScore) and isinstance(score.net, nn.Module) else score).compile()
 
     rate = _DECAYS[decay]
     score.train()
     stream = batches.after(run.position)
     with tqdm(total=steps, initial=first, disable=not progress, unit="step", desc="train") as bar:
         while run.step < steps:
-            x0, position = next(stream)
             warm = min(1.0, (run.step + 1) / warmup) if warmup else 1.0
-            value, norm = run.advance(x0, position, lr * warm * rate(run.step / steps), clip, file)
+            rate_now = lr * warm * rate(run.step / steps)
+            value, norm = run.advance(next(stream), rate_now, clip, file)
+            if metrics is not None and (run.step % metrics_every == 0 or run.step == steps):
+                run.measure(metrics)
             if file is not None and (run.step % checkpoint_every == 0 or run.step == steps):
                 run.save(file, config)
-            bar.set_postfix(loss=f"{sum(run.losses[-100:]) / len(run.losses[-100:]):.4f}", refresh=False)
+            found = {k: f"{v:.4g}" for k, v in run.metrics[-1][1].items()} if run.metrics else {}
+            recent = run.losses[-100:]
+            bar.set_postfix({"loss": f"{sum(recent) / len(recent):.4f}"} | found, refresh=False)
             bar.update()
             if callback is not None:
-                callback(StepReport(run.step, value, norm, run.average))
+                callback(StepReport(run.step, value, norm, run.average, run.averages, rate_now, run.position.samples))
     run.average.copy_to()
     score.eval()
     losses = torch.tensor(run.losses, dtype=torch.float64)
-    return TrainingResult(losses, run.step, first, run.position.samples, time.perf_counter() - started, file)
+    seconds = time.perf_counter() - started
+    return TrainingResult(losses, run.step, first, run.position.samples, seconds, file, run.averages, run.metrics)
 
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
     "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
 }
-
-
-@final
-class _Run:
-    """All that changes while training, and its way to the disk and back."""
-
-    def __init__(self, score: nn.Module, loss: Objective, ema: float, weight_decay: float, seed: int) -> None:
-        if not isinstance(score, nn.Module):
-            raise TypeError(f"score must be a module, such as a NetworkScore; got {type(score).__name__}")
-        if not isinstance(loss, Objective):
-            raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {type(loss).__name__}")
-        self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ValueError(f"this {type(score).__name__} has no parameters that require gradients: nothing to train")
-        if not 0.0 <= ema < 1.0:
-            raise ValueError(f"ema must be in [0, 1), got {ema}; 0 means no averaging")
-        self.score, self.loss, self.seed = score, loss, seed
-        self.device = next(iter(self.parameters.values())).device
-        matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        # The fused update takes a third of the time of the loop over tensors, on CPUs as well.
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], fused=self.device.type in ("cpu", "cuda")
-        )
-        self.average = EMA(score, ema)
-        self.step, self.position = 0, Position()
-        self.losses: list[float] = []
-
-    def check_dtype(self, data: object) -> None:
-        """Refuses a tensor in a precision that the network does not compute in."""
-        dtypes = {p.dtype for p in self.parameters.values()}
-        if isinstance(data, Tensor) and data.dtype not in dtypes:
-            ours = ", ".join(sorted(map(str, dtypes)))
-            raise TypeError(f"the data is {data.dtype} and the score's parameters are {ours}; convert one to the other")
-
-    def advance(
-        self, x0: Tensor, position: Position, lr: float, clip: float | None, file: Path | None
-    ) -> tuple[float, float]:
-        """One step; the loss and the norm of its gradient."""
-        x0 = x0.to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with seeded("network", self.seed, self.step, device=self.device):
-            loss = self.loss(self.score, x0, seed=self.seed, first_sample=self.position.samples)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
-        # One transfer from the device per step. It must come before the update, or a bad step would spoil the weights.
-        value, size = torch.stack([loss.detach().double(), norm.double()]).tolist()
-        if not (math.isfinite(value) and math.isfinite(size)):
-            raise FloatingPointError(self._failure(x0, value, size, file))
-        self.optimizer.step()
-        self.average.update()
-        self.step, self.position = self.step + 1, position
-        self.losses.append(value)
-        return value, size
-
-    def save(self, file: Path, config: dict[str, Any]) -> None:
-        """Writes the whole run to ``file``, atomically."""
-        tensors = {f"weights.{name}": value for name, value in checkpoints.named(self.score).items()}
-        tensors |= {f"ema.{name}": checkpoints.on_host(value) for name, value in self.average.state_dict().items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"adamw.{key}.{name}"] = checkpoints.on_host(value)
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        header = {
-            "kind": checkpoints.TRAINING, "fingerprint": checkpoints.fingerprint(self.score), "config": config,
-            "step": self.step, "position": list(self.position), "updates": self.average.updates,
-        }  # fmt: skip
-        checkpoints.write(file, tensors, header)
-
-    def restore(self, file: Path, config: dict[str, Any], steps: int) -> None:
-        """Takes up the run in ``file``, or says why it is another one."""
-        tensors, header = checkpoints.read(file)
-        if header["kind"] != checkpoints.TRAINING:
-            raise ValueError(f"{file} holds weights only, no training run; to start from them call load(score, path)")
-        checkpoints.check_fingerprint(self.score, header, file)
-        theirs, ours = header["config"], json.loads(json.dumps(config))
-        changed = [
-            f"{k}={theirs.get(k)!r} (now {ours.get(k)!r})" for k in theirs | ours if theirs.get(k) != ours.get(k)
-        ]
-        if changed:
-            raise ValueError(
-                f"the run in {file} was made with {', '.join(changed)}: call train with the same arguments to continue "
-                "it, or give another folder"
-            )
-        if header["step"] > steps:
-            raise ValueError(f"the run in {file} is at step {header['step']}, beyond steps={steps}; ask for more steps")
-        checkpoints.load_named(self.score, _part(tensors, "weights."))
-        self.average.load_state_dict(_part(tensors, "ema."), header["updates"])
-        self.optimizer.load_state_dict(self._optimizer_state(tensors))
-        self.step, self.position = header["step"], Position(*header["position"])
-        self.losses = tensors["losses"].tolist()
-
-    def _optimizer_state(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        state = self.optimizer.state_dict()
-        names = {id(p): name for name, p in self.parameters.items()}
-        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        state["state"] = {
-            k: {key: tensors[f"adamw.{key}.{names[id(p)]}"] for key in keys}
-            for k, p in enumerate(ordered)
-            if f"adamw.step.{names[id(p)]}" in tensors
-        }
-        return state
-
-    def _failure(self, x0: Tensor, value: float, size: float, file: Path | None) -> str:
-        with torch.no_grad(), seeded("network", self.seed, self.step, device=self.device):
-            each = self.loss.per_sample(self.score, x0, seed=self.seed, first_sample=self.position.samples)
-            t = self.loss.times(self.score, x0, seed=self.seed, first_sample=self.position.samples)
-        bad = (~each.isfinite()).nonzero().flatten()
-        row = int(bad[0]) if len(bad) else int(each.argmax())
-        what = "the loss" if not math.isfinite(value) else f"the loss is {value:.6g} but the norm of its gradient"
-        cause = "" if bool(x0.isfinite().all()) else " The batch itself holds nan or inf."
-        kept = "" if file is None or not file.exists() else f" The last good checkpoint is {file}."
-        return (
-            f"{what} is {value if not math.isfinite(value) else size} at step {self.step}: sample {row} of the batch, "
-            f"at time t = {float(t[row]):.6g}, has the loss {float(each[row]):.6g}.{cause} The weights are those "
-            f"before this step.{kept} A lower lr or a larger t_min are the usual cures"
-        )
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _checkpoint_file(folder: str | Path | None) -> Path | None:

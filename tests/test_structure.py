@@ -18,20 +18,38 @@ PUBLIC = [
     *("SDE", "ODE", "solve", "sample", "EulerMaruyama", "Milstein", "Heun", "RK4", "BrownianPath"),
     *("VP", "VE", "SubVP", "OU", "EDM", "LinearDiffusion", "ReverseSDE", "ProbabilityFlow"),
     *("Gaussian", "GaussianMixture", "NetworkScore", "DenoisingScoreMatching", "train"),
+    *("EnergyScore", "ClassifierGuidance", "ClassifierFreeGuidance", "drop_labels"),
 ]
 # A module may import from its own layer and from layers to its left. `reverse` stands left of `diffusions` because a
 # process makes its own reversal, which needs nothing of the process but drift and diffusion.
 LAYERS = [
-    {"sdesolve_kernels", "sdesolve.grids", "sdesolve.sde"},
+    {"sdesolve_kernels", "sdesolve.grids", "sdesolve.sde", "sdesolve.copies"},
     {"sdesolve.reverse", "sdesolve.brownian"},
-    {"sdesolve.diffusions", "sdesolve.nn"},
-    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors"},
-    {"sdesolve.checks", "sdesolve.solution"},
-    {"sdesolve.saving", "sdesolve.stepping", "sdesolve.recipes", "sdesolve.fusing", "sdesolve.adaptive", "sdesolve.mcmc"},
+    {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.operators"},
+    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors", "sdesolve.inverse"},
+    {"sdesolve.checks", "sdesolve.solution", "sdesolve.divergence", "sdesolve.quantisation", "sdesolve.chains"},
+    {
+        "sdesolve.saving",
+        "sdesolve.stepping",
+        "sdesolve.recipes",
+        "sdesolve.fusing",
+        "sdesolve.integration",
+        "sdesolve.adaptive",
+        "sdesolve.mcmc",
+    },
     {"sdesolve.solve", "sdesolve.graphs"},
-    {"sdesolve.sampling", "sdesolve.oracle", "sdesolve.metrics", "sdesolve.plotting"},
+    {
+        "sdesolve.sampling",
+        "sdesolve.oracle",
+        "sdesolve.metrics",
+        "sdesolve.plotting",
+        "sdesolve.likelihood",
+        "sdesolve.adapters",
+    },
+    {"sdesolve.training_times"},
     {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
-    {"sdesolve.training"},
+    {"sdesolve.score_matching", "sdesolve.chain_objectives"},
+    {"sdesolve.training", "sdesolve.runs"},
 ]
 
 

@@ -78,7 +78,7 @@ class ConvNet(nn.Module):
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"this ConvNet takes states of shape {self.shape}, got x of shape {tuple(x.shape)}")
         e = self.time(t).expand(len(x), -1)
-        h = self.inlet(x.reshape(len(x), -1, *self.shape[-2:])) + self.position
+        h = self.inlet(x.reshape(len(x), self.inlet.in_channels, *self.shape[-2:])) + self.position
         for k, block in enumerate(self.blocks):
             h = block(h, e)
             if k == (len(self.blocks) - 1) // 2:

@@ -17,7 +17,8 @@ class FourierFeatures(nn.Module):
     """``phi(t) = sqrt(2) [cos(w_1 t), ..., cos(w_m t), sin(w_1 t), ..., sin(w_m t)]`` with frequencies that stay fixed.
 
     Each feature has unit mean square over a whole period. The frequencies live in a buffer: they move with the module
-    and are saved with it, and no optimiser touches them. `log_spaced` and `gaussian` make the two usual choices.
+    and are saved with it, and no optimiser touches them. `log_spaced`, `gaussian` and `sinusoidal` make the usual
+    choices.
 
     Args:
         frequencies: ``w``, in radians per unit of time, shape ``(m,)``.
@@ -61,6 +62,17 @@ class FourierFeatures(nn.Module):
         if not (0 < scale < math.inf):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         return cls(2 * math.pi * scale * torch.randn(count, generator=generator))
+
+    @classmethod
+    def sinusoidal(cls, count: int, steps: int = 1000) -> FourierFeatures:
+        """The position code of DDPM's network on ``steps`` steps in unit time: ``w_k = steps 10^{-4 k / (count - 1)}``.
+
+        Up to order and the factor ``sqrt(2)`` the features of Ho et al. 2020, appendix B, after Vaswani et al. 2017.
+
+        Raises:
+            ValueError: ``count`` below 2 or ``steps`` below 1.
+        """
+        return cls.log_spaced(count, 1e-4 * whole_number(steps, "steps", 1), float(steps))
 
     @property
     def size(self) -> int:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from sdesolve.grids import whole_number
 from sdesolve.nn.embeddings import FourierFeatures
+from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork
 from sdesolve.nn.layers import ModulatedBlock, zeroed
 
 
 @final
-class MLP(nn.Module):
-    """``net(x, t)`` on states of any shape, flattened inside.
+class MLP(LabelledNetwork):
+    """``net(x, t)`` or ``net(x, t, label)`` on states of any shape, flattened inside.
 
     ``h = W_in x``; then ``depth`` residual blocks ``h <- h + W_2 silu(modulate(W_1 norm(h), e))``, where the time
     embedding ``e = silu(W silu(W phi(t)))`` scales and shifts the hidden layer; then ``W_out silu(norm(h))``. The last
@@ -29,6 +30,7 @@ class MLP(nn.Module):
         embedding: features of time; by default 32 log-spaced frequencies from 0.5 to 64 radians per unit, for times of
             order one, which is what the ``edm`` parameterisation gives its network and what most processes use.
         dropout: share of hidden units set to zero in each block while training.
+        classes: number of classes; 0 for a network without labels.
 
     Raises:
         TypeError: a size that is not an integer.
@@ -43,6 +45,7 @@ class MLP(nn.Module):
         depth: int = 3,
         embedding: FourierFeatures | None = None,
         dropout: float = 0.0,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         sizes = shape if isinstance(shape, Sequence) else [shape]
@@ -54,22 +57,24 @@ class MLP(nn.Module):
         phi = FourierFeatures.log_spaced(32, 0.5, 64.0) if embedding is None else embedding
         n = phi.size  # a time is one number: an embedding as wide as the state's layers would double the cost of a step
         self.time = nn.Sequential(phi, nn.Linear(n, n), nn.SiLU(), nn.Linear(n, n), nn.SiLU())
+        self.label = LabelEmbedding(classes, n)
+        self.classes = self.label.classes
         self.inlet = nn.Linear(features, width)
         self.blocks = nn.ModuleList(ModulatedBlock(width, n, dropout) for _ in range(depth))
         self.outlet = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), zeroed(nn.Linear(width, features)))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``x: (batch, *shape)`` and ``t`` of shape ``()`` or ``(batch,)`` to ``(batch, *shape)``.
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """``x: (batch, *shape)``, ``t`` of shape ``()`` or ``(batch,)``, ``label: (batch,)`` to ``(batch, *shape)``.
 
         Raises:
-            ValueError: ``x`` holds states of another shape.
+            ValueError: ``x`` holds states of another shape, or a label for a network without classes.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"this MLP takes states of shape {self.shape}, that is x of shape (batch, "
                 f"{', '.join(map(str, self.shape))}); got x of shape {tuple(x.shape)}"
             )
-        e = self.time(t)
+        e = self.label(self.time(t), label)
         h = self.inlet(x.reshape(len(x), math.prod(self.shape)))
         for block in self.blocks:
             h = block(h, e)

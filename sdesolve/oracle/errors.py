@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import check_grid
-from sdesolve.metrics import bures_wasserstein
+from sdesolve.metrics import bures_wasserstein, gaussian_kl
 from sdesolve.oracle.inputs import OracleNoise
-from sdesolve.oracle.moments import ChainMoments, affine_moments
+from sdesolve.oracle.moments import ChainMoments, affine_moments, chain_moments
 from sdesolve.oracle.plane import variation_2d
 from sdesolve.oracle.samplers import Sampler, as_sampler
 from sdesolve.oracle.transport import wasserstein_to_mixture
@@ -76,21 +78,75 @@ def error(
     )
 
 
+class StepErrors(NamedTuple):
+    """Exact distances at every grid point, ``(steps + 1,)``, float64.
+
+    Attributes:
+        times: the grid.
+        wasserstein: 2-Wasserstein distance over the true law's standard deviation there.
+        kl: divergence from the true law, in nats.
+    """
+
+    times: Tensor
+    wasserstein: Tensor
+    kl: Tensor
+
+
+def step_errors(
+    solver: AbstractSolver,
+    process: AbstractDiffusion,
+    data: Gaussian,
+    grid: Tensor,
+    *,
+    stochasticity: float | None = None,
+    prior: bool = False,
+) -> StepErrors:
+    """How far a solver's law is from the true one at each point of its grid, for Gaussian data: where errors arise.
+
+    Args:
+        solver: a fixed-step solver.
+        process: the forward diffusion.
+        data: the law of clean data.
+        grid: decreasing times ``(steps + 1,)``, all above 0.
+        stochasticity: as `sample`; by default what the solver is made for.
+        prior: start from ``process.prior``, not from the true law.
+
+    Raises:
+        ValueError: the chain is not affine.
+        TypeError: not such a solver.
+    """
+    grid, start = check_grid(grid), _start(process, data, grid, prior=prior)
+    sde = as_sampler(solver, stochasticity).equation(process, data.score(process))
+    laws = chain_moments(sde, solver, grid, *start, diagonal=_elementwise(data), every_step=True)
+    rows = []
+    for t, mean, cov in zip(grid.tolist(), laws.mean, laws.cov, strict=True):
+        truth = data.moments(process, t)
+        distance = bures_wasserstein(mean, cov, *truth) / total_variance(truth).sqrt()
+        rows.append(torch.stack([distance, gaussian_kl(mean, cov, *truth)]))
+    return StepErrors(grid, *torch.stack(rows, 1))
+
+
 def sampled_law(
     sampler: Sampler, process: AbstractDiffusion, data: Gaussian, grid: Tensor, *, prior: bool, denoise: bool
 ) -> ChainMoments:
     """Mean and covariance of what ``sampler`` draws: variances alone where the data's components are independent."""
     score = data.score(process)
-    elementwise = spectrum(data.cov, data.state_shape)[1] is None
-    start = data.moments(process, float(grid[0]))
-    if prior:
-        start = Moments(torch.zeros_like(start.mean), torch.tensor(process.prior.std**2, dtype=torch.float64))
 
     def chain(x: Tensor, noise: OracleNoise) -> Tensor:
         x = sampler(process, score, x, grid, noise)
         return score.denoise(x, grid[-1]) if denoise else x
 
-    return affine_moments(chain, *start, diagonal=elementwise)
+    return affine_moments(chain, *_start(process, data, grid, prior=prior), diagonal=_elementwise(data))
+
+
+def _elementwise(data: Gaussian) -> bool:
+    return spectrum(data.cov, data.state_shape)[1] is None
+
+
+def _start(process: AbstractDiffusion, data: Gaussian, grid: Tensor, *, prior: bool) -> Moments:
+    if prior:
+        return Moments(torch.zeros_like(data.mean), torch.tensor(process.prior.std**2, dtype=torch.float64))
+    return data.moments(process, float(grid[0]))
 
 
 def true_law(process: AbstractDiffusion, data: Gaussian, grid: Tensor, *, denoise: bool) -> Moments:

@@ -12,12 +12,13 @@ from sdesolve.brownian import AbstractNoise
 from sdesolve.correctors import AbstractCorrector
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.inputs import Constant, Numbers, OracleNoise, Silence
-from sdesolve.reverse import Score
+from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.mixture import GaussianMixture
 from sdesolve.sde import Calculus, Noise
 from sdesolve.solve import solve
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.tabulated import AbstractTabulated
 
 _SAME = 1e-9  # of the size of the states
 
@@ -52,11 +53,15 @@ class SolverSampler:
             stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
         self.solver, self.stochasticity = solver, stochasticity
 
+    def equation(self, process: AbstractDiffusion, score: Score) -> ReverseSDE | ProbabilityFlow:
+        """What the solver integrates."""
+        q = self.stochasticity
+        return process.probability_flow(score) if q == 0 else process.reverse(score, q)
+
     def __call__(
         self, process: AbstractDiffusion, score: Score, x: Tensor, grid: Tensor, noise: AbstractNoise, /
     ) -> Tensor:
-        q = self.stochasticity
-        sde = process.probability_flow(score) if q == 0 else process.reverse(score, q)
+        sde = self.equation(process, score)
         return solve(sde, x, grid=grid, solver=self.solver, noise=noise, backend="eager").x1
 
 
@@ -151,6 +156,8 @@ def _step(mean: Tensor, shifted: list[Tensor]) -> Step:
 
 
 def _check_memoryless(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> None:
+    if isinstance(sampler, SolverSampler) and isinstance(sampler.solver, AbstractTabulated) and sampler.solver.memory:
+        raise ValueError(f"the steps of {type(sampler.solver).__name__} depend on earlier ones; {_EXPECTED}")
     score, d = data.score(process), data.means[0].numel()
     x = float(process.sigma(grid[0])) * torch.linspace(-1.0, 1.0, 3 * d, dtype=torch.float64).reshape(
         3, *data.state_shape

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.grids import whole_number
+from sdesolve.operators import AbstractOperator
 from sdesolve.scores.base import AbstractData, check_process, check_state, coefficients, flat
 from sdesolve.scores.components import Components, Constants, colour, covariance_form, real, spectrum
+from sdesolve.scores.posterior import condition
 from sdesolve.sde import State, Time
 
 
@@ -111,6 +113,25 @@ class Gaussian(AbstractData):
         alpha, sigma = process.alpha(t).cpu(), process.sigma(t).cpu()
         values = alpha.square() * self._values + sigma.square()
         return Moments(alpha * self.mean, covariance_form(values, self._vectors, self._cov_shape))
+
+    def condition(self, operator: AbstractOperator | Tensor, y: Tensor, noise_std: float) -> Gaussian:
+        """The law of ``x_0`` given ``y = A x_0 + noise_std z``, exactly.
+
+        Args:
+            operator: ``A``, of `sdesolve.operators`, or a matrix ``(m, d)`` over the flattened state.
+            y: one observation, ``(*observation)``.
+            noise_std: standard deviation of its noise; 0 gives a law without variance in the observed directions.
+
+        Raises:
+            ValueError: shapes that do not fit, negative noise, values that are not finite, or an observation without
+                noise that is impossible.
+            TypeError: ``operator`` is neither an operator nor a matrix.
+        """
+        d = self.mean.numel()
+        values = self._values.expand(d)
+        cov = torch.diag(values) if self._vectors is None else (self._vectors * values) @ self._vectors.mT
+        given = condition(self.mean.reshape(1, d), cov[None], operator, y, noise_std, self.state_shape)
+        return Gaussian(given.mean.reshape(self.state_shape), given.cov[0])
 
     def flow(self, process: AbstractDiffusion) -> GaussianFlow:
         """The exact solution map of the probability-flow ODE for this data (`GaussianFlow`)."""

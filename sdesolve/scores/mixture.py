@@ -10,8 +10,10 @@ from sdesolve_kernels import Stream, normal, uniform
 from torch import Tensor
 
 from sdesolve.grids import whole_number
+from sdesolve.operators import AbstractOperator
 from sdesolve.scores.base import AbstractData
 from sdesolve.scores.components import Components, Constants, Spectrum, colour, matrix_spectra, real
+from sdesolve.scores.posterior import condition
 
 # Displacements from every mean are (K, batch, d); larger batches go through in blocks of about this many elements. On
 # the host, blocks that stay in cache are up to ten times faster (500 components, d = 64: 6 ms against 67 ms for 2^22);
@@ -130,6 +132,33 @@ class GaussianMixture(AbstractData):
                 rows = (k == component).nonzero()[:, 0]
                 x[rows] += colour(z[rows], values[component], vectors[component])
         return x.reshape(n, *self.state_shape)
+
+    def condition(self, operator: AbstractOperator | Tensor, y: Tensor, noise_std: float) -> GaussianMixture:
+        """The law of ``x_0`` given ``y = A x_0 + noise_std z``: that of each component, weighted by its evidence.
+
+        Components whose weight vanishes in float64 are left out.
+
+        Args:
+            operator: ``A``, of `sdesolve.operators`, or a matrix ``(m, d)`` over the flattened state.
+            y: one observation, ``(*observation)``.
+            noise_std: standard deviation of its noise; positive unless ``A x_0`` has a density in every component.
+
+        Raises:
+            ValueError: shapes that do not fit, negative noise, values that are not finite; no noise and a component for
+                which ``A x_0`` has no density.
+            TypeError: ``operator`` is neither an operator nor a matrix.
+        """
+        given = condition(self.means.reshape(len(self.means), -1), self.covs, operator, y, noise_std, self.state_shape)
+        if not bool(given.regular.all()):
+            raise ValueError(
+                f"component {int((~given.regular).nonzero()[0])} does not give A x_0 a density, so that weights cannot "
+                "be compared; give a positive noise_std"
+            )
+        weights = (self.weights.log() + given.log_evidence).softmax(0)
+        kept = weights > 0
+        return GaussianMixture(
+            given.mean[kept].reshape(-1, *self.state_shape), weights=weights[kept], covs=given.cov[kept]
+        )
 
     def _by_rows(self, function: _Function, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         limit = _HOST_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS

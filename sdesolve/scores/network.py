@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.nn.labels import Given
+from sdesolve.nn.normalizer import Normalizer
 from sdesolve.sde import per_sample
 
 Prediction = Literal["noise", "data", "score", "velocity", "edm"]
@@ -194,9 +196,12 @@ class NetworkScore(nn.Module):
         process: the forward process.
         predicts: what ``F`` is.
         sigma_data: standard deviation of the data, read by ``"edm"`` only.
+        normalizer: the map from data to the states of this score. `train` applies it to what it is given; its weights
+            are saved with the score, and ``score.normalizer.inverse(sample(...))`` are samples in units of the data.
 
     Raises:
-        TypeError: ``net`` cannot be called, or ``process`` is not a diffusion with alpha and sigma.
+        TypeError: ``net`` cannot be called, ``process`` is not a diffusion with alpha and sigma, or ``normalizer`` is
+            no `Normalizer`.
         ValueError: ``predicts`` is unknown, or ``sigma_data`` is not positive and finite.
     """
 
@@ -206,6 +211,8 @@ class NetworkScore(nn.Module):
         process: AbstractDiffusion,
         predicts: Prediction = "noise",
         sigma_data: float = 1.0,
+        *,
+        normalizer: Normalizer | None = None,
     ) -> None:
         super().__init__()
         if not callable(net):
@@ -218,7 +225,9 @@ class NetworkScore(nn.Module):
             )
         if not 0 < sigma_data < math.inf:
             raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
-        self.net, self.process = net, process
+        if normalizer is not None and not isinstance(normalizer, Normalizer):
+            raise TypeError(f"normalizer must be a Normalizer, got {type(normalizer).__name__}")
+        self.net, self.process, self.normalizer = net, process, normalizer
         self.predicts, self.sigma_data = predicts, float(sigma_data)
         self._parameterization = _PARAMETERIZATIONS[predicts](self.sigma_data)
 
@@ -256,6 +265,21 @@ class NetworkScore(nn.Module):
         """The `Target` for states like ``x`` at times ``t: (batch,)``, each entry a number or ``(batch,)``."""
         target = self._parameterization.target(self._coefficients(x, t))
         return Target(*(c.reshape(-1) if isinstance(c, Tensor) else c for c in target))
+
+    def given(self, label: Tensor | int) -> NetworkScore:
+        """The score of one class for all samples, or of a class for each, from a class-conditional network.
+
+        The result shares the network with this score. ``label`` is an integer or ``(batch,)`` of them; the number of
+        classes stands for the null class, as does a score that was given nothing.
+
+        Raises:
+            TypeError: the network is not a `LabelledNetwork`; labels that are not integers.
+            ValueError: the network has no classes; a label outside them.
+        """
+        if not isinstance(self.net, nn.Module):
+            raise TypeError("a label needs a network net(x, t, label), a LabelledNetwork; this one is a function")
+        net = Given(self.net, label)
+        return NetworkScore(net, self.process, self.predicts, self.sigma_data, normalizer=self.normalizer)
 
     def extra_repr(self) -> str:
         return f"process={type(self.process).__name__}, predicts={self.predicts!r}, sigma_data={self.sigma_data:g}"

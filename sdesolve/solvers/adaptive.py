@@ -35,6 +35,7 @@ class AbstractAdaptive(abc.ABC):
         ode_order: order of the state that an accepted step goes on with.
         evaluations: drift evaluations an attempt.
         error_order: order of the error estimate, one more than the order of the state it was compared with.
+        stochasticity: of the reverse equations it integrates: 0, probability flows.
         rtol: relative tolerance.
         atol: absolute tolerance: a step is accepted if the root mean square over the state of
             ``error / (atol + rtol max(|x|, |x'|))`` is below 1.
@@ -44,6 +45,7 @@ class AbstractAdaptive(abc.ABC):
     supported: ClassVar[Supported]
     ode_order: ClassVar[int]
     evaluations: ClassVar[int]
+    stochasticity: ClassVar[float] = 0.0
     error_order: ClassVar[int]
     rtol: float
     atol: float

@@ -45,7 +45,7 @@ class DormandPrince(AbstractAdaptive):
     interpolant of their section II.6. Dormand and Prince 1980.
 
     Args:
-        rtol: relative tolerance of a step, at least ten times the rounding error of the state's dtype.
+        rtol: relative tolerance of a step, at least 4 times the rounding error of the state's dtype.
         atol: absolute tolerance of a step.
         max_steps: attempts that a sample may take before `solve` gives up.
 

@@ -139,9 +139,11 @@ def test_a_grid_that_ends_at_zero_noise_is_not_corrected_there():
     process, data = sds.EDM(sigma_max=10.0), sds.Gaussian(torch.tensor([0.5, 0.0]), 0.0)  # a point: no score at 0
     solver = sds.PredictorCorrector(sds.Ancestral(), SIMPLE, 2)
     x0 = process.sample_prior((4, 2), seed=0)
-    sol = sds.solve(process.reverse(data.score(process)), x0, grid=grids.karras(10.0, 0.0, 5), solver=solver, seed=0)
-    torch.testing.assert_close(sol.x1, torch.tensor([[0.5, 0.0]]).expand(4, 2), rtol=0, atol=1e-5)
-    assert sol.stats.nfe == 5 + 4 * 2
+    sde, grid = process.reverse(data.score(process)), grids.karras(10.0, 0.0, 5)
+    for backend, evaluations in {"kernel": 5 + 4 * 2, "fused": 5 + 5 * 2}.items():  # in one kernel all steps are alike
+        sol = sds.solve(sde, x0, grid=grid, solver=solver, seed=0, backend=backend)
+        torch.testing.assert_close(sol.x1, torch.tensor([[0.5, 0.0]]).expand(4, 2), rtol=0, atol=1e-5)
+        assert sol.stats.nfe == evaluations
 
 
 @pytest.mark.parametrize(
@@ -164,8 +166,33 @@ def test_a_corrected_flow_is_random_and_says_its_seed():
     one, other = (sds.solve(flow, x0, 1.0, 0.1, 5, solver=solver) for _ in range(2))
     assert one.stats.seed != other.stats.seed
     assert torch.equal(sds.solve(flow, x0, 1.0, 0.1, 5, solver=solver, seed=one.stats.seed).x1, one.x1)
-    with pytest.raises(ValueError, match="cannot be fused: PredictorCorrector"):
-        sds.solve(flow, x0, 1.0, 0.1, 5, solver=solver, seed=0, backend="fused")
+    eager = sds.solve(flow, x0, 1.0, 0.1, 5, solver=solver, seed=one.stats.seed, backend="eager").x1
+    torch.testing.assert_close(eager, one.x1, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("predictor", [sds.EulerMaruyama(), sds.SDEDPMSolverPP(2), sds.EDMHeun(churn=2.0)], ids=repr)
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_kernel_takes_the_same_steps(predictor, n):
+    """Predictors with memory, and with several draws a step, beside the corrector's own stream."""
+    process = sds.VP()
+    data = sds.GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]], dtype=torch.float64), 0.5)
+    solver = sds.PredictorCorrector(predictor, sds.LangevinCorrector(snr=0.16), n)
+    x0 = process.sample_prior((40, 2), seed=1, dtype=torch.float64)
+    noise = sds.BrownianPath(3, first_path=7, first_step=5)
+    fused, eager = (
+        sds.solve(process.reverse(data.score(process)), x0, 1.0, 0.01, 12, solver=solver, noise=noise, backend=backend)
+        for backend in ("fused", "eager")
+    )
+    torch.testing.assert_close(fused.x1, eager.x1, rtol=1e-9, atol=1e-9)
+    assert fused.stats.nfe == eager.stats.nfe == 12 * solver.evaluations
+
+
+def test_a_corrector_with_a_step_size_of_its_own_is_not_fused():
+    process = sds.VP()
+    flow = process.reverse(sds.Gaussian(torch.zeros(3), 1.0).score(process))
+    solver = sds.PredictorCorrector(sds.EulerMaruyama(), sds.LangevinCorrector(snr=0.16, norms="batch"))
+    with pytest.raises(ValueError, match="cannot be fused: the corrector's step size depends on the state"):
+        sds.solve(flow, torch.zeros(2, 3), 1.0, 0.1, 5, solver=solver, seed=0, backend="fused")
 
 
 def test_time_may_differ_between_samples():

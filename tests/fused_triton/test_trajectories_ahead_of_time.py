@@ -81,6 +81,21 @@ for label in ("geometric float32", "stress float32", "linear moments float32"):
         assert not compiled.metadata.enable_fp_fusion and compiled.metadata.num_warps == item.num_warps
         assert "fma.rn.f32" in compiled.asm["ptx"]
 print(len(kept))
+
+from sdesolve_kernels._triton.arguments import recording
+from sdesolve_kernels.trajectory import Launch, Signature, compile_trajectory, trace
+from trajectory_report import on_the_host
+
+def step(inputs):  # to one number for all paths, and to what it was
+    x = inputs.states[0]
+    return (torch.stack([inputs.t1.expand(len(x)), x[:, 1]], 1),)
+
+x0 = torch.ones(40, 2)
+with on_the_host(), recording() as made:
+    program = trace(step, Signature(x0.dtype, x0.device, ((2,),), (), 0, 40))
+    compile_trajectory(program, []).run(Launch(x0, torch.arange(5.0).double(), None, (), (), False, ()))
+for item in made:
+    item.kernel.warmup(*item.arguments.values(), num_warps=item.num_warps, enable_fp_fusion=False, grid=item.grid)
 """
 
 

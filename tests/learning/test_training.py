@@ -184,7 +184,8 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 score = NetworkScore(MLP(2, width=16, depth=1), VP(), "edm")
 train(score, torch.load(sys.argv[3], weights_only=True), loss=DenoisingScoreMatching("simple", "stratified"), steps=20,
-      batch_size=64, warmup=5, lr=3e-3, progress=False, checkpoint=folder, checkpoint_every=5, callback=callback)
+      batch_size=64, warmup=5, lr=3e-3, progress=False, checkpoint=folder, checkpoint_every=5, callback=callback,
+      **({} if where == "write" else {"ema": (0.9, 0.5), "accumulate": 2, "autocast": torch.bfloat16}))
 """
 
 
@@ -197,8 +198,9 @@ def test_a_killed_process_loses_nothing_but_time(make_score, data, tmp_path, whe
     )
     assert child.returncode == -signal.SIGKILL
     whole, resumed = make_score(), make_score(seed=8)
-    run(whole, data, batch_size=64)
-    result = run(resumed, data, batch_size=64, checkpoint=tmp_path / "run", checkpoint_every=5)
+    options = {} if where == "write" else {"ema": (0.9, 0.5), "accumulate": 2, "autocast": torch.bfloat16}
+    run(whole, data, batch_size=64, **options)
+    result = run(resumed, data, batch_size=64, checkpoint=tmp_path / "run", checkpoint_every=5, **options)
     assert result.resumed_from == step
     assert same(resumed, whole)
     assert os.listdir(tmp_path / "run") == [checkpoints.TRAINING_FILE]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from sdesolve import ODE, SDE, VP, DivergenceError, DormandPrince, Gaussian, GaussianMixture, solve
+from sdesolve import ODE, SDE, VP, DivergenceError, DormandPrince, Gaussian, GaussianMixture, sample, solve, tweedie
 from sdesolve.diffusions import EDM
 
 DATA = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), 0.3)
@@ -165,6 +165,17 @@ def test_shapes_and_dtypes():
             sol = solve(ODE(lambda x, t: -x), torch.ones(shape, dtype=dtype), 0.0, 1.0, solver=DormandPrince())
             torch.testing.assert_close(sol.x1, torch.full(shape, math.exp(-1), dtype=dtype), rtol=0, atol=1e-4)
             assert sol.x1.dtype == dtype
+
+
+def test_sampling_by_the_adaptive_flow():
+    process, score = VP(), DATA.score(VP())
+    x = sample(process, score, (6, 2), solver=DormandPrince(1e-6, 1e-6), seed=3, dtype=torch.float64)
+    start = process.sample_prior((6, 2), seed=3, dtype=torch.float64)
+    end = solve(process.probability_flow(score), start, 1.0, 1e-3, solver=DormandPrince(1e-6, 1e-6)).x1
+    torch.testing.assert_close(x, tweedie(process, score, end, torch.tensor(1e-3).double()), rtol=1e-6, atol=1e-6)
+    for options in ({"steps": 5}, {"grid": torch.tensor([1.0, 0.1])}, {"stochasticity": 1.0}, {"cuda_graph": True}):
+        with pytest.raises(ValueError, match=r"own steps|integrates ODEs|as it goes"):
+            sample(process, score, (6, 2), solver=DormandPrince(), seed=0, **options)
 
 
 def test_what_cannot_be_solved():

@@ -107,8 +107,18 @@ def importing_from(x, t):
 
 HELD, LIST, OBJECT, SLOTTED, NUMBERS = {"rate": 1.0}, [1.0], Plain(), Slotted(), np.ones(2)
 SUBCLASSED, ITEMS, ENTRIES, QUEUE = [Real(1.0), Text("a")], Items(), Entries(), collections.deque([1.0])
-BYTES, TYPED, NAMES, VARIABLE = bytearray(b"a"), array.array("d", [1.0]), {"a"}, contextvars.ContextVar("v", default=1.0)
-GENERATOR, PYTHONS, CLASSES, NAMESPACE = np.random.default_rng(0), random.Random(0), {Plain}, types.SimpleNamespace(rate=1.0)
+BYTES, TYPED, NAMES, VARIABLE = (
+    bytearray(b"a"),
+    array.array("d", [1.0]),
+    {"a"},
+    contextvars.ContextVar("v", default=1.0),
+)
+GENERATOR, PYTHONS, CLASSES, NAMESPACE = (
+    np.random.default_rng(0),
+    random.Random(0),
+    {Plain},
+    types.SimpleNamespace(rate=1.0),
+)
 RATES, GET, LAYER, WEAK = Rates(), HELD.get, torch.nn.Linear(2, 2), weakref.ref(OBJECT)
 VIEW, LARGE = types.MappingProxyType(HELD), np.zeros(100_000)
 usermodule = types.ModuleType("usermodule")
@@ -151,7 +161,10 @@ CASES = {
     "subclass of str": (lambda x, t: x * ord(SUBCLASSED[1]), lambda: SUBCLASSED.__setitem__(1, Text("b"))),
     "attribute of a list": (lambda x, t: x * ITEMS.rate, lambda: setattr(ITEMS, "rate", 2.0)),
     "attribute of a dictionary": (lambda x, t: x * ENTRIES.rate, lambda: setattr(ENTRIES, "rate", 2.0)),
-    "attribute of an enumeration": (lambda x, t: x * getattr(Switch, "rate", 1.0), lambda: setattr(Switch, "rate", 2.0)),
+    "attribute of an enumeration": (
+        lambda x, t: x * getattr(Switch, "rate", 1.0),
+        lambda: setattr(Switch, "rate", 2.0),
+    ),
     "module": (lambda x, t: x * usermodule.rate, lambda: setattr(usermodule, "rate", 2.0)),
     "module by getattr": (lambda x, t: x * getattr(usermodule, "rate"), lambda: setattr(usermodule, "rate", 3.0)),  # noqa: B009
     "module in a module": (lambda x, t: x * usermodule.inner.rate, lambda: setattr(usermodule.inner, "rate", 2.0)),

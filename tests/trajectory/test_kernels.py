@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 import sdesolve as sds
 
 SDE = sds.SDE(
-    lambda x, t: torch.sin(x).roll(1, 1) - x, lambda x, t: 0.3 + 0.1 * torch.cos(x * t), noise="diagonal", calculus="ito"
+    lambda x, t: torch.sin(x).roll(1, 1) - x,
+    lambda x, t: 0.3 + 0.1 * torch.cos(x * t),
+    noise="diagonal",
+    calculus="ito",
 )
 
 
@@ -78,7 +81,9 @@ def test_one_step_and_very_many(normals, difference):
         dW = noise.increments(sds.grids.uniform(0.0, 1.0, steps), (3, 1), dtype=torch.float64)
         left = (1 - 1 / steps) ** torch.arange(steps, -1, -1, dtype=torch.float64)
         exact = left[0] * x0 + 0.5 * (left[1:, None, None] * dW).sum(0)
-        assert difference(run(x0, steps=steps, sde=sde).x1, exact) < 0.1 * steps * torch.finfo(torch.float64).eps + 1e-15
+        assert (
+            difference(run(x0, steps=steps, sde=sde).x1, exact) < 0.1 * steps * torch.finfo(torch.float64).eps + 1e-15
+        )
 
 
 # Random expressions ----------------------------------------------------------------------------------------------
@@ -106,8 +111,9 @@ def expressions():
     leaves = st.sampled_from(["x", "t", "y"])
     return st.recursive(
         leaves,
-        lambda parts: st.tuples(st.sampled_from(sorted(UNARY)), parts)
-        | st.tuples(st.sampled_from(sorted(BINARY)), parts, parts),
+        lambda parts: (
+            st.tuples(st.sampled_from(sorted(UNARY)), parts) | st.tuples(st.sampled_from(sorted(BINARY)), parts, parts)
+        ),
         max_leaves=12,
     )
 

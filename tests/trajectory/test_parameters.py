@@ -68,7 +68,12 @@ def test_a_shared_matrix_of_as_many_rows_as_the_batch_keeps_the_count_of_evaluat
 
 
 def test_dtypes_of_what_is_held(both, difference, interpreted):
-    held = [torch.tensor([2, 3]), torch.tensor([True, False]), torch.tensor([2, 3], dtype=torch.int32), torch.tensor(0.5)]
+    held = [
+        torch.tensor([2, 3]),
+        torch.tensor([True, False]),
+        torch.tensor([2, 3], dtype=torch.int32),
+        torch.tensor(0.5),
+    ]
     held.append(torch.tensor(0.5, dtype=torch.float64))
     for dtype in (torch.float32, torch.float64):
         for c in held:
@@ -148,7 +153,9 @@ def test_gradients_are_never_lost():
         with torch.no_grad():
             assert sds.solve(sde, X0, 0.0, 1.0, 4, **options).stats.backend == "fused", name
     start = X0.clone().requires_grad_()
-    sol = sds.solve(sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * x), start, 0.0, 1.0, 4, solver=sds.EulerMaruyama(), seed=1)
+    sol = sds.solve(
+        sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * x), start, 0.0, 1.0, 4, solver=sds.EulerMaruyama(), seed=1
+    )
     assert sol.stats.backend != "fused"
     assert torch.autograd.grad(sol.x1.sum(), start)[0].abs().min() > 0
 
@@ -166,7 +173,9 @@ def test_transforms_around_solve_are_not_detached():
 
 
 def test_surroundings_that_change_what_torch_does_are_part_of_the_kernel(both, difference):
-    sde = sds.SDE(lambda x, t: torch.ones(2).to(x) / 3 * x if torch.ones(1).dtype == torch.float32 else -x, lambda x, t: x)
+    sde = sds.SDE(
+        lambda x, t: torch.ones(2).to(x) / 3 * x if torch.ones(1).dtype == torch.float32 else -x, lambda x, t: x
+    )
     before = torch.get_default_dtype()
     try:
         for dtype in (torch.float32, torch.float64):

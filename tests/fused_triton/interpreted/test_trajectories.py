@@ -63,6 +63,7 @@ def drift(x, t):
 
 SDES = {
     "diagonal": sds.SDE(drift, lambda x, t: 0.3 * torch.cos(x) + 0.1 * t, noise="diagonal"),
+    "linear": sds.SDE(lambda x, t: 1.5 * x / (2.0 + t), lambda x, t: 0.3 * x, noise="diagonal"),
     "scalar": sds.SDE(drift, lambda x, t: 0.2 * x, noise="scalar"),
     "additive": sds.SDE(drift, lambda x, t: 0.2 + 0.1 * t, noise="additive"),
     "general": sds.SDE(drift, lambda x, t: A * x.unsqueeze(-1).tanh(), noise="general"),

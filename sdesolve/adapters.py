@@ -1,0 +1,260 @@
+"""Bridges to other packages: networks of diffusers, and SDEs and noise of torchsde in both directions.
+
+Neither package is imported here: what comes from them is known by its calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from sdesolve.brownian import AbstractNoise
+from sdesolve.checks import check_diffusion, check_drift, check_state
+from sdesolve.grids import whole_number
+from sdesolve.nn.labels import LabelledNetwork
+from sdesolve.sde import AbstractSDE, Calculus, Noise, is_matrix, per_sample
+
+
+@final
+class DiffusersNet(LabelledNetwork):
+    """A ``UNet2DModel`` of diffusers, or a module called alike, as ``net(x, t, label)``.
+
+    The model is called as ``model(x, k).sample``, with class labels as ``model(x, k, class_labels=label).sample``. Its
+    step count ``k`` is ``steps t - 1``: step ``k`` of a DDPM chain of ``steps`` steps has the noise level of `VP` at
+    ``t = (k + 1) / steps``, up to the order of one step (Song et al. 2021, appendix B).
+
+    Args:
+        model: as above; states are ``(batch, channels, height, width)``.
+        steps: of the chain that the model was or will be trained on.
+        classes: number of classes, 0 for none. The model needs an embedding more, ``num_class_embeds=classes + 1``,
+            whose last entry is the null class.
+        timestep: ``t`` to ``k`` by another rule, on tensors.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a count is not an integer.
+        ValueError: a count out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        steps: int = 1000,
+        classes: int = 0,
+        timestep: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, such as a UNet2DModel; got {type(model).__name__}")
+        self.model, self.steps = model, whole_number(steps, "steps", 1)
+        self.classes = whole_number(classes, "classes", 0)
+        self._timestep = timestep
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """``model(x, k).sample``, shape of ``x: (batch, channels, height, width)``.
+
+        Raises:
+            TypeError: the model returns something without a tensor called ``sample``.
+            ValueError: a label for a network without classes.
+        """
+        k = (self.steps * t - 1 if self._timestep is None else self._timestep(t)).expand(len(x))
+        if self.classes:
+            null = torch.full((len(x),), self.classes, dtype=torch.int64, device=x.device)
+            output = self.model(x, k, class_labels=null if label is None else label)
+        elif label is not None:
+            raise ValueError("this network was wrapped without classes and takes no label; give DiffusersNet classes=n")
+        else:
+            output = self.model(x, k)
+        sample = getattr(output, "sample", None)
+        if not isinstance(sample, Tensor):
+            raise TypeError(
+                f"the model must return an object with a tensor called sample, got {type(output).__name__}; a module "
+                "that returns a tensor needs no adapter: NetworkScore(net, process)"
+            )
+        return sample
+
+
+class TorchSDEEquation(Protocol):
+    """What torchsde calls an SDE with two fields of ``(t, y)`` for ``y: (batch, size)``."""
+
+    noise_type: str
+    sde_type: str
+
+    def f(self, t: Tensor, y: Tensor, /) -> Tensor: ...
+
+    def g(self, t: Tensor, y: Tensor, /) -> Tensor: ...
+
+
+@final
+class FromTorchSDE(AbstractSDE):
+    """An SDE written for torchsde, ``dY = f(t, Y) dt + g(t, Y) dW``, as one that `solve` integrates.
+
+    States are ``(batch, size)``. The diffusion of scalar noise, ``(batch, size, 1)`` there, is ``(batch, size)`` here;
+    additive and general noise keep their matrices ``(batch, size, channels)``.
+
+    Args:
+        sde: an object with ``f``, ``g``, ``noise_type`` and ``sde_type``.
+
+    Raises:
+        TypeError: one of the four is missing.
+        ValueError: an unknown noise or SDE type.
+    """
+
+    def __init__(self, sde: TorchSDEEquation) -> None:
+        missing = [name for name in ("f", "g") if not callable(getattr(sde, name, None))]
+        missing += [name for name in ("noise_type", "sde_type") if not isinstance(getattr(sde, name, None), str)]
+        if missing:
+            raise TypeError(
+                f"an SDE of torchsde has methods f and g and texts noise_type and sde_type; this {type(sde).__name__} "
+                f"lacks {', '.join(missing)}"
+            )
+        if sde.noise_type not in _NOISE_TYPES or sde.sde_type not in tuple(Calculus):
+            raise ValueError(
+                f"noise_type must be one of {', '.join(_NOISE_TYPES)} and sde_type ito or stratonovich, got "
+                f"{sde.noise_type!r} and {sde.sde_type!r}"
+            )
+        self.noise, self.calculus = Noise(sde.noise_type), Calculus(sde.sde_type)
+        self._sde = sde
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._sde.f(_one_time(t), x)
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        g = self._sde.g(_one_time(t), x)
+        return g.squeeze(-1) if self.noise is Noise.SCALAR and g.ndim == x.ndim + 1 else g
+
+
+@final
+class ToTorchSDE(nn.Module):
+    r"""One of our SDEs as torchsde wants it: ``f(t, y)``, ``g(t, y)`` on flat states, with time growing.
+
+    torchsde's times increase. Where ours decrease, as in a reverse SDE, the equation is handed over in ``s = -t``:
+    ``dY = -f(Y, -s) ds + g(Y, -s) dW``. `times` and `states` translate there and back::
+
+        theirs = ToTorchSDE(process.reverse(score), x, 1.0, 1e-3)
+        ys = torchsde.sdeint(theirs, theirs.y0, theirs.times([1.0, 1e-3]), dt=1e-3, method="euler")
+        samples = theirs.states(ys)[-1]
+
+    Additive noise that acts on each entry by itself is declared diagonal, which it is too: torchsde would want it as a
+    matrix ``(batch, size, size)``. A method of torchsde's ``additive`` class is then not available for it.
+
+    Args:
+        sde: an SDE.
+        x0: a state ``(batch, *state)`` to start from.
+        t0: time of the start.
+        t1: a later time of the same integration, which tells the direction.
+
+    Raises:
+        TypeError: ``sde`` is not an SDE; a state in another dtype than float32 or float64; a field of another dtype.
+        ValueError: an ODE; ``t0 == t1``; a field that does not fit the state.
+    """
+
+    def __init__(self, sde: AbstractSDE, x0: Tensor, t0: float, t1: float) -> None:
+        super().__init__()
+        if not isinstance(sde, AbstractSDE):
+            raise TypeError(f"sde must be an SDE or process of sdesolve, got {type(sde).__name__}")
+        if sde.noise is Noise.NONE:
+            raise ValueError("torchsde integrates equations with noise, and this is an ODE; sdesolve.solve takes it")
+        if t0 == t1 or not math.isfinite(t0) or not math.isfinite(t1):
+            raise ValueError(f"t0 and t1 must be different finite times, got {t0} and {t1}")
+        check_state(x0)
+        self._sde, self._shape, self._sign = sde, tuple(x0.shape[1:]), 1.0 if t1 > t0 else -1.0
+        t = torch.tensor(t0, dtype=x0.dtype, device=x0.device)
+        check_drift(sde.drift(x0, t), x0, t)
+        g = sde.diffusion(x0, t)
+        check_diffusion(g, x0, sde.noise)
+        by_entry = sde.noise is Noise.ADDITIVE and not is_matrix(g, x0)
+        self.noise_type = str(Noise.DIAGONAL if by_entry else sde.noise)
+        self.sde_type = str(sde.calculus)
+        self.y0 = x0.flatten(1) if x0.ndim > 1 else x0[:, None]
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        """The drift in torchsde's time, ``(batch, size)``."""
+        x = self._unflattened(y)
+        return self._sign * self._sde.drift(x, self._sign * t).reshape(y.shape)
+
+    def g(self, t: Tensor, y: Tensor) -> Tensor:
+        """The diffusion: ``(batch, size)`` if diagonal, else ``(batch, size, channels)``."""
+        x = self._unflattened(y)
+        g = self._sde.diffusion(x, self._sign * t)
+        if is_matrix(g, x):
+            return g.reshape(*y.shape, g.shape[-1])
+        flat = per_sample(g, x).expand(x.shape).reshape(y.shape)
+        return flat if self.noise_type == Noise.DIAGONAL else flat.unsqueeze(-1)
+
+    def times(self, ts: Sequence[float] | Tensor) -> Tensor:
+        """Our times ``(n,)``, running from ``t0`` towards ``t1``, as torchsde's, which increase."""
+        return self._sign * torch.as_tensor(ts, dtype=self.y0.dtype, device=self.y0.device)
+
+    def states(self, ys: Tensor) -> Tensor:
+        """What ``sdeint`` returned, ``(n, batch, size)``, as states ``(n, batch, *state)``."""
+        return ys.reshape(*ys.shape[:2], *self._shape)
+
+    def _unflattened(self, y: Tensor) -> Tensor:
+        return y.reshape(len(y), *self._shape)
+
+
+@final
+class TorchSDENoise(AbstractNoise):
+    """Brownian increments from a torchsde ``BrownianInterval``, to integrate along the very path that torchsde takes.
+
+    On grids whose times decrease the interval is asked in ``s = -t``, as by `ToTorchSDE`.
+
+    Args:
+        interval: ``interval(ta, tb) = W(tb) - W(ta)``, ``(batch, channels)``, for ``ta <= tb``.
+
+    Raises:
+        TypeError: ``interval`` cannot be called.
+    """
+
+    def __init__(self, interval: Callable[..., Any]) -> None:
+        if not callable(interval):
+            raise TypeError(f"interval must be a BrownianInterval of torchsde, got {type(interval).__name__}")
+        self._interval = interval
+
+    def increments(
+        self,
+        times: Tensor,
+        shape: tuple[int, ...],
+        *,
+        step: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        if times.ndim != 1:
+            raise ValueError(f"torchsde has one time for all samples; this grid has shape {tuple(times.shape)}")
+        sign = 1.0 if len(times) < 2 or times[1] > times[0] else -1.0
+        made = [torch.as_tensor(self._interval(sign * a, sign * b)) for a, b in itertools.pairwise(times)]
+        size = math.prod(shape[1:])
+        for dW in made:
+            if tuple(dW.shape) != (shape[0], size):
+                raise ValueError(
+                    f"the integration needs increments of shape {(shape[0], size)}, and the interval has "
+                    f"{tuple(dW.shape)}; build it with size={(shape[0], size)}"
+                )
+        return torch.stack(made).to(dtype=dtype, device=device).reshape(len(made), *shape)
+
+    def bridge(
+        self,
+        step: int,
+        theta: float,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        raise ValueError("noise from torchsde is known at grid points; put every time of save_at on the grid")
+
+
+_NOISE_TYPES = tuple(str(noise) for noise in Noise if noise is not Noise.NONE)
+
+
+def _one_time(t: Tensor) -> Tensor:
+    if t.ndim:
+        raise ValueError("torchsde has one time for all samples, and this grid has a time for each; use a shared grid")
+    return t

@@ -1,0 +1,119 @@
+"""Discrepancies that are means of a kernel over pairs of samples: estimates without bias, and their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdesolve.metrics.samples import flat_pair
+
+_BLOCK_ELEMENTS = 1 << 22
+_MEDIAN_ROWS = 1000
+
+
+class Estimate(NamedTuple):
+    """An estimate and its confidence interval; 0-d float64.
+
+    Attributes:
+        value: the estimate, without bias; may be negative where the truth is near 0.
+        std_error: its standard error.
+        low: lower end of the interval.
+        high: upper end.
+    """
+
+    value: Tensor
+    std_error: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def squared_mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, confidence: float = 0.95) -> Estimate:
+    r"""The squared maximum mean discrepancy for ``k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2))``.
+
+    ``E k(X, X') + E k(Y, Y') - 2 E k(X, Y)`` with each mean over pairs of different samples (Gretton et al. 2012,
+    lemma 6). The standard error is the jackknife's over both samples (Arvesen 1969), whose expectation is never too
+    small (Efron and Stein 1981); where both laws are one the estimate is a degenerate U-statistic, the jackknife
+    variance is about twice the true one and the interval is wide. An interval that holds 0 tells no difference: that is
+    the floor. Time ``O((n + m)^2)``, memory in blocks.
+
+    Args:
+        a: ``(n, *state)``, at least two samples.
+        b: ``(m, *state)``.
+        bandwidth: of the kernel. By default the median distance within the pooled sample (at most 500 evenly
+            spaced rows of each); give a number to compare several pairs.
+        confidence: of the interval, which is ``value -+ z std_error``.
+
+    Raises:
+        ValueError: fewer than two samples, states of different shapes, values that are not finite, a bandwidth that is
+            not positive, a confidence outside ``(0, 1)``.
+    """
+    a, b = flat_pair(a, b, 2)
+    h = _median_distance(a, b) if bandwidth is None else float(bandwidth)
+    if not 0.0 < h < math.inf:
+        raise ValueError(f"bandwidth must be positive and finite, got {h}; if all samples are equal, give one")
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return torch.exp(-0.5 * (torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / h).square())
+
+    return _discrepancy(kernel, a, b, confidence)
+
+
+def energy_distance(a: Tensor, b: Tensor, *, confidence: float = 0.95) -> Estimate:
+    r"""The energy distance ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` (Szekely and Rizzo 2013, eq. 1).
+
+    Zero only for equal laws; on the line it is ``2 int (F - G)^2``. Means over pairs of different samples, so without
+    bias; standard error and interval as for `squared_mmd`.
+
+    Args:
+        a: ``(n, *state)``, at least two samples.
+        b: ``(m, *state)``.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: as `squared_mmd`.
+    """
+    a, b = flat_pair(a, b, 2)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+    return _discrepancy(kernel, a, b, confidence)
+
+
+def _discrepancy(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, confidence: float) -> Estimate:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    n, m = len(a), len(b)
+    aa, bb = _row_sums(kernel, a, a), _row_sums(kernel, b, b)
+    # k(x, x) is the same for all x: 1 or 0.
+    own = kernel(a[:1], a[:1])[0, 0]
+    aa, bb, ab, ba = aa - own, bb - own, _row_sums(kernel, a, b), _row_sums(kernel, b, a)
+    A, B, C = aa.sum(), bb.sum(), ab.sum()
+    value = A / (n * (n - 1)) + B / (m * (m - 1)) - 2.0 * C / (n * m)
+    variance = _jackknife(aa, ab, n, m) + _jackknife(bb, ba, m, n)
+    std_error = variance.sqrt()
+    z = torch.special.ndtri(torch.tensor(0.5 + 0.5 * confidence, dtype=torch.float64)).to(value)
+    return Estimate(value, std_error, value - z * std_error, value + z * std_error)
+
+
+def _jackknife(within: Tensor, across: Tensor, n: int, m: int) -> Tensor:
+    """Variance from leaving out one sample of ``n`` at a time: ``(n - 1)/n sum_i (theta_i - mean)^2``."""
+    if n == 2:  # without one of two there is no pair left; the first-order (Hajek) term instead
+        projection = 2.0 * within / (n - 1) - 2.0 * across / m
+        return (projection - projection.mean()).square().sum() / (n * (n - 1))
+    left = (within.sum() - 2.0 * within) / ((n - 1) * (n - 2)) - 2.0 * (across.sum() - across) / ((n - 1) * m)
+    return (n - 1) / n * (left - left.mean()).square().sum()
+
+
+def _row_sums(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    rows = max(1, _BLOCK_ELEMENTS // len(b))
+    return torch.cat([kernel(part, b).sum(1) for part in a.split(rows)])
+
+
+def _median_distance(a: Tensor, b: Tensor) -> float:
+    x = torch.cat([part[:: -(-len(part) // (_MEDIAN_ROWS // 2))] for part in (a, b)])
+    return float(torch.pdist(x).median())

@@ -1,0 +1,329 @@
+"""Linear operators of inverse problems: what of a state was observed."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdesolve.copies import Copies
+
+
+class _Basis(NamedTuple):
+    """``A A^T = U diag(values) U^T``."""
+
+    values: Copies
+    vectors: Copies
+
+
+class AbstractOperator(abc.ABC):
+    """A linear map ``A`` from states ``(batch, *state_shape)`` to observations ``(batch, *observation_shape)``.
+
+    Subclasses give the map, its adjoint and a solver for ``c A A^T + s I``; all three are linear, act on each row alone
+    and are differentiable.
+
+    Attributes:
+        state_shape: shape of one state.
+        observation_shape: shape of one observation.
+    """
+
+    state_shape: tuple[int, ...]
+    observation_shape: tuple[int, ...]
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """``A x``, ``(batch, *observation_shape)``."""
+
+    @abc.abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``A^T y``, ``(batch, *state_shape)``."""
+
+    @abc.abstractmethod
+    def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        """``(c A A^T + s I)^-1 r``, the pseudo-inverse where ``s = 0`` and ``A A^T`` is singular.
+
+        Args:
+            r: ``(batch, *observation_shape)``.
+            c: positive, ``()`` or ``(batch,)``.
+            s: not negative, of the shape of ``c``.
+        """
+
+    @final
+    def __call__(self, x: Tensor) -> Tensor:
+        """``A x``.
+
+        Raises:
+            TypeError: ``x`` is no floating-point tensor.
+            ValueError: ``x`` is not ``(batch, *state_shape)``.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.ndim == 0 or tuple(x.shape[1:]) != self.state_shape:
+            hint = "; for a single state pass x[None]" if tuple(x.shape) == self.state_shape else ""
+            raise ValueError(
+                f"this operator takes states of shape (batch, *{self.state_shape}), got {tuple(x.shape)}{hint}"
+            )
+        return self.forward(x)
+
+    @final
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """``A^+ y = A^T (A A^T)^+ y``, ``(batch, *state_shape)``."""
+        return self.adjoint(self.solve_gram(y, y.new_ones(()), y.new_zeros(())))
+
+    @final
+    def matrix(self) -> Tensor:
+        """``A`` over flattened states and observations, ``(m, d)``, float64; costs ``d`` applications."""
+        d = math.prod(self.state_shape)
+        columns = self.forward(torch.eye(d, dtype=torch.float64).reshape(d, *self.state_shape))
+        return columns.reshape(d, -1).mT.contiguous()
+
+
+@final
+class Matrix(AbstractOperator):
+    """``y = A x`` for a matrix over the flattened state.
+
+    Args:
+        matrix: ``(m, d)``.
+        state_shape: shape of one state, ``(d,)`` by default.
+
+    Raises:
+        ValueError: no matrix, columns that are not as many as elements of the state, values that are not finite.
+    """
+
+    def __init__(self, matrix: Tensor, state_shape: tuple[int, ...] | None = None) -> None:
+        A = _real_matrix(matrix, "matrix")
+        m, d = A.shape
+        self.state_shape = (d,) if state_shape is None else tuple(state_shape)
+        self.observation_shape = (m,)
+        if math.prod(self.state_shape) != d:
+            raise ValueError(
+                f"the matrix has {d} columns and a state of shape {self.state_shape} has "
+                f"{math.prod(self.state_shape)} elements; they must agree"
+            )
+        self._A, self._basis = Copies(A), _gram_basis(A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), math.prod(self.state_shape)) @ self._A.like(x).mT
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return (y @ self._A.like(y)).reshape(len(y), *self.state_shape)
+
+    def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        values, U = (part.like(r) for part in self._basis)
+        return _divide(r @ U, values, c, s) @ U.mT
+
+
+@final
+class Mask(AbstractOperator):
+    """``y = x[mask]``: some elements are seen as they are, the others not at all (inpainting).
+
+    Args:
+        mask: booleans of the shape of the state, true where it is observed. Observations are vectors of the observed
+            elements, in the order of ``x[:, mask]``.
+
+    Raises:
+        TypeError: ``mask`` is not boolean.
+        ValueError: nothing is observed.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask must be boolean, true where the state is observed; got {mask.dtype}, use mask.bool()"
+            )
+        if not bool(mask.any()):
+            raise ValueError(f"the mask of shape {tuple(mask.shape)} observes nothing")
+        seen = mask.detach().cpu().reshape(-1).nonzero()[:, 0]
+        self.state_shape = tuple(mask.shape)
+        self.observation_shape = (len(seen),)
+        self._seen = Copies(seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), math.prod(self.state_shape)).index_select(1, self._seen.like(x))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        zero = y.new_zeros(len(y), math.prod(self.state_shape))
+        return zero.index_copy(1, self._seen.like(y), y).reshape(len(y), *self.state_shape)
+
+    def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return r / (c + s).unsqueeze(-1)
+
+
+@final
+class ChannelMixing(AbstractOperator):
+    """``y_jp = sum_c M_jc x_cp`` at every place ``p``: channels are mixed, as when colours become grey.
+
+    Args:
+        mixing: ``M``, ``(observed channels, channels)``; ``torch.full((1, 3), 1 / 3)`` for grey.
+        state_shape: ``(channels, *places)``.
+
+    Raises:
+        ValueError: no matrix, or one that does not fit the channels; values that are not finite.
+    """
+
+    def __init__(self, mixing: Tensor, state_shape: tuple[int, ...]) -> None:
+        M = _real_matrix(mixing, "mixing")
+        self.state_shape = tuple(state_shape)
+        rows, channels = M.shape
+        if not self.state_shape or self.state_shape[0] != channels:
+            raise ValueError(
+                f"mixing has {channels} columns and takes states (channels, *places) with as many channels, got "
+                f"state_shape={self.state_shape}"
+            )
+        self.observation_shape = (rows, *self.state_shape[1:])
+        self._M, self._basis = Copies(M), _gram_basis(M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _mix(self._M.like(x), x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return _mix(self._M.like(y).mT, y)
+
+    def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        values, U = (part.like(r) for part in self._basis)
+        y = _mix(U.mT, r)
+        return _mix(U, _divide(y.movedim(1, -1), values, c, s).movedim(-1, 1))
+
+
+@final
+class Blur(AbstractOperator):
+    """Circular convolution with a kernel over the last axes of the state, by FFT (deblurring).
+
+    ``y_p = sum_q k_q x_{p - q + centre}``, indices wrapping around, ``centre = size // 2`` along each axis; every
+    channel is blurred alike.
+
+    Args:
+        kernel: any rank from 1 to that of the state, at most as large as the state along each of its axes.
+        state_shape: shape of one state.
+
+    Raises:
+        ValueError: a kernel with more axes than the state or larger than it; values that are not finite.
+    """
+
+    def __init__(self, kernel: Tensor, state_shape: tuple[int, ...]) -> None:
+        k = _real(kernel, "kernel")
+        self.state_shape = self.observation_shape = tuple(state_shape)
+        places = self.state_shape[len(self.state_shape) - k.ndim :]
+        if k.ndim == 0 or k.ndim > len(self.state_shape) or any(a > b for a, b in zip(k.shape, places, strict=True)):
+            raise ValueError(
+                f"a kernel of shape {tuple(k.shape)} does not fit into a state of shape {self.state_shape}; it needs "
+                "at least one axis, and none longer than the state's"
+            )
+        padded = torch.zeros(places, dtype=torch.float64)
+        padded[tuple(slice(0, n) for n in k.shape)] = k
+        padded = padded.roll([-(n // 2) for n in k.shape], list(range(k.ndim)))
+        self._places, self._axes = places, tuple(range(-k.ndim, 0))
+        response = torch.fft.rfftn(padded)
+        power = response.abs().square()
+        self._response, self._conjugate = Copies(response), Copies(response.conj().resolve_conj())
+        self._power = Copies(torch.where(power > _rounding(power, math.prod(places)), power, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self._response.like(x))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._multiply(y, self._conjugate.like(y))
+
+    def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        shape = (*c.shape, *(1,) * (r.ndim - 1)) if c.ndim else ()
+        v = c.reshape(shape) * self._power.like(r) + s.reshape(shape)
+        R = torch.fft.rfftn(r, dim=self._axes)
+        return torch.fft.irfftn(torch.where(v > 0, R / v, 0.0), s=self._places, dim=self._axes)
+
+    def _multiply(self, x: Tensor, response: Tensor) -> Tensor:
+        return torch.fft.irfftn(response * torch.fft.rfftn(x, dim=self._axes), s=self._places, dim=self._axes)
+
+
+def as_operator(operator: AbstractOperator | Tensor, state_shape: tuple[int, ...]) -> AbstractOperator:
+    """``operator`` itself, or a matrix ``(m, d)`` over the flattened state as one, for states of this shape.
+
+    Raises:
+        TypeError: neither an operator nor a tensor.
+        ValueError: it takes states of another shape.
+    """
+    if isinstance(operator, Tensor):
+        return Matrix(operator, state_shape)
+    if not isinstance(operator, AbstractOperator):
+        raise TypeError(f"operator must be one of sdesolve.operators or a matrix, got {type(operator).__name__}")
+    if operator.state_shape != tuple(state_shape):
+        raise ValueError(f"the operator takes states of shape {operator.state_shape}, these are {tuple(state_shape)}")
+    return operator
+
+
+def check_observation(operator: AbstractOperator, y: Tensor, *, single: bool = False) -> Tensor:
+    """``y`` as ``(batch, *observation_shape)``; ``(1, *observation_shape)`` if it is a single one.
+
+    Raises:
+        TypeError: not a real tensor.
+        ValueError: another shape; values that are not finite.
+    """
+    y = torch.as_tensor(y).detach()
+    if y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y must be real, got {y.dtype}")
+    shape = operator.observation_shape
+    if tuple(y.shape) == shape:
+        y = y[None]
+    elif single or tuple(y.shape[1:]) != shape or y.ndim == 0:
+        batched = "" if single else f" for all samples, or (batch, *{shape}) for one each"
+        raise ValueError(f"y must have shape {shape}{batched}, to fit the operator; got {tuple(y.shape)}")
+    if not bool(y.isfinite().all()):
+        raise ValueError("y must be finite, it holds nan or inf")
+    return y if y.is_floating_point() else y.double()
+
+
+def check_noise_std(noise_std: float, *, positive: bool = False) -> float:
+    """Refuses a standard deviation that is negative or not finite, or 0 where it must be positive."""
+    if isinstance(noise_std, bool) or not isinstance(noise_std, int | float):
+        raise TypeError(f"noise_std must be a number, got {type(noise_std).__name__}")
+    if not (0.0 <= noise_std < math.inf):
+        raise ValueError(f"noise_std is a standard deviation, finite and not negative; got {noise_std}")
+    if positive and noise_std == 0:
+        raise ValueError(
+            "this method divides by the variance of the observation noise, so noise_std cannot be 0; give a small "
+            "positive one, or take PiGDM or MMPS"
+        )
+    return float(noise_std)
+
+
+def _divide(y: Tensor, values: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """``y / (c values + s)`` along the last axis, 0 where that divides by 0."""
+    shape = (*c.shape, *(1,) * (y.ndim - 1)) if c.ndim else ()
+    v = c.reshape(shape) * values + s.reshape(shape)
+    return torch.where(v > 0, y / torch.where(v > 0, v, 1.0), 0.0)
+
+
+def _mix(M: Tensor, x: Tensor) -> Tensor:
+    return (M @ x.flatten(2)).reshape(len(x), len(M), *x.shape[2:]) if x.ndim > 2 else x @ M.mT
+
+
+def _gram_basis(A: Tensor) -> _Basis:
+    values, vectors = torch.linalg.eigh(A @ A.mT)
+    positive = torch.where(values > _rounding(values, max(A.shape)), values, 0.0)
+    return _Basis(Copies(positive), Copies(vectors))
+
+
+def _rounding(values: Tensor, size: int) -> Tensor:
+    """Below this, an eigenvalue computed in float64 cannot be told from 0."""
+    return size * torch.finfo(torch.float64).eps * values.max()
+
+
+def _real(value: Tensor, name: str) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, got {tensor.dtype}")
+    tensor = tensor.detach().to(device="cpu", dtype=torch.float64, copy=True)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} must be finite, it holds nan or inf")
+    return tensor
+
+
+def _real_matrix(value: Tensor, name: str) -> Tensor:
+    matrix = _real(value, name)
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise ValueError(f"{name} must be a matrix with at least one row and column, got shape {tuple(matrix.shape)}")
+    return matrix

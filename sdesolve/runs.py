@@ -1,0 +1,246 @@
+"""The state of a training run: how one step changes it, and its way to the disk and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from sdesolve import checkpoints
+from sdesolve.batches import Batch, Position, seeded
+from sdesolve.grids import whole_number
+from sdesolve.losses import AbstractObjective
+from sdesolve.nn.ema import EMA
+from sdesolve.nn.labels import LabelledNetwork, check_labels
+from sdesolve.scores.guidance import drop_labels
+from sdesolve.scores.network import NetworkScore
+
+Metrics = Callable[[nn.Module], Mapping[str, float]]
+
+
+class Part(NamedTuple):
+    """A part of a batch that goes through the network at once."""
+
+    score: nn.Module
+    x0: Tensor
+    first_sample: int
+
+
+@final
+class Run:
+    """All that changes while training.
+
+    Args:
+        score: what is trained, in place.
+        loss: its objective.
+        ema: decay of the averaged weights, or several.
+        weight_decay: of AdamW, for parameters that are not vectors.
+        seed: of all randomness.
+        accumulate: parts that a batch is cut into.
+        autocast: 16-bit type of the network's forward pass, or None.
+        label_dropout: share of labels replaced by the null class.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an argument out of range, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        score: nn.Module,
+        loss: AbstractObjective,
+        ema: float | Sequence[float],
+        weight_decay: float,
+        seed: int,
+        *,
+        accumulate: int = 1,
+        autocast: torch.dtype | None = None,
+        label_dropout: float = 0.0,
+    ) -> None:
+        if not isinstance(score, nn.Module):
+            raise TypeError(f"score must be a module, such as a NetworkScore; got {type(score).__name__}")
+        if not isinstance(loss, AbstractObjective):
+            raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {type(loss).__name__}")
+        self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"this {type(score).__name__} has no parameters that require gradients: nothing to train")
+        decays = checkpoints.decays_of(ema)
+        if not decays or len(set(decays)) < len(decays) or not all(0.0 <= d < 1.0 for d in decays):
+            several = "" if isinstance(ema, float | int) else ", or several different ones"
+            raise ValueError(f"ema must be in [0, 1){several}, got {ema}; 0 means no averaging")
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"autocast takes torch.bfloat16 or None, got {autocast}; gradients in float16 would vanish without "
+                "scaling of the loss"
+            )
+        self.score, self.loss, self.seed = score, loss, whole_number(seed, "seed", 0)
+        self.accumulate = whole_number(accumulate, "accumulate", 1)
+        self.autocast, self.label_dropout = autocast, label_dropout
+        self.device = next(iter(self.parameters.values())).device
+        matrices = [p for p in self.parameters.values() if p.ndim > 1]
+        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        # The fused update takes a third of the time of the loop over tensors, on CPUs as well.
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], fused=self.device.type in ("cpu", "cuda")
+        )
+        self.averages = {decay: EMA(score, decay) for decay in decays}
+        self.average = self.averages[decays[0]]
+        self.step, self.position = 0, Position()
+        self.losses: list[float] = []
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+
+    def check_dtype(self, data: object) -> None:
+        """Refuses a tensor in a precision that the network does not compute in."""
+        dtypes = {p.dtype for p in self.parameters.values()}
+        if isinstance(data, Tensor) and data.dtype not in dtypes:
+            ours = ", ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"the data is {data.dtype} and the score's parameters are {ours}; convert one to the other")
+
+    def advance(self, batch: Batch, lr: float, clip: float | None, file: Path | None) -> tuple[float, float]:
+        """One step; the loss and the norm of its gradient."""
+        x0, label = self._prepared(batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with seeded("network", self.seed, self.step, device=self.device):
+            for score, part, first in self._parts(x0, label):
+                with self._precision():
+                    loss = self.loss(score, part, seed=self.seed, first_sample=first) * (len(part) / len(x0))
+                loss.backward()
+                total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
+        # One transfer from the device per step. It must come before the update, or a bad step would spoil the weights.
+        value, size = torch.stack([total, norm.double()]).tolist()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            raise FloatingPointError(self._failure(x0, label, value, size, file))
+        self.optimizer.step()
+        for average in self.averages.values():
+            average.update()
+        self.step, self.position = self.step + 1, batch.position
+        self.losses.append(value)
+        return value, size
+
+    def measure(self, metrics: Metrics) -> None:
+        """Calls ``metrics`` on the score with averaged weights and notes what it says; nothing else changes."""
+        self.score.eval()
+        try:
+            with self.average.swap(), torch.no_grad(), seeded("metrics", self.seed, self.step, device=self.device):
+                found = metrics(self.score)
+        finally:
+            self.score.train()
+        if not isinstance(found, Mapping):
+            raise TypeError(f"metrics must return numbers by name, a dict; got {type(found).__name__}")
+        self.metrics.append((self.step, {name: float(value) for name, value in found.items()}))
+
+    def save(self, file: Path, config: dict[str, Any]) -> None:
+        """Writes the whole run to ``file``, atomically."""
+        tensors = {f"weights.{name}": value for name, value in checkpoints.named(self.score).items()}
+        for k, average in enumerate(self.averages.values()):
+            prefix = checkpoints.average_prefix(k)
+            tensors |= {prefix + name: checkpoints.on_host(value) for name, value in average.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"adamw.{key}.{name}"] = checkpoints.on_host(value)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        header = {
+            "kind": checkpoints.TRAINING, "fingerprint": checkpoints.fingerprint(self.score), "config": config,
+            "step": self.step, "position": list(self.position), "updates": self.average.updates,
+            "metrics": self.metrics,
+        }  # fmt: skip
+        checkpoints.write(file, tensors, header)
+
+    def restore(self, file: Path, config: dict[str, Any], steps: int) -> None:
+        """Takes up the run in ``file``, or says why it is another one."""
+        tensors, header = checkpoints.read(file)
+        if header["kind"] != checkpoints.TRAINING:
+            raise ValueError(f"{file} holds weights only, no training run; to start from them call load(score, path)")
+        checkpoints.check_fingerprint(self.score, header, file)
+        theirs, ours = header["config"], json.loads(json.dumps(config))
+        changed = [
+            f"{k}={theirs.get(k)!r} (now {ours.get(k)!r})" for k in theirs | ours if theirs.get(k) != ours.get(k)
+        ]
+        if changed:
+            raise ValueError(
+                f"the run in {file} was made with {', '.join(changed)}: call train with the same arguments to continue "
+                "it, or give another folder"
+            )
+        if header["step"] > steps:
+            raise ValueError(f"the run in {file} is at step {header['step']}, beyond steps={steps}; ask for more steps")
+        checkpoints.load_named(self.score, checkpoints.part(tensors, "weights."))
+        for k, average in enumerate(self.averages.values()):
+            average.load_state_dict(checkpoints.part(tensors, checkpoints.average_prefix(k)), header["updates"])
+        self.optimizer.load_state_dict(self._optimizer_state(tensors))
+        self.step, self.position = header["step"], Position(*header["position"])
+        self.losses = tensors["losses"].tolist()
+        self.metrics = [(step, found) for step, found in header["metrics"]]
+
+    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The states and classes of a batch: checked where they are, moved, normalised, some classes dropped."""
+        x0, label, _ = batch
+        normalizer = self.score.normalizer if isinstance(self.score, NetworkScore) else None
+        if normalizer is not None:
+            normalizer.check(x0)
+        x0 = x0.to(self.device)
+        if normalizer is not None:
+            x0 = normalizer(x0)
+        if label is None:
+            return x0, None
+        if not isinstance(self.score, NetworkScore) or not isinstance(self.score.net, LabelledNetwork):
+            raise TypeError("labels need a NetworkScore of a LabelledNetwork, such as nn.UNet(shape, classes=10)")
+        null = self.score.net.classes
+        label = check_labels(label, null, null=False)
+        if self.label_dropout:
+            first = self.position.samples
+            label = drop_labels(label, self.label_dropout, null_label=null, seed=self.seed, first_sample=first)
+        return x0, label.to(self.device)
+
+    def _parts(self, x0: Tensor, label: Tensor | None) -> Iterator[Part]:
+        """A batch in parts, each with the score that its loss is to see."""
+        first = self.position.samples
+        labels = [None] * self.accumulate if label is None else label.tensor_split(self.accumulate)
+        for x, which in zip(x0.tensor_split(self.accumulate), labels, strict=True):
+            if len(x):
+                # given() exists: labels are there for a NetworkScore only
+                score = self.score.given(which) if which is not None else self.score  # type: ignore[operator]
+                yield Part(score, x, first)
+                first += len(x)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast is not None)
+
+    def _optimizer_state(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        names = {id(p): name for name, p in self.parameters.items()}
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state["state"] = {
+            k: {key: tensors[f"adamw.{key}.{names[id(p)]}"] for key in keys}
+            for k, p in enumerate(ordered)
+            if f"adamw.step.{names[id(p)]}" in tensors
+        }
+        return state
+
+    def _failure(self, x0: Tensor, label: Tensor | None, value: float, size: float, file: Path | None) -> str:
+        each_part, t_part = [], []
+        with torch.no_grad(), self._precision(), seeded("network", self.seed, self.step, device=self.device):
+            for score, part, first in self._parts(x0, label):
+                each_part.append(self.loss.per_sample(score, part, seed=self.seed, first_sample=first))
+                t_part.append(self.loss.times(score, part, seed=self.seed, first_sample=first))
+        each, t = torch.cat(each_part), torch.cat(t_part)
+        bad = (~each.isfinite()).nonzero().flatten()
+        row = int(bad[0]) if len(bad) else int(each.argmax())
+        what = "the loss" if not math.isfinite(value) else f"the loss is {value:.6g} but the norm of its gradient"
+        cause = "" if bool(x0.isfinite().all()) else " The batch itself holds nan or inf."
+        kept = "" if file is None or not file.exists() else f" The last good checkpoint is {file}."
+        return (
+            f"{what} is {value if not math.isfinite(value) else size} at step {self.step}: sample {row} of the batch, "
+            f"at time t = {float(t[row]):.6g}, has the loss {float(each[row]):.6g}.{cause} The weights are those "
+            f"before this step.{kept} A lower lr or a larger t_min are the usual cures"
+        )

@@ -1,0 +1,229 @@
+"""Scores of data with a class: classifier guidance and classifier-free guidance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import final
+
+import torch
+from sdesolve_kernels import Stream, perturb, uniform
+from torch import Tensor, nn
+
+from sdesolve.copies import Copies
+from sdesolve.diffusions.base import AbstractDiffusion, as_time
+from sdesolve.grids import whole_number
+from sdesolve.nn.labels import check_labels
+from sdesolve.reverse import Score
+from sdesolve.scores.base import check_process
+
+
+@final
+class ClassifierGuidance:
+    """``score(x, t) + scale grad_x log p(label | x_t = x)`` from a classifier of noised states.
+
+    With the exact noised classifier and ``scale = 1`` this is the score of the class (Bayes). With another scale it is,
+    at every ``t``, the score of ``p_t(x) p_t(label | x)^scale``; those laws are not the noised versions of the one at
+    ``t = 0``, so that what is sampled is sharper than that one but not equal to it. Dhariwal and Nichol 2021,
+    algorithm 1. Not differentiable itself.
+
+    Args:
+        score: ``grad_x log p_t(x)``.
+        classifier: a function or module ``(x, t) -> logits (batch, classes)``, trained on noised states
+            (`noised_cross_entropy`); ``t`` is ``(batch,)`` in the dtype of ``x``.
+        labels: one for all samples, or ``(batch,)``.
+        scale: of the guidance.
+
+    Raises:
+        TypeError: score or classifier cannot be called; labels that are not integers.
+        ValueError: negative labels, a scale that is negative or not finite. When called: not as many labels as samples,
+            logits that are not ``(batch, classes)``, labels outside these classes.
+    """
+
+    def __init__(
+        self, score: Score, classifier: Callable[[Tensor, Tensor], Tensor], labels: Tensor | int, scale: float = 1.0
+    ) -> None:
+        for name, function in (("score", score), ("classifier", classifier)):
+            if not callable(function):
+                raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
+        self.score, self.classifier = score, classifier
+        checked = _integers(labels)
+        self._labels, self._largest = Copies(checked), int(checked.max()) if checked.numel() else 0
+        self.scale = _finite(scale, "scale")
+
+    def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The guided score, of the shape of ``x: (batch, *state)``; ``t`` is ``()`` or ``(batch,)``."""
+        t = as_time(t)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+            logits = self.classifier(leaf, t.to(x).expand(len(x)))
+            self._check(logits, len(x))
+            log_p = logits.log_softmax(1).gather(1, _labels_for(self._labels.like(x), x)[:, None])
+            (gradient,) = torch.autograd.grad(log_p.sum(), leaf)
+        return self.score(x, t) + self.scale * gradient
+
+    def _check(self, logits: Tensor, batch: int) -> None:
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the classifier must return logits (batch, classes) = ({batch}, classes), got {got}")
+        if self._largest >= logits.shape[1]:
+            raise ValueError(
+                f"label {self._largest} is outside the {logits.shape[1]} classes of this classifier; labels run from 0 "
+                f"to {logits.shape[1] - 1}"
+            )
+
+
+@final
+class ClassifierFreeGuidance:
+    """``unconditional + scale (conditional - unconditional)``, from one network trained with and without labels.
+
+    Two conventions are in use and differ by 1: ``scale``, where 0 is no label and 1 the plain conditional score (most
+    code), and ``weight = scale - 1``, ``(1 + weight) conditional - weight unconditional`` (Ho and Salimans 2022, eq.
+    6). Give either by its name. Both arguments may be scores, or networks whose output is affine in the score, as all
+    of `NetworkScore` are. What was said of scales other than 1 in `ClassifierGuidance` holds here too.
+
+    Args:
+        conditional: ``(x, t)``, such as ``score.given(labels)`` (`NetworkScore.given`).
+        unconditional: ``(x, t)``, such as ``score`` itself, given nothing; not called at scale 1.
+        scale: not negative; or
+        weight: at least -1.
+
+    Raises:
+        TypeError: either cannot be called.
+        ValueError: both or neither of ``scale`` and ``weight``, or one that is out of range or not finite. When called:
+            results of different shapes.
+    """
+
+    def __init__(
+        self, conditional: Score, unconditional: Score, *, scale: float | None = None, weight: float | None = None
+    ) -> None:
+        for name, function in (("conditional", conditional), ("unconditional", unconditional)):
+            if not callable(function):
+                raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
+        if (scale is None) == (weight is None):
+            raise ValueError("give scale (1 is the plain conditional score) or weight = scale - 1, exactly one of them")
+        self.conditional, self.unconditional = conditional, unconditional
+        self.scale = _finite(1.0 + weight, "1 + weight") if scale is None else _finite(scale, "scale")  # type: ignore[operator]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided score, of the shape of ``x: (batch, *state)``."""
+        if self.scale == 1.0:
+            return self.conditional(x, t)
+        free = self.unconditional(x, t)
+        if self.scale == 0.0:
+            return free
+        given = self.conditional(x, t)
+        if given.shape != free.shape:
+            raise ValueError(
+                f"conditional and unconditional score must have one shape, got {tuple(given.shape)} and "
+                f"{tuple(free.shape)}"
+            )
+        return free + self.scale * (given - free)
+
+
+def drop_labels(labels: Tensor, probability: float, *, null_label: int, seed: int, first_sample: int = 0) -> Tensor:
+    """Labels of which some are replaced by "no class", for classifier-free training (Ho and Salimans 2022, alg. 1).
+
+    Sample ``i`` of the batch has the number ``first_sample + i`` of the training run, as for `Objective`; whether its
+    label is dropped is a function of the seed and that number alone.
+
+    Args:
+        labels: ``(batch,)``, integers.
+        probability: of being dropped, from 0 to 1; 0.1 to 0.2 is usual.
+        null_label: the label that stands for none, usually the number of classes.
+        seed: of the training run.
+        first_sample: number of the first sample.
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: labels that are not ``(batch,)``, a probability outside ``[0, 1]``, negative labels.
+
+    Example:
+        >>> kept = drop_labels(labels, 0.1, null_label=10, seed=0, first_sample=k * len(labels))
+        >>> loss = objective(score.given(kept), x0, seed=0, first_sample=k * len(labels))
+    """
+    checked = _integers(labels)
+    if checked.ndim != 1:
+        raise ValueError("labels must have shape (batch,), got a single one")
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability must lie between 0 and 1, got {probability}")
+    null = whole_number(null_label, "null_label", 0)
+    u = uniform(
+        len(checked),
+        1,
+        seed=seed,
+        stream=Stream.DROPOUT,
+        first_path=whole_number(first_sample, "first_sample", 0),
+        dtype=torch.float64,
+        device=checked.device,
+    )
+    return torch.where(u[:, 0] < probability, null, checked)
+
+
+def noised_cross_entropy(
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    process: AbstractDiffusion,
+    x0: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    first_sample: int = 0,
+) -> Tensor:
+    """Cross-entropy ``(batch,)`` of a classifier at ``x_t = alpha x_0 + sigma z``, ``t`` uniform on ``[t_min, t_max]``.
+
+    Its minimum is the exact ``p(label | x_t)``, which `ClassifierGuidance` needs; a classifier of clean data knows
+    nothing of noised states. A function of ``seed`` and of each sample's number ``first_sample + i``.
+
+    Args:
+        classifier: ``(x, t) -> logits (batch, classes)``.
+        process: the forward process.
+        x0: data, ``(batch, *state)``.
+        labels: ``(batch,)``.
+        seed: of times and noise.
+        first_sample: number of the first sample.
+
+    Raises:
+        TypeError: no diffusion; labels that are not integers.
+        ValueError: not as many labels as samples; logits of another shape; labels outside the classes.
+    """
+    check_process(process)
+    checked = _labels_for(_integers(labels), x0)
+    first = whole_number(first_sample, "first_sample", 0)
+    u = uniform(
+        len(x0), 1, seed=seed, stream=Stream.TIMES, first_path=first, dtype=torch.float64, device=x0.device
+    ).squeeze(1)
+    t = (process.t_min + (process.t_max - process.t_min) * u).to(x0.dtype)
+    x_t = perturb(
+        x0, process.alpha(t), process.sigma(t), seed=seed, stream=Stream.PERTURBATION, first_path=first, step=0
+    )
+    logits = classifier(x_t, t)
+    if logits.ndim != 2 or len(logits) != len(x0):
+        raise ValueError(f"the classifier must return logits (batch, classes), got {tuple(logits.shape)}")
+    check_labels(checked, logits.shape[1], null=False)
+    return nn.functional.cross_entropy(logits, checked, reduction="none")
+
+
+def _integers(labels: Tensor | int) -> Tensor:
+    """``labels`` as int64, ``()`` or ``(batch,)``, not negative."""
+    y = torch.as_tensor(labels)
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {y.dtype}; one-hot vectors become labels by .argmax(-1)")
+    if y.ndim > 1:
+        raise ValueError(f"labels must be one integer or have shape (batch,), got {tuple(y.shape)}")
+    if bool((y < 0).any()):
+        raise ValueError(f"labels run from 0, got {int(y.min())}")
+    return y.detach().long()
+
+
+def _labels_for(labels: Tensor, x: Tensor) -> Tensor:
+    if labels.ndim == 1 and len(labels) != len(x):
+        raise ValueError(
+            f"there are {len(labels)} labels and {len(x)} samples; give one label for all, or one for each"
+        )
+    return labels.to(x.device).expand(len(x))
+
+
+def _finite(value: float, name: str) -> float:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return float(value)

@@ -1,0 +1,175 @@
+"""Guidance against exact classes: the components of a mixture, whose noised classifier is known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sdesolve_kernels import normal
+
+import sdesolve as sds
+from sdesolve.scores import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    drop_labels,
+    noised_cross_entropy,
+)
+
+
+def draws(seed: int, *shape: int) -> torch.Tensor:
+    return normal(1, math.prod(shape), seed=seed, stream=212, dtype=torch.float64).reshape(shape)
+
+
+MEANS, STDS = draws(0, 3, 2), torch.tensor([0.4, 0.7, 1.0], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+DATA, PROCESS = sds.GaussianMixture(MEANS, STDS, WEIGHTS), sds.VP()
+CLASSES = [sds.Gaussian(m, s**2).score(PROCESS) for m, s in zip(MEANS, STDS, strict=True)]
+TIMES = torch.tensor([0.05, 0.3, 0.6, 0.9], dtype=torch.float64)
+X, LABELS = draws(1, 4, 2), torch.tensor([0, 1, 2, 1])
+
+
+def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """``log p(k | x_t)`` up to a constant of each row, which a classifier is free to add."""
+    log_joint = torch.stack([c.log_prob(x, t) for c in CLASSES], dim=1) + WEIGHTS.log()
+    return log_joint + x.sum(1, keepdim=True)
+
+
+def conditional(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The exact score of each row's class; class 3 stands for none."""
+    scores = torch.stack([*(c(x, t) for c in CLASSES), DATA.score(PROCESS)(x, t)])
+    return scores[labels, torch.arange(len(x))]
+
+
+def given_labels(labels: torch.Tensor | int):
+    return lambda x, t: conditional(x, t, torch.as_tensor(labels).expand(len(x)))
+
+
+def test_the_exact_classifier_gives_the_exact_score_of_the_class():
+    guided = ClassifierGuidance(DATA.score(PROCESS), logits, LABELS)
+    expected = given_labels(LABELS)(X, TIMES)
+    torch.testing.assert_close(guided(X, TIMES), expected, rtol=1e-10, atol=1e-12)
+    one = ClassifierGuidance(DATA.score(PROCESS), logits, 2)(X, 0.3)
+    torch.testing.assert_close(one, CLASSES[2](X, 0.3), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_both_guidances_are_the_score_of_the_tilted_density(scale):
+    x = X.clone().requires_grad_()
+    log_class = logits(x, TIMES).log_softmax(1).gather(1, LABELS[:, None])[:, 0]
+    (expected,) = torch.autograd.grad((DATA.score(PROCESS).log_prob(x, TIMES) + scale * log_class).sum(), x)
+    given, free = given_labels(LABELS), given_labels(3)
+    for score in (
+        ClassifierGuidance(DATA.score(PROCESS), logits, LABELS, scale),
+        ClassifierFreeGuidance(given, free, scale=scale),
+        ClassifierFreeGuidance(given, free, weight=scale - 1.0),
+    ):
+        torch.testing.assert_close(score(X, TIMES), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "edm"])
+def test_networks_and_scores_are_guided_alike(predicts):
+    net = sds.nn.MLP((2,), width=8, depth=1, classes=3).double()
+    with torch.no_grad():
+        for k, parameter in enumerate(net.parameters()):
+            parameter.copy_(draws(50 + k, *parameter.shape))
+        score = sds.NetworkScore(net, PROCESS, predicts)
+        outside = ClassifierFreeGuidance(score.given(LABELS), score, scale=2.5)
+        within = ClassifierFreeGuidance(lambda x, t: net(x, t, LABELS), net, scale=2.5)
+        inside = sds.NetworkScore(within, PROCESS, predicts)
+        torch.testing.assert_close(outside(X, TIMES), inside(X, TIMES), rtol=1e-9, atol=1e-9)
+        assert float((outside(X, TIMES) - score(X, TIMES)).norm()) > 1e-3
+
+
+def test_samples_are_of_the_class():
+    guided = ClassifierGuidance(DATA.score(PROCESS), logits, 0)
+    x = sds.sample(PROCESS, guided, (2000, 2), solver=sds.DPMSolverPP(order=2), steps=40, seed=0, dtype=torch.float64)
+    # 4.5 standard errors, and 0.02 for the steps and the start from N(0, 1).
+    assert float((x.mean(0) - MEANS[0]).abs().max()) < 4.5 * 0.4 / math.sqrt(2000) + 0.02
+    assert float((x.std(0) - 0.4).abs().max()) < 4.5 * 0.4 / math.sqrt(4000) + 0.02
+
+
+def test_unneeded_networks_are_not_called():
+    def never(x, t):
+        raise AssertionError("called")
+
+    def score(x, t):
+        return -x
+
+    assert torch.equal(ClassifierFreeGuidance(score, never, scale=1.0)(X, TIMES), -X)
+    assert torch.equal(ClassifierFreeGuidance(score, never, weight=0.0)(X, TIMES), -X)
+    assert torch.equal(ClassifierFreeGuidance(never, score, scale=0.0)(X, TIMES), -X)
+
+
+def test_dropped_labels_are_a_function_of_seed_and_sample():
+    labels = torch.arange(10000) % 10
+    dropped = drop_labels(labels, 0.2, null_label=10, seed=3)
+    gone = dropped == 10
+    assert torch.equal(dropped[~gone], labels[~gone])
+    assert abs(int(gone.sum()) - 2000) < 4.5 * math.sqrt(10000 * 0.2 * 0.8)
+    part = drop_labels(labels[700:900], 0.2, null_label=10, seed=3, first_sample=700)
+    assert torch.equal(part, dropped[700:900])
+    assert not torch.equal(drop_labels(labels, 0.2, null_label=10, seed=4), dropped)
+    assert torch.equal(drop_labels(labels, 0.0, null_label=10, seed=3), labels)
+    assert bool((drop_labels(labels, 1.0, null_label=10, seed=3) == 10).all())
+
+
+def test_the_exact_classifier_minimises_the_noised_cross_entropy():
+    n = 4000
+    k = torch.multinomial(WEIGHTS, n, replacement=True, generator=torch.Generator().manual_seed(0))
+    x0 = MEANS[k] + STDS[k, None] * draws(2, n, 2)
+
+    def loss(classifier):
+        return noised_cross_entropy(classifier, PROCESS, x0, k, seed=5)
+
+    def clean(x, t):
+        return logits(x, torch.full_like(t, PROCESS.t_min))
+
+    exact, others = loss(logits), [loss(lambda x, t: 1.3 * logits(x, t)), loss(clean)]
+    assert exact.shape == (n,)
+    for other in others:  # paired differences, 3 standard errors above 0
+        gap = other - exact
+        assert float(gap.mean()) > 3 * float(gap.std()) / math.sqrt(n)
+    torch.testing.assert_close(
+        noised_cross_entropy(logits, PROCESS, x0[100:200], k[100:200], seed=5, first_sample=100), exact[100:200]
+    )
+
+
+def zero(x, t):
+    return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ClassifierGuidance(zero, logits, torch.tensor([0, -1])), ValueError, "got -1"),
+        (lambda: ClassifierGuidance(zero, logits, torch.tensor([0.0, 1.0])), TypeError, "integers"),
+        (lambda: ClassifierGuidance(zero, logits, torch.ones(2, 3, dtype=torch.int64)), ValueError, r"\(batch,\)"),
+        (lambda: ClassifierGuidance(zero, logits, LABELS)(X[:3], TIMES[:3]), ValueError, "4 labels and 3 samples"),
+        (lambda: ClassifierGuidance(None, logits, 0), TypeError, "score must be"),
+        (lambda: ClassifierGuidance(zero, None, 0), TypeError, "classifier must be"),
+        (lambda: ClassifierGuidance(zero, logits, 0, -1.0), ValueError, "scale must be finite"),
+        (lambda: ClassifierGuidance(zero, logits, 0, math.nan), ValueError, "scale must be finite"),
+        (lambda: ClassifierGuidance(zero, logits, 3)(X, TIMES), ValueError, "label 3 is outside the 3 classes"),
+        (lambda: ClassifierGuidance(zero, lambda x, t: x[:, 0], 0)(X, TIMES), ValueError, r"logits \(batch, classes\)"),
+        (lambda: ClassifierFreeGuidance(zero, zero), ValueError, "exactly one of them"),
+        (lambda: ClassifierFreeGuidance(zero, zero, scale=1.0, weight=0.0), ValueError, "exactly one of them"),
+        (lambda: ClassifierFreeGuidance(zero, zero, weight=-2.0), ValueError, "1 \\+ weight must be finite"),
+        (lambda: ClassifierFreeGuidance(zero, 1.0, scale=2.0), TypeError, "unconditional must be"),
+        (
+            lambda: ClassifierFreeGuidance(zero, lambda x, t: x[:, :1], scale=2.0)(X, TIMES),
+            ValueError,
+            "must have one shape",
+        ),
+        (lambda: drop_labels(LABELS, 1.5, null_label=3, seed=0), ValueError, "probability must lie"),
+        (lambda: drop_labels(torch.tensor(1), 0.5, null_label=3, seed=0), ValueError, "got a single one"),
+        (lambda: drop_labels(LABELS, 0.5, null_label=-1, seed=0), ValueError, "null_label must be at least 0"),
+        (lambda: noised_cross_entropy(logits, PROCESS, X, LABELS + 1, seed=0), ValueError, "must be in 0 ... 2; got 3"),
+        (lambda: noised_cross_entropy(logits, PROCESS, X, LABELS[:2], seed=0), ValueError, "2 labels and 4 samples"),
+        (lambda: noised_cross_entropy(logits, None, X, LABELS, seed=0), TypeError, "process must be"),
+        (lambda: noised_cross_entropy(lambda x, t: x[0], PROCESS, X, LABELS, seed=0), ValueError, "must return logits"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

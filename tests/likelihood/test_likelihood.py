@@ -1,0 +1,180 @@
+"""Likelihoods against Gaussian and mixture densities in closed form."""
+
+import math
+
+import pytest
+import torch
+from sdesolve_kernels import Stream, normal
+
+import sdesolve as sds
+from sdesolve.divergence import ExactTrace, Hutchinson, HutchPP
+from sdesolve.likelihood import decode, encode, estimate_likelihood, log_likelihood
+
+D = 6
+FACTOR = torch.randn(D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / math.sqrt(D)
+# Centred, and on processes that end in nearly their prior, so that the model's density is the data's.
+DATA = sds.Gaussian(torch.zeros(D), FACTOR @ FACTOR.T + 0.2 * torch.eye(D, dtype=torch.float64))
+MIXTURE = sds.GaussianMixture(torch.tensor([[-1.0, 0.4], [1.0, -0.4]]), 0.3)
+PROCESSES = {
+    "vp": sds.VP(sds.LinearBeta(0.1, 40.0)),
+    "subvp": sds.SubVP(),
+    "ve": sds.VE(sigma_max=1000.0),
+    "edm": sds.EDM(sigma_min=1e-3, sigma_max=1000.0),
+}
+processes = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+X = DATA.sample(24, seed=1, dtype=torch.float64)
+VP = PROCESSES["vp"]
+
+
+@processes
+def test_a_gaussian_has_its_log_likelihood(process):
+    score = DATA.score(process)
+    eps = 1e-5 if process.t_max == 1.0 else 1e-3
+    noisy = estimate_likelihood(process, score, X, t_min=eps, ending="density")
+    assert float((noisy.log_prob - score.log_prob(X, eps)).abs().max()) < 1e-4 * D
+    assert float((log_likelihood(process, score, X, t_min=eps) - DATA.log_prob(X)).abs().max()) < 1e-4 * D
+    assert noisy.exact
+    assert float(noisy.standard_error.abs().max()) == 0.0
+
+
+@processes
+def test_a_mixture_has_its_log_likelihood(process):
+    x, score = MIXTURE.sample(12, seed=2, dtype=torch.float64), MIXTURE.score(process)
+    ours = estimate_likelihood(process, score, x, ending="density", solver=sds.DormandPrince(1e-6, 1e-6))
+    assert float((ours.log_prob - score.log_prob(x, process.t_min)).abs().max()) < 2e-4
+
+
+def test_the_decoder_is_bayes_rule_written_out():
+    # At a large epsilon, where the terms are far from cancelling.
+    eps, score = 0.2, DATA.score(VP)
+    alpha, sigma = float(VP.alpha(eps)), float(VP.sigma(eps))
+    z = normal(24, D, seed=3, stream=Stream.PERTURBATION, dtype=torch.float64)
+    x_eps = alpha * X + sigma * z
+    posterior = torch.distributions.Normal(score.denoise(x_eps, eps), sigma / alpha).log_prob(X).sum(1)
+    forward = torch.distributions.Normal(alpha * X, sigma).log_prob(x_eps).sum(1)
+    expected = score.log_prob(x_eps, eps) + posterior - forward
+    ours = log_likelihood(VP, score, X, t_min=eps, seed=3, solver=sds.DormandPrince(1e-8, 1e-8))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_the_decoder_bounds_the_truth_and_the_bare_density_does_not():
+    # Data in a plane within D dimensions, thinner than sigma(epsilon) across: a point without noise is denser in p_eps
+    # than any draw from it, by half a nat for each dimension across; the decoder pays for that.
+    thin, eps, n = 1e-3, 0.05, 400
+    data = sds.Gaussian(torch.zeros(D), torch.tensor([1.0, 1.0] + [thin**2] * (D - 2), dtype=torch.float64))
+    score, x = data.score(VP), data.sample(n, seed=4, dtype=torch.float64)
+    exact = {"t_min": eps, "solver": sds.DormandPrince(1e-6, 1e-6)}
+    with_decoder = log_likelihood(VP, score, x, **exact)
+    bare = log_likelihood(VP, score, x, ending="density", **exact)
+    typical = score.log_prob(VP.alpha(eps) * x + VP.sigma(eps) * torch.randn(n, D).double(), eps)
+    assert float(bare.mean() - typical.mean()) == pytest.approx(0.5 * (D - 2), abs=0.3)
+    difference = with_decoder - data.log_prob(x)
+    assert float(difference.mean()) < 0
+
+
+def test_intervals_of_hutchinson_cover_the_truth():
+    # A thousand runs are a thousand rows: each has its own probes. The truth is that of noisy data, so that the
+    # probes' is the only error; RK4's is far below it.
+    score, truth = DATA.score(VP), float(DATA.score(VP).log_prob(X[:1], VP.t_min))
+    for law in (Hutchinson(16), Hutchinson(16, "gaussian"), HutchPP(12, 2)):
+        runs = estimate_likelihood(
+            VP, score, X[:1].expand(1000, -1), divergence=law, ending="density", seed=5,
+            grid=sds.grids.uniform_log_snr(VP, 24),
+        )  # fmt: skip
+        low, high = runs.interval(0.95)
+        covered = int(((low <= truth) & (truth <= high)).sum())
+        assert 930 <= covered <= 970, (law, covered)
+        ratio = float(runs.standard_error.square().mean().sqrt() / runs.log_prob.std())
+        assert ratio == pytest.approx(1.0, abs=0.12)  # five standard deviations of a standard deviation of 1000
+
+
+@pytest.mark.parametrize(("solver", "order", "steps"), [(sds.Heun(), 2, 60), (sds.RK4(), 4, 40)], ids=["Heun", "RK4"])
+def test_fixed_steps_converge_at_their_order(solver, order, steps):
+    score, errors = DATA.score(VP), []
+    truth = score.log_prob(X, 0.01)
+    flat = VP.prior.log_prob(DATA.flow(VP)(X, 0.01, 1.0)) - score.log_prob(DATA.flow(VP)(X, 0.01, 1.0), 1.0)
+    for n in (steps, 2 * steps, 4 * steps):
+        grid = sds.grids.uniform(1.0, 0.01, n)
+        ours = log_likelihood(VP, score, X, grid=grid, solver=solver, ending="density")
+        errors.append(float((ours - truth - flat).abs().mean()))
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.25), errors
+
+
+@pytest.mark.parametrize("law", [ExactTrace(), Hutchinson(3), HutchPP(3, 2)], ids=repr)
+@pytest.mark.parametrize("steps", [None, 20])
+def test_rows_do_not_depend_on_their_batch(law, steps):
+    score = DATA.score(VP)
+    whole = estimate_likelihood(VP, score, X, divergence=law, steps=steps, seed=6)
+    part = estimate_likelihood(VP, score, X[5:8], divergence=law, steps=steps, seed=6, first_sample=5)
+    torch.testing.assert_close(part.log_prob, whole.log_prob[5:8])
+    torch.testing.assert_close(part.standard_error, whole.standard_error[5:8])
+    other = estimate_likelihood(VP, score, X, divergence=law, steps=steps, seed=7)
+    assert not torch.equal(other.log_prob, whole.log_prob)
+
+
+@processes
+def test_latents_lead_back_to_the_data(process):
+    score, tight = DATA.score(process), sds.DormandPrince(1e-8, 1e-8)
+    latent = encode(process, score, X, solver=tight)
+    torch.testing.assert_close(latent, DATA.flow(process)(X, process.t_min, process.t_max), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decode(process, score, latent, solver=tight), X, rtol=1e-5, atol=1e-5)
+    estimated = estimate_likelihood(process, score, X, solver=tight, ending="density").latent
+    torch.testing.assert_close(estimated, latent, rtol=1e-5, atol=1e-5)
+
+
+def test_networks_images_and_float32():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 100), torch.nn.Unflatten(1, (1, 10, 10)))
+    score = sds.NetworkScore(lambda x, t: net(x) * t[:, None, None, None], sds.VP())
+    x = torch.randn(4, 1, 10, 10)
+    ours = estimate_likelihood(score.process, score, x, steps=10)
+    assert ours.estimates == 8  # above 64 dimensions: Hutchinson
+    assert ours.log_prob.dtype is torch.float32
+    assert ours.latent.shape == x.shape
+    assert ours.nfe == 41
+    exact = estimate_likelihood(score.process, score, x, steps=10, divergence=ExactTrace())
+    assert bool(((ours.log_prob - exact.log_prob).abs() < 6 * ours.standard_error).all())
+
+
+SCORE = DATA.score(VP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"ending": "none"}, ValueError, "ending='none' is unknown; choose one of 'decoder', 'density'"),
+        ({"divergence": "exact"}, TypeError, r"divergence must be ExactTrace\(\)"),
+        ({"steps": 10, "solver": sds.DormandPrince()}, ValueError, "chooses its own steps"),
+        ({"solver": sds.RK4()}, ValueError, "RK4 needs steps= or grid="),
+        ({"steps": 10, "solver": sds.EulerMaruyama()}, None, ""),
+        ({"steps": 10, "solver": sds.DDIM()}, ValueError, "DDIM integrates the reverse SDE or probability flow"),
+        ({"t_min": 0.0}, ValueError, r"t_min must lie in \(0, t_max = 1.0\), got 0.0"),
+        ({"steps": 10, "t_min": 0.1}, ValueError, "give grid= explicit times"),
+        ({"grid": torch.tensor([0.0, 1.0])}, ValueError, "between some epsilon > 0 and t_max"),
+        ({"grid": torch.tensor([0.1, 0.9])}, ValueError, "between some epsilon > 0 and t_max"),
+        ({"grid": torch.tensor([0.1, 1.0]), "t_min": 0.1}, ValueError, "give t_min or grid"),
+        ({"grid": torch.tensor([0.1, 1.0]), "steps": 3}, ValueError, "not both"),
+        ({"x": torch.ones(2, D).long()}, TypeError, "float32 or float64"),
+        ({"x": torch.full((2, D), math.nan)}, ValueError, "x must be finite"),
+        ({"process": "vp"}, TypeError, "process must be a linear diffusion"),
+        ({"score": lambda x, t: x[:, :1]}, ValueError, "score must return the shape of the state"),
+    ],
+)
+def test_bad_input_is_refused(arguments, error, message):
+    arguments = {"process": VP, "score": SCORE, "x": X} | arguments
+    if error is None:
+        assert log_likelihood(**arguments).shape == (24,)
+        return
+    with pytest.raises(error, match=message):
+        log_likelihood(**arguments)
+
+
+def test_one_probe_tells_no_error():
+    one = estimate_likelihood(VP, SCORE, X, divergence=Hutchinson(1), steps=5)
+    assert bool(one.standard_error.isnan().all())
+    with pytest.raises(ValueError, match="ask for two or more probes"):
+        one.interval()
+    with pytest.raises(ValueError, match=r"level must be within \(0, 1\), got 95"):
+        one.interval(95)
+    exact = estimate_likelihood(VP, SCORE, X, steps=5)
+    assert torch.equal(exact.interval()[0], exact.log_prob)

@@ -1,0 +1,62 @@
+"""Generated kernels on disk: found by later processes, rebuilt when damaged, done without where none can be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sdesolve_kernels._numba import trajectory
+
+import sdesolve as sds
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import sys, torch, sdesolve as sds
+sde = sds.SDE(lambda x, t: torch.sin(x), lambda x, t: 0.25 * x)
+x = sds.solve(sde, torch.ones(5, 2), 0.0, 1.0, 7, solver=sds.EulerMaruyama(), seed=3, backend="fused").x1
+print(x.double().sum().item(), "numba" in sys.modules)
+"""
+
+
+def run(cache: Path) -> tuple[float, bool]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": path, "SDESOLVE_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True, env=environment)
+    total, compiled = done.stdout.split()
+    return float(total), compiled == "True"
+
+
+def test_a_later_process_needs_no_numba(tmp_path):
+    first, compiled = run(tmp_path)
+    assert compiled
+    assert run(tmp_path) == (first, False)
+    (code,) = tmp_path.glob("*.o")
+    assert "def trajectory" in code.with_suffix(".py").read_text()
+    code.write_bytes(code.read_bytes()[:-40] + b"\0" * 40)
+    assert run(tmp_path) == (first, True)
+    assert run(tmp_path) == (first, False)
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    blocked = tmp_path / "a file, not a folder"
+    blocked.write_text("")
+    monkeypatch.setenv("SDESOLVE_CACHE", str(blocked))
+    sde = sds.SDE(lambda x, t: torch.cos(x) * 1.0625, lambda x, t: 0.3 * x)
+    options = {"solver": sds.EulerMaruyama(), "seed": 3}
+    fused = sds.solve(sde, torch.ones(5, 2), 0.0, 1.0, 7, backend="fused", **options).x1
+    eager = sds.solve(sde, torch.ones(5, 2), 0.0, 1.0, 7, backend="eager", **options).x1
+    torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-5)
+    assert blocked.read_text() == ""
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", bytes(100)])
+def test_a_file_that_is_not_whole_is_no_code(tmp_path, damage):
+    (tmp_path / "x.o").write_bytes(damage)
+    assert trajectory._read(tmp_path / "x.o") is None
+    trajectory._write(tmp_path / "y.o", b"machine code")
+    assert trajectory._read(tmp_path / "y.o") == b"machine code"
+    assert not [p for p in tmp_path.iterdir() if p.suffix not in (".o",)]
