@@ -167,7 +167,7 @@ def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(both, differe
         assert difference(fused.x1, eager.x1) < 1e-5
 
 
-def test_compiled_and_scripted_functions(both, difference):
+def test_compiled_and_scripted_functions(interpreted):
     @torch.jit.script
     def scripted(x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x) * 2.0

@@ -138,7 +138,7 @@ def holders(w):
     yield "module", lambda x, t: layer(x), layer.weight
 
 
-def test_gradients_are_never_lost():
+def test_gradients_are_never_lost(interpreted):
     w = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     for name, f, parameter in holders(w):
         sde = sds.SDE(f, lambda x, t: 0.1 * x)
@@ -160,7 +160,7 @@ def test_gradients_are_never_lost():
     assert torch.autograd.grad(sol.x1.sum(), start)[0].abs().min() > 0
 
 
-def test_transforms_around_solve_are_not_detached():
+def test_transforms_around_solve_are_not_detached(interpreted):
     def run(x, backend):
         sde = sds.SDE(lambda x, t: torch.sin(x), lambda x, t: 0.1 + 0 * x, calculus="stratonovich")
         return sds.solve(sde, x, 0.0, 1.0, 4, solver=sds.Heun(), seed=1, backend=backend).x1
@@ -172,7 +172,7 @@ def test_transforms_around_solve_are_not_detached():
         assert torch.autograd.forward_ad.unpack_dual(run(dual, "auto")).tangent.abs().min() > 0
 
 
-def test_surroundings_that_change_what_torch_does_are_part_of_the_kernel(both, difference):
+def test_surroundings_that_change_what_torch_does_are_part_of_the_kernel(both, difference, interpreted):
     sde = sds.SDE(
         lambda x, t: torch.ones(2).to(x) / 3 * x if torch.ones(1).dtype == torch.float32 else -x, lambda x, t: x
     )

@@ -70,8 +70,17 @@ def test_fused_is_eager_step_for_step(solver, sde, both, difference, interpreted
             assert fused.stats.nfe == eager.stats.nfe
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["none", "additive matrix", "diagonal", "general"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("none", torch.float64),
+        ("additive matrix", torch.float64),
+        ("diagonal", torch.float32),
+        ("general", torch.float32),
+        ("general", torch.float64),
+    ],
+    ids=str,
+)
 def test_kernels_do_what_the_plan_says(kind, dtype, both, difference, normals):
     solver, calculus = SOLVERS["milstein, stratonovich"] if kind in ("diagonal",) else SOLVERS["heun"]
     fused, eager = both(
