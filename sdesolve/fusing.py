@@ -246,12 +246,17 @@ def _run(task: Task, kernel: _Kernel, held: Contents, recipe: Recipe) -> Fused:
     saved = kernel.trajectory.run(
         Launch(task.x0, task.times, rows, places, () if plain else saves, plan.moments, captured)
     )
+    # Two times at one grid point are two entries of what is returned.
+    entry = {slot: i for i, k in enumerate(saves) for slot in plan.on_grid[k]}
+    order = [entry[slot] for slot in range(len(plan.ts))]
     shape = kernel.trajectory.plan.program.observed_shape
     shape = tuple(task.x0.shape[1:]) if shape is None else shape
     if saved.moments is not None:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
+        mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
         return Fused(saved.x1, mean, variance, evaluations, kernel.trajectory.source)
     xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(task.x0), *shape)
+    xs = xs if order == list(range(len(xs))) else xs[order]
     return Fused(saved.x1, xs, None, evaluations, kernel.trajectory.source)
 
 

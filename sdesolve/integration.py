@@ -122,6 +122,17 @@ class Integration:
             for k, (x_before, x, span) in enumerate(self.states(x0)):
                 self._refuse_nonfinite(k, x_before, x, span)
 
+    def report_end(self, x: Tensor) -> None:
+        """Refuses a final state that is not finite, when no step in torch shows why."""
+        row = int((~x.isfinite()).reshape(len(x), -1).any(1).nonzero()[0])
+        path = row + (self.noise.first_path if isinstance(self.noise, BrownianPath) else 0)
+        time = float(self.times[-2].flatten()[0])
+        message = (
+            f"the state of path {path} is not finite at the end, though the same steps in torch, which round "
+            "differently, end in a finite one; it must have come near to an overflow: take smaller steps"
+        )
+        raise DivergenceError(message, step=self.steps - 1, time=time, path=path)
+
     def _refuse_nonfinite(self, k: int, x_before: Tensor, x: Tensor, span: Span) -> None:
         bad = ~x.detach().flatten(1).isfinite().all(1) if x.ndim > 1 else ~x.detach().isfinite()
         if not bool(bad.any()):

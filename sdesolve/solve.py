@@ -120,7 +120,9 @@ def solve(
             bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)
         if isinstance(fused, Fused):
             if check_finite and not all_finite(fused.x1):
-                stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True).report_divergence(x0)
+                run = stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True)
+                run.report_divergence(x0)
+                run.report_end(fused.x1)  # rounding took the kernel alone over the edge
             stats = Stats(
                 solver=type(solver).__name__,
                 steps=len(times) - 1,

@@ -81,7 +81,7 @@ def helper(x):
     return x * RATE
 
 
-def with_default(x, t, a=[1.0], *, b=1.0):  # noqa: B006  # the case
+def with_default(x, t, a=[1.0], *, b=1.0):  # the case  # noqa: B006
     return x * a[0] * b
 
 
@@ -207,7 +207,7 @@ def test_a_cell_and_a_redefined_function_are_seen(both, difference, interpreted)
     x0, rate = torch.ones(3, 1, dtype=torch.float64), 1.0
     for value in (1.0, 2.0, -1.0, 2.0):
         rate = value
-        for f in (lambda x, t: rate * x, lambda x, t: -rate * x):
+        for f in (lambda x, t: rate * x, lambda x, t: -rate * x):  # noqa: B023
             fused, eager = both(sds.SDE(f, lambda x, t: 0.1 * x), x0)
             assert difference(fused.x1, eager.x1) < 1e-14
     assert interpreted.made == 6

@@ -90,21 +90,49 @@ def test_one_step_and_very_many(normals, difference):
 C = torch.linspace(0.5, 2.0, 4, dtype=torch.float64)
 P = torch.linspace(-1.0, 1.0, 44, dtype=torch.float64).reshape(11, 4)
 UNARY = {
-    "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "neg": torch.neg, "abs": torch.abs,
-    "exp": lambda a: torch.exp(-a.abs()), "log": lambda a: torch.log1p(a.abs()), "sqrt": lambda a: (a * a + 1).sqrt(),
-    "erf": torch.erf, "square": lambda a: torch.tanh(a) ** 2, "cube": lambda a: torch.sin(a) ** 3, "flip": lambda a: a.flip(1),
-    "roll": lambda a: a.roll(1, 1), "mean": lambda a: a.mean(1, keepdim=True) + a, "softmax": lambda a: a.softmax(1),
-    "max": lambda a: a - a.amax(1, keepdim=True), "norm": lambda a: a / (1 + a.norm(dim=1, keepdim=True)),
-    "scale": lambda a: a * C, "clamp": lambda a: a.clamp(max=C).clamp(-0.7), "paths": lambda a: a + P, "cumsum": lambda a: a.cumsum(1) / 4,
-    "cat": lambda a: torch.cat([a[:, 2:], a[:, :2] * 2], 1), "outer": lambda a: torch.einsum("bi,bj->bj", a, torch.sin(a)),
-    "softplus": torch.nn.functional.softplus, "half": lambda a: 0.5 * a, "in place": lambda a: a.clone().mul_(2).sub_(1),
-}  # fmt: skip
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "exp": lambda a: torch.exp(-a.abs()),
+    "log": lambda a: torch.log1p(a.abs()),
+    "sqrt": lambda a: (a * a + 1).sqrt(),
+    "erf": torch.erf,
+    "square": lambda a: torch.tanh(a) ** 2,
+    "cube": lambda a: torch.sin(a) ** 3,
+    "flip": lambda a: a.flip(1),
+    "roll": lambda a: a.roll(1, 1),
+    "mean": lambda a: a.mean(1, keepdim=True) + a,
+    "softmax": lambda a: a.softmax(1),
+    "max": lambda a: a - a.amax(1, keepdim=True),
+    "norm": lambda a: a / (1 + a.norm(dim=1, keepdim=True)),
+    "scale": lambda a: a * C,
+    "clamp": lambda a: a.clamp(max=C).clamp(-0.7),
+    "paths": lambda a: a + P,
+    "cumsum": lambda a: a.cumsum(1) / 4,
+    "cat": lambda a: torch.cat([a[:, 2:], a[:, :2] * 2], 1),
+    "outer": lambda a: torch.einsum("bi,bj->bj", a, torch.sin(a)),
+    "softplus": torch.nn.functional.softplus,
+    "half": lambda a: 0.5 * a,
+    "in place": lambda a: a.clone().mul_(2).sub_(1),
+}
 BINARY = {
-    "add": torch.add, "sub": torch.sub, "mul": lambda a, b: torch.tanh(a) * b, "div": lambda a, b: a / (1 + b * b),
-    "max": torch.maximum, "min": torch.minimum, "where": lambda a, b: torch.where(a > b, a, 0.5 * b), "rsub": lambda a, b: torch.rsub(a, b),
-    "atan2": lambda a, b: torch.atan2(a, 2 + b * b), "lerp": lambda a, b: torch.lerp(a, b, 0.25), "hypot": torch.hypot,
-    "pow": lambda a, b: (1 + a.abs()) ** torch.tanh(b), "fma": lambda a, b: torch.addcmul(a, a, torch.sin(b), value=0.5),
-}  # fmt: skip
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": lambda a, b: torch.tanh(a) * b,
+    "div": lambda a, b: a / (1 + b * b),
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "where": lambda a, b: torch.where(a > b, a, 0.5 * b),
+    "rsub": lambda a, b: torch.rsub(a, b),
+    "atan2": lambda a, b: torch.atan2(a, 2 + b * b),
+    "lerp": lambda a, b: torch.lerp(a, b, 0.25),
+    "hypot": torch.hypot,
+    "pow": lambda a, b: (1 + a.abs()) ** torch.tanh(b),
+    "fma": lambda a, b: torch.addcmul(a, a, torch.sin(b), value=0.5),
+}
 
 
 def expressions():

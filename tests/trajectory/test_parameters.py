@@ -114,7 +114,7 @@ def test_values_of_tensors_that_are_read_while_tracing_are_refused(refused):
 def test_nan_and_infinity_in_parameters(where, both, difference, interpreted):
     for value in (float("nan"), float("inf")):
         p = torch.tensor([1.0, value], dtype=torch.float64)
-        f = (lambda x, t: p * x) if where == "closure" else (lambda x, t, p: p * x)
+        f = (lambda x, t: p * x) if where == "closure" else (lambda x, t, p: p * x)  # noqa: B023
         g = (lambda x, t: 0.1 * x) if where == "closure" else (lambda x, t, p: 0.1 * x)
         options = {"params": p} if where == "params" else {}
         fused, eager = both(sds.SDE(f, g), X0, steps=1, check_finite=False, **options)
