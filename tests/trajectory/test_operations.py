@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: F401  # operations.txt names it
 
 import sdesolve as sds
 

@@ -97,7 +97,8 @@ _READERS = {
     getattr(Tensor, name)
     for name in (
         "numpy",
-        "tolist", "__format__",
+        "tolist",
+        "__format__",
         "__array__",
         "__dlpack__",
         "apply_",
