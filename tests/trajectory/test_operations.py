@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: F401  # operations.txt names it
 
 import sdesolve as sds
 
 _Z = torch.Generator().manual_seed(2)
 # What operations.txt speaks of, besides x.
 W, w = torch.randn(4, 4, dtype=torch.float64, generator=_Z), torch.randn(4, dtype=torch.float64, generator=_Z)
+F = torch.nn.functional
 idx, mask = torch.tensor([2, 0, 3]), torch.tensor([True, False, True, True])
 
 
