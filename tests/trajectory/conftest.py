@@ -99,8 +99,8 @@ class Interpreted(AbstractTrajectory):
                 return sum(args[1:], args[0])
             case "product":
                 m, entries = e.data, leaves["captured"][e.data.parameter].contiguous()
-                matrix = entries.as_strided((m.rows, m.columns), (m.down, m.across), m.offset)
-                return matrix @ torch.stack(torch.broadcast_tensors(*args))
+                places = [[m.offset + i * m.down + j * m.across for j in range(m.columns)] for i in range(m.rows)]
+                return entries.reshape(-1)[torch.tensor(places)] @ torch.stack(torch.broadcast_tensors(*args))
             case "element":
                 return args[0][e.data]
             case name:

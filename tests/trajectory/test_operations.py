@@ -119,6 +119,32 @@ def test_special_values(dtype, interpreted, difference):
         assert difference(value, rows(f(x)).to(dtype)) < 30 * torch.finfo(dtype).eps, text
 
 
+TAILS = ["x.erfc()", "torch.special.erfcx(x)", "x.expm1()", "x.log1p()", "x.asinh()", "(x/30).atanh()",
+         "torch.special.log_ndtr(-x)", "x.tanh()", "torch.hypot(x,2*x)", "F.logsigmoid(x)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_small_results_have_all_their_digits(dtype, interpreted):
+    """Relative errors, from tiny arguments to those where a tail is all but 0; against torch in float64."""
+    x = torch.logspace(-8, 0.9, 400, dtype=dtype).reshape(-1, 1)
+    for text, f, value in observed([function(text) for text in TAILS], x, TAILS):
+        error = (value.double() / f(x.double()) - 1).abs().max().item()
+        # An argument rounded in its last place counts x^2 times in e^(-x^2).
+        assert error < 100 * torch.finfo(dtype).eps, text
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_remainders_of_quotients_that_round_to_whole_numbers(dtype):
+    """In kernels, whose fused multiply-adds make ``a - q b`` exact."""
+    b = torch.tensor([0.1, 0.3, 1.3, -0.7], dtype=dtype)[:, None]
+    whole = (b * torch.arange(-40, 41, dtype=dtype)).reshape(-1)
+    a = torch.cat([whole, whole.nextafter(whole + 1), whole.nextafter(whole - 1)])
+    x = torch.stack([a, b.expand(4, 81).reshape(-1).repeat(3)], 1)
+    texts = ["torch.fmod(x[:, 0], x[:, 1])", "torch.remainder(x[:, 0], x[:, 1])"]
+    for text, f, value in observed([function(text) for text in texts], x, texts):
+        assert (value[:, 0] - f(x)).abs().max() < 8 * torch.finfo(dtype).eps, text
+
+
 @pytest.mark.parametrize(
     ("text", "operation"),
     [

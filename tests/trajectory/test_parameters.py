@@ -18,6 +18,21 @@ def noise(x, t, p):
     return 0.1 * p["size"][..., None] * torch.ones_like(x)
 
 
+def test_parameters_of_paths_times_functions_of_time(both, difference, interpreted, normals):
+    sde = sds.SDE(lambda x, t, p: p * torch.cos(3 * t) * x, lambda x, t, p: torch.sin(p + t) * 0.1 + 0 * x)
+    fused, eager = both(sde, X0, params=normals(10, 2))
+    assert difference(fused.x1, eager.x1) < 1e-14
+
+
+def test_a_tensor_with_a_row_for_each_path_is_wrong_for_another_batch(both, interpreted, normals):
+    rows = normals(10, 2)
+    sde = sds.SDE(lambda x, t: rows * x, lambda x, t: 0.1 * x)
+    both(sde, X0)
+    for backend in ("auto", "eager"):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            sds.solve(sde, X0[:5], 0.0, 1.0, 4, solver=sds.EulerMaruyama(), seed=1, backend=backend)
+
+
 def test_parameters_shared_and_per_path_change_without_a_new_kernel(both, difference, interpreted, normals):
     sde = sds.SDE(drift, noise, noise="diagonal")
     for seed in range(3):

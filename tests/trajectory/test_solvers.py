@@ -95,6 +95,19 @@ SCORES = {
     "gaussian": sds.Gaussian(CIRCLE[0], torch.tensor([[1.0, 0.3], [0.3, 0.5]], dtype=torch.float64)).score(PROCESS),
     "mixture": sds.GaussianMixture(CIRCLE, torch.full((3,), 0.4, dtype=torch.float64)).score(PROCESS),
 }
+
+
+def test_a_sampler_with_two_draws_a_step_goes_on_where_another_stopped(both, difference, interpreted, normals):
+    noise = sds.BrownianPath(1, first_path=3, first_step=7)
+    equation = PROCESS.reverse(SCORES["gaussian"])
+    for solver in (
+        sds.SDEDPMSolverPP2S(),
+        sds.PredictorCorrector(sds.EulerMaruyama(), sds.LangevinCorrector(0.1), n=2),
+    ):
+        fused, eager = both(equation, normals(40, 2), 1.0, 0.05, 12, solver=solver, noise=noise)
+        assert difference(fused.x1, eager.x1) < 1e4 * torch.finfo(torch.float64).eps
+
+
 SAMPLERS = [
     pytest.param(sds.EulerMaruyama(), True, id="euler"),
     pytest.param(sds.Heun(), False, id="heun on the flow"),

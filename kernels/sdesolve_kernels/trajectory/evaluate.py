@@ -80,11 +80,9 @@ def evaluate(
             case "product":
                 matrix, parameter = e.data, parameters[e.data.parameter]
                 assert parameter is not None
-                strided = parameter.as_strided(
-                    (matrix.rows, matrix.columns), (matrix.down, matrix.across), matrix.offset
-                )
+                i, j = torch.arange(matrix.rows)[:, None], torch.arange(matrix.columns)
                 vector = torch.stack(torch.broadcast_tensors(*(values[a.number] for a in e.args)))
-                value = strided @ vector
+                value = parameter[matrix.entry(i, j)] @ vector
             case "sum":
                 value = torch.stack(torch.broadcast_tensors(*(values[a.number] for a in e.args))).sum(0)
             case "element":

@@ -37,7 +37,8 @@ class Matrix:
     def depends(self) -> int:
         return 0
 
-    def entry(self, i: int, j: int) -> int:
+    def entry(self, i: Any, j: Any) -> Any:
+        """Place of entry ``(i, j)``, or of many."""
         return self.offset + i * self.down + j * self.across
 
 

@@ -60,7 +60,8 @@ class Lanes:
         for level in range(schedule.last + 1):
             here: list[Target] = []
             after: list[str] = []
-            for e in schedule.stores(level):
+            stores = schedule.stores(level)
+            for e in stores:
                 kept[e.number] = self.rows(1)
                 here.append((kept[e.number], e))
             for e in schedule.barriers(level):
@@ -80,7 +81,7 @@ class Lanes:
                 kept |= {self._graph.element(e, i).number: result + i for i in range(e.data.rows)}
                 kept[e.number] = result
             here += targets if level == schedule.last else []
-            new = {e.number for _, e in here}
+            new = {e.number for e in stores}
             there = {n: row for n, row in kept.items() if n not in new}
             lines += self._assign([(self.at(row), e) for row, e in here], there)
             lines += after
