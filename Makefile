@@ -17,8 +17,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The quick part; `pytest benchmarks` runs all of it, a billion draws of noise included.
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks --ignore benchmarks/test_noise_quality.py --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m pytest benchmarks/test_noise.py benchmarks/test_steps.py benchmarks/test_trajectories.py -k "(test_normal and 4194304) or (test_large and threads) or test_small or memory or linear_sde or models or few or first_call" --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sdesolve needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'

@@ -6,6 +6,7 @@ a second time.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import final
@@ -28,9 +29,9 @@ class AbstractCounted(AbstractSDE):
 
     evaluations: int
 
+    @abc.abstractmethod
     def field(self, x: Tensor, t: Tensor) -> Tensor:
         """The field of a semilinear equation, counted as an evaluation of its drift."""
-        raise NotImplementedError
 
 
 @final

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import final
 
 from sdesolve_kernels.trajectory.expressions import PATH, STATE, Expression, Graph, topological
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
+from sdesolve_kernels.trajectory.printing import Writer, indented
 from sdesolve_kernels.trajectory.tracing import Unsupported
+from sdesolve_kernels.trajectory.triton_dialect import Triton, plus, wrapped
 from sdesolve_kernels.trajectory.triton_noise import Place, Source, period
 
 __all__ = ["Shape", "TritonKernel", "triton_kernel"]
 
 _MOST_ENTRIES = 4608  # of all matrices kept whole: each is a load and a multiply-add in the source
-_LINE = 116
 
 
 @final
@@ -81,30 +80,6 @@ def triton_kernel(plan: Plan, increments: Sequence[str], shape: Shape) -> Triton
         Unsupported: its matrices are too large to be written out.
     """
     return _Printer(plan, increments, shape).kernel()
-
-
-_FUNCTIONS = {"min": "minimum", "max": "maximum", "abs": "tl.abs", "sqrt": "tl.sqrt", "round": "nearest",
-              "pow": "power", "fma": "tl.fma", "where": "tl.where", "floor": "tl.floor", "ceil": "tl.ceil"}  # fmt: skip
-_KINDS = {"float32": "F32", "float64": "F64", "int64": "I64"}
-_LITERAL = re.compile(r'-?(\d[\d.e+-]*|float\("\w+"\))')
-
-
-@final
-class _Triton(AbstractDialect):
-    def constant(self, value: float | bool, dtype: str) -> str:
-        if isinstance(value, float) and not math.isfinite(value):
-            return f'float("{value}")' if value != -math.inf else '-float("inf")'
-        return repr(value)
-
-    def call(self, name: str, args: Sequence[str], dtype: str) -> str:
-        if name == "not":
-            return f"(~({args[0]}))"
-        # A literal takes the type of what it meets in an operator, but not always in a function.
-        typed = [f"{_KINDS[dtype]}({a})" if _LITERAL.fullmatch(a) else a for a in args]
-        return f"{_FUNCTIONS.get(name, name)}({', '.join(typed)})"
-
-    def cast(self, value: str, source: str, target: str) -> str:
-        return f"({value}).to({'tl.int1' if target == 'bool' else 'tl.' + target})"
 
 
 @final
@@ -182,10 +157,10 @@ class _Printer:
                     return f"({name} != 0)" if e.dtype == "bool" else f"{name}.to(tl.int64)"
                 return name if e.dtype == self.dtype else f"{name}.to(tl.{e.dtype})"
             case "shared":
-                return f"tl.load({_plus(f'p{e.data[0]}', e.data[1])})"
+                return f"tl.load({plus(f'p{e.data[0]}', e.data[1])})"
             case "path":
                 _, parameter, i = e.data
-                return f"tl.load({_plus(f'p{parameter} + row * {self.per_path[parameter]}', i)})"
+                return f"tl.load({plus(f'p{parameter} + row * {self.per_path[parameter]}', i)})"
             case _:
                 raise AssertionError(e)
 
@@ -211,7 +186,7 @@ class _Printer:
         if not any(i.startswith("x") for i in inputs):
             inputs.insert(0, "x0")  # something that has the lanes' shape
         model = next(i for i in inputs if i.startswith("x"))
-        writer = Writer(_Triton(), self._leaf)
+        writer = Writer(Triton(), self._leaf)
         changed = [(f"y{i}", e) for i, e in enumerate(roots) if not _is_own(e, i) or name == "observe"]
         body = writer.lines(changed)
         for target, e in changed:
@@ -220,8 +195,8 @@ class _Printer:
         results = ", ".join(target for target, _ in changed)
         return [
             "@triton.jit",
-            *_wrapped(f"def {name}(", inputs, "):"),
-            *indented([f'"""{title}."""', *body, *_wrapped("return ", results.split(", "), "")], 1),
+            *wrapped(f"def {name}(", inputs, "):"),
+            *indented([f'"""{title}."""', *body, *wrapped("return ", results.split(", "), "")], 1),
         ]
 
     def _call(self, name: str, roots: Sequence[Expression], targets: Sequence[str], leaf: dict[str, str]) -> list[str]:
@@ -233,7 +208,7 @@ class _Printer:
             inputs.insert(0, "x0")
         if not changed:
             return []
-        return _wrapped(f"{', '.join(changed)} = {name}(", [leaf.get(i, i) for i in inputs], ")")
+        return wrapped(f"{', '.join(changed)} = {name}(", [leaf.get(i, i) for i in inputs], ")")
 
     # The kernel -------------------------------------------------------------------------------------------------
     def _trajectory(self) -> list[str]:
@@ -250,16 +225,16 @@ class _Printer:
         ]
         for i in range(len(self.states)):
             if i < self.carried:
-                body.append(f"x{i} = tl.load({_plus(f'x_in + row * {self.carried}', i)})")
+                body.append(f"x{i} = tl.load({plus(f'x_in + row * {self.carried}', i)})")
             else:
                 body.append(f"x{i} = tl.zeros_like(x0)")
         for j in range(len(self.plan.uniforms)):
-            body.append(f"u{j} = tl.load({_plus('uniforms', j)})")
+            body.append(f"u{j} = tl.load({plus('uniforms', j)})")
         if self.shape.steady:
             for j in range(len(self.plan.columns)):
-                body.append(f"c{j} = tl.load({_plus('table', j)})")
+                body.append(f"c{j} = tl.load({plus('table', j)})")
         if self.invariants:
-            writer = Writer(_Triton(), self._leaf)
+            writer = Writer(Triton(), self._leaf)
             body += writer.lines([(f"i{j}", e) for j, e in enumerate(self.invariants)])
         body += [f"path{s.index} = first_path{s.index} + row" for s in self.sources]
         body.append("k = tl.full((), 0, tl.int64)")
@@ -276,11 +251,11 @@ class _Printer:
         else:
             body += ["stop = steps", *self._advance()]
         for i in range(self.carried):
-            body.append(f"tl.store({_plus(f'x_out + path * {self.carried}', i)}, x{i}, mask=path < paths)")
+            body.append(f"tl.store({plus(f'x_out + path * {self.carried}', i)}, x{i}, mask=path < paths)")
         names = ", ".join(f'"{n}"' for n in (*pointers, *integers))
         return [
-            *_wrapped("@triton.jit(do_not_specialize=[", names.split(", "), "])"),
-            *_wrapped("def trajectory(", [*pointers, *(f"{n}: tl.int64" for n in integers)], "):"),
+            *wrapped("@triton.jit(do_not_specialize=[", names.split(", "), "])"),
+            *wrapped("def trajectory(", [*pointers, *(f"{n}: tl.int64" for n in integers)], "):"),
             *indented(body, 1),
         ]
 
@@ -329,7 +304,7 @@ class _Printer:
 
     def _call_step(self, group_step: int, places: dict[int, Place]) -> list[str]:
         columns = self._columns
-        passed = {f"c{j}": f"tl.load({_plus('at', group_step * columns + j)})" for j in range(columns)}
+        passed = {f"c{j}": f"tl.load({plus('at', group_step * columns + j)})" for j in range(columns)}
         lines: list[str] = []
         for s in self.sources:
             for j in range(s.count):
@@ -348,15 +323,15 @@ class _Printer:
             lines += self._call("observe", self.observed, names, {})
         if self.shape.keep:
             for j, name in enumerate(names):
-                place = _plus(f"saved + (slot * paths + path) * {width}", j)
+                place = plus(f"saved + (slot * paths + path) * {width}", j)
                 lines.append(f"tl.store({place}, {name}, mask=path < paths)")
             return lines
         lines.append(f"part = moments + (slot * tl.num_programs(0) + tl.program_id(0)) * {2 * width}")
         for j, name in enumerate(names):
             lines += [
                 f"mean, squares = spread({name}, path < paths, paths)",
-                f"tl.store({_plus('part', j)}, mean)",
-                f"tl.store({_plus('part', width + j)}, squares)",
+                f"tl.store({plus('part', j)}, mean)",
+                f"tl.store({plus('part', width + j)}, squares)",
             ]
         return lines
 
@@ -364,24 +339,6 @@ class _Printer:
 def _is_own(e: Expression, i: int) -> bool:
     """Whether component ``i`` of the state stays what it is."""
     return e.op == "state" and e.data[1] == i
-
-
-def _plus(place: str, offset: int) -> str:
-    return f"{place} + {offset}" if offset else place
-
-
-def _wrapped(start: str, items: Sequence[str], end: str) -> list[str]:
-    """A line of items, or several within the line length."""
-    line = start + ", ".join(items) + end
-    if len(line) <= _LINE - 16 or not end:
-        return [line]
-    lines, current = [start], "   "
-    for item in items:
-        if len(current) + len(item) > _LINE - 20:
-            lines.append(current)
-            current = "   "
-        current += f" {item},"
-    return [*lines, current, end]
 
 
 def _written_out(graph: Graph, roots: Sequence[Expression]) -> tuple[Expression, ...]:
