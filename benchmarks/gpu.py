@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> Record:
         s["status"] == "done" for s in run.report["sections"].values()
     )
     run.write()
-    from gpu_targets import table
+    from benchmarks.gpu_targets import table
 
     print(table(run.report), flush=True)
     return run.report
@@ -141,11 +141,11 @@ def main(argv: list[str] | None = None) -> Record:
 def _sections(run: Run) -> None:
     # After the check of what is missing: these import torch and the kernels.
     import torch
-    from gpu_device import machine
-    from gpu_measure import Size, compiled, large, memory, small
-    from gpu_ops import CASES, spoil
-    from gpu_targets import judge
-    from gpu_worker import Gates
+    from benchmarks.gpu_device import machine
+    from benchmarks.gpu_measure import Size, compiled, large, memory, small
+    from benchmarks.gpu_ops import CASES, spoil
+    from benchmarks.gpu_targets import judge
+    from benchmarks.gpu_worker import Gates
 
     options, report = run.options, run.report
     where = machine(options.device)
@@ -217,8 +217,8 @@ def _sections(run: Run) -> None:
 
 def _checks(run: Run, gates: Any) -> Iterator[Record]:
     """Fills the gates; measures nothing. In processes of their own on a GPU, in this one where the CPU stands in."""
-    from gpu_device import machine
-    from gpu_worker import in_processes, in_this_process, units
+    from benchmarks.gpu_device import machine
+    from benchmarks.gpu_worker import in_processes, in_this_process, units
 
     options = run.options
     work = units(options.device == "cpu", options.quick)
@@ -243,7 +243,7 @@ def _checks(run: Run, gates: Any) -> Iterator[Record]:
 
 
 def _sampler(run: Run, where: Any) -> Iterator[Record]:
-    from gpu_sampler import sampler
+    from benchmarks.gpu_sampler import sampler
 
     quick = run.options.quick
     return sampler(where, batch=2 if quick else 64, steps=4 if quick else 100, channels=4 if quick else 64,
@@ -251,7 +251,7 @@ def _sampler(run: Run, where: Any) -> Iterator[Record]:
 
 
 def _trajectories(run: Run, where: Any) -> Iterator[Record]:
-    from gpu_trajectories import trajectories
+    from benchmarks.gpu_trajectories import trajectories
 
     return trajectories(where, run.options.quick, run.options.tiny, run.report["refused"])
 

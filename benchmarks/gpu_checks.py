@@ -15,8 +15,8 @@ from typing import Any
 
 import sdesolve_kernels as k
 import torch
-from gpu_device import Machine
-from gpu_ops import CASES, STREAM, Case, States, states
+from benchmarks.gpu_device import Machine
+from benchmarks.gpu_ops import CASES, STREAM, Case, States, states
 from sdesolve_kernels import reference
 from sdesolve_kernels import reference_steps as ref
 from torch import Tensor

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from gpu_checks import name_of, value_check
-from gpu_device import Machine
-from gpu_ops import CASES, STREAM, Case, states
-from gpu_worker import Gates
+from benchmarks.gpu_checks import name_of, value_check
+from benchmarks.gpu_device import Machine
+from benchmarks.gpu_ops import CASES, STREAM, Case, states
+from benchmarks.gpu_worker import Gates
 
 __all__ = ["Size", "compiled", "large", "memory", "quartiles", "rounds", "small"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_device import Machine
-from gpu_measure import quartiles, rounds
+from benchmarks.gpu_device import Machine
+from benchmarks.gpu_measure import quartiles, rounds
 from torch import Tensor
 
 import sdesolve as sds

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_device import Machine
-from gpu_measure import quartiles, rounds
-from models import MODELS, Model
+from benchmarks.gpu_device import Machine
+from benchmarks.gpu_measure import quartiles, rounds
+from benchmarks.models import MODELS, Model
 from torch import Tensor
 
 import sdesolve as sds

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks import DTYPES, check_kernel, check_large, name_of
-from gpu_device import Machine, machine
-from gpu_ops import CASES, spoil
+from benchmarks.gpu_checks import DTYPES, check_kernel, check_large, name_of
+from benchmarks.gpu_device import Machine, machine
+from benchmarks.gpu_ops import CASES, spoil
 
 __all__ = ["KERNELS", "Gates", "in_processes", "in_this_process", "units"]
 

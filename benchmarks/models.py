@@ -17,7 +17,7 @@ from torch import Tensor
 import sdesolve as sds
 from sdesolve.sde import AbstractSDE
 
-__all__ = ["MODELS", "Model", "stress_parameters"]
+__all__ = ["MODELS", "Model", "ornstein_uhlenbeck", "stress_parameters"]
 
 
 @final
@@ -45,6 +45,11 @@ class Model:
         """The first times of a full-size run's grid."""
         first, last = self.span
         return first + (last - first) * torch.arange(steps + 1, dtype=torch.float64) / self.steps
+
+    def until(self, steps: int) -> float:
+        """Where the first steps of a full-size run's grid end."""
+        first, last = self.span
+        return first + (last - first) * steps / self.steps
 
     def solve(
         self, paths: int, steps: int | None = None, device: torch.device | str = "cpu", **options: Any
@@ -152,6 +157,12 @@ def _mixture_reverse(device: torch.device) -> AbstractSDE:
 
 def _linear(rate: float, volatility: float) -> Callable[[torch.device], AbstractSDE]:
     return lambda device: sds.SDE(lambda x, t: rate * x, lambda x, t: volatility * x, noise="diagonal")
+
+
+def ornstein_uhlenbeck(width: int) -> Model:
+    """``dX = -X dt + dW / 2`` in any dimension, from 1, on [0, 1]."""
+    sde = sds.SDE(lambda x, t: -x, lambda x, t: torch.full_like(x, 0.5), noise="diagonal")
+    return Model(lambda device: sde, _same(*(1.0,) * width), (0.0, 1.0), 256)
 
 
 MODELS = {

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from models import MODELS
+from benchmarks.models import MODELS
 from sdesolve_kernels import dispatch, use_backend
 from sdesolve_kernels._triton.aot import TRITON_VERSION
 from sdesolve_kernels._triton.arguments import Launch, recording

@@ -1,0 +1,1 @@
+"""How fast and how accurate: problems, contenders and what they are held against. ``pytest benchmarks`` runs them."""

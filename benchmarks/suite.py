@@ -1,0 +1,101 @@
+"""Every problem, and the figures that the project set itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.ensembles import ensembles
+from benchmarks.generative import generative
+from benchmarks.ops import noise_problems, step_problems
+from benchmarks.registry import Problem
+
+__all__ = ["GOALS", "Goal", "problems"]
+
+
+@functools.cache
+def problems(device: str = "cpu") -> Mapping[str, Problem]:
+    """By name."""
+    where = torch.device(device)
+    makers = (noise_problems, step_problems, ensembles, generative)
+    found = [problem for make in makers for problem in make(where)]
+    by_name = {problem.name: problem for problem in found}
+    if len(by_name) != len(found):
+        raise ValueError("two problems share a name")
+    return by_name
+
+
+class Goal(NamedTuple):
+    """``least`` times as fast as a contender, or with ``figure`` at most ``most`` of that figure.
+
+    Attributes:
+        text: what is wanted.
+        problem: name of a problem or of a figure.
+        contender: of the problem; for a figure, whose.
+        least: smallest ratio of the contender's time to ours.
+        most: greatest value of the figure, or nanoseconds per unit of the problem.
+        why: shown if it is missed.
+    """
+
+    text: str
+    problem: str
+    contender: str
+    least: float | None = None
+    most: float | None = None
+    why: str = ""
+
+
+_IN_PLACE = "of 8 us, 1.5 are the kernel and its call; the rest is Python that checks shapes, dtypes and who records"
+_SCAN = "XLA fuses the scan's body and draws its noise on all cores; what is left between us is the cost of a normal"
+_TRAINING = "eager keeps the noise of its perturbation, ours makes it twice; the gain is memory, 1 tensor instead of 6"
+_DIFFRAX = "both loops are compiled: the ratio is that of the noise, and bounded where memory does not slow diffrax down"
+_FEW = "with few paths the loop's overhead counts, of which a hand-written loop has three calls a step"
+
+
+def _goals() -> tuple[Goal, ...]:
+    found = []
+    for case, why in (
+        ("euler_maruyama_step", ""), ("euler_maruyama_step/diagonal", ""), ("linear_step", ""),
+        ("linear_step/two terms", ""), ("langevin_step/batch", ""), ("dsm_loss/noise drawn", ""),
+        ("dsm_loss/training", _TRAINING),
+    ):  # fmt: skip
+        name = f"{case}, 4M float32"
+        found.append(Goal(f"{case}, 4M elements: 3 x eager torch", name, "torch", least=3.0, why=why))
+    for case in (
+        "euler_maruyama_step", "euler_maruyama_step/diagonal", "euler_maruyama_step/in place", "linear_step",
+        "linear_step/two terms", "langevin_step/fixed", "langevin_step/batch", "perturb", "dsm_loss",
+        "dsm_loss/training",
+    ):  # fmt: skip
+        why = _IN_PLACE if case.endswith("in place") else ""
+        found.append(Goal(f"{case}, 1k elements: no more than eager", f"{case}, 1k float32", "torch", 1.0, why=why))
+    found.append(Goal("dsm_loss and gradient: tensors held at the peak", "peak of dsm_loss", "sdesolve", most=2.0))
+    for paths in (8192, 131_072):
+        name = f"linear, {paths} x 256"
+        for peer, least, why in (
+            ("torch loop", 8.0, _FEW if paths == 8192 else ""), ("torchsde", 40.0, _FEW if paths == 8192 else ""),
+            ("diffrax", 25.0, _DIFFRAX), ("jax scan", 25.0, _SCAN),
+        ):  # fmt: skip
+            found.append(Goal(f"linear SDE, {paths} paths: {least:g} x {peer}", name, peer, least, why=why))
+        found.append(Goal(f"linear SDE, {paths} paths: ns per component-step", name, "sdesolve", most=0.6,
+                          why="a call costs 0.4 ms round its kernel"))  # fmt: skip
+    for label, name in (
+        ("bacterial stress response", "stress, 6720 x 200"), ("Heston", "heston, 6720 x 256"),
+        ("Lotka-Volterra", "lotka-volterra, 6720 x 500"), ("Lorenz", "lorenz, 6720 x 500"),
+        ("reverse SDE of a mixture", "mixture, 6720 x 256"),
+    ):  # fmt: skip
+        found.append(Goal(f"{label}: 5 x the eager loop", name, "sdesolve eager", least=5.0))
+    return (
+        *found,
+        Goal("16 paths: us per step, all told", "16 paths, a step", "sdesolve", most=5.0),
+        Goal("final-state run: tensors held at the peak", "peak of a run, 64 steps", "sdesolve", most=3.0),
+        Goal("first call: s", "first call", "sdesolve", most=5.0),
+        Goal("first call of a later process: s", "first call, kernel on disk", "sdesolve", most=0.2),
+        Goal("solve over its kernel, 1M paths", "solve over its kernel", "sdesolve", most=1.2),
+        Goal("import sdesolve over import torch", "import over torch's", "sdesolve", most=1.2),
+    )
+
+
+GOALS = _goals()

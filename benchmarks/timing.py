@@ -1,0 +1,115 @@
+"""Timing several callables in turn, so that whatever disturbs the machine disturbs them alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+__all__ = ["Quartiles", "Timing", "interleave", "quartiles"]
+
+Quartiles = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call in each round, and that time over the baseline's in the same round."""
+
+    seconds: list[float]
+    over_baseline: list[float]
+
+    @property
+    def median(self) -> float:
+        """Of the seconds per call."""
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds of this over the baseline."""
+        return statistics.median(self.over_baseline)
+
+    def ratio_error(self) -> float:
+        """Relative standard error of `ratio`, from the quartiles: 1.25 sd / sqrt(rounds), sd = (q3 - q1) / 1.35."""
+        low, middle, high = quartiles(self.over_baseline)
+        return 0.93 * (high - low) / (middle * math.sqrt(len(self.over_baseline)))
+
+
+def quartiles(values: list[float]) -> Quartiles:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def interleave(
+    callables: Mapping[str, Callable[[], object]],
+    *,
+    baseline: str,
+    rounds: int = 7,
+    most: int = 60,
+    seconds: float = 5.0,
+    precision: float = 0.02,
+    min_seconds: float = 5e-3,
+    share: float = 0.05,
+    settle: float = 0.0,
+    synchronize: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Time each callable once a round, in an order that rotates from round to round.
+
+    Args:
+        callables: What to time, by name.
+        baseline: Name of the one that ratios are relative to.
+        rounds: Least number of rounds, at least 2.
+        most: Greatest number of rounds.
+        seconds: After the least number of rounds, no further round begins that late.
+        precision: Rounds also end when no ratio has a greater relative standard error.
+        min_seconds: A callable quicker than this is called several times a round, and the mean is taken.
+        share: Likewise one quicker than this share of the slowest: what disturbs for a moment would else weigh on the
+            quick alone.
+        settle: Seconds to sleep before each timing. OpenMP's threads spin for some milliseconds after their last piece
+            of work, on the cores of whoever is timed next.
+        synchronize: Called before each reading of the clock, for work that a device finishes later.
+
+    Raises:
+        ValueError: `baseline` is not among the callables, or there are fewer than two rounds.
+    """
+    if baseline not in callables:
+        raise ValueError(f"baseline {baseline!r} is not among {', '.join(map(repr, callables))}")
+    if not 2 <= rounds <= most:
+        raise ValueError(f"rounds must be at least 2 and at most most={most}, got {rounds}")
+
+    def once(call: Callable[[], object], repeats: int) -> float:
+        time.sleep(settle)
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    for call in callables.values():
+        call()  # compilation and first touches
+    first = {name: once(call, 1) for name, call in callables.items()}
+    least = max(min_seconds, share * max(first.values()))
+    repeats = {name: max(1, round(least / max(t, 1e-9))) for name, t in first.items()}
+    times: dict[str, list[float]] = {name: [] for name in callables}
+    names = list(callables)
+    start = time.perf_counter()
+    found: dict[str, Timing] = {}
+    for turn in range(most):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(once(callables[name], repeats[name]))
+        if turn + 1 >= rounds:
+            found = {name: Timing(v, _over(v, times[baseline])) for name, v in times.items()}
+            precise = all(t.ratio_error() <= precision for t in found.values())
+            if precise or time.perf_counter() - start > seconds:
+                break
+    return found
+
+
+def _over(values: list[float], baseline: list[float]) -> list[float]:
+    return [t / b for t, b in zip(values, baseline, strict=True)]
