@@ -1,4 +1,4 @@
-"""Prints what the benchmarks are for, ratios to peers timed in the same rounds, where pytest-benchmark prints times."""
+"""Rounds shared by the contenders of a problem, and a table at the end where pytest-benchmark prints times."""
 
 from __future__ import annotations
 
@@ -6,14 +6,87 @@ from typing import Any
 
 import pytest
 
+from benchmarks.compare import Report, table
+from benchmarks.figures import FIGURES
+from benchmarks.registry import BASELINE, Outcome, Problem, compete, describe
+from benchmarks.suite import problems
+
+_ARENA = pytest.StashKey["Arena"]()
+
+
+class Arena:
+    """Outcomes by problem, found when the first of its contenders is asked for; and what could not run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.pace: dict[str, float] = {}
+        if config.getoption("--quick"):
+            self.pace = {"rounds": 5, "seconds": 2.0, "precision": 0.03}
+        if config.getoption("--hasty"):
+            self.pace = {"rounds": 2, "most": 3, "seconds": 0.1}
+        self.machine = describe()
+        self.missing: dict[str, str] = {}
+        self.refused: list[dict[str, str]] = []
+        self._found: dict[str, dict[str, Outcome]] = {}
+
+    def __call__(self, problem: Problem, names: set[str]) -> dict[str, Outcome]:
+        if problem.name not in self._found:
+            found = self._found[problem.name] = compete(problem, names, **self.pace)
+            for name, outcome in found.items():
+                if outcome.missing:
+                    self.missing[name] = outcome.missing
+                if outcome.refused:
+                    self.refused.append({"problem": problem.name, "contender": name, "why": outcome.refused})
+        return self._found[problem.name]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the short version: ratios that have goals, and their like")
+    parser.addoption("--hasty", action="store_true", help="few rounds: to see that everything runs, not how fast")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ARENA] = Arena(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        left_out = [item for item in items if not _quick(item)]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _quick(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", None)
+    found = parameters.params if parameters is not None else {}
+    if "problem" in found:
+        quick = problems()[found["problem"]].quick
+        return bool(quick) and found["contender"] in (BASELINE, *quick)
+    return "figure" in found and FIGURES[found["figure"]].quick
+
+
+@pytest.fixture
+def outcomes(request: pytest.FixtureRequest, problem: str) -> dict[str, Outcome]:
+    """Of all contenders that this session was asked for."""
+    parameters = (getattr(item, "callspec", None) for item in request.session.items)
+    chosen = {p.params["contender"] for p in parameters if p is not None and p.params.get("problem") == problem}
+    return request.config.stash[_ARENA](problems()[problem], chosen)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info |= config.stash[_ARENA].machine
+    del machine_info["node"]
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    arena = config.stash[_ARENA]
+    output_json |= {"missing": arena.missing, "refused": arena.refused}
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session: Any = getattr(config, "_benchmarksession", None)
-    rows = [b for b in session.benchmarks if "speedup" in b.extra_info] if session else []
-    if not rows:
-        return
-    terminalreporter.section("speedup over the eager torch that each replaces, medians of interleaved rounds")
-    for b in rows:
-        low, high = b.extra_info["speedup_quartiles"]
-        speedup, median = b.extra_info["speedup"], b.extra_info["median_us"]
-        terminalreporter.write_line(f"{b.name:72s} {median:10.1f} us {speedup:6.2f} x  ({low:.2f} to {high:.2f})")
+    infos = [b.extra_info for b in session.benchmarks] if session else []
+    arena = config.stash[_ARENA]
+    if infos:
+        report = Report.of(infos, arena.machine, arena.missing, arena.refused)
+        terminalreporter.section("how many times as long as sdesolve, medians of interleaved rounds")
+        terminalreporter.write_line(table(report))

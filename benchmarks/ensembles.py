@@ -231,7 +231,7 @@ def ensemble(
         return build
 
     def loop() -> Call:
-        x0, params = start()
+        x0, _ = start()
         made = _in_place_linear(x0, steps) if name in ("linear", "geometric") else _plain(lambda f: f)
         return _captured(made) if device.type == "cuda" else made
 
@@ -240,7 +240,8 @@ def ensemble(
 
     def compiled() -> Call:
         torch.compiler.reset()
-        return _plain(lambda f: torch.compile(f, dynamic=False))
+        made = _plain(lambda f: torch.compile(f, dynamic=False))
+        return _captured(made) if device.type == "cuda" else made
 
     def in_jax(function: str) -> Build:
         def build() -> Call:
@@ -278,7 +279,7 @@ def ensemble(
 
 
 def ensembles(device: torch.device) -> Iterator[Problem]:
-    """The linear equation as published, few and many paths; the other models, whose eager loops take tenths of seconds."""
+    """The linear equation as published, few and many paths; other models, whose eager loops take tenths of seconds."""
     peers = ("torch loop", "torchsde", "jax scan", "diffrax", "limit: noise")
     yield ensemble("linear", 8192, 256, device, quick=peers)
     yield ensemble("linear", 131_072, 256, device, quick=peers, timing={"seconds": 20.0})

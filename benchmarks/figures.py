@@ -50,7 +50,9 @@ def peak(call):
     kept = call()
     return (kib("VmHWM") - before) * 1024
 """
-_LOSS = _PEAK + """
+_LOSS = (
+    _PEAK
+    + """
 import torch, sdesolve_kernels as k
 output = torch.ones(64, 1 << 18, requires_grad=True)
 def sdesolve(output):
@@ -61,7 +63,10 @@ call = {"sdesolve": sdesolve, "torch": eager}[sys.argv[1]]
 call(torch.zeros(600, 600, requires_grad=True))
 print(peak(lambda: call(output)) / (4 * output.numel()))
 """
-_RUN = _PEAK + """
+)
+_RUN = (
+    _PEAK
+    + """
 import torch, sdesolve as sds
 paths, width, steps = map(int, sys.argv[1:])
 sde = sds.SDE(lambda x, t: 1.5 * x, lambda x, t: 0.01 * x)
@@ -70,6 +75,7 @@ solve(torch.full((1000, width), 0.1), 4)
 x0 = torch.full((paths, width), 0.1)
 print(x0.numel() * 4 + peak(lambda: solve(x0, steps)))
 """
+)
 _FIRST = """
 import time, torch, sdesolve as sds
 def drift(x, t):
@@ -95,19 +101,15 @@ def _loss() -> dict[str, float]:
 
 def _first_call() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache:
-        return {"sdesolve": _output(_FIRST, SDESOLVE_CACHE=cache)}
-
-
-def _first_call_later() -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as cache:
-        _output(_FIRST, SDESOLVE_CACHE=cache)
-        return {"sdesolve": statistics.median(_output(_FIRST, SDESOLVE_CACHE=cache) for _ in range(3))}
+        compiled = _output(_FIRST, SDESOLVE_CACHE=cache)
+        later = statistics.median(_output(_FIRST, SDESOLVE_CACHE=cache) for _ in range(3))
+    return {"sdesolve": compiled, "sdesolve, kernel on disk": later}
 
 
 def _import() -> dict[str, float]:
     """Interleaved; the first of each fills the caches of files and bytecode."""
     ratios = []
-    for turn in range(8):
+    for turn in range(6):
         torch_alone, ours = (_output(_IMPORT.format(name)) for name in ("torch", "sdesolve"))
         if turn:
             ratios.append(ours / torch_alone)
@@ -187,7 +189,6 @@ FIGURES: dict[str, Figure] = {
         quick=False,
     ),
     "first call": Figure("s, tracing and compiling a 4-dimensional system", _first_call),
-    "first call, kernel on disk": Figure("s", _first_call_later),
     "import over torch's": Figure("times the time of import torch", _import),
     "16 paths, a step": Figure("us, all that a call of 256 steps does", _few_paths),
     "solve over its kernel": Figure("times the kernel, 1M paths x 256", _over_kernel),

@@ -12,10 +12,11 @@ A kernel is timed in a dtype only if every check of it in that dtype held; the r
 few seconds, so a run that is killed keeps what it had; a section that fails leaves its traceback. Sizes are measured
 from the most to the least telling, and what does not fit into ``--budget-seconds`` is dropped and named.
 
-Needs torch, numpy and Triton; the sampler's section also what sdesolve imports: jaxtyping (with wadler_lindig), scipy,
-safetensors, tqdm. All but torch, numpy, scipy and Triton are pure Python or small wheels that can be carried along and
-put on PYTHONPATH; what is missing is named first thing, with the sections that go without. numba is needed for
-``--device cpu`` only. ``torch.compile`` on a CPU would need a C++ compiler: there its "aot_eager" backend stands in.
+Needs torch, numpy and Triton; samplers, trajectories, the suite's problems and their scaling also what sdesolve
+imports: jaxtyping (with wadler_lindig), scipy, safetensors, tqdm. All but torch, numpy, scipy and Triton are pure
+Python or small wheels that can be carried along and put on PYTHONPATH; what is missing is named first thing, with the
+sections that go without, and peers in the report. numba is needed for ``--device cpu`` only. On a CPU the "aot_eager"
+backend of ``torch.compile`` stands in for the compiler.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Run:
         shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         self.report: Record = {
             "schema": 1, "complete": False, "command": command, "date": options.date, "options": shown,
-            "missing": _missing(), "machine": {}, "checks": {}, "sections": {}, "measurements": [], "refused": [],
-            "dropped": [], "targets": [],
+            "missing": _missing(), "missing_peers": {}, "machine": {}, "checks": {}, "sections": {},
+            "measurements": [], "refused": [], "dropped": [], "targets": [],
         }  # fmt: skip
 
     def left(self) -> float:
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> Record:
 def _sections(run: Run) -> None:
     # After the check of what is missing: these import torch and the kernels.
     import torch
+
     from benchmarks.gpu_device import machine
     from benchmarks.gpu_measure import Size, compiled, large, memory, small
     from benchmarks.gpu_ops import CASES, spoil
@@ -204,6 +206,7 @@ def _sections(run: Run) -> None:
         run.section("sampler", functools.partial(_sampler, run, where), 30 if gpu else 0)
         work = functools.partial(_trajectories, run, where)
         run.section("trajectories", work, 60 if gpu else 0)
+        _contests(run, where)
     add_large(sizes[1024], 150)
     add_compiled(sizes[256], 20)
     for size in shapes[quick:]:
@@ -248,6 +251,19 @@ def _sampler(run: Run, where: Any) -> Iterator[Record]:
     quick = run.options.quick
     return sampler(where, batch=2 if quick else 64, steps=4 if quick else 100, channels=4 if quick else 64,
                    count=2 if quick else 7)  # fmt: skip
+
+
+def _contests(run: Run, where: Any) -> None:
+    from benchmarks.gpu_suite import contest, contests, scaling
+
+    options, report = run.options, run.report
+    needs = 0.0 if where.stand_in else 25.0
+    for problem, names in contests(where, options.quick, options.tiny):
+        work = functools.partial(
+            contest, where, problem, names, options.quick, report["missing_peers"], report["refused"]
+        )
+        run.section(f"problem, {problem.name}", work, needs)
+    run.section("scaling", functools.partial(scaling, where, options.quick, options.tiny), 2 * needs)
 
 
 def _trajectories(run: Run, where: Any) -> Iterator[Record]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import sdesolve_kernels as k
 import torch
-from benchmarks.gpu_device import Machine
-from benchmarks.gpu_ops import CASES, STREAM, Case, States, states
 from sdesolve_kernels import reference
 from sdesolve_kernels import reference_steps as ref
 from torch import Tensor
+
+from benchmarks.gpu_device import Machine
+from benchmarks.gpu_ops import CASES, STREAM, Case, States, states
 
 __all__ = ["DTYPES", "Check", "check_case", "check_kernel", "check_large", "check_noise", "name_of", "value_check"]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
 from benchmarks.gpu_checks import name_of, value_check
 from benchmarks.gpu_device import Machine
 from benchmarks.gpu_ops import CASES, STREAM, Case, states

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmarks.gpu_device import Machine
-from benchmarks.gpu_measure import quartiles, rounds
 from torch import Tensor
 
 import sdesolve as sds
+from benchmarks.gpu_device import Machine
+from benchmarks.gpu_measure import quartiles, rounds
 from sdesolve.graphs import CapturedSampler, StraightSampler
 
 __all__ = ["sampler"]

@@ -96,6 +96,11 @@ def table(report: Record) -> str:
         elif "ms" in m:
             medians = {name: round(v["median"], 3) for name, v in m["ms"].items()}
             lines.append(f"{m['section']:9}ms: {medians}; overhead {_rounded(m['overhead'])}")
+        elif "row" in m and m["row"]["contender"] != "sdesolve":
+            row = m["row"]
+            lines.append(f"{m['section']:9}{row['problem']:40}{row['contender']:20} {row['ratio'][1]:.3g} x ours")
+        elif "fit" in m:
+            lines.append(f"{m['section']:9}{m['axis']:12}{m['contender']:20} {_rounded(m['fit'])}")
     gates = report["checks"].get("gates", {})
     closed = {name: gate["why"] for name, gate in gates.items() if not gate["open"]}
     passed, failed = (sum(gate[key] for gate in gates.values()) for key in ("passed", "failed"))
@@ -114,4 +119,4 @@ def table(report: Record) -> str:
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in values.items()}
+    return {name: float(f"{value:.3g}") for name, value in values.items()}

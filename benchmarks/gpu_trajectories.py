@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmarks.gpu_device import Machine
-from benchmarks.gpu_measure import quartiles, rounds
-from benchmarks.models import MODELS, Model
 from torch import Tensor
 
 import sdesolve as sds
+from benchmarks.gpu_device import Machine
+from benchmarks.gpu_measure import quartiles, rounds
+from benchmarks.models import MODELS, Model
 
 __all__ = ["trajectories"]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.gpu_checks import DTYPES, check_kernel, check_large, name_of
 from benchmarks.gpu_device import Machine, machine
 from benchmarks.gpu_ops import CASES, spoil

@@ -163,9 +163,7 @@ def diffrax_sde(
 
     def one(x: Any, p: Any, key: Any) -> Any:
         path = diffrax.UnsafeBrownianPath((shape[-1],), key)
-        terms = diffrax.MultiTerm(
-            diffrax.ODETerm(lambda t, y, p: f(y, t, p)), diffrax.ControlTerm(matrix, path)
-        )
+        terms = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, p: f(y, t, p)), diffrax.ControlTerm(matrix, path))
         solution = diffrax.diffeqsolve(
             terms, diffrax.Euler(), t0, t0 + steps * dt, dt, x, args=p, saveat=diffrax.SaveAt(t1=True),
             adjoint=diffrax.DirectAdjoint(), max_steps=steps + 1,

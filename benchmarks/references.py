@@ -31,10 +31,8 @@ def main() -> None:
                 x0 = torch.randn(x0.shape, dtype=x0.dtype, generator=generator)
             found.append(statistics_of(plain_loop(model, x0, params, steps, lambda f: f)()))
         by_repeat = torch.stack([s.mean(0) for s in found])
-        if params is None:
-            deviation = torch.cat(found).std(0)
-        else:  # the sweep is the same every time: what varies between repeats is all that a contender may vary by
-            deviation = by_repeat.std(0) * _PATHS**0.5
+        # A sweep is the same every time: what varies between repeats is all that a contender may vary by.
+        deviation = torch.cat(found).std(0) if params is None else by_repeat.std(0) * _PATHS**0.5
         table[f"{name}, {steps} steps"] = {
             "value": by_repeat.mean(0).tolist(), "deviation": deviation.tolist(), "paths": _PATHS * _REPEATS,
         }  # fmt: skip

@@ -51,7 +51,9 @@ class Goal(NamedTuple):
 _IN_PLACE = "of 8 us, 1.5 are the kernel and its call; the rest is Python that checks shapes, dtypes and who records"
 _SCAN = "XLA fuses the scan's body and draws its noise on all cores; what is left between us is the cost of a normal"
 _TRAINING = "eager keeps the noise of its perturbation, ours makes it twice; the gain is memory, 1 tensor instead of 6"
-_DIFFRAX = "both loops are compiled: the ratio is that of the noise, and bounded where memory does not slow diffrax down"
+_DIFFRAX = (
+    "both loops are compiled: the ratio is that of the noise, and bounded where memory does not slow diffrax down"
+)
 _FEW = "with few paths the loop's overhead counts, of which a hand-written loop has three calls a step"
 
 
@@ -92,7 +94,7 @@ def _goals() -> tuple[Goal, ...]:
         Goal("16 paths: us per step, all told", "16 paths, a step", "sdesolve", most=5.0),
         Goal("final-state run: tensors held at the peak", "peak of a run, 64 steps", "sdesolve", most=3.0),
         Goal("first call: s", "first call", "sdesolve", most=5.0),
-        Goal("first call of a later process: s", "first call, kernel on disk", "sdesolve", most=0.2),
+        Goal("first call of a later process: s", "first call", "sdesolve, kernel on disk", most=0.2),
         Goal("solve over its kernel, 1M paths", "solve over its kernel", "sdesolve", most=1.2),
         Goal("import sdesolve over import torch", "import over torch's", "sdesolve", most=1.2),
     )

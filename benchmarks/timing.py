@@ -55,6 +55,7 @@ def interleave(
     min_seconds: float = 5e-3,
     share: float = 0.05,
     settle: float = 0.0,
+    warm: bool = False,
     synchronize: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time each callable once a round, in an order that rotates from round to round.
@@ -71,6 +72,7 @@ def interleave(
             quick alone.
         settle: Seconds to sleep before each timing. OpenMP's threads spin for some milliseconds after their last piece
             of work, on the cores of whoever is timed next.
+        warm: Everything has been called before, so that the first call is like later ones.
         synchronize: Called before each reading of the clock, for work that a device finishes later.
 
     Raises:
@@ -90,7 +92,7 @@ def interleave(
         synchronize()
         return (time.perf_counter() - start) / repeats
 
-    for call in callables.values():
+    for call in () if warm else callables.values():
         call()  # compilation and first touches
     first = {name: once(call, 1) for name, call in callables.items()}
     least = max(min_seconds, share * max(first.values()))

@@ -19,11 +19,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from benchmarks.models import MODELS
 from sdesolve_kernels import dispatch, use_backend
 from sdesolve_kernels._triton.aot import TRITON_VERSION
 from sdesolve_kernels._triton.arguments import Launch, recording
 from sdesolve_kernels.report import ARCHITECTURES, compare, figures, show
+
+from benchmarks.models import MODELS
 
 __all__ = ["TABLE", "launches", "on_the_host", "report"]
 

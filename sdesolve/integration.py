@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.checks import check_diffusion, check_drift
-from sdesolve.recipes import AbstractCounted
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, is_matrix, noise_shape
 from sdesolve.solution import DivergenceError
 from sdesolve.solvers.base import AbstractSolver, Span
@@ -54,7 +53,7 @@ def stepwise(
 
 
 @final
-class Watched(AbstractCounted):
+class Watched(AbstractSDE):
     """An SDE that counts its drift evaluations, and checks what its functions return until told to stop."""
 
     def __init__(self, sde: AbstractSDE) -> None:

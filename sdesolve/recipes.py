@@ -6,7 +6,6 @@ a second time.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import final
@@ -16,22 +15,13 @@ from sdesolve_kernels.trajectory import Inputs, Signature, traced_shape
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath
+from sdesolve.integration import Watched
 from sdesolve.saving import SavePlan
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, noise_shape
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
 from sdesolve.solvers.tabulated import AbstractTabulated, Table, row_step
-
-
-class AbstractCounted(AbstractSDE):
-    """An SDE that counts the evaluations of its drift."""
-
-    evaluations: int
-
-    @abc.abstractmethod
-    def field(self, x: Tensor, t: Tensor) -> Tensor:
-        """The field of a semilinear equation, counted as an evaluation of its drift."""
 
 
 @final
@@ -51,7 +41,7 @@ class Task:
 
     solver: AbstractSolver
     equation: AbstractSDE
-    watched: AbstractCounted
+    watched: Watched
     noise: AbstractNoise
     times: Tensor
     x0: Tensor

@@ -12,9 +12,7 @@ from sdesolve import grids
 from sdesolve.adaptive import solve_adaptively
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
 from sdesolve.checks import all_finite, check_pair, check_state
-from sdesolve.fusing import Fused, fuse
 from sdesolve.integration import Watched, stepwise
-from sdesolve.recipes import Task
 from sdesolve.saving import Observable, SaveAt, SavePlan
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
 from sdesolve.solution import Solution, Stats
@@ -115,6 +113,9 @@ def solve(
     seed_used = noise.seed if isinstance(noise, BrownianPath) and random else None
     why = ""
     if backend in ("auto", "fused"):
+        from sdesolve.fusing import Fused, fuse  # not with the package: the compiler is a third of its import
+        from sdesolve.recipes import Task
+
         with tqdm(total=len(times) - 1, disable=not progress, unit="step", leave=False) as bar:
             fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
             bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)

@@ -32,14 +32,9 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def harness(monkeypatch):
-    """The harness's modules, imported as its script imports them."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu_checks
-    import gpu_device
-    import gpu_ops
-    import gpu_targets
-    import gpu_worker
+def harness():
+    """The harness's modules."""
+    from benchmarks import gpu_checks, gpu_device, gpu_ops, gpu_targets, gpu_worker
 
     return SimpleNamespace(checks=gpu_checks, device=gpu_device, ops=gpu_ops, targets=gpu_targets, worker=gpu_worker)
 
@@ -55,7 +50,7 @@ def test_the_report_is_whole(run):
     assert {s["status"] for s in report["sections"].values()} == {"done"}
     assert not report["checks"]["errors"]
     seen = {m["section"] for m in report["measurements"]}
-    assert seen == {"large", "small", "compiled", "memory", "sampler", "trajectories"}
+    assert seen == {"large", "small", "compiled", "memory", "sampler", "trajectories", "problems", "scaling"}
     for m in report["measurements"]:
         for times in m.get("us", {}).values():
             assert 0 < times["lower"] <= times["median"] <= times["upper"]

@@ -1,0 +1,319 @@
+"""Tables of result files, a picture, and what got worse between two.
+
+::
+
+    python -m benchmarks.compare A.json                    # table and goals
+    python -m benchmarks.compare A.json --markdown         # the same for a README
+    python -m benchmarks.compare A.json --plot ratios.png
+    python -m benchmarks.compare A.json --save benchmarks/results/cpu.json   # without the times of single rounds
+    python -m benchmarks.compare OLD.json NEW.json         # exits with 1 if a ratio fell, or a figure rose, too far
+    python -m benchmarks.compare A.json B.json --agree     # exits with 1 if they differ too far either way
+
+Files are those of ``pytest benchmarks --benchmark-json=``, of ``benchmarks/gpu.py`` and of ``--save``. A ratio is a
+contender's time over ours in the same round, so a ratio that falls is a regression, whoever got faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Change", "Report", "changes", "goals", "load", "main", "markdown", "table"]
+
+_LIMIT, _AGREE = 1.25, 1.15
+_OURS = "sdesolve"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found: rows by problem and contender, figures by name and contender."""
+
+    machine: Record
+    rows: dict[tuple[str, str], Record]
+    figures: dict[tuple[str, str], Record] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    refused: list[Record] = field(default_factory=list)
+
+    @staticmethod
+    def of(infos: Iterable[Record], machine: Record, missing: dict[str, str], refused: list[Record]) -> Report:
+        """From records that hold a row or a figure."""
+        rows, figures = {}, {}
+        for info in infos:
+            if "row" in info:
+                rows[info["row"]["problem"], info["row"]["contender"]] = info["row"]
+            if "figure" in info:
+                for who, value in info["figure"]["values"].items():
+                    figures[info["figure"]["name"], who] = {"value": value, "unit": info["figure"]["unit"]}
+        return Report(machine, rows, figures, missing, refused)
+
+    def save(self, path: Path) -> None:
+        """As a file that `load` takes."""
+        infos: list[Record] = [{"row": row} for row in self.rows.values()]
+        names = dict.fromkeys(name for name, _ in self.figures)
+        for name in names:
+            of = {who: f for (n, who), f in self.figures.items() if n == name}
+            unit = next(iter(of.values()))["unit"]
+            infos.append({"figure": {"name": name, "unit": unit, "values": {w: f["value"] for w, f in of.items()}}})
+        found = {"machine": self.machine, "infos": infos, "missing": self.missing, "refused": self.refused}
+        path.write_text(json.dumps(found, indent=None, separators=(",", ":")).replace('{"row"', '\n{"row"') + "\n")
+
+    def suites(self) -> dict[str, dict[str, dict[str, Record]]]:
+        """Rows by suite, problem and contender, as they came."""
+        found: dict[str, dict[str, dict[str, Record]]] = {}
+        for (problem, contender), row in self.rows.items():
+            found.setdefault(row["suite"], {}).setdefault(problem, {})[contender] = row
+        return found
+
+
+def load(path: Path) -> Report:
+    """A result file.
+
+    Raises:
+        ValueError: the file is of no kind known here.
+    """
+    found = json.loads(path.read_text())
+    if "infos" in found:
+        return Report.of(found["infos"], found["machine"], found["missing"], found["refused"])
+    if "benchmarks" in found:
+        infos = [b["extra_info"] for b in found["benchmarks"]]
+        kept = ("processor", "cores", "torch_threads", "load_before", "python", "versions", "environment")
+        machine = {name: found["machine_info"].get(name) for name in kept}
+        machine |= {"date": found["datetime"][:10], "commit": found["commit_info"].get("id", "")[:9]}
+        return Report.of(infos, machine, found.get("missing", {}), found.get("refused", []))
+    if "measurements" in found:
+        machine = found["machine"] | {"date": found["date"], "processor": found["machine"].get("device", "?")}
+        infos = [record for m in found["measurements"] for record in (m, *_from_device(m))]
+        return Report.of(infos, machine, found.get("missing_peers", {}), found.get("refused", []))
+    raise ValueError(f"{path} is not from pytest --benchmark-json, benchmarks/gpu.py or benchmarks.compare --save")
+
+
+def _from_device(m: Record) -> Iterable[Record]:
+    """Rows of a record with ratios by name: ``eager / ours`` is one of times, ``of copy`` a share of a limit."""
+    if "ratios" not in m or "dtype" not in m:
+        return
+    common = {"suite": m["section"], "problem": f"{m['case']}, {m['size']} {m['dtype']}"}
+    ours = m.get("us", {}).get("ours") or m.get("us", {}).get("kernel")
+    if ours:
+        each = {"ns_per_unit": 1e3 * ours["median"], "unit": "call", "threads": 1, "ratio": [1.0, 1.0, 1.0]}
+        yield {"row": {**common, "contender": _OURS, **each}}
+    for name, q in m["ratios"].items():
+        values = [q["lower"], q["median"], q["upper"]]
+        share = name.startswith("of ")
+        contender = f"limit: {name[3:]}" if share else name.removesuffix(" / ours").removesuffix(" / kernel")
+        yield {"row": {**common, "contender": contender, "ratio": values, **({"share": values} if share else {})}}
+
+
+def _head(machine: Record) -> str:
+    versions = machine.get("versions") or {n: machine[n] for n in ("torch", "triton", "numba") if n in machine}
+    names = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
+    threads = f", torch on {machine['torch_threads']} threads" if "torch_threads" in machine else ""
+    load = f", load {machine['load_before']} before the run" if "load_before" in machine else ""
+    return f"{machine.get('date', 'now')}, {machine.get('processor', '?')}{threads}{load}; {names}"
+
+
+def _span(values: list[float], digits: str = ".3g") -> str:
+    low, middle, high = values
+    return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
+
+
+def _cell(row: Record) -> str:
+    return f"{_span(row['share'], '.2f')} of it" if "share" in row else _span(row["ratio"])
+
+
+def table(report: Report) -> str:
+    """For a terminal: rows, figures, what is missing or refused, goals."""
+    lines = [_head(report.machine)]
+    for suite, problems in report.suites().items():
+        lines += ["", f"{suite}"]
+        for problem, contenders in problems.items():
+            ours = contenders.get(_OURS)
+            per = f"{ours['ns_per_unit']:.4g} ns/{ours['unit']}, {ours['threads']} thr." if ours else ""
+            lines.append(f"  {problem:52}{per}")
+            lines += [f"      {name:24}{_cell(row)}" for name, row in contenders.items() if name != _OURS]
+    if report.figures:
+        lines += ["", "figures"]
+        lines += [f"  {name:36}{who:14}{f['value']:<10.4g}{f['unit']}" for (name, who), f in report.figures.items()]
+    lines += [""] + [f"missing: {name} ({why})" for name, why in report.missing.items()]
+    lines += [f"NOT TIMED, as its result is wrong: {_refused(r)}" for r in report.refused]
+    verdicts = goals(report)
+    if verdicts:
+        lines += ["", f"{'goal':62}{'got':>8}"]
+        lines += [f"{text:62}{got:>8}  {verdict}" for text, got, verdict in verdicts]
+    return "\n".join(lines)
+
+
+def _refused(r: Record) -> str:
+    return f"{r.get('problem') or r.get('case')} by {r.get('contender', 'sdesolve')}: {r['why']}"
+
+
+def markdown(report: Report) -> str:
+    """For a README: a table for each suite, then figures and goals."""
+    lines = [f"{_head(report.machine)}."]
+    for suite, problems in report.suites().items():
+        names = dict.fromkeys(n for contenders in problems.values() for n in contenders if n != _OURS)
+        lines += ["", f"| {suite} | ns | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+        for problem, contenders in problems.items():
+            ours = contenders.get(_OURS)
+            cells = [_brief(contenders.get(name)) for name in names]
+            per = f"{ours['ns_per_unit']:.3g}" if ours else ""
+            lines.append(f"| {problem} | {per} | " + " | ".join(cells) + " |")
+    if report.figures:
+        lines += ["", "| figure | of | | |", "|---|---|---|---|"]
+        lines += [f"| {name} | {who} | {f['value']:.3g} | {f['unit']} |" for (name, who), f in report.figures.items()]
+    lines += ["", "| goal | got | |", "|---|---|---|"]
+    lines += [f"| {text} | {got} | {verdict} |" for text, got, verdict in goals(report)]
+    lines += [""] + [f"Missing: {name} ({why})." for name, why in report.missing.items()]
+    lines += [f"Not timed, as its result is wrong: {_refused(r)}." for r in report.refused]
+    return "\n".join(lines)
+
+
+def _brief(row: Record | None) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row['share'][1]:.0f}%" if "share" in row else f"{row['ratio'][1]:.3g}"
+
+
+def goals(report: Report) -> list[tuple[str, str, str]]:
+    """Each goal whose problem took part: what is wanted, what was found, and the verdict."""
+    from benchmarks.suite import GOALS  # it takes a second: torch and all problems
+
+    found = []
+    problems = {problem for problem, _ in report.rows} | {name for name, _ in report.figures}
+    for goal in GOALS:
+        if goal.problem not in problems:
+            continue
+        row, figure = (d.get((goal.problem, goal.contender)) for d in (report.rows, report.figures))
+        if goal.most is not None:
+            got = figure["value"] if figure else row["ns_per_unit"] if row else None
+            met = got is not None and got <= goal.most
+            wanted = f"at most {goal.most:g}"
+        else:
+            got = row["ratio"][1] if row else None
+            met = got is not None and goal.least is not None and got >= goal.least
+            wanted = f"at least {goal.least:g}"
+        missed = f"missed, {wanted}" + (f": {goal.why}" if goal.why else "")
+        verdict = "not measured" if got is None else "met" if met else missed
+        found.append((goal.text, "-" if got is None else f"{got:.3g}", verdict))
+    return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one figure between two files; more than 1 is better."""
+
+    what: str
+    before: float
+    after: float
+    factor: float
+
+    def __str__(self) -> str:
+        return f"{self.what:80}{self.before:10.4g}{self.after:10.4g}   {self.factor:6.2f}"
+
+
+def changes(before: Report, after: Report) -> list[Change]:
+    """Of every ratio and figure that both have, the worst first."""
+    found = []
+    for key in before.rows.keys() & after.rows.keys():
+        if key[1] == _OURS:
+            continue
+        a, b = (report.rows[key]["ratio"][1] for report in (before, after))
+        found.append(Change(": ".join(key), a, b, b / a))
+    for key in before.figures.keys() & after.figures.keys():
+        a, b = (report.figures[key]["value"] for report in (before, after))
+        found.append(Change(": ".join(key), a, b, a / b if b else math.inf))
+    return sorted(found, key=lambda change: change.factor)
+
+
+def _gone(before: Report, after: Report) -> list[str]:
+    """What was timed, and now is wrong."""
+    refused = {(r["problem"], r["contender"]) for r in after.refused if "problem" in r}
+    return [": ".join(key) for key in before.rows if key in refused]
+
+
+def plot(report: Report, path: Path) -> None:
+    """Ratios with quartiles on a logarithmic axis, a panel for each suite."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    suites = {
+        suite: {p: {n: r for n, r in c.items() if n != _OURS and "share" not in r} for p, c in problems.items()}
+        for suite, problems in report.suites().items()
+    }
+    heights = [len(problems) + 1 for problems in suites.values()]
+    figure, axes = pyplot.subplots(
+        len(suites), figsize=(9, 0.28 * sum(heights) + 1), height_ratios=heights, sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    names = list(dict.fromkeys(n for problems in suites.values() for c in problems.values() for n in c))
+    colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    for axis, (suite, problems) in zip(axes[:, 0], suites.items(), strict=True):
+        for y, contenders in enumerate(problems.values()):
+            for name, row in contenders.items():
+                low, middle, high = row["ratio"]
+                error = [[middle - low], [high - middle]]
+                axis.errorbar(middle, y, xerr=error, fmt="o", ms=4, color=colours[name])
+        axis.axvline(1.0, color="0.6", lw=1)
+        axis.set(xscale="log", yticks=range(len(problems)), yticklabels=list(problems), title=suite)
+        axis.tick_params(labelsize=7)
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("time over that of sdesolve in the same round")
+    handles = [pyplot.Line2D([], [], marker="o", ls="", color=colours[n], label=n) for n in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 if something got worse than the limit allows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("files", type=Path, nargs="+", help="one result file, or the older and the newer")
+    parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the ratios")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="the same in a smaller file")
+    parser.add_argument("--limit", type=float, help=f"largest factor by which a ratio may fall; {_LIMIT} by default")
+    parser.add_argument("--agree", action="store_true", help=f"either way, and {_AGREE} by default")
+    options = parser.parse_args(argv)
+    if len(options.files) > 2:
+        parser.error(f"one or two files, got {len(options.files)}")
+    limit = options.limit or (_AGREE if options.agree else _LIMIT)
+    if not limit > 1:
+        parser.error(f"--limit must be greater than 1, got {limit}")
+    reports = [load(path) for path in options.files]
+    if options.plot:
+        plot(reports[-1], options.plot)
+    if options.save:
+        reports[-1].save(options.save)
+    if len(reports) == 1:
+        print(markdown(reports[0]) if options.markdown else table(reports[0]))
+        return 0
+    return _verdict(*reports, limit, options.agree)
+
+
+def _verdict(before: Report, after: Report, limit: float, both_ways: bool) -> int:
+    print(f"before: {_head(before.machine)}\nafter:  {_head(after.machine)}\n")
+    found, gone = changes(before, after), _gone(before, after)
+    bad = [c for c in found if c.factor < 1 / limit or (both_ways and c.factor > limit)]
+    print(f"{'better is more than 1':80}{'before':>10}{'after':>10}   factor")
+    print("\n".join(map(str, found)))
+    if found:
+        worst = max(found, key=lambda c: abs(math.log(c.factor)))
+        print(f"\nlargest difference: a factor of {max(worst.factor, 1 / worst.factor):.2f}, {worst.what}")
+    for change in bad:
+        print(f"BEYOND {limit:g}: {change.what}: {change.before:.4g}, then {change.after:.4g}")
+    for name in gone:
+        print(f"GONE: {name}")
+    print(f"{len(found)} compared, {len(bad)} beyond a factor of {limit:g}, {len(gone)} gone")
+    return int(bool(bad or gone or not found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The suite's problems, and its scaling, on a GPU: ensembles against peers, flows, likelihoods, samplers, training.
+
+Noise and step kernels have sections of their own. Times are the host's, from an idle device to an idle device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.ensembles import ensemble, ensembles
+from benchmarks.generative import generative
+from benchmarks.gpu_device import Machine
+from benchmarks.registry import BASELINE, Problem, compete, row
+from benchmarks.scaling import memory, sweep
+
+__all__ = ["contest", "contests", "scaling"]
+
+Record = dict[str, Any]
+_MANY = 1 << 23  # of the published runs
+
+
+def contests(machine: Machine, quick: bool, tiny: bool) -> Iterator[tuple[Problem, set[str] | None]]:
+    """Problems, and those of their contenders that take part if not all do."""
+    device = machine.device
+    if tiny:
+        yield ensemble("linear", 256, 8, device), {"sdesolve eager", "torch loop"}
+        return
+    if quick:
+        compiled = "torch.compile"
+        yield ensemble("linear", 256, 8, device), None if not machine.stand_in else _but(device, compiled)
+        for problem in generative(device):
+            yield problem, {name for name in problem.contenders if name != compiled}
+        return
+    yield ensemble("linear", _MANY, 256, device), {"torch loop", "limit: noise"}
+    yield from ((problem, None) for problem in ensembles(device))
+    yield from ((problem, None) for problem in generative(device))
+
+
+def _but(device: torch.device, left_out: str) -> set[str]:
+    return {name for name in ensemble("linear", 256, 8, device).contenders if name != left_out}
+
+
+def contest(
+    machine: Machine, problem: Problem, names: set[str] | None, quick: bool, missing: dict[str, str],
+    refused: list[Record],
+) -> Iterator[Record]:  # fmt: skip
+    """A record for each contender that is there and right; the others go to `missing` and `refused`."""
+    pace: dict[str, float] = {"rounds": 2, "most": 3, "seconds": 0.1} if quick else {"rounds": 5, "seconds": 3.0}
+    outcomes = compete(problem, names, machine.synchronize, **pace, settle=0.0)
+    for name, outcome in outcomes.items():
+        if outcome.missing is not None:
+            missing[name] = outcome.missing
+        elif outcome.timing is None:
+            refused.append({"case": problem.name, "problem": problem.name, "contender": name, "dtype": "float32",
+                            "why": outcome.refused})  # fmt: skip
+        else:
+            found = row(problem, name, outcome.timing)
+            yield {"section": "problems", "row": found, "stand_in": machine.stand_in or None}
+    machine.release()
+
+
+def scaling(machine: Machine, quick: bool, tiny: bool) -> Iterator[Record]:
+    """Cost and peak memory against paths, steps and dimension."""
+    contenders = (BASELINE,) if quick else (BASELINE, "torch loop")
+    axes = ("paths",) if tiny else ("paths", "steps", "dimension")
+    for record in sweep(machine.device, quick, machine.synchronize, contenders, axes):
+        yield {"section": "scaling", **record}
+
+    def peak(paths: int, width: int, steps: int) -> float:
+        call = ensemble("ou", paths, steps, machine.device, width=width).contenders[BASELINE]()
+        return 4.0 * paths * width + (machine.peak(call) or 0)
+
+    if not machine.stand_in:
+        for record in memory(quick, peak):
+            yield {"section": "scaling", "of": "memory", **record}

@@ -1,0 +1,162 @@
+"""Tables, goals, regressions and scaling fits, on results made up for the purpose; and one true run of the suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, scaling
+
+ROOT = Path(__file__).parents[2]
+GOAL = "linear, 8192 x 256"
+
+
+def row(contender, ratio, problem=GOAL, **more):
+    return {"row": {
+        "suite": "ensembles", "problem": problem, "contender": contender, "unit": "component-step", "work": 1.0,
+        "seconds": [0.9, 1.0, 1.1], "ratio": [0.9 * ratio, ratio, 1.2 * ratio], "ns_per_unit": 0.33, "rounds": 9,
+        "threads": 2, **more,
+    }}  # fmt: skip
+
+
+def figure(value):
+    return {"figure": {"name": "16 paths, a step", "unit": "us", "values": {"sdesolve": value}}}
+
+
+def written(path, infos, refused=()):
+    made = {
+        "machine_info": {"processor": "a processor", "versions": {"torch": "2.13", "jax": None}},
+        "datetime": "2026-11-23T00:00:00", "commit_info": {"id": "0123456789abcdef"},
+        "benchmarks": [{"extra_info": info} for info in infos], "missing": {"diffrax": "not installed: diffrax"},
+        "refused": list(refused),
+    }  # fmt: skip
+    path.write_text(json.dumps(made))
+    return path
+
+
+@pytest.fixture
+def before(tmp_path):
+    rows = [row("sdesolve", 1.0), row("torch loop", 8.8), row("jax scan", 8.2), figure(1.2)]
+    return written(tmp_path / "before.json", [*rows, row("limit: noise", 0.9, share=[0.8, 0.9, 1.0])])
+
+
+def test_a_table_says_what_was_met_missed_and_missing(before, capsys):
+    assert compare.main([str(before)]) == 0
+    shown = capsys.readouterr().out
+    assert "a processor" in shown
+    assert "8.8 (7.92 to 10.6)" in shown
+    assert "missing: diffrax (not installed: diffrax)" in shown
+    verdicts = {text: verdict for text, _, verdict in compare.goals(compare.load(before))}
+    assert verdicts["linear SDE, 8192 paths: 8 x torch loop"] == "met"
+    assert verdicts["linear SDE, 8192 paths: 25 x jax scan"].startswith("missed, at least 25: ")
+    assert verdicts["linear SDE, 8192 paths: 25 x diffrax"] == "not measured"
+    assert all(text in shown and verdict in shown for text, verdict in verdicts.items())
+    assert len(verdicts) == 6
+
+
+def test_markdown_has_a_column_for_each_contender(before, capsys):
+    assert compare.main([str(before), "--markdown"]) == 0
+    shown = capsys.readouterr().out
+    assert "| ensembles | ns | torch loop | jax scan | limit: noise |" in shown
+    assert "| linear, 8192 x 256 | 0.33 | 8.8 | 8.2 | 90% |" in shown
+
+
+@pytest.mark.parametrize(
+    ("infos", "options", "code"),
+    [
+        ([row("torch loop", 8.0), figure(1.2)], [], 0),
+        ([row("torch loop", 6.9), figure(1.2)], [], 1),
+        ([row("torch loop", 6.9), figure(1.2)], ["--limit", "1.3"], 0),
+        ([row("torch loop", 12.0), figure(1.2)], [], 0),
+        ([row("torch loop", 12.0), figure(1.2)], ["--agree"], 1),
+        ([row("torch loop", 9.9), figure(1.2)], ["--agree"], 0),
+        ([row("torch loop", 8.8), figure(1.6)], [], 1),
+        ([row("torch loop", 8.8), figure(0.6)], [], 0),
+        ([row("other", 8.8)], [], 1),
+    ],
+    ids=[
+        "a little less", "fell", "fell within a limit", "rose", "rose, and was to agree", "agrees", "figure rose",
+        "figure fell", "nothing to compare",
+    ],
+)  # fmt: skip
+def test_a_regression_is_what_fell_too_far(before, tmp_path, capsys, infos, options, code):
+    after = written(tmp_path / "after.json", infos)
+    assert compare.main([str(before), str(after), *options]) == code
+    assert ("BEYOND" in capsys.readouterr().out) == (code == 1 and "other" not in str(infos))
+
+
+def test_what_is_wrong_now_is_a_regression(before, tmp_path, capsys):
+    refused = [{"problem": GOAL, "contender": "torch loop", "why": "the mean is off"}]
+    after = written(tmp_path / "after.json", [row("jax scan", 8.2)], refused)
+    assert compare.main([str(before), str(after)]) == 1
+    assert f"GONE: {GOAL}: torch loop" in capsys.readouterr().out
+    assert compare.main([str(after)]) == 0
+    assert "NOT TIMED" in capsys.readouterr().out
+
+
+def test_a_saved_file_is_read_back(before, tmp_path):
+    kept = tmp_path / "kept.json"
+    assert compare.main([str(before), "--save", str(kept), "--plot", str(tmp_path / "ratios.png")]) == 0
+    first, second = compare.load(before), compare.load(kept)
+    assert first == second
+    assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+def test_a_report_from_a_gpu_has_the_same_rows(tmp_path):
+    q = {"lower": 5.0, "median": 6.0, "upper": 7.0}
+    measured = {
+        "section": "large", "case": "perturb", "size": "64 MiB", "dtype": "float32", "us": {"ours": q},
+        "ratios": {"eager / ours": q, "of copy": {"lower": 0.8, "median": 0.9, "upper": 0.95}},
+    }  # fmt: skip
+    file = tmp_path / "gpu.json"
+    report = {"machine": {"device": "a GPU"}, "date": "2026-11-23", "measurements": [measured, row("torch loop", 9.0)]}
+    file.write_text(json.dumps(report))
+    rows = compare.load(file).rows
+    assert rows["perturb, 64 MiB float32", "eager"]["ratio"] == [5.0, 6.0, 7.0]
+    assert rows["perturb, 64 MiB float32", "limit: copy"]["share"][1] == 0.9
+    assert rows[GOAL, "torch loop"]["ratio"][1] == 9.0
+
+
+def test_another_file_is_refused(tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is not from"):
+        compare.load(file)
+
+
+def test_fits_find_cost_slope_and_knee():
+    n = [4**k for k in range(2, 11)]
+    found = scaling.fit(n, [1e-3 + 2e-6 * v for v in n])
+    assert found.fixed == pytest.approx(1e-3)
+    assert found.each == pytest.approx(2e-6)
+    assert found.knee == pytest.approx(500.0)
+    assert 0.9 < found.slope < 1.0
+    free = scaling.fit(n, [2e-6 * v * (1 + 0.01 * (v == 16)) for v in n])
+    assert free.fixed == pytest.approx(0.0, abs=1e-6)
+    assert scaling.fit(n, [3e-7 * v**1.5 for v in n]).slope == pytest.approx(1.5)
+
+
+def test_the_suite_runs_and_leaves_a_file(tmp_path):
+    """Rounds shared by contenders, times told to pytest-benchmark, what is missing or wrong in the file."""
+    out = tmp_path / "out.json"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_suite.py", "--hasty", "-q", "-p", "no:cacheprovider",
+               "-k", "(normal and 1024 and x and 2 and float32 and not 4096)", f"--benchmark-json={out}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert "node" not in found["machine_info"]
+    assert found["machine_info"]["versions"]["torch"]
+    report = compare.load(out)
+    name = "normal, 1024 x 2 float32"
+    for contender in ("sdesolve", "torch"):
+        (entry,) = (b for b in found["benchmarks"] if b["name"] == f"test_problem[{name}: {contender}]")
+        assert entry["stats"]["rounds"] == report.rows[name, contender]["rounds"]
+        assert entry["stats"]["median"] == pytest.approx(report.rows[name, contender]["seconds"][1], rel=1e-3)
+    assert report.rows[name, "sdesolve"]["ratio"] == [1.0, 1.0, 1.0]
+    assert "how many times as long as sdesolve" in done.stdout

@@ -1,0 +1,187 @@
+"""The gate before the clock: what is wrong is not timed, and what is right is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from benchmarks import ensembles, ops, timing
+from benchmarks.figures import FIGURES
+from benchmarks.gpu_ops import states
+from benchmarks.models import MODELS
+from benchmarks.registry import Missing, Problem, compete, require, row
+from benchmarks.suite import GOALS, problems
+
+CPU = torch.device("cpu")
+PATHS, STEPS = 16384, 16
+HASTE = {"rounds": 2, "most": 2, "min_seconds": 0.0}
+
+
+def chain(*, drift=1.0, noise=1.0, shared=False, steps=STEPS, paths=PATHS):
+    """Euler-Maruyama on ``dX = -X dt + dW / 2`` from 1, as `benchmarks.models` has it, with something wrong."""
+
+    def call():
+        generator = torch.Generator().manual_seed(1)
+        x = torch.ones(paths, 2)
+        for _ in range(steps):
+            z = torch.randn(1 if shared else paths, 2, generator=generator)
+            x = x - drift * x / STEPS + noise * 0.5 * STEPS**-0.5 * z
+        return x
+
+    return call
+
+
+WRONG = {
+    "drift": chain(drift=0.9), "noise": chain(noise=1.1), "no noise": chain(noise=0.0),
+    "same noise": chain(shared=True), "a step too few": chain(steps=STEPS - 1),
+    "half the paths": chain(paths=PATHS // 2),
+    "not finite": lambda: torch.full((PATHS, 2), math.nan),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def problem():
+    made = ensembles.ensemble("ou", PATHS, STEPS, CPU, width=2)
+    right = {"sdesolve": chain(), "right": chain()}
+    return dataclasses.replace(made, contenders={n: lambda c=c: c for n, c in (right | WRONG).items()}, limits={})
+
+
+def test_wrong_contenders_are_not_timed(problem):
+    found = compete(problem, **HASTE)
+    assert {name for name, outcome in found.items() if outcome.timing is None} == WRONG.keys()
+    assert all(found[name].refused for name in WRONG)
+    assert {len(found[name].timing.seconds) for name in ("sdesolve", "right")} == {2}
+    assert row(problem, "right", found["right"].timing)["rounds"] == 2
+
+
+def test_a_wrong_baseline_leaves_nothing_to_compare_with(problem):
+    spoiled = {"sdesolve": lambda: WRONG["drift"], "right": problem.contenders["right"]}
+    found = compete(dataclasses.replace(problem, contenders=spoiled), **HASTE)
+    assert not any(outcome.timing for outcome in found.values())
+    assert "no sdesolve" in found["right"].refused
+
+
+def test_what_is_missing_or_fails_does_not_stop_the_others(problem):
+    def absent():
+        require("torch", "a_package_that_is_not_there")
+
+    def broken():
+        raise RuntimeError("out of luck")
+
+    made = {"sdesolve": problem.contenders["sdesolve"], "absent": absent, "broken": broken}
+    found = compete(dataclasses.replace(problem, contenders=made), **HASTE)
+    assert found["sdesolve"].timing is not None
+    assert found["absent"].missing == "not installed: a_package_that_is_not_there"
+    assert found["broken"].refused == "RuntimeError: out of luck"
+    with pytest.raises(Missing):
+        absent()
+
+
+def test_the_real_contenders_pass_their_gate():
+    made = ensembles.ensemble("linear", 512, 8, CPU)
+    for name in ("sdesolve", "sdesolve eager", "torch loop"):
+        assert made.check(name, made.contenders[name]()) is None
+    made.release()
+
+
+@pytest.mark.parametrize(("name", "steps"), ensembles.REFERENCED)
+def test_stored_moments_are_those_of_the_models(name, steps):
+    """The plain loop, on other noise than the table's; and states that are a little off."""
+    paths = 6720 if name == "stress" else 1500  # a sweep's moments are those of the whole sweep
+    torch.manual_seed(1)
+    model, width = MODELS[name], MODELS[name].start(1, CPU).shape[1]
+    params = None if model.params is None else model.params(paths, CPU)
+    x = ensembles.plain_loop(model, model.start(paths, CPU), params, steps, lambda f: f)()
+    reference = ensembles._reference(name, steps, width)
+    assert ensembles.off(x.double(), reference, steps, 1e-7) is None
+    assert ensembles.off(1.2 * x.double(), reference, steps, 1e-7) is not None
+
+
+def test_the_law_of_a_step_is_told_from_others():
+    s = states((64, 512), torch.float32, CPU)
+    step = ops.STEPS["euler_maruyama_step/diagonal"]
+
+    def draw(seed, noise=1.0, drift=1.0):
+        z = torch.randn(64, 512, generator=torch.Generator().manual_seed(seed))
+        return s.x - 0.01 * drift * s.f + 0.1 * noise * s.g * z
+
+    first, second = (step.ours(s, seed=seed, stream=3, first_path=0, step=5) for seed in (4, 5))
+    inputs = (s.x, s.f, s.g)
+    assert ops.same_law(draw(1), first, second, inputs) is None
+    wrong = {
+        "noise": draw(1, noise=1.1), "drift": draw(1, drift=-1.0), "no noise": draw(1, noise=0.0), "ours again": first,
+        "shifted": draw(1) + 0.01, "shape": draw(1)[:5], "nan": draw(1) * math.nan,
+    }  # fmt: skip
+    for name, result in wrong.items():
+        assert ops.same_law(result, first, second, inputs) is not None, name
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch):
+    """A machine that gets ten times slower from round to round changes times and no ratio."""
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    calls = {"fast": 0, "slow": 0}
+
+    def work(name, seconds):
+        def call():
+            calls[name] += 1
+            clock[0] += seconds * 10.0 ** (calls["slow"] // 4)
+
+        return call
+
+    made = {"fast": work("fast", 1.0), "slow": work("slow", 3.0)}
+    found = timing.interleave(made, baseline="fast", rounds=8, most=8, share=0.0, min_seconds=0.0)
+    assert found["slow"].ratio == pytest.approx(3.0)
+    assert max(found["slow"].seconds) >= 10 * min(found["slow"].seconds)
+    assert found["fast"].over_baseline == [1.0] * 8
+
+
+def test_rounds_end_when_ratios_are_precise_or_time_is_up(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    noise = iter(torch.rand(10_000, generator=torch.Generator().manual_seed(0)).tolist())
+
+    def call(spread):
+        def advance():
+            clock[0] += 1.0 + spread * next(noise)
+
+        return advance
+
+    def rounds(spread, **options):
+        made = {"a": call(0.0), "b": call(spread)}
+        return len(timing.interleave(made, baseline="a", rounds=5, most=40, min_seconds=0.0, **options)["b"].seconds)
+
+    assert rounds(0.0, seconds=1e9) == 5
+    assert rounds(8.0, seconds=1e9) == 40
+    assert 5 < rounds(8.0, seconds=60.0) < 40
+    with pytest.raises(ValueError, match="baseline"):
+        timing.interleave({"a": call(0.0)}, baseline="b")
+    with pytest.raises(ValueError, match="at least 2"):
+        timing.interleave({"a": call(0.0)}, baseline="a", rounds=1)
+
+
+def test_every_goal_belongs_to_something_in_the_quick_suite():
+    for goal in GOALS:
+        assert (goal.least is None) != (goal.most is None), goal
+        if goal.problem in FIGURES:
+            assert FIGURES[goal.problem].quick, goal
+            continue
+        found = problems()[goal.problem]
+        assert isinstance(found, Problem)
+        assert goal.contender in found.contenders, goal
+        assert goal.contender in ("sdesolve", *found.quick), goal
+
+
+def test_threads_are_put_back(problem):
+    before = torch.get_num_threads()
+    seen = []
+    made = {"sdesolve": lambda: lambda: seen.append(torch.get_num_threads())}
+    alone = Problem("one", "none", "call", 1, made, lambda name, call: None, threads=3)
+    compete(alone, **HASTE)
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
