@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-twice bench-record peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -17,9 +17,31 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The quick part; `pytest benchmarks` runs all of it, a billion draws of noise included.
+# The short version, with the table at the end; `pytest benchmarks` runs all of it, a billion draws of noise included.
+# Peers that are not there are named; `make peers` installs them.
+BENCH := -m pytest benchmarks/test_suite.py --quick -q --benchmark-quiet
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks/test_noise.py benchmarks/test_steps.py benchmarks/test_trajectories.py -k "(test_normal and 4194304) or (test_large and threads) or test_small or memory or linear_sde or models or few or first_call" --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	@mkdir -p outputs
+	$(BIN)/python $(BENCH) --benchmark-json=outputs/bench.json
+	@echo "kept in outputs/bench.json; to compare with another: $(BIN)/python -m benchmarks.compare OTHER.json outputs/bench.json"
+
+# Whether two runs agree on every ratio within 15%.
+bench-twice: $(STAMP)
+	@mkdir -p outputs
+	$(BIN)/python $(BENCH) --benchmark-json=outputs/bench-1.json
+	$(BIN)/python $(BENCH) --benchmark-json=outputs/bench-2.json
+	$(BIN)/python -m benchmarks.compare outputs/bench-1.json outputs/bench-2.json --agree
+
+# What README shows: the whole suite, its tables and picture, and scaling. On a machine with nothing else to do.
+bench-record: $(STAMP)
+	@mkdir -p outputs
+	$(BIN)/python -m pytest benchmarks/test_suite.py -q --benchmark-quiet --benchmark-json=outputs/cpu.json
+	$(BIN)/python -m benchmarks.compare outputs/cpu.json --save benchmarks/results/cpu.json --into README.md --plot assets/ratios.png
+	$(BIN)/python -m benchmarks.compare benchmarks/results/cpu.json --markdown > benchmarks/results/cpu.md
+	$(BIN)/python -m benchmarks.scaling --into README.md
+
+peers: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sdesolve needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'

@@ -3,7 +3,8 @@
 ::
 
     python -m benchmarks.compare A.json                    # table and goals
-    python -m benchmarks.compare A.json --markdown         # the same for a README
+    python -m benchmarks.compare A.json --markdown         # the same as Markdown
+    python -m benchmarks.compare cpu.json --into README.md # what lies between <!-- cpu.json --> and <!-- /cpu.json -->
     python -m benchmarks.compare A.json --plot ratios.png
     python -m benchmarks.compare A.json --save benchmarks/results/cpu.json   # without the times of single rounds
     python -m benchmarks.compare OLD.json NEW.json         # exits with 1 if a ratio fell, or a figure rose, too far
@@ -16,6 +17,7 @@ contender's time over ours in the same round, so a ratio that falls is a regress
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Change", "Report", "changes", "goals", "load", "main", "markdown", "table"]
+__all__ = ["Change", "Report", "changes", "goals", "insert", "load", "main", "markdown", "table"]
 
 _LIMIT, _AGREE = 1.25, 1.15
 _OURS = "sdesolve"
@@ -40,6 +42,7 @@ class Report:
     figures: dict[tuple[str, str], Record] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     refused: list[Record] = field(default_factory=list)
+    targets: list[Record] = field(default_factory=list)  # of a run on a GPU, with verdicts
 
     @staticmethod
     def of(infos: Iterable[Record], machine: Record, missing: dict[str, str], refused: list[Record]) -> Report:
@@ -61,7 +64,13 @@ class Report:
             of = {who: f for (n, who), f in self.figures.items() if n == name}
             unit = next(iter(of.values()))["unit"]
             infos.append({"figure": {"name": name, "unit": unit, "values": {w: f["value"] for w, f in of.items()}}})
-        found = {"machine": self.machine, "infos": infos, "missing": self.missing, "refused": self.refused}
+        found = {
+            "machine": self.machine,
+            "infos": infos,
+            "missing": self.missing,
+            "refused": self.refused,
+            "targets": self.targets,
+        }
         path.write_text(json.dumps(found, indent=None, separators=(",", ":")).replace('{"row"', '\n{"row"') + "\n")
 
     def suites(self) -> dict[str, dict[str, dict[str, Record]]]:
@@ -80,7 +89,8 @@ def load(path: Path) -> Report:
     """
     found = json.loads(path.read_text())
     if "infos" in found:
-        return Report.of(found["infos"], found["machine"], found["missing"], found["refused"])
+        report = Report.of(found["infos"], found["machine"], found["missing"], found["refused"])
+        return dataclasses.replace(report, targets=found["targets"])
     if "benchmarks" in found:
         infos = [b["extra_info"] for b in found["benchmarks"]]
         kept = ("processor", "cores", "torch_threads", "load_before", "python", "versions", "environment")
@@ -90,7 +100,8 @@ def load(path: Path) -> Report:
     if "measurements" in found:
         machine = found["machine"] | {"date": found["date"], "processor": found["machine"].get("device", "?")}
         infos = [record for m in found["measurements"] for record in (m, *_from_device(m))]
-        return Report.of(infos, machine, found.get("missing_peers", {}), found.get("refused", []))
+        report = Report.of(infos, machine, found.get("missing_peers", {}), found.get("refused", []))
+        return dataclasses.replace(report, targets=found.get("targets", []))
     raise ValueError(f"{path} is not from pytest --benchmark-json, benchmarks/gpu.py or benchmarks.compare --save")
 
 
@@ -113,8 +124,8 @@ def _from_device(m: Record) -> Iterable[Record]:
 def _head(machine: Record) -> str:
     versions = machine.get("versions") or {n: machine[n] for n in ("torch", "triton", "numba") if n in machine}
     names = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
-    threads = f", torch on {machine['torch_threads']} threads" if "torch_threads" in machine else ""
-    load = f", load {machine['load_before']} before the run" if "load_before" in machine else ""
+    threads = f", torch on {machine['torch_threads']} threads" if machine.get("torch_threads") else ""
+    load = f", load {machine['load_before']} before the run" if machine.get("load_before") is not None else ""
     return f"{machine.get('date', 'now')}, {machine.get('processor', '?')}{threads}{load}; {names}"
 
 
@@ -153,10 +164,13 @@ def _refused(r: Record) -> str:
     return f"{r.get('problem') or r.get('case')} by {r.get('contender', 'sdesolve')}: {r['why']}"
 
 
-def markdown(report: Report) -> str:
-    """For a README: a table for each suite, then figures and goals."""
-    lines = [f"{_head(report.machine)}."]
+def markdown(report: Report, brief: bool = False) -> str:
+    """Goals, a table for each suite, figures; or of the suites those alone whose problems are whole computations."""
+    lines = [f"{_head(report.machine)}.", "", "| goal | got | |", "|---|---|---|"]
+    lines += [f"| {text} | {got} | {verdict} |" for text, got, verdict in goals(report)]
     for suite, problems in report.suites().items():
+        if brief and suite not in ("ensembles", "generative", "problems"):
+            continue
         names = dict.fromkeys(n for contenders in problems.values() for n in contenders if n != _OURS)
         lines += ["", f"| {suite} | ns | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
         for problem, contenders in problems.items():
@@ -164,14 +178,26 @@ def markdown(report: Report) -> str:
             cells = [_brief(contenders.get(name)) for name in names]
             per = f"{ours['ns_per_unit']:.3g}" if ours else ""
             lines.append(f"| {problem} | {per} | " + " | ".join(cells) + " |")
-    if report.figures:
+    if report.figures and not brief:
         lines += ["", "| figure | of | | |", "|---|---|---|---|"]
         lines += [f"| {name} | {who} | {f['value']:.3g} | {f['unit']} |" for (name, who), f in report.figures.items()]
-    lines += ["", "| goal | got | |", "|---|---|---|"]
-    lines += [f"| {text} | {got} | {verdict} |" for text, got, verdict in goals(report)]
     lines += [""] + [f"Missing: {name} ({why})." for name, why in report.missing.items()]
     lines += [f"Not timed, as its result is wrong: {_refused(r)}." for r in report.refused]
     return "\n".join(lines)
+
+
+def insert(file: Path, name: str, text: str) -> None:
+    """Replaces what lies between the markers of a name.
+
+    Raises:
+        ValueError: they are not there, once each and in order.
+    """
+    first, last, whole = f"<!-- {name} -->", f"<!-- /{name} -->", file.read_text()
+    before, found, rest = whole.partition(first)
+    _, ended, after = rest.partition(last)
+    if not (found and ended) or first in rest or last in after:
+        raise ValueError(f"{file} must hold {first} and then {last}, once each")
+    file.write_text(f"{before}{first}\n{text.strip()}\n{last}{after}")
 
 
 def _brief(row: Record | None) -> str:
@@ -184,7 +210,7 @@ def goals(report: Report) -> list[tuple[str, str, str]]:
     """Each goal whose problem took part: what is wanted, what was found, and the verdict."""
     from benchmarks.suite import GOALS  # it takes a second: torch and all problems
 
-    found = []
+    found = [(t["target"], "-" if t["got"] is None else f"{t['got']:.3g}", t["verdict"]) for t in report.targets]
     problems = {problem for problem, _ in report.rows} | {name for name, _ in report.figures}
     for goal in GOALS:
         if goal.problem not in problems:
@@ -277,6 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+", help="one result file, or the older and the newer")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="put the short tables between this file's markers")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the ratios")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the same in a smaller file")
     parser.add_argument("--limit", type=float, help=f"largest factor by which a ratio may fall; {_LIMIT} by default")
@@ -292,6 +319,8 @@ def main(argv: list[str] | None = None) -> int:
         plot(reports[-1], options.plot)
     if options.save:
         reports[-1].save(options.save)
+    if options.into:
+        insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True))
     if len(reports) == 1:
         print(markdown(reports[0]) if options.markdown else table(reports[0]))
         return 0

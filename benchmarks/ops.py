@@ -142,7 +142,7 @@ def _steps(
         return same_law(call().detach(), ours, other, inputs)
 
     contenders: dict[str, Build] = {BASELINE: sdesolve, "torch": torch_eager}
-    if case.name not in ("euler_maruyama_step/in place", "dsm_loss/noise drawn"):
+    if threads is None and case.name not in ("euler_maruyama_step/in place", "dsm_loss/noise drawn"):
         contenders["torch.compile"] = compiled
     limits: dict[str, float] = {}
     if large and dtype is torch.float32 and threads is None:

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.compare import insert
 from benchmarks.ensembles import ensemble
 from benchmarks.figures import peak_of
 from benchmarks.registry import BASELINE, Missing, describe
 
-__all__ = ["AXES", "Axis", "Fit", "fit", "main", "picture", "sweep"]
+__all__ = ["AXES", "Axis", "Fit", "fit", "main", "markdown", "memory", "picture", "summary", "sweep"]
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
@@ -192,12 +193,29 @@ def summary(records: list[Record], held: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def markdown(records: list[Record], held: list[Record], plot: Path) -> str:
+    """For a README: the picture, fits and memory."""
+    lines = [f"![Cost and memory against paths, steps, dimension and threads]({plot})", "",
+             "| axis | by | from, to | s | slope | fixed, us | knee |", "|---" * 7 + "|"]  # fmt: skip
+    for r in records:
+        f = Fit(**r["fit"]) if "fit" in r else None
+        fitted = f"{f.slope:.2f} | {f.fixed * 1e6:.3g} | {f.knee:.3g}" if f else " | | "
+        ends = f"{r['values'][0]}, {r['values'][-1]} | {r['seconds'][0]:.2g}, {r['seconds'][-1]:.2g}"
+        lines.append(f"| {r['label']} | {r['contender']} | {ends} | {fitted} |")
+    lines += ["", "| peak memory against | at | tensors of the start's size |", "|---|---|---|"]
+    for r in held:
+        tensors = ", ".join(f"{t:.2f}" for t in r["tensors_of_the_start"])
+        lines.append(f"| {r['axis']} | {', '.join(map(str, r['values']))} | {tensors} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "scaling_cpu.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "assets" / "scaling.png")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="put the tables between this file's markers")
     options = parser.parse_args(argv)
     records = list(sweep(torch.device("cpu"), options.quick))
     held = list(memory(options.quick)) if os.path.exists("/proc/self/clear_refs") else []
@@ -205,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     picture(records, held, options.plot)
     print(summary(records, held))
+    if options.into:
+        insert(options.into, options.json.name, markdown(records, held, options.plot.relative_to(ROOT)))
 
 
 if __name__ == "__main__":

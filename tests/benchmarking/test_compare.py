@@ -122,6 +122,21 @@ def test_a_report_from_a_gpu_has_the_same_rows(tmp_path):
     assert rows[GOAL, "torch loop"]["ratio"][1] == 9.0
 
 
+def test_tables_go_between_markers(before, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- before.json -->\nstale\n<!-- /before.json -->\nbelow\n")
+    for _ in range(2):
+        assert compare.main([str(before), "--into", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("above\n<!-- before.json -->\n2026-11-23, a processor")
+    assert text.endswith("<!-- /before.json -->\nbelow\n")
+    assert "stale" not in text
+    assert text.count("| linear, 8192 x 256 | 0.33 |") == 1
+    page.write_text("nothing here")
+    with pytest.raises(ValueError, match="must hold"):
+        compare.main([str(before), "--into", str(page)])
+
+
 def test_another_file_is_refused(tmp_path):
     file = tmp_path / "other.json"
     file.write_text("{}")
