@@ -8,7 +8,7 @@
     python -m benchmarks.compare A.json --plot ratios.png
     python -m benchmarks.compare A.json --save benchmarks/results/cpu.json   # without the times of single rounds
     python -m benchmarks.compare OLD.json NEW.json         # exits with 1 if a ratio fell, or a figure rose, too far
-    python -m benchmarks.compare A.json B.json --agree     # exits with 1 if they differ too far either way
+    python -m benchmarks.compare A.json B.json --agree     # exits with 1 if ratios differ too far either way
 
 Files are those of ``pytest benchmarks --benchmark-json=``, of ``benchmarks/gpu.py`` and of ``--save``. A ratio is a
 contender's time over ours in the same round, so a ratio that falls is a regression, whoever got faster.
@@ -17,108 +17,16 @@ contender's time over ours in the same round, so a ratio that falls is a regress
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-__all__ = ["Change", "Report", "changes", "goals", "insert", "load", "main", "markdown", "table"]
+from benchmarks.report import OURS, Record, Report, load
+
+__all__ = ["Change", "changes", "goals", "insert", "main", "markdown", "plot", "table"]
 
 _LIMIT, _AGREE = 1.25, 1.15
-_OURS = "sdesolve"
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run found: rows by problem and contender, figures by name and contender."""
-
-    machine: Record
-    rows: dict[tuple[str, str], Record]
-    figures: dict[tuple[str, str], Record] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    refused: list[Record] = field(default_factory=list)
-    targets: list[Record] = field(default_factory=list)  # of a run on a GPU, with verdicts
-
-    @staticmethod
-    def of(infos: Iterable[Record], machine: Record, missing: dict[str, str], refused: list[Record]) -> Report:
-        """From records that hold a row or a figure."""
-        rows, figures = {}, {}
-        for info in infos:
-            if "row" in info:
-                rows[info["row"]["problem"], info["row"]["contender"]] = info["row"]
-            if "figure" in info:
-                for who, value in info["figure"]["values"].items():
-                    figures[info["figure"]["name"], who] = {"value": value, "unit": info["figure"]["unit"]}
-        return Report(machine, rows, figures, missing, refused)
-
-    def save(self, path: Path) -> None:
-        """As a file that `load` takes."""
-        infos: list[Record] = [{"row": row} for row in self.rows.values()]
-        names = dict.fromkeys(name for name, _ in self.figures)
-        for name in names:
-            of = {who: f for (n, who), f in self.figures.items() if n == name}
-            unit = next(iter(of.values()))["unit"]
-            infos.append({"figure": {"name": name, "unit": unit, "values": {w: f["value"] for w, f in of.items()}}})
-        found = {
-            "machine": self.machine,
-            "infos": infos,
-            "missing": self.missing,
-            "refused": self.refused,
-            "targets": self.targets,
-        }
-        path.write_text(json.dumps(found, indent=None, separators=(",", ":")).replace('{"row"', '\n{"row"') + "\n")
-
-    def suites(self) -> dict[str, dict[str, dict[str, Record]]]:
-        """Rows by suite, problem and contender, as they came."""
-        found: dict[str, dict[str, dict[str, Record]]] = {}
-        for (problem, contender), row in self.rows.items():
-            found.setdefault(row["suite"], {}).setdefault(problem, {})[contender] = row
-        return found
-
-
-def load(path: Path) -> Report:
-    """A result file.
-
-    Raises:
-        ValueError: the file is of no kind known here.
-    """
-    found = json.loads(path.read_text())
-    if "infos" in found:
-        report = Report.of(found["infos"], found["machine"], found["missing"], found["refused"])
-        return dataclasses.replace(report, targets=found["targets"])
-    if "benchmarks" in found:
-        infos = [b["extra_info"] for b in found["benchmarks"]]
-        kept = ("processor", "cores", "torch_threads", "load_before", "python", "versions", "environment")
-        machine = {name: found["machine_info"].get(name) for name in kept}
-        machine |= {"date": found["datetime"][:10], "commit": found["commit_info"].get("id", "")[:9]}
-        return Report.of(infos, machine, found.get("missing", {}), found.get("refused", []))
-    if "measurements" in found:
-        machine = found["machine"] | {"date": found["date"], "processor": found["machine"].get("device", "?")}
-        infos = [record for m in found["measurements"] for record in (m, *_from_device(m))]
-        report = Report.of(infos, machine, found.get("missing_peers", {}), found.get("refused", []))
-        return dataclasses.replace(report, targets=found.get("targets", []))
-    raise ValueError(f"{path} is not from pytest --benchmark-json, benchmarks/gpu.py or benchmarks.compare --save")
-
-
-def _from_device(m: Record) -> Iterable[Record]:
-    """Rows of a record with ratios by name: ``eager / ours`` is one of times, ``of copy`` a share of a limit."""
-    if "ratios" not in m or "dtype" not in m:
-        return
-    common = {"suite": m["section"], "problem": f"{m['case']}, {m['size']} {m['dtype']}"}
-    ours = m.get("us", {}).get("ours") or m.get("us", {}).get("kernel")
-    if ours:
-        each = {"ns_per_unit": 1e3 * ours["median"], "unit": "call", "threads": 1, "ratio": [1.0, 1.0, 1.0]}
-        yield {"row": {**common, "contender": _OURS, **each}}
-    for name, q in m["ratios"].items():
-        values = [q["lower"], q["median"], q["upper"]]
-        share = name.startswith("of ")
-        contender = f"limit: {name[3:]}" if share else name.removesuffix(" / ours").removesuffix(" / kernel")
-        yield {"row": {**common, "contender": contender, "ratio": values, **({"share": values} if share else {})}}
 
 
 def _head(machine: Record) -> str:
@@ -144,10 +52,10 @@ def table(report: Report) -> str:
     for suite, problems in report.suites().items():
         lines += ["", f"{suite}"]
         for problem, contenders in problems.items():
-            ours = contenders.get(_OURS)
+            ours = contenders.get(OURS)
             per = f"{ours['ns_per_unit']:.4g} ns/{ours['unit']}, {ours['threads']} thr." if ours else ""
             lines.append(f"  {problem:52}{per}")
-            lines += [f"      {name:24}{_cell(row)}" for name, row in contenders.items() if name != _OURS]
+            lines += [f"      {name:24}{_cell(row)}" for name, row in contenders.items() if name != OURS]
     if report.figures:
         lines += ["", "figures"]
         lines += [f"  {name:36}{who:14}{f['value']:<10.4g}{f['unit']}" for (name, who), f in report.figures.items()]
@@ -171,10 +79,10 @@ def markdown(report: Report, brief: bool = False) -> str:
     for suite, problems in report.suites().items():
         if brief and suite not in ("ensembles", "generative", "problems"):
             continue
-        names = dict.fromkeys(n for contenders in problems.values() for n in contenders if n != _OURS)
+        names = dict.fromkeys(n for contenders in problems.values() for n in contenders if n != OURS)
         lines += ["", f"| {suite} | ns | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
         for problem, contenders in problems.items():
-            ours = contenders.get(_OURS)
+            ours = contenders.get(OURS)
             cells = [_brief(contenders.get(name)) for name in names]
             per = f"{ours['ns_per_unit']:.3g}" if ours else ""
             lines.append(f"| {problem} | {per} | " + " | ".join(cells) + " |")
@@ -243,15 +151,15 @@ class Change:
         return f"{self.what:80}{self.before:10.4g}{self.after:10.4g}   {self.factor:6.2f}"
 
 
-def changes(before: Report, after: Report) -> list[Change]:
-    """Of every ratio and figure that both have, the worst first."""
+def changes(before: Report, after: Report, ratios_alone: bool = False) -> list[Change]:
+    """Of every ratio and figure that both have, the worst first; shares of the machine's limits are left out."""
     found = []
     for key in before.rows.keys() & after.rows.keys():
-        if key[1] == _OURS:
+        if key[1] == OURS or "share" in before.rows[key]:
             continue
         a, b = (report.rows[key]["ratio"][1] for report in (before, after))
         found.append(Change(": ".join(key), a, b, b / a))
-    for key in before.figures.keys() & after.figures.keys():
+    for key in set() if ratios_alone else before.figures.keys() & after.figures.keys():
         a, b = (report.figures[key]["value"] for report in (before, after))
         found.append(Change(": ".join(key), a, b, a / b if b else math.inf))
     return sorted(found, key=lambda change: change.factor)
@@ -263,6 +171,12 @@ def _gone(before: Report, after: Report) -> list[str]:
     return [": ".join(key) for key in before.rows if key in refused]
 
 
+def _main(problem: str) -> bool:
+    """Whether a picture shows it: layouts, dtypes and threads would make it long."""
+    told = "float32" not in problem and "float64" not in problem and "float16" not in problem
+    return told or problem.endswith(("4M float32", "1k float32"))
+
+
 def plot(report: Report, path: Path) -> None:
     """Ratios with quartiles on a logarithmic axis, a panel for each suite."""
     import matplotlib
@@ -271,7 +185,9 @@ def plot(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     suites = {
-        suite: {p: {n: r for n, r in c.items() if n != _OURS and "share" not in r} for p, c in problems.items()}
+        suite: {
+            p: {n: r for n, r in c.items() if n != OURS and "share" not in r} for p, c in problems.items() if _main(p)
+        }
         for suite, problems in report.suites().items()
     }
     heights = [len(problems) + 1 for problems in suites.values()]
@@ -320,7 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.save:
         reports[-1].save(options.save)
     if options.into:
-        insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True))
+        shown = f"\n\n![Time of each contender over ours]({options.plot})" if options.plot else ""
+        insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True) + shown)
     if len(reports) == 1:
         print(markdown(reports[0]) if options.markdown else table(reports[0]))
         return 0
@@ -329,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _verdict(before: Report, after: Report, limit: float, both_ways: bool) -> int:
     print(f"before: {_head(before.machine)}\nafter:  {_head(after.machine)}\n")
-    found, gone = changes(before, after), _gone(before, after)
+    found, gone = changes(before, after, ratios_alone=both_ways), _gone(before, after)
     bad = [c for c in found if c.factor < 1 / limit or (both_ways and c.factor > limit)]
     print(f"{'better is more than 1':80}{'before':>10}{'after':>10}   factor")
     print("\n".join(map(str, found)))

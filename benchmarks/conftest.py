@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare import Report, table
+from benchmarks.compare import table
 from benchmarks.figures import FIGURES
 from benchmarks.registry import BASELINE, Outcome, Problem, compete, describe
+from benchmarks.report import Report
 from benchmarks.suite import problems
 
 _ARENA = pytest.StashKey["Arena"]()
