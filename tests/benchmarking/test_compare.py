@@ -59,6 +59,12 @@ def test_a_table_says_what_was_met_missed_and_missing(before, capsys):
     assert len(verdicts) == 6
 
 
+def test_a_figure_has_to_be_small(tmp_path):
+    for value, verdict in ((5.0, "met"), (5.1, "missed, at most 5")):
+        file = written(tmp_path / "figure.json", [figure(value)])
+        assert compare.goals(report.load(file)) == [("16 paths: us per step, all told", f"{value:.3g}", verdict)]
+
+
 def test_markdown_has_a_column_for_each_contender(before, capsys):
     assert compare.main([str(before), "--markdown"]) == 0
     shown = capsys.readouterr().out
