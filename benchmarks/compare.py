@@ -43,7 +43,13 @@ def _span(values: list[float], digits: str = ".3g") -> str:
 
 
 def _cell(row: Record) -> str:
-    return f"{_span(row['share'], '.2f')} of it" if "share" in row else _span(row["ratio"])
+    if "share" not in row:
+        return _span(row["ratio"])
+    return f"{_span(row['share'], '.2f')} of {_limit(row)}"
+
+
+def _limit(row: Record) -> str:
+    return f"{row['limit'] / 1e9:.3g} G{row['limit_unit']}" if "limit" in row else "it"
 
 
 def table(report: Report) -> str:
@@ -111,7 +117,7 @@ def insert(file: Path, name: str, text: str) -> None:
 def _brief(row: Record | None) -> str:
     if row is None:
         return ""
-    return f"{100 * row['share'][1]:.0f}%" if "share" in row else f"{row['ratio'][1]:.3g}"
+    return f"{100 * row['share'][1]:.0f}% of {_limit(row)}" if "share" in row else f"{row['ratio'][1]:.3g}"
 
 
 def goals(report: Report) -> list[tuple[str, str, str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import sdesolve as sds
 from benchmarks.models import MODELS, Model, ornstein_uhlenbeck
-from benchmarks.registry import BASELINE, Build, Call, Problem, require
+from benchmarks.registry import BASELINE, Build, Call, Limit, Problem, require
 from sdesolve.sde import AbstractSDE, Noise
 
 __all__ = ["REFERENCES", "Reference", "ensemble", "ensembles", "plain_loop", "statistics_of", "tensor_of"]
@@ -264,17 +264,18 @@ def ensemble(
 
     components = name in ("linear", "geometric", "ou")
     count = model.start(1, device).shape[1]
-    channels = 8 if name == "stress" else count
+    normals = paths * steps * (8 if name == "stress" else count)
     contenders: dict[str, Build] = {
         BASELINE: ours("fused"), "sdesolve eager": ours("eager"), "torch loop": loop, "torch.compile": compiled,
         "torchsde": lambda: _torchsde(model, *start(), steps), "jax scan": in_jax("scan"),
         "diffrax": in_jax("diffrax_sde"),
-        "limit: noise": lambda: _noise_alone(paths * channels, steps, device),
+        "limit: noise": lambda: _noise_alone(normals // steps, steps, device),
     }  # fmt: skip
+    limits = {"limit: noise": Limit(1.0, normals, "normals")}
     label = f"ou in {width} dimensions" if name == "ou" else name
     return Problem(
         f"{label}, {paths} x {steps}", "ensembles", "component-step" if components else "path-step",
-        paths * steps * (count if components else 1), contenders, check, {"limit: noise": 1.0}, None, quick,
+        paths * steps * (count if components else 1), contenders, check, limits, None, quick,
         {"settle": _SETTLE, "rounds": 5, "seconds": 8.0, **(timing or {})}, start.cache_clear,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sdesolve as sds
 from benchmarks.ensembles import tensor_of
 from benchmarks.models import MODELS
-from benchmarks.registry import BASELINE, Build, Call, Problem, require
+from benchmarks.registry import BASELINE, Build, Call, Limit, Problem, require
 from sdesolve.reverse import ReverseSDE
 
 __all__ = ["generative"]
@@ -253,7 +253,7 @@ def _sampler(kind: str, steps: int, device: torch.device) -> Problem:
     quick = () if kind == "ancestral" else ("diffusers", "limit: network")
     return Problem(
         f"{kind} with a network, {steps} steps", "generative", "image-step", steps * _SHAPE[0], contenders, check,
-        {"limit: network": 1.0}, None, quick,
+        {"limit: network": Limit(1.0, steps * _SHAPE[0], "images")}, None, quick,
         {"settle": _SETTLE, "rounds": 5, "seconds": 4.0},
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.gpu_checks import name_of, value_check
 from benchmarks.gpu_ops import CASES, STREAM, Case, States, states
-from benchmarks.registry import BASELINE, Build, Call, Problem, require
+from benchmarks.registry import BASELINE, Build, Call, Limit, Problem, require
 
 __all__ = ["noise_problems", "same_law", "step_problems"]
 
@@ -144,10 +144,14 @@ def _steps(
     contenders: dict[str, Build] = {BASELINE: sdesolve, "torch": torch_eager}
     if threads is None and case.name not in ("euler_maruyama_step/in place", "dsm_loss/noise drawn"):
         contenders["torch.compile"] = compiled
-    limits: dict[str, float] = {}
+    limits: dict[str, Limit] = {}
     if large and dtype is torch.float32 and threads is None:
         contenders |= {"limit: copy": copy, "limit: noise": noise}
-        limits = {"limit: copy": case.passes / 2, "limit: noise": 2.0 if case.name == "dsm_loss/training" else 1.0}
+        draws = 2 if case.name == "dsm_loss/training" else 1
+        limits = {
+            "limit: copy": Limit(case.passes / 2, case.passes * elements * dtype.itemsize, "B"),
+            "limit: noise": Limit(draws, draws * elements, "normals"),
+        }
     suffix = "" if threads is None else f", {threads} thread{'s' * (threads > 1)}"
     timing = {"settle": _SETTLE, "rounds": 9, "seconds": 3.0} if large else {"rounds": 15, "seconds": 1.0}
     return Problem(
@@ -210,7 +214,7 @@ def _noise(
     if dtype is torch.float32 and threads is None:
         contenders |= {"jax": jax_normal, "limit: write": fill}
     suffix = "" if threads is None else f", {threads} thread{'s' * (threads > 1)}"
-    limits = {"limit: write": 1.0} if "limit: write" in contenders else {}
+    limits = {"limit: write": Limit(1.0, count * dtype.itemsize, "B")} if "limit: write" in contenders else {}
     timing = {"settle": _SETTLE if count > 1 << 18 else 0.0, "rounds": 9, "seconds": 2.0}
     return Problem(
         f"normal, {label} {name_of(dtype)}{suffix}", "noise", "normal", count, contenders, check, limits, threads,

@@ -17,7 +17,19 @@ import torch
 
 from benchmarks.timing import Timing, interleave, quartiles
 
-__all__ = ["BASELINE", "Build", "Call", "Missing", "Outcome", "Problem", "compete", "describe", "require", "row"]
+__all__ = [
+    "BASELINE",
+    "Build",
+    "Call",
+    "Limit",
+    "Missing",
+    "Outcome",
+    "Problem",
+    "compete",
+    "describe",
+    "require",
+    "row",
+]
 
 BASELINE = "sdesolve"
 Call = Callable[[], Any]
@@ -40,6 +52,14 @@ def require(*packages: str) -> None:
         raise Missing(f"not installed: {', '.join(lacks)}")
 
 
+class Limit(NamedTuple):
+    """Of the machine: a contender that does ``1 / factor`` of the ``amount`` that a call of ours has to do at least."""
+
+    factor: float
+    amount: float
+    unit: str
+
+
 @final
 @dataclass(frozen=True)
 class Problem:
@@ -52,8 +72,7 @@ class Problem:
         work: how many.
         contenders: by name, what makes the call that is timed; it raises `Missing` where a package is not there.
         check: given a contender's name and call, what is wrong with the result, or ``None``.
-        limits: contenders that are no peers but limits of the machine: the share of the limit that the baseline reaches
-            is this factor times the limit's time over the baseline's.
+        limits: contenders that are no peers but limits of the machine; the baseline reaches a share of them.
         threads: for this problem; ``None`` leaves torch's setting.
         quick: contenders of the short version, which is without the problem if there are none.
         timing: options of `interleave`.
@@ -66,7 +85,7 @@ class Problem:
     work: float
     contenders: Mapping[str, Build]
     check: Callable[[str, Call], str | None]
-    limits: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, Limit] = field(default_factory=dict)
     threads: int | None = None
     quick: tuple[str, ...] = ()
     timing: Mapping[str, float] = field(default_factory=dict)
@@ -147,7 +166,10 @@ def row(problem: Problem, name: str, timing: Timing) -> dict[str, Any]:
         "threads": problem.threads or torch.get_num_threads(),
     }  # fmt: skip
     if name in problem.limits:
-        found["share"] = _short([problem.limits[name] * r for r in quartiles(timing.over_baseline)])
+        limit = problem.limits[name]
+        found["share"] = _short(limit.factor * r for r in quartiles(timing.over_baseline))
+        found["limit"] = float(f"{limit.amount / (limit.factor * timing.median):.4g}")
+        found["limit_unit"] = f"{limit.unit}/s"
     return found
 
 

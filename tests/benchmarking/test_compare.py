@@ -42,7 +42,10 @@ def written(path, infos, refused=()):
 @pytest.fixture
 def before(tmp_path):
     rows = [row("sdesolve", 1.0), row("torch loop", 8.8), row("jax scan", 8.2), figure(1.2)]
-    return written(tmp_path / "before.json", [*rows, row("limit: noise", 0.9, share=[0.8, 0.9, 1.0])])
+    return written(
+        tmp_path / "before.json",
+        [*rows, row("limit: noise", 0.9, share=[0.8, 0.9, 1.0], limit=2.5e9, limit_unit="normals/s")],
+    )
 
 
 def test_a_table_says_what_was_met_missed_and_missing(before, capsys):
@@ -69,7 +72,7 @@ def test_markdown_has_a_column_for_each_contender(before, capsys):
     assert compare.main([str(before), "--markdown"]) == 0
     shown = capsys.readouterr().out
     assert "| ensembles | ns | torch loop | jax scan | limit: noise |" in shown
-    assert "| linear, 8192 x 256 | 0.33 | 8.8 | 8.2 | 90% |" in shown
+    assert "| linear, 8192 x 256 | 0.33 | 8.8 | 8.2 | 90% of 2.5 Gnormals/s |" in shown
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import ensembles, ops, timing
+from benchmarks import ensembles, ops, registry, timing
 from benchmarks.figures import FIGURES
 from benchmarks.gpu_ops import states
 from benchmarks.models import MODELS
@@ -78,6 +78,15 @@ def test_what_is_missing_or_fails_does_not_stop_the_others(problem):
     assert found["broken"].refused == "RuntimeError: out of luck"
     with pytest.raises(Missing):
         absent()
+
+
+def test_a_limit_is_a_rate_of_which_ours_reaches_a_share(problem):
+    limited = dataclasses.replace(problem, limits={"limit": registry.Limit(1.5, 12.0, "B")})
+    timing_of = timing.Timing(seconds=[2.0, 4.0, 3.0], over_baseline=[0.2, 0.4, 0.3])
+    found = row(limited, "limit", timing_of)
+    assert found["share"] == pytest.approx([1.5 * 0.25, 1.5 * 0.3, 1.5 * 0.35], rel=1e-3)
+    assert (found["limit"], found["limit_unit"]) == (pytest.approx(12.0 / 4.5, rel=1e-3), "B/s")
+    assert "limit" not in row(limited, "right", timing_of)
 
 
 def test_the_real_contenders_pass_their_gate():
