@@ -24,26 +24,24 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class States:
-    """Three states of one shape and dtype, and numbers a sample in float32 and shaped to broadcast in the dtype."""
+    """Three states of one shape and dtype, and numbers a sample in float32."""
 
     x: Tensor
     f: Tensor
     g: Tensor
     a: Tensor
     b: Tensor
-    rows_a: Tensor
-    rows_b: Tensor
     one: Tensor  # (8, 3), float64: one history term
     two: Tensor  # (8, 4)
 
     def to(self, dtype: torch.dtype) -> States:
         """The same states in another dtype."""
-        x, f, g, p, q = (v.detach().to(dtype) for v in (self.x, self.f, self.g, self.rows_a, self.rows_b))
-        return replace(self, x=x, f=f, g=g, rows_a=p, rows_b=q)
+        x, f, g = (v.detach().to(dtype) for v in (self.x, self.f, self.g))
+        return replace(self, x=x, f=f, g=g)
 
     def rows(self, start: int, stop: int) -> States:
         """Some of the rows."""
-        parts = {name: getattr(self, name)[start:stop] for name in ("x", "f", "g", "a", "b", "rows_a", "rows_b")}
+        parts = {name: getattr(self, name)[start:stop] for name in ("x", "f", "g", "a", "b")}
         return replace(self, **parts)
 
 
@@ -53,14 +51,10 @@ def states(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, see
     # What is drawn in float32 and rounded in place of a draw in 16 bits is the same on every version of torch.
     x, f, g = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
     a, b = (torch.rand(shape[0], generator=generator, device=device) + 0.5 for _ in range(2))
-    rows = (shape[0], *(1,) * (len(shape) - 1))
     step = _BETA / _STEPS
     one = torch.tensor([[1.0 + 0.5 * step, step, math.sqrt(step)]], dtype=torch.float64, device=device)
     two = torch.tensor([[0.9, 0.3, -0.2, 0.4]], dtype=torch.float64, device=device)
-    return States(
-        x, f, g, a, b, a.to(dtype).view(rows), b.to(dtype).view(rows),
-        one.repeat(8, 1), two.repeat(8, 1),
-    )  # fmt: skip
+    return States(x, f, g, a, b, one.repeat(8, 1), two.repeat(8, 1))
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,11 @@ class Case:
         return self.name.split("/")[0]
 
 
+def _rows(v: Tensor, x: Tensor) -> Tensor:
+    """Numbers of samples, which is what our ops take, as eager code has to shape them."""
+    return v.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
+
+
 def _plain(function: Callable[[States], Tensor]) -> Callable[[Wrap], Callable[[States], Tensor]]:
     return lambda wrap: wrap(function)
 
@@ -121,7 +120,7 @@ def _normal(s: States, *, out: Tensor | None = None, step: int = 0, **where: Any
 
 def _predictor(s: States) -> Tensor:
     """Euler-Maruyama on a reverse VP equation as the code of Song et al. (ICLR 2021) spells it; ``f`` is the score."""
-    beta = _BETA * torch.ones_like(s.rows_a)
+    beta = _BETA * torch.ones_like(_rows(s.a, s.x))
     z = torch.randn_like(s.x)
     drift = -0.5 * beta * s.x
     diffusion = beta.sqrt()
@@ -185,7 +184,7 @@ def _loss(output: Tensor, z: Tensor, std: Tensor) -> Tensor:
 
 def _eager_value(wrap: Wrap) -> Callable[[States], Tensor]:
     loss = wrap(_loss)
-    return lambda s: loss(s.x, s.g, s.rows_b)
+    return lambda s: loss(s.x, s.g, _rows(s.b, s.x))
 
 
 def _eager_gradient(wrap: Wrap) -> Callable[[States], Tensor]:
@@ -193,7 +192,7 @@ def _eager_gradient(wrap: Wrap) -> Callable[[States], Tensor]:
 
     def call(s: States) -> Tensor:
         output = s.x.detach().requires_grad_()
-        loss(output, s.g, s.rows_b).backward()
+        loss(output, s.g, _rows(s.b, s.x)).backward()
         assert output.grad is not None
         return output.grad
 
@@ -201,7 +200,7 @@ def _eager_gradient(wrap: Wrap) -> Callable[[States], Tensor]:
 
 
 def _eager_training(wrap: Wrap) -> Callable[[States], Tensor]:
-    perturb = wrap(lambda s: (s.rows_a * s.f + s.rows_b * (z := torch.randn_like(s.f)), z))
+    perturb = wrap(lambda s: (_rows(s.a, s.f) * s.f + _rows(s.b, s.f) * (z := torch.randn_like(s.f)), z))
     gradient = _eager_gradient(wrap)
 
     def call(s: States) -> Tensor:
@@ -322,7 +321,7 @@ CASES: dict[str, Case] = {
             "perturb",
             lambda s, **w: k.perturb(s.x, s.a, s.b, **w),
             lambda s, **w: ref.perturb(s.x, s.a, s.b, **w),
-            _plain(lambda s: s.rows_a * s.x + s.rows_b * torch.randn_like(s.x)),
+            _plain(lambda s: _rows(s.a, s.x) * s.x + _rows(s.b, s.x) * torch.randn_like(s.x)),
             2, lambda s, where: float(s.b.max()), gradients=("x",),
         ),
         *(_langevin(mode) for mode in ("fixed", "batch", "sample", "dimension")),
