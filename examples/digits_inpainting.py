@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from digits import EVALUATIONS, PIXELS, PROCESS, Half, Judge, arguments, halves, learned_score
+from digits import ANY, EVALUATIONS, PROCESS, Half, Judge, arguments, halves, learned_score
 from torch import Tensor
 
 import sdesolve as sds
@@ -46,13 +46,15 @@ def judged(name: str, draws: Tensor, truth: Half, hidden: Tensor, judge: Judge, 
     inside = ((images >= low) & (images <= high)).float().mean()
     labels = truth.labels.repeat(len(draws))
     recognised = judge.recognised(draws.flatten(0, 1), labels)
-    return f"{name:24s}{error:12.3f}{x.std(0).square().mean().sqrt():12.3f}{inside:14.1%}{recognised:14.1%}{seconds:10.0f}"
+    return (
+        f"{name:24s}{error:12.3f}{x.std(0).square().mean().sqrt():12.3f}{inside:14.1%}{recognised:14.1%}{seconds:10.0f}"
+    )
 
 
 def main() -> None:
     chosen = arguments(__doc__)
     learned, held = halves()
-    score = learned_score(chosen.out / f"digits-{chosen.steps}", learned, chosen.steps)
+    score = learned_score(chosen.out / f"digits-{chosen.steps}", learned, chosen.steps).given(ANY)
     judge, truth = Judge(learned, held), Half(held.pixels[:DIGITS], held.labels[:DIGITS])
     seen = torch.zeros(8, 8, dtype=torch.bool)
     seen[:4] = True
@@ -74,7 +76,7 @@ def main() -> None:
         drawn[name] = x.clamp(-1, 1).unflatten(0, (DRAWS, DIGITS))
         print(judged(name, drawn[name], truth, hidden, judge, time.perf_counter() - began))
     print(
-        "Error: root mean square of what is hidden minus the mean of the draws. Spread: standard deviation of the draws.\n"
+        "Error: root mean square of what is hidden less the mean of the draws. Spread: standard deviation of the draws.\n"
         "Within 80%: how often the truth lies between the draws' 10% and 90% quantiles."
     )
     picture(chosen.out / "digits_inpainting.png", truth, seen, drawn)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from digits import LEVELS, PIXELS, PROCESS, Half, arguments, halves, learned_score
+from digits import ANY, PIXELS, PROCESS, Half, arguments, halves, learned_score
 from torch import Tensor
 
 import sdesolve as sds
@@ -30,12 +30,12 @@ def bits(score: sds.reverse.Score, pixels: Tensor) -> Tensor:
         PROCESS, score, x, divergence=sds.Hutchinson(probes=PROBES), solver=sds.Heun(),
         grid=sds.grids.karras_sigma(PROCESS, STEPS), seed=0,
     )  # fmt: skip
-    return PIXELS.bits_per_dimension(found.log_prob, 64)
+    return found.bits_per_dimension(PIXELS)
 
 
 def independent_pixels(learned: Half, pixels: Tensor) -> Tensor:
     """Bits per dimension by the frequencies of each pixel's levels, one added to each count."""
-    counts = torch.nn.functional.one_hot(learned.pixels, LEVELS).sum(0) + 1.0
+    counts = torch.nn.functional.one_hot(learned.pixels, PIXELS.levels).sum(0) + 1.0
     p = (counts / counts.sum(-1, keepdim=True)).expand(len(pixels), 8, 8, -1)
     return -p.gather(-1, pixels[..., None]).log2().mean((1, 2, 3))
 
@@ -55,7 +55,7 @@ def changes(pixels: Tensor) -> dict[str, Tensor]:
         "turned by 90 degrees": pixels.rot90(1, (1, 2)),
         "upside down": pixels.rot90(2, (1, 2)),
         "mirrored": pixels.flip(2),
-        "inverted": LEVELS - 1 - pixels,
+        "inverted": PIXELS.levels - 1 - pixels,
     }
 
 
@@ -67,15 +67,15 @@ def stranger(usual: Tensor, other: Tensor) -> float:
 def main() -> None:
     chosen = arguments(__doc__)
     learned, held = halves()
-    score = learned_score(chosen.out / f"digits-{chosen.steps}", learned, chosen.steps)
+    score = learned_score(chosen.out / f"digits-{chosen.steps}", learned, chosen.steps).given(ANY)
 
-    print(f"\nbits per dimension of {len(held.pixels)} held-out digits, 64 integers of {LEVELS} levels")
+    print(f"\nbits per dimension of {len(held.pixels)} held-out digits, 64 integers of {PIXELS.levels} levels")
     began = time.perf_counter()
     found = {name: bits(score, pixels) for name, pixels in changes(held.pixels).items()}
     seconds = time.perf_counter() - began
     usual = found["held-out digits"]
     for name, b in {
-        "uniform": torch.full((2,), math.log2(LEVELS)),
+        "uniform": torch.full((2,), math.log2(PIXELS.levels)),
         "independent pixels": independent_pixels(learned, held.pixels),
         "Gaussian": gaussian(learned, held.pixels),
         "learned score": usual,
