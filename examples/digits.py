@@ -194,8 +194,8 @@ def sweep(score: sds.NetworkScore, learned: Half, held: Half, classifier_steps: 
     many = labels.repeat(4)
     print(judge.row("no guidance, four times as many samples", draw(score.given(many), len(many)), many))
     print(
-        "Frechet: distance to the held-out digits; over real: its ratio to that of the half learned from. Digits drawn\n"
-        "from that half with replacement are the same digits, and further off by chance alone. Recognised: by a\n"
+        "Frechet: distance to the held-out digits; over real: its ratio to that of the half learned from. Digits\n"
+        "drawn from that half with replacement are the same digits, and further off by chance alone. Recognised: by a\n"
         "classifier that learned from the held-out half. Nearest: mean distance to the closest digit learned from;\n"
         f"held-out digits have {judge.nearest(held.images):.2f}, and much less would be copying."
     )
