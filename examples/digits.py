@@ -89,7 +89,7 @@ def training_data(half: Half, copies: int = 64) -> tuple[Tensor, Tensor]:
     return x, torch.cat([labels, half.labels.repeat(copies // 2) + ANY + 1])
 
 
-def learned_score(folder: Path, half: Half, steps: int = STEPS) -> sds.NetworkScore:
+def learned_score(folder: Path, half: Half, steps: int) -> sds.NetworkScore:
     """``score.given(k)`` is the score of digit ``k``, ``score.given(ANY)`` that of all; taken up from ``folder``."""
     torch.manual_seed(0)
     net = sds.nn.UNet((8, 8), channels=32, multipliers=(1, 2), blocks=2, classes=21, dropout=0.1)
@@ -175,23 +175,23 @@ class Judge:
         return f"{name:44s}{d:10.2f}{d / self.floor:12.2f}{shares}"
 
 
-def sweep(score: sds.NetworkScore, learned: Half, held: Half, classifier_steps: int) -> dict[str, Tensor]:
+def sweep(score: sds.NetworkScore, learned: Half, held: Half, quick: bool) -> dict[str, Tensor]:
     """The table, and a digit of each class for some of its rows."""
-    judge, noised = Judge(learned, held), train_noised_classifier(learned, classifier_steps)
+    judge, noised = Judge(learned, held), train_noised_classifier(learned, 10 if quick else 2000)
     # As many samples as held-out digits and of the same classes, unless a row says otherwise.
     labels = held.labels
     again = torch.randint(len(learned.labels), (len(labels),), generator=torch.Generator().manual_seed(0))
     print(f"\n{'':44s}{'Frechet':>10s}{'over real':>12s}{'recognised':>14s}{'nearest':>12s}")
     print(judge.row("real: the half learned from", learned.images, learned.labels))
     print(judge.row("the same, drawn with replacement", learned.images[again], learned.labels[again]))
-    rows = {f"classifier-free guidance, scale {w:g}": _free(score, labels, w) for w in CFG_SCALES}
+    rows = {f"classifier-free guidance, scale {w:g}": _free(score, labels, w) for w in CFG_SCALES[:: 4 if quick else 1]}
     rows |= {
         f"classifier guidance, scale {w:g}": sds.ClassifierGuidance(score.given(ANY), noised, labels, w)
-        for w in CLASSIFIER_SCALES
+        for w in CLASSIFIER_SCALES[:: 4 if quick else 1]
     }
     for name, guided in rows.items():
         print(judge.row(name, draw(guided, len(labels)), labels))
-    many = labels.repeat(4)
+    many = labels.repeat(1 if quick else 4)
     print(judge.row("no guidance, four times as many samples", draw(score.given(many), len(many)), many))
     print(
         "Frechet: distance to the held-out digits; over real: its ratio to that of the half learned from. Digits\n"
@@ -211,26 +211,39 @@ def _free(score: sds.NetworkScore, labels: Tensor, scale: float) -> Callable[[Te
     return sds.ClassifierFreeGuidance(score.given(labels), score.given(ANY), scale=scale)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """What all three scripts take."""
+class Setting(NamedTuple):
+    """What all three scripts start from."""
+
+    out: Path
+    quick: bool
+    learned: Half
+    held: Half
+    score: sds.NetworkScore
+
+
+def set_up(description: str | None) -> Setting:
+    """Reads the arguments, and trains the network or finds it in the output folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for pictures and the network")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training; a run of another length starts anew")
+    parser.add_argument("--quick", action="store_true", help="80 digits and 20 steps of training: a few seconds")
     found = parser.parse_args()
     found.out.mkdir(parents=True, exist_ok=True)
-    return found
+    learned, held = halves()
+    if found.quick:
+        learned, held = (Half(half.pixels[:80], half.labels[:80]) for half in (learned, held))
+    steps = min(found.steps, 20) if found.quick else found.steps
+    return Setting(found.out, found.quick, learned, held, learned_score(found.out / f"digits-{steps}", learned, steps))
 
 
 def main() -> None:
-    chosen = arguments(__doc__)
-    learned, held = halves()
-    score = learned_score(chosen.out / f"digits-{chosen.steps}", learned, chosen.steps)
-    rows = sweep(score, learned, held, min(1500, chosen.steps))
+    out, quick, learned, held, score = set_up(__doc__)
+    rows = sweep(score, learned, held, quick)
     figure = plotting.image_grid(
         torch.cat(list(rows.values())), columns=10, row_labels=list(rows), value_range=(-1, 1), title="Digits by class"
     )
-    figure.savefig(chosen.out / "digits_by_class.png")
-    print(f"picture: {chosen.out / 'digits_by_class.png'}")
+    figure.savefig(out / "digits_by_class.png")
+    print(f"picture: {out / 'digits_by_class.png'}")
 
 
 if __name__ == "__main__":

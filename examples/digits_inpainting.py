@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from digits import ANY, EVALUATIONS, PROCESS, Half, Judge, arguments, halves, learned_score
+from digits import ANY, EVALUATIONS, PROCESS, Half, Judge, set_up
 from torch import Tensor
 
 import sdesolve as sds
@@ -50,20 +50,19 @@ def judged(name: str, draws: Tensor, truth: Half, hidden: Tensor, judge: Judge, 
 
 
 def main() -> None:
-    chosen = arguments(__doc__)
-    learned, held = halves()
-    score = learned_score(chosen.out / f"digits-{chosen.steps}", learned, chosen.steps).given(ANY)
-    judge, truth = Judge(learned, held), Half(held.pixels[:DIGITS], held.labels[:DIGITS])
+    out, quick, learned, held, network = set_up(__doc__)
+    digits, draws, score = 12 if quick else DIGITS, 2 if quick else DRAWS, network.given(ANY)
+    judge, truth = Judge(learned, held), Half(held.pixels[:digits], held.labels[:digits])
     seen = torch.zeros(8, 8, dtype=torch.bool)
     seen[:4] = True
     A, hidden = sds.operators.Mask(seen), ~seen
     y = A(truth.images)
     y = y + NOISE * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
-    each = y.repeat(DRAWS, 1)
+    each = y.repeat(draws, 1)
 
-    print(f"\n{DIGITS} held-out digits, lower half hidden, {DRAWS} draws each, {EVALUATIONS} evaluations")
+    print(f"\n{digits} held-out digits, lower half hidden, {draws} draws each, {EVALUATIONS} evaluations")
     print(f"{'':24s}{'CRPS':>10s}{'error':>10s}{'spread':>10s}{'recognised':>14s}{'seconds':>10s}")
-    drawn = {"nearest learned": nearest(learned, A, y, DRAWS)}
+    drawn = {"nearest learned": nearest(learned, A, y, draws)}
     print(judged("nearest learned", drawn["nearest learned"], truth, hidden, judge, 0.0))
     for name, posterior in methods(score, A, each, float(learned.images.std())).items():
         began = time.perf_counter()
@@ -71,13 +70,13 @@ def main() -> None:
             PROCESS, posterior, (len(each), 8, 8), solver=sds.SDEDPMSolverPP(2), seed=0,
             grid=sds.grids.karras_sigma(PROCESS, EVALUATIONS - 1),
         )  # fmt: skip
-        drawn[name] = x.clamp(-1, 1).unflatten(0, (DRAWS, DIGITS))
+        drawn[name] = x.clamp(-1, 1).unflatten(0, (draws, digits))
         print(judged(name, drawn[name], truth, hidden, judge, time.perf_counter() - began))
     print(
         "CRPS: the score, of hidden pixels; least for draws of the posterior. Error: root mean square of what is\n"
         "hidden less the mean of the draws, made unbiased; equal to the spread for draws of the posterior."
     )
-    picture(chosen.out / "digits_inpainting.png", truth, seen, drawn)
+    picture(out / "digits_inpainting.png", truth, seen, drawn)
 
 
 def picture(path: Path, truth: Half, seen: Tensor, drawn: dict[str, Tensor], columns: int = 12) -> None:
