@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,21 +97,22 @@ def points(axes: Axes, x: Tensor, window: Window, *, most: int = 4000, colour: s
     _frame(axes, window)
 
 
-def trails(axes: Axes, xs: Tensor, window: Window, *, colour: str = COLOURS[1]) -> None:
-    """Trajectories as lines, with a dot where each ends.
+def trails(axes: Axes, xs: Tensor, window: Window, *, colours: Sequence[str] = COLOURS) -> None:
+    """Trajectories as lines, with a dot where each ends; a few can be told apart.
 
     Args:
         axes: where to draw, from `panels`.
         xs: ``(times, batch, 2)``, as in ``Solution.xs``.
         window: ``(left, right, bottom, top)`` of what is shown.
-        colour: of the lines.
+        colours: of the lines, in turn.
 
     Raises:
         ValueError: states that are not points of the plane, or an empty window.
     """
     x = _plane(xs, "xs", 3).numpy()
-    axes.plot(x[..., 0], x[..., 1], color=colour, linewidth=0.6, alpha=0.7, zorder=2)
-    axes.scatter(x[-1, :, 0], x[-1, :, 1], s=6, color=INK, linewidths=0, zorder=3)
+    for k in range(x.shape[1]):
+        axes.plot(x[:, k, 0], x[:, k, 1], color=colours[k % len(colours)], linewidth=0.7, zorder=2)
+    axes.scatter(x[-1, :, 0], x[-1, :, 1], s=14, color=INK, linewidths=0, zorder=3)
     _frame(axes, window)
 
 
