@@ -92,13 +92,13 @@ def test_energy_model(run):
     errors = row("error of the energy, nats")
     assert errors[-1] < 0.1  # at high noise the law is nearly Gaussian, which the parameterisation has exactly
     assert errors[0] > errors[-1]
-    assert row("exact") == [0.5, 0.3, 0.2]
-    for name in ("Langevin", "MALA", "annealed Langevin", "reverse SDE", "exp(-E), by quadrature, 0.08"):
+    exact = row("exact law")
+    assert exact == pytest.approx([0.5, 0.3, 0.2], abs=0.01)  # the lines between nearest modes cut off little
+    names = ("Langevin", "MALA", "annealed Langevin", "reverse SDE", "exp(-E), by quadrature")
+    for name in names:
         assert sum(row(name)[:3]) == pytest.approx(1.0, abs=2e-3)
-    # starts are spread over the plane, so that chains at low noise find the share of each basin, half of them the top
-    wrong = {name: sum(abs(a - b) for a, b in zip(row(name)[:3], row("exact"), strict=True))
-             for name in ("Langevin", "annealed Langevin", "reverse SDE")}  # fmt: skip
-    assert wrong["annealed Langevin"] < wrong["Langevin"]
+    # a hundred steps of training: enough for the start of the reverse SDE, where modes are chosen
+    wrong = {name: sum(abs(a - b) for a, b in zip(row(name)[:3], exact, strict=True)) for name in names}
     assert wrong["reverse SDE"] < wrong["Langevin"]
 
 

@@ -50,7 +50,9 @@ def heatmap(
     )
     if whole_number(contours, "contours", 0):
         levels = torch.linspace(low, high, contours + 2)[1:-1].tolist()
-        axes.contour(x.numpy(), y.numpy(), image, levels=levels, colors=INK, linewidths=0.5, alpha=0.6)
+        axes.contour(
+            x.numpy(), y.numpy(), image, levels=levels, colors=INK, linestyles="solid", linewidths=0.5, alpha=0.6
+        )
     _frame(axes, window)
 
 
