@@ -10,7 +10,7 @@ settled, variance over mean of P (the Fano factor) is 1 + b / (g + d) (Thattai a
 parameters of its own, and all paths and steps are one generated kernel.
 
 Then strong orders on geometric Brownian motion, whose solution along the very path that a solver took is known. Takes
-about 20 s.
+about 10 s.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def picture(found: dict[str, Any]) -> Any:
     middle.plot(found["rates"], found["exact"], color=red, linewidth=1.8, label="exact")
     middle.errorbar(found["rates"], found["fano"], 2 * found["error"], fmt="o", color=blue, markersize=3.5,
                     linewidth=1.0, label="found, 2 standard errors")  # fmt: skip
-    middle.set(xlabel="proteins a second from one mRNA, b", ylabel="variance / mean")
+    middle.set(xlabel="proteins from one mRNA in unit time, b", ylabel="variance / mean")
     middle.legend(frameon=False, fontsize=9)
     plotting.error_curves(found["orders"], axes=right, orders=(0.5, 1), y_label="E|X - exact|")
     return figure

@@ -8,7 +8,7 @@ chains' variational bound on the negative log-likelihood comes down to what the 
 network (or a little less: with an inexact score chain and flow are different models), and the terms of the bound become
 a function of time.
 
-Takes about a minute.
+Takes a minute or two.
 """
 
 from __future__ import annotations

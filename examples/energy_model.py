@@ -10,8 +10,8 @@ which can be read off, drawn, and given to chains that refuse proposals, as no p
 whose density is known, so energies are compared with the exact -log p, and samplers with its weights.
 
 What is learned worst is how deep one mode lies against another at low noise, for hardly any data lie between them.
-Langevin chains are wrong by more than that, as they stay where they start; samplers that come down from high noise, where
-the modes are one, are right all the same.
+Langevin chains are wrong by more than that, as they stay where they start; samplers that come down from high noise,
+where the modes are one, are right all the same.
 
 Takes about a minute.
 """

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = r"-?\d+\.?\d*(?:e[-+]\d+)?"
@@ -15,11 +16,11 @@ NUMBER = r"-?\d+\.?\d*(?:e[-+]\d+)?"
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs an example; returns what its printed row of a name holds, and by ``index`` which of several."""
+    """Runs an example; returns a function from a name (and which of several) to its printed row, and its globals."""
 
     def run_example(name: str):
         monkeypatch.setattr(sys, "argv", [name, "--quick", "--out", str(tmp_path)])
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        scope = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         printed = capsys.readouterr().out
         picture = tmp_path / f"{name}.png"
         assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -31,13 +32,13 @@ def run(monkeypatch, tmp_path, capsys):
             rest = found[index].strip()[len(label) :].replace("%", "").replace("+-", " ")
             return [float(number) for number in re.findall(NUMBER, rest)]
 
-        return row
+        return row, scope
 
     return run_example
 
 
 def test_separated_modes(run):
-    row = run("separated_modes")
+    row, _ = run("separated_modes")
     n, exact = 4000, 0.2
     chance = (exact * (1 - exact) / n) ** 0.5
     # the chains stay in the half of the window that they start in, and the starts are uniform
@@ -56,7 +57,7 @@ def test_separated_modes(run):
 
 
 def test_chains_to_sdes(run):
-    row = run("chains_to_sdes")
+    row, _ = run("chains_to_sdes")
     *errors, order = row("DDPM, large variance")
     assert errors == sorted(errors, reverse=True)
     assert 0.9 < order < 1.2
@@ -74,7 +75,7 @@ def test_chains_to_sdes(run):
 
 
 def test_any_sde(run):
-    row = run("any_sde")
+    row, _ = run("any_sde")
     assert row("largest deviation from the exact:")[0] < 4.0
     for b in ("0.5", "3.5", "8.0"):
         found, error, exact, settled = row(b)
@@ -88,10 +89,16 @@ def test_any_sde(run):
 
 
 def test_energy_model(run):
-    row = run("energy_model")
+    row, scope = run("energy_model")
     errors = row("error of the energy, nats")
     assert errors[-1] < 0.1  # at high noise the law is nearly Gaussian, which the parameterisation has exactly
     assert errors[0] > errors[-1]
+    x, score = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), scope["make_score"](8)
+    for parameter in score.parameters():  # a new network returns zeros
+        parameter.data += 0.1
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(scope["energy_of"](score, leaf, 0.3).sum(), leaf)
+    assert torch.allclose(gradient, -score(x, torch.tensor(0.3)), rtol=1e-4, atol=1e-4)
     exact = row("exact law")
     assert exact == pytest.approx([0.5, 0.3, 0.2], abs=0.01)  # the lines between nearest modes cut off little
     names = ("Langevin", "MALA", "annealed Langevin", "reverse SDE", "exp(-E), by quadrature")
@@ -103,7 +110,7 @@ def test_energy_model(run):
 
 
 def test_densities(run):
-    row = run("densities")
+    row, scope = run("densities")
     errors = row("relative Fisher error")
     assert errors[-1] < 0.1
     assert errors[-3] < 5.0
@@ -113,3 +120,18 @@ def test_densities(run):
         assert gap == pytest.approx(model - entropy, abs=2e-4)
         assert -2 * error < gap < 3.0
     assert entropy == pytest.approx(2.0794, abs=1e-4)  # log 8
+    cells = scope["checkerboard"](8000, seed=0).floor().long()
+    found, counts = cells.unique(dim=0, return_counts=True)
+    assert len(found) == 8
+    assert (found.sum(1) % 2 == 0).all()
+    assert found.min() == -2
+    assert found.max() == 1
+    assert (counts - 1000).abs().max() < 4 * (8000 * 7 / 64) ** 0.5
+
+
+def test_every_example_is_listed_and_every_link_leads_somewhere():
+    text = (EXAMPLES / "README.md").read_text()
+    targets = set(re.findall(r"\]\(([^)#]+)\)", text))
+    assert {file.name for file in EXAMPLES.glob("*.py")} <= targets
+    for target in targets:
+        assert (EXAMPLES / target).exists(), target
