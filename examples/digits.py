@@ -242,8 +242,8 @@ def main() -> None:
     figure = plotting.image_grid(
         torch.cat(list(rows.values())), columns=10, row_labels=list(rows), value_range=(-1, 1), title="Digits by class"
     )
-    figure.savefig(out / "digits_by_class.png")
-    print(f"picture: {out / 'digits_by_class.png'}")
+    figure.savefig(out / "digits.png")
+    print(f"picture: {out / 'digits.png'}")
 
 
 if __name__ == "__main__":

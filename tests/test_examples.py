@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import sys
@@ -15,14 +16,16 @@ NUMBER = r"-?\d+\.?\d*(?:e[-+]\d+)?"
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(monkeypatch, tmp_path_factory, capsys):
     """Runs an example; returns a function from a name (and which of several) to its printed row, and its globals."""
 
     def run_example(name: str):
-        monkeypatch.setattr(sys, "argv", [name, "--quick", "--out", str(tmp_path)])
+        out = tmp_path_factory.getbasetemp() / "examples"  # one folder for all: the digits share a network
+        monkeypatch.setattr(sys, "argv", [name, "--quick", "--out", str(out)])
+        monkeypatch.syspath_prepend(EXAMPLES)
         scope = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         printed = capsys.readouterr().out
-        picture = tmp_path / f"{name}.png"
+        picture = out / f"{name}.png"
         assert picture.read_bytes()[:4] == b"\x89PNG"
         assert picture.stat().st_size > 10_000
 
@@ -127,6 +130,58 @@ def test_densities(run):
     assert found.min() == -2
     assert found.max() == 1
     assert (counts - 1000).abs().max() < 4 * (8000 * 7 / 64) ** 0.5
+
+
+def test_digits(run):
+    row, scope = run("digits")
+    distance, ratio, recognised, nearest = row("real: the half learned from")
+    assert (ratio, nearest) == (1.0, 0.0)
+    assert distance > 0
+    assert recognised > 80
+    # 20 steps of training teach nothing: guidance by the classifier is there, digits are not
+    assert row("no guidance")[1] > 5
+    pixels = scope["halves"]()[0]
+    x, labels = scope["training_data"](pixels, copies=4)
+    assert len(x) == 4 * len(pixels.labels) == len(labels)
+    plain, warped = labels[: len(x) // 2], labels[len(x) // 2 :]
+    assert (warped == pixels.labels.repeat(2) + 11).all()
+    dropped = plain == scope["ANY"]
+    assert (plain[~dropped] == pixels.labels.repeat(2)[~dropped]).all()
+    assert abs(dropped.float().mean() - 0.15) < 4 * (0.15 * 0.85 / len(plain)) ** 0.5
+    quantise = scope["PIXELS"].quantise
+    assert (quantise(x[: len(pixels.labels)]) == pixels.pixels).all()
+    change = (quantise(x[len(plain) : len(plain) + len(pixels.labels)]) - pixels.pixels).float().abs().mean((1, 2))
+    assert 0.3 < change.median() < 3.0  # of 16 levels
+
+
+def test_digits_inpainting(run):
+    row, scope = run("digits_inpainting")
+    for name in ("Replacement", "DPS, scale 0.1", "PiGDM", "MMPS"):
+        assert len(row(name)) == 5
+    # Draws from the truth's own law: error and spread agree, and the score is that of the normal law, 1 / sqrt(pi).
+    judge = type("Judge", (), {"recognised": staticmethod(lambda images, labels: 0.5)})
+    z = torch.randn(17, 500, 8, 8, generator=torch.Generator().manual_seed(0))
+    truth = type("Truth", (), {"images": z[0], "labels": torch.zeros(500)})
+    line = scope["judged"]("z", z[1:], truth, torch.ones(8, 8, dtype=torch.bool), judge, 0.0)
+    score, error, spread = (float(word) for word in line.split()[1:4])
+    assert score == pytest.approx(math.pi**-0.5, abs=0.01)
+    assert error == pytest.approx(1.0, abs=0.01)
+    assert spread == pytest.approx(1.0, abs=0.01)
+
+
+def test_digits_likelihood(run):
+    row, scope = run("digits_likelihood")
+    assert row("uniform")[0] == pytest.approx(math.log2(17), abs=1e-3)
+    assert 2.0 < row("independent pixels")[0] < 3.0
+    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 2.0])
+    assert scope["stranger"](a, b) == pytest.approx((2 + 1.5) / 6)
+    half = scope["set_up"].__globals__["halves"]()[0]
+    p = scope["independent_pixels"](half, torch.arange(17)[:, None, None].expand(17, 8, 8)[:1])
+    share = (half.pixels == 0).float().sum(0).add(1).div(len(half.pixels) + 17)
+    assert p.item() == pytest.approx(float(-share.log2().mean()), rel=1e-5)
+    changed = scope["changes"](half.pixels)
+    assert (changed["inverted"] == 16 - half.pixels).all()
+    assert (changed["upside down"] == half.pixels.flip(1, 2)).all()
 
 
 def test_every_example_is_listed_and_every_link_leads_somewhere():
