@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.inputs import OracleNoise, Silence
+from sdesolve.oracle.joint import Cloud, TooManyError, law_at_last_noise, together
+from sdesolve.oracle.particles import REPLICATES, Measured, Particles, estimated, start_of
+from sdesolve.oracle.recursion import recursion
 from sdesolve.oracle.samplers import Look, Sampler, gaussian_steps, is_deterministic
 from sdesolve.scores.mixture import GaussianMixture
 
@@ -23,28 +26,62 @@ _BLOCK = 1 << 22
 
 def wasserstein_to_mixture(
     sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor, *, prior: bool, denoise: bool
-) -> float:
+) -> Measured:
     r"""``W_2`` over the true law's standard deviation, for data on the line.
 
     In one dimension ``W_2^2`` is the mean square difference of quantiles. Of a deterministic sampler, which takes start
     states to end states in order, quantiles are those of the start, carried along: 4096 mid-quantiles, so that no
     sampling error hides the error of the method. Of a stochastic one the density is followed from step to step,
     ``p'(y) = int N(y; m(x), c^2) p(x) dx``, by the trapezoidal rule on a mesh finer than ``c``, for which that rule is
-    exact to rounding.
+    exact to rounding. Where steps remember earlier ones that goes for the joint density (`law_at_last_noise`), and
+    where that is too large the law is estimated (`Particles`).
     """
     u = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
     score, shape = data.score(process), (-1, *data.state_shape)
     start = normal_law(process.prior.std) if prior else MixtureLaw(data, process, float(grid[0]))
     clean = denoise or float(grid[-1]) == 0.0
     end = MixtureLaw(data, process, None if clean else float(grid[-1]))
-    if is_deterministic(sampler, process, data, grid):
+    target = end.quantiles(u)
+
+    def distance(x: Tensor) -> float:
+        """Of the law with these quantiles at the end of the grid."""
+        x = x.reshape(shape)
+        if denoise:
+            x = score.denoise(x, grid[-1])
+        return float((x.flatten().sort().values - target).square().mean().sqrt()) / end.std
+
+    def carried() -> Measured:
         x = start.quantiles(u).reshape(shape)
-        x = sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape)))
-    else:
-        x = _quantiles(list(gaussian_steps(sampler, process, data, grid)), start, u, shape).reshape(shape)
-    if denoise:
-        x = score.denoise(x, grid[-1])
-    return float((x.flatten().sort().values - end.quantiles(u)).square().mean().sqrt()) / end.std
+        return Measured(distance(sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape)))))
+
+    if is_deterministic(sampler, process, data, grid):
+        return carried()
+    try:
+        chain = recursion(sampler, process, data, grid)
+    except ValueError:  # steps that are no combinations may still be Gaussian, each for itself
+        looks = list(gaussian_steps(sampler, process, data, grid))
+        return Measured(distance(_quantiles(looks, start, u, shape)))
+    if not chain.random:
+        return carried()
+    if not chain.memory:
+        return Measured(distance(_quantiles(chain.looks(), start, u, shape)))
+    chain.check_end()
+    last = chain.random[-1]
+
+    def from_clouds(clouds: Sequence[Cloud]) -> float:
+        law = _Mixture(*together(clouds))
+        x = _inverse(law, *law.range(), u).reshape(shape)
+        return distance(chain.ahead(last, x, len(chain.points) - 1))
+
+    try:
+        return Measured(from_clouds([law_at_last_noise(chain, start.density, start.quantiles, shape)]))
+    except TooManyError:
+        particles = Particles(chain, start_of(data, process, float(grid[0]), prior=prior), shape, 1)
+    return estimated(from_clouds, [_cloud(particles.means(r), chain.points[last].c) for r in range(REPLICATES)])
+
+
+def _cloud(means: Tensor, std: float) -> Cloud:
+    return Cloud(means[:, 0], torch.full((len(means),), 1.0 / len(means), dtype=torch.float64), std).fewer()
 
 
 class MixtureLaw:
