@@ -34,13 +34,14 @@ class Cloud(NamedTuple):
         std = self.std / math.sqrt(2.0)
         half, spacing = Cloud(self.mean, self.mass, std), _SPACING * std / math.sqrt(2.0)
         lowest, mass = _spread(half, torch.zeros(len(self.mean), dtype=torch.int64), 1, spacing)
-        points = spacing * (lowest + torch.arange(mass.shape[1]))
+        points = spacing * (lowest + torch.arange(mass.shape[1])).double()
         return Cloud(points, mass[0], std)
 
 
 def together(clouds: Sequence[Cloud]) -> Cloud:
-    """Their mean, as laws; all have the same ``std``."""
-    mean, mass = torch.cat([c.mean for c in clouds]), torch.cat([c.mass for c in clouds])
+    """Their mean, as laws; all have the same ``std``, and so one mesh (`Cloud.fewer`)."""
+    mean, place = torch.cat([c.mean for c in clouds]).unique(return_inverse=True)
+    mass = torch.zeros_like(mean).index_add_(0, place, torch.cat([c.mass for c in clouds]))
     return Cloud(mean, mass / len(clouds), clouds[0].std)
 
 
@@ -78,7 +79,7 @@ def law_at_last_noise(
     last, spacings = chain.random[-1], _spacings(chain, quantiles, shape)
     far = quantiles(torch.tensor([1e-15, 1 - 1e-15], dtype=torch.float64)) / spacings[0]
     places = torch.arange(math.floor(far[0]), math.ceil(far[1]) + 1)
-    y = spacings[0] * places
+    y = spacings[0] * places.double()
     tuples = _Tuples(start(y) * spacings[0], {0: places}, {0: (y, torch.zeros_like(y))})
     for i, point in enumerate(chain.points[1:], 1):
         mean = chain.mean(i, tuples.known)
@@ -106,7 +107,7 @@ def _after(chain: Recursion, i: int, tuples: _Tuples, cloud: Cloud, spacing: flo
     if len(at) > _MOST:
         raise TooManyError(f"a joint density needs {len(at)} points")
     place, source = lowest[at] + offset, member[at]
-    nodes = spacing * torch.arange(int(place.amin()), int(place.amax()) + 1)
+    nodes = spacing * torch.arange(int(place.amin()), int(place.amax()) + 1, dtype=torch.float64)
     inside = place - place.amin()
     known = {j: (tuples.known[j][0][source], tuples.known[j][1][source]) for j in chain.kept[i]}
     known[i] = (nodes[inside], _score(chain, i, nodes, shape)[inside])
@@ -125,7 +126,7 @@ def _spread(cloud: Cloud, group: Tensor, groups: int, spacing: float) -> tuple[T
     mass, places = torch.zeros(groups * width, dtype=torch.float64), torch.arange(reach)
     factor = spacing / (cloud.std * math.sqrt(2 * math.pi))
     for part in torch.arange(len(low)).split(max(1, _BLOCK // reach)):
-        z = (spacing * (low[part, None] + places) - cloud.mean[part, None]) / cloud.std
+        z = (spacing * (low[part, None] + places).double() - cloud.mean[part, None]) / cloud.std
         density = (factor * cloud.mass[part])[:, None] * (-0.5 * z.square()).exp_()
         mass.index_add_(0, ((group[part] * width + first[part])[:, None] + places).reshape(-1), density.reshape(-1))
     return lowest, mass.reshape(groups, width)

@@ -81,7 +81,8 @@ def variation_2d(
         def run(x: Tensor) -> Tensor:
             return sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape)))
 
-        return Measured(_carried_along(run, start, truth, box.shrunk(_START_WIDTH / _WIDTH), _STARTS))
+        inner = box.shrunk(_START_WIDTH / _WIDTH)
+        return Measured(_carried_along(run, start(_product(inner.axes([_STARTS, _STARTS]))), truth, inner))
 
     if is_deterministic(sampler, process, data, grid):
         return carried()
@@ -122,7 +123,7 @@ def _followed(
     for k, look in enumerate(looks):
         if k + 1 == len(looks) and look(box.low[None]).std == 0.0:
             p = law(box.axes([_STARTS, _STARTS])).reshape(-1)
-            return _carried_along(functools.partial(_mean, look), lambda x, p=p: p, truth, box, _STARTS)
+            return _carried_along(functools.partial(_mean, look), p, truth, box)
         law, box = _after(look, law, box)
     axes = box.axes([_MOST, _MOST])
     q = truth(_product(axes)).reshape(_MOST, _MOST)
@@ -143,18 +144,15 @@ def _bumps(mean: Tensor, mass: Tensor, std: float, axes: list[Tensor]) -> Tensor
 
 
 def _carried_along(
-    run: Callable[[Tensor], Tensor],
-    start: Callable[[Tensor], Tensor],
-    truth: Callable[[Tensor], Tensor],
-    box: Box,
-    count: int,
+    run: Callable[[Tensor], Tensor], density: Tensor, truth: Callable[[Tensor], Tensor], box: Box
 ) -> float:
-    axes = box.axes([count, count])
+    """``density`` is that of the start on a mesh of ``_STARTS`` points an axis, in a row."""
+    axes = box.axes([_STARTS, _STARTS])
     x = _product(axes)
     e = _DIFFERENCE * float((box.high - box.low).amin()) * torch.eye(2, dtype=torch.float64)
     J = torch.stack([(run(x + d) - run(x - d)) / (2 * d.sum()) for d in e], -1)
     determinant = (J[:, 0, 0] * J[:, 1, 1] - J[:, 0, 1] * J[:, 1, 0]).abs()
-    return float(0.5 * _area(axes) * (start(x) - truth(run(x)) * determinant).abs().sum())
+    return float(0.5 * _area(axes) * (density - truth(run(x)) * determinant).abs().sum())
 
 
 def _after(look: Look, density: Density, box: Box) -> tuple[Density, Box]:
