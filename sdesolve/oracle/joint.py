@@ -121,7 +121,7 @@ def _spread(cloud: Cloud, group: Tensor, groups: int, spacing: float) -> tuple[T
     lowest = torch.full((groups,), 1 << 62).scatter_reduce_(0, group, low, "amin")
     first = low - lowest[group]
     width = int(first.amax()) + reach
-    if groups * width > 16 * _MOST:
+    if groups * width > 4 * _MOST:
         raise TooManyError(f"a joint density needs up to {groups * width} points")
     mass, places = torch.zeros(groups * width, dtype=torch.float64), torch.arange(reach)
     factor = spacing / (cloud.std * math.sqrt(2 * math.pi))
