@@ -91,7 +91,8 @@ class _Ordered:
 
     def __init__(self, n: int, d: int, generator: torch.Generator) -> None:
         points = SobolEngine(2 * d, scramble=False).draw(n, dtype=torch.float64)
-        self._columns, self._generator = math.isqrt(n) if d == 2 else 1, generator
+        self._columns = 1 << (n.bit_length() - 1) // 2 if d == 2 else 1  # n is a power of 2
+        self._generator = generator
         self._digits = (points[self.order(points[:, :d]), d:] * (1 << _BITS)).long()
 
     def order(self, x: Tensor) -> Tensor:

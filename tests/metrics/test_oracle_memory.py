@@ -166,7 +166,7 @@ def test_the_particle_law_in_the_plane_is_that_of_quadrature(monkeypatch):
     """Ancestral sampling, whose density can be followed, as if it had to be estimated."""
     grid = to(0.2, 6)
     error = oracle.error(sds.Ancestral(), EDM, THREE_MODES, grid)
-    monkeypatch.setattr("sdesolve.oracle.particles._COUNTS", {2: 1 << 14})
+    monkeypatch.setattr("sdesolve.oracle.particles._COUNTS", {2: 1 << 13})
     monkeypatch.setattr("sdesolve.oracle.recursion.Recursion.memory", 1)
     found = oracle.measure(sds.Ancestral(), EDM, THREE_MODES, grid)
     assert 0.0 < found.standard_error < 0.01 * error
