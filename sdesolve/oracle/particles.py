@@ -16,7 +16,7 @@ from sdesolve.scores.mixture import GaussianMixture
 
 REPLICATES = 8
 _BITS = 30
-_COUNTS = {1: 1 << 18, 2: 1 << 17}  # points of a replicate, by dimension
+_COUNTS = {1: 1 << 18, 2: 1 << 16}  # points of a replicate, by dimension
 
 
 _Part = TypeVar("_Part")
