@@ -195,8 +195,12 @@ def main() -> None:
         results.append((target, rows))
         print(table_of(target, rows), flush=True)
         print(f"\n{time.perf_counter() - start:.0f} s\n", flush=True)
-    if quick:
-        return
+    if not quick:
+        write(results)
+
+
+def write(results: list[tuple[Target, dict[str, Row]]]) -> None:
+    """Tables and figure."""
     text = "\n\n".join(table_of(target, {k: v for k, v in rows.items() if v}) for target, rows in results)
     folder = ROOT / "benchmarks" / "results"
     (folder / "work_precision.md").write_text(

@@ -14,7 +14,9 @@ from sdesolve.oracle.recursion import Known, Recursion
 
 # With points ``spacing`` apart, the trapezoidal rule errs by ``2 exp(-2 (pi w / spacing)^2)`` on a bell of width ``w``.
 _SPACING = 1.0  # of the width
-_ERROR = 1e-7  # where widths differ
+_ERROR = (
+    1e-12  # where widths differ: few paths cross between modes, where integrands are sharpest, and decide their weights
+)
 _WIDTH = 6.8  # standard deviations of a draw to either side; 1e-11 of it lies beyond
 _LIGHT = 1e-11  # of the largest mass of a tuple: lighter ones are left out
 _PILOTS = 4096

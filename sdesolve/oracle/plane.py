@@ -120,11 +120,12 @@ def _followed(
         return start(_product(axes)).reshape(len(axes[0]), len(axes[1]))
 
     law: Density = density
+    width = math.inf
     for k, look in enumerate(looks):
         if k + 1 == len(looks) and look(box.low[None]).std == 0.0:
             p = law(box.axes([_STARTS, _STARTS])).reshape(-1)
             return _carried_along(functools.partial(_mean, look), p, truth, box)
-        law, box = _after(look, law, box)
+        law, box, width = _after(look, law, box, width)
     axes = box.axes([_MOST, _MOST])
     q = truth(_product(axes)).reshape(_MOST, _MOST)
     return float(0.5 * _area(axes) * (law(axes) - q).abs().sum())
@@ -155,9 +156,9 @@ def _carried_along(
     return float(0.5 * _area(axes) * (density - truth(run(x)) * determinant).abs().sum())
 
 
-def _after(look: Look, density: Density, box: Box) -> tuple[Density, Box]:
-    """Density and extent of the law after a step."""
-    axes = box.axes(_counts(look, density, box))
+def _after(look: Look, density: Density, box: Box, width: float) -> tuple[Density, Box, float]:
+    """Density and extent of the law after a step, and a width that no bell of it is narrower than."""
+    axes = box.axes(_counts(look, density, box, width))
     mass = density(axes).reshape(-1) * _area(axes)
     mean, std = look(_product(axes))
     if std == 0.0:
@@ -172,11 +173,11 @@ def _after(look: Look, density: Density, box: Box) -> tuple[Density, Box]:
     low = torch.maximum(mean.amin(0) - margin, centre - reach)
     high = torch.minimum(mean.amax(0) + margin, centre + reach)
 
-    return lambda axes: _bumps(mean, mass, std, axes), Box(low, high)
+    return lambda axes: _bumps(mean, mass, std, axes), Box(low, high), std
 
 
-def _counts(look: Look, density: Density, box: Box) -> list[int]:
-    """Points of each axis for a mesh on which the step's transition density is resolved."""
+def _counts(look: Look, density: Density, box: Box, width: float) -> list[int]:
+    """Points of each axis for a mesh that resolves the step's transition density and the law."""
     axes = box.axes([_PROBES, _PROBES])
     p = density(axes)
     mean, std = look(_product(axes))
@@ -187,7 +188,7 @@ def _counts(look: Look, density: Density, box: Box) -> list[int]:
     for i, axis in enumerate(axes):
         seen = (p > 1e-9 * p.amax()).narrow(i, 0, _PROBES - 1)
         steepest = float(mean.diff(dim=i).norm(dim=-1)[seen].amax()) / float(axis[1] - axis[0])
-        count = max(_FEWEST, math.ceil(float(axis[-1] - axis[0]) * steepest / (_SPACING * std)))
+        count = max(_FEWEST, math.ceil(float(axis[-1] - axis[0]) * math.hypot(steepest / std, 1.0 / width) / _SPACING))
         if count > _MOST:
             raise ValueError(
                 f"a step adds noise of size {std:.3g} to states spread over {float(axis[-1] - axis[0]):.3g}: a mesh of "

@@ -96,6 +96,7 @@ class MixtureLaw:
         self.mean = float((self.weights * self.means).sum())
         spread = self.stds.square() + (self.means - self.mean).square()
         self.std = math.sqrt(float((self.weights * spread).sum()))
+        self.width = float(self.stds.amin())
 
     def density(self, x: Tensor) -> Tensor:
         z = (x[..., None] - self.means) / self.stds
@@ -123,7 +124,7 @@ def _quantiles(looks: list[Look], start: MixtureLaw, u: Tensor, shape: tuple[int
     low, high = start.mean - _WIDTH * start.std, start.mean + _WIDTH * start.std
     law: MixtureLaw | _Mixture = start
     for k, look in enumerate(looks):
-        nodes = _nodes(look, low, high, shape)
+        nodes = _nodes(look, low, high, shape, law.width)
         mass = law.density(nodes) * (nodes[1] - nodes[0])
         step = look(nodes.reshape(shape))
         if step.std == 0.0:
@@ -136,14 +137,14 @@ def _quantiles(looks: list[Look], start: MixtureLaw, u: Tensor, shape: tuple[int
     return _inverse(law, low, high, u)
 
 
-def _nodes(look: Look, low: float, high: float, shape: tuple[int, ...]) -> Tensor:
-    """An equispaced mesh on which the next step's transition density is resolved."""
+def _nodes(look: Look, low: float, high: float, shape: tuple[int, ...], width: float) -> Tensor:
+    """An equispaced mesh that resolves the next step's transition density and the law, of which no bell is narrower."""
     probes = torch.linspace(low, high, _PROBES, dtype=torch.float64)
     step = look(probes.reshape(shape))
     if step.std == 0.0:
         return probes
     steepest = float(step.mean.reshape(-1).diff().abs().amax()) / float(probes[1] - probes[0])
-    count = max(_FEWEST, math.ceil((high - low) * steepest / (_SPACING * step.std)))
+    count = max(_FEWEST, math.ceil((high - low) * math.hypot(steepest / step.std, 1.0 / width) / _SPACING))
     if count > _MOST:
         raise ValueError(
             f"a step adds noise of size {step.std:.3g} to states spread over {high - low:.3g}: a mesh of {count} "
@@ -159,6 +160,7 @@ class _Mixture:
         kept = mass > 1e-18 * mass.amax()
         self._mean, self._mass, self._std = mean[kept], mass[kept], std
         self._total = self._mass.sum()
+        self.width = std
 
     def range(self) -> tuple[float, float]:
         centre = float((self._mass * self._mean).sum() / self._total)
