@@ -8,10 +8,11 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss
 from torch import Tensor
 
-from sdesolve.chains.base import AbstractChain, StepScore, Variance, evaluated
+from sdesolve.chains.base import AbstractChain, StepScore, Variance
 from sdesolve.chains.bound import prior_term, step_term
 from sdesolve.grids import whole_number
 from sdesolve.losses import AbstractObjective, Objective, check_data
+from sdesolve.reverse import evaluated
 from sdesolve.training_times import SPREADS, Spread, choice
 
 

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdesolve.chains.base import AbstractChain, StepScore, Variance, evaluated
+from sdesolve.chains.base import AbstractChain, StepScore, Variance
 from sdesolve.quantisation import discretised_gaussian_log_prob
+from sdesolve.reverse import evaluated
 from sdesolve.scores.base import check_state
 
 
