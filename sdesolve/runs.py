@@ -147,8 +147,19 @@ class Run:
         self.metrics.append((self.step, {name: float(value) for name, value in found.items()}))
 
     def save(self, file: Path, config: dict[str, Any]) -> None:
-        """Writes the whole run to ``file``, atomically."""
+        """Writes the whole run to ``file``, atomically.
+
+        Raises:
+            FloatingPointError: the weights are not finite, which the next step would find too late for this file.
+        """
         tensors = {f"weights.{name}": value for name, value in checkpoints.named(self.score).items()}
+        for name, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                kept = f"; the last good checkpoint is {file}" if file.exists() else ""
+                raise FloatingPointError(
+                    f"the weights are not finite after step {self.step - 1} ({name.removeprefix('weights.')}), and "
+                    f"were not saved{kept}. A lower lr is the usual cure"
+                )
         for k, average in enumerate(self.averages.values()):
             prefix = checkpoints.average_prefix(k)
             tensors |= {prefix + name: checkpoints.on_host(value) for name, value in average.state_dict().items()}
