@@ -13,6 +13,7 @@ from sdesolve_kernels import Stream, dsm_loss, perturb
 from torch import Tensor
 
 from sdesolve.brownian import Place
+from sdesolve.checks import check_drift
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import Score
 from sdesolve.scores.network import NetworkScore
@@ -203,8 +204,9 @@ def _sigma2(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) ->
     if isinstance(score, NetworkScore):
         p, q, gain = score.target_coefficients(x_t, t)
         return _Regression(score.output(x_t, t), p, q, gain**2)
-    sigma = process.sigma(t)
-    return _Regression(score(x_t, t), 0.0, -1.0 / sigma, sigma.square())
+    sigma, s = process.sigma(t), score(x_t, t)
+    check_drift(s, x_t, t, "score")
+    return _Regression(s, 0.0, -1.0 / sigma, sigma.square())
 
 
 def _likelihood(score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:

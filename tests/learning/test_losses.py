@@ -323,7 +323,7 @@ def test_bad_settings_are_refused(make, error, message):
         make()
 
 
-NETWORK = NetworkScore(lambda x, t: x, VP())
+NETWORK, PLAIN = NetworkScore(lambda x, t: x, VP()), DenoisingScoreMatching(process=VP())
 
 
 @pytest.mark.parametrize(
@@ -336,6 +336,10 @@ NETWORK = NetworkScore(lambda x, t: x, VP())
         (DenoisingScoreMatching("simple", process=VP()), torch.sub, torch.ones(4, 2), TypeError, "wrap the network in"),
         (DenoisingScoreMatching(process=OU()), NETWORK, torch.ones(4, 2), ValueError, "made for another process"),
         (DenoisingScoreMatching(t_min=2.0), NETWORK, torch.ones(4, 2), ValueError, "interval is empty: t_min=2.0"),
+        (PLAIN, lambda x, t: x[:, :1], torch.ones(4, 2), ValueError, r"the shape of the state, \(4, 2\), got \(4, 1\)"),
+        (PLAIN, lambda x, t: x[:, None], torch.ones(4, 2), ValueError, r"\(4, 2\), got \(4, 1, 2\)"),
+        (PLAIN, lambda x, t: x.double(), torch.ones(4, 2), TypeError, "score returned torch.float64, the state is"),
+        (PLAIN, lambda x, t: None, torch.ones(4, 2), TypeError, "score must return a tensor"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(loss, score, x0, error, message):
