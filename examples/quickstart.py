@@ -176,7 +176,7 @@ def pictures(out: Path, x_held: Tensor, drawn: dict[str, Tensor], score: sds.Net
     images = torch.cat([x_held[:16], *(x[:16].clamp(-1, 1) for x in drawn.values())])
     labels = ["real", "reverse SDE", "flow"]
     plotting.image_grid(images, columns=16, row_labels=labels, value_range=(-1, 1), title="Digits").savefig(
-        out / "digits.png"
+        out / "quickstart_digits.png"
     )
     grid = process.time_grid(200)
     start = process.sample_prior((8, 8, 8), seed=1)

@@ -51,7 +51,7 @@ class TensorBatches(Batches):
     Batches run on across the end of an epoch, so that all have the same size.
 
     Raises:
-        TypeError: the data is not floating-point.
+        TypeError: the data is not floating-point, or the labels are no tensor.
         ValueError: it is empty, or has no batch axis; there are not as many labels as samples.
     """
 
@@ -61,6 +61,10 @@ class TensorBatches(Batches):
         if data.ndim == 0 or not data.numel():
             raise ValueError(
                 f"training data must be (samples, *state) with at least one sample, got {tuple(data.shape)}"
+            )
+        if labels is not None and not isinstance(labels, Tensor):
+            raise TypeError(
+                f"labels must be a tensor of integers, got {type(labels).__name__}; use torch.tensor(labels)"
             )
         if labels is not None and labels.shape != data.shape[:1]:
             raise ValueError(

@@ -8,10 +8,12 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss
 from torch import Tensor
 
-from sdesolve.chains.base import AbstractChain, StepScore, Variance, evaluated
+from sdesolve.chains.base import AbstractChain, StepScore, Variance
 from sdesolve.chains.bound import prior_term, step_term
 from sdesolve.grids import whole_number
 from sdesolve.losses import AbstractObjective, Objective, check_data
+from sdesolve.quantisation import Quantisation
+from sdesolve.reverse import evaluated
 from sdesolve.training_times import SPREADS, Spread, choice
 
 
@@ -81,7 +83,8 @@ class ChainBound(Objective):
         chain: the chain.
         variance: of the reverse steps, ``"small"``, ``"large"`` or a module ``v(x, k)``. A learned one is trained along
             if its parameters are among those of the score that is trained.
-        bits: for data on the ``2^bits`` levels of [-1, 1]: the discretised decoder (`variational_bound`).
+        bits: for data on the ``2^bits`` levels of [-1, 1] or the values of a `Quantisation`: the discretised decoder
+            (`variational_bound`).
         times: how steps are spread over a batch (`DenoisingScoreMatching`).
 
     Raises:
@@ -90,7 +93,11 @@ class ChainBound(Objective):
     """
 
     def __init__(
-        self, chain: AbstractChain, variance: Variance = "small", bits: int | None = None, times: Spread = "stratified"
+        self,
+        chain: AbstractChain,
+        variance: Variance = "small",
+        bits: int | Quantisation | None = None,
+        times: Spread = "stratified",
     ) -> None:
         self._steps, self._variance, self._bits = _Steps(chain, times), variance, bits
 

@@ -15,6 +15,7 @@ from sdesolve import grids
 from sdesolve.checks import check_drift, check_state
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.divergence import AbstractDivergence, ExactTrace, Hutchinson
+from sdesolve.quantisation import Quantisation
 from sdesolve.reverse import Score
 from sdesolve.sde import AbstractODE, per_sample
 from sdesolve.solution import Solution
@@ -24,7 +25,7 @@ from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.dormand_prince import DormandPrince
 from sdesolve.solvers.rk4 import RK4
 
-Ending = Literal["decoder", "density"]
+Ending = Literal["decoder", "density"] | Quantisation
 Solver = AbstractSolver | AbstractAdaptive
 _ENDINGS = ("decoder", "density")
 _EXACT_UP_TO = 64
@@ -47,6 +48,25 @@ class Likelihood:
     """Whether the divergence was exact."""
     nfe: int
     """Evaluations of the score on a batch, not counting backward passes through it."""
+    discrete: bool = False
+    """Whether ``log_prob`` is of a probability of quantised data, not of a density."""
+
+    def bits_per_dimension(self, data: Quantisation | None = None) -> Tensor:
+        """Bits per dimension of the integers that the data stand for, ``(batch,)``.
+
+        Args:
+            data: how ``x`` was dequantised; left out where the ending was a `Quantisation`, which needs no offset.
+
+        Raises:
+            ValueError: it is missing, or given all the same.
+        """
+        if self.discrete is (data is not None):
+            raise ValueError(
+                "this log_prob is one of integers already; leave the quantisation out" if self.discrete else
+                "this log_prob is a density: say how the integers were dequantised, bits_per_dimension(Quantisation())"
+            )  # fmt: skip
+        d = self.latent[0].numel()
+        return -self.log_prob / (d * math.log(2.0)) if data is None else data.bits_per_dimension(self.log_prob, d)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """A confidence interval for the log-likelihood, by Student's law of ``estimates - 1`` degrees of freedom.
@@ -128,6 +148,10 @@ def estimate_likelihood(
     - ``"density"`` gives ``log p_eps(x)``, the density of noisy data at the points ``x``. Data without noise is no
       typical draw from it: on data near a manifold thinner than ``sigma`` it is too large by up to half a nat for each
       dimension across.
+    - a `Quantisation` is for models of quantised data that were trained without dequantisation, on ``x =
+      quantisation.value(k)``. As ``"decoder"``, but ``p(k | x_eps)`` is the mass of that Gaussian in the bin of ``k``
+      (`Quantisation.gaussian_log_prob`; Ho et al. 2020, eq. 13), so that the result bounds ``log P(k)``, a probability.
+      What is lost is small where ``sigma / alpha`` is well below the width of a bin and the model knows the levels.
 
     Args:
         process: the forward diffusion.
@@ -143,14 +167,18 @@ def estimate_likelihood(
         first_sample: number of the first row: rows are functions of seed and number alone.
 
     Raises:
-        ValueError: times that do not go from ``epsilon > 0`` to ``t_max``, data that is not finite, an unknown ending,
-            a solver that is not for ODEs, steps for an adaptive solver or none for another.
+        ValueError: times that do not go from ``epsilon > 0`` to ``t_max``, data that is not finite or not on the values
+            of the `Quantisation`, an unknown ending, a solver that is not for ODEs, steps for an adaptive solver or
+            none for another.
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
     _check(process, x)
-    if ending not in _ENDINGS:
-        raise ValueError(f"ending={ending!r} is unknown; choose one of {', '.join(map(repr, _ENDINGS))}")
+    if not isinstance(ending, Quantisation) and ending not in _ENDINGS:
+        raise ValueError(
+            f"ending={ending!r} is unknown; choose one of {', '.join(map(repr, _ENDINGS))}, or the Quantisation of "
+            "the data"
+        )
     d = x.shape[1:].numel()
     if divergence is None:
         divergence = ExactTrace() if d <= _EXACT_UP_TO else Hutchinson()
@@ -160,7 +188,7 @@ def estimate_likelihood(
     with torch.no_grad():
         eps = times[0].to(dtype=x.dtype, device=x.device)
         x_eps, added = x, x.new_zeros(len(x))
-        if ending == "decoder":
+        if ending != "density":
             alpha, sigma = process.alpha(times[0]).to(x), process.sigma(times[0]).to(x)
             z = normal(
                 len(x), d, seed=seed, stream=Stream.PERTURBATION, first_path=first_sample, dtype=x.dtype,
@@ -169,8 +197,12 @@ def estimate_likelihood(
             x_eps = alpha * x + sigma * z
             s = score(x_eps, eps)
             check_drift(s, x_eps, eps, "score")
-            # log N(x; E[x_0 | x_eps], (sigma / alpha)^2) - log N(x_eps; alpha x, sigma^2), multiplied out
-            added = d * alpha.log() - (sigma * s * (z + 0.5 * sigma * s)).reshape(len(x), d).sum(1)
+            if isinstance(ending, Quantisation):
+                log_p = ending.gaussian_log_prob(x, (x_eps + sigma.square() * s) / alpha, sigma / alpha)
+                added = (log_p + 0.5 * z.square() + (sigma * math.sqrt(2.0 * math.pi)).log()).reshape(len(x), d).sum(1)
+            else:
+                # log N(x; E[x_0 | x_eps], (sigma / alpha)^2) - log N(x_eps; alpha x, sigma^2), multiplied out
+                added = d * alpha.log() - (sigma * s * (z + 0.5 * sigma * s)).reshape(len(x), d).sum(1)
         probes = divergence.probes(x, seed=seed, first_path=first_sample)
         flow = _FlowWithDivergence(process, score, divergence, probes, tuple(x.shape))
         start = torch.cat([x_eps.reshape(len(x), d), x.new_zeros(len(x), divergence.estimates(d))], dim=1)
@@ -183,7 +215,8 @@ def estimate_likelihood(
         exact = isinstance(divergence, ExactTrace)
         count = each.shape[1]
         error = torch.zeros_like(each[:, 0]) if exact else _standard_error(each)
-    return Likelihood(each.mean(1), error, latent, count, exact, solution.stats.nfe + (ending == "decoder"))
+    nfe = solution.stats.nfe + (ending != "density")
+    return Likelihood(each.mean(1), error, latent, count, exact, nfe, isinstance(ending, Quantisation))
 
 
 def encode(

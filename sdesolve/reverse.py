@@ -27,6 +27,21 @@ class Score(Protocol):
     def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
 
 
+def evaluated(score: Score, x: Tensor, t: Tensor) -> Tensor:
+    """``score(x, t)``, refused if it is not like ``x``: broadcasting would make something else of it in silence.
+
+    Raises:
+        TypeError: no tensor, or one of another dtype.
+        ValueError: another shape.
+    """
+    s = score(x, t)
+    if not isinstance(s, Tensor) or s.shape != x.shape or s.dtype != x.dtype:
+        got = f"{s.dtype} {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+        error = ValueError if isinstance(s, Tensor) and s.dtype == x.dtype else TypeError
+        raise error(f"score and network must return what is like the state, {x.dtype} {tuple(x.shape)}, got {got}")
+    return s
+
+
 @final
 class ReverseSDE(AbstractSemilinear):
     r"""The reverse-time SDE with the marginals of ``forward``, integrated from large ``t`` to small (``dt < 0``).

@@ -17,6 +17,7 @@ from sdesolve.grids import whole_number
 from sdesolve.losses import AbstractObjective
 from sdesolve.nn.ema import EMA
 from sdesolve.nn.labels import LabelledNetwork, check_labels
+from sdesolve.nn.normalizer import Normalizer
 from sdesolve.scores.guidance import drop_labels
 from sdesolve.scores.network import NetworkScore
 
@@ -95,12 +96,18 @@ class Run:
         self.losses: list[float] = []
         self.metrics: list[tuple[int, dict[str, float]]] = []
 
-    def check_dtype(self, data: object) -> None:
-        """Refuses a tensor in a precision that the network does not compute in."""
+    def check(self, data: object, labels: Tensor | None) -> None:
+        """Refuses a tensor of data, and its labels, that some step would refuse: before hours of work, not after."""
         dtypes = {p.dtype for p in self.parameters.values()}
-        if isinstance(data, Tensor) and data.dtype not in dtypes:
-            ours = ", ".join(sorted(map(str, dtypes)))
-            raise TypeError(f"the data is {data.dtype} and the score's parameters are {ours}; convert one to the other")
+        if isinstance(data, Tensor):
+            if data.dtype not in dtypes:
+                ours = ", ".join(sorted(map(str, dtypes)))
+                raise TypeError(
+                    f"the data is {data.dtype} and the score's parameters are {ours}; convert one to the other"
+                )
+            self._check_range(data)
+        if labels is not None:
+            self._checked_labels(labels)
 
     def advance(self, batch: Batch, lr: float, clip: float | None, file: Path | None) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""
@@ -140,8 +147,19 @@ class Run:
         self.metrics.append((self.step, {name: float(value) for name, value in found.items()}))
 
     def save(self, file: Path, config: dict[str, Any]) -> None:
-        """Writes the whole run to ``file``, atomically."""
+        """Writes the whole run to ``file``, atomically.
+
+        Raises:
+            FloatingPointError: the weights are not finite, which the next step would find too late for this file.
+        """
         tensors = {f"weights.{name}": value for name, value in checkpoints.named(self.score).items()}
+        for name, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                kept = f"; the last good checkpoint is {file}" if file.exists() else ""
+                raise FloatingPointError(
+                    f"the weights are not finite after step {self.step - 1} ({name.removeprefix('weights.')}), and "
+                    f"were not saved{kept}. A lower lr is the usual cure"
+                )
         for k, average in enumerate(self.averages.values()):
             prefix = checkpoints.average_prefix(k)
             tensors |= {prefix + name: checkpoints.on_host(value) for name, value in average.state_dict().items()}
@@ -184,22 +202,29 @@ class Run:
     def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The states and classes of a batch: checked where they are, moved, normalised, some classes dropped."""
         x0, label, _ = batch
-        normalizer = self.score.normalizer if isinstance(self.score, NetworkScore) else None
-        if normalizer is not None:
-            normalizer.check(x0)
+        normalizer = self._check_range(x0)
         x0 = x0.to(self.device)
         if normalizer is not None:
             x0 = normalizer(x0)
         if label is None:
             return x0, None
-        if not isinstance(self.score, NetworkScore) or not isinstance(self.score.net, LabelledNetwork):
-            raise TypeError("labels need a NetworkScore of a LabelledNetwork, such as nn.UNet(shape, classes=10)")
-        null = self.score.net.classes
-        label = check_labels(label, null, null=False)
+        label, null = self._checked_labels(label)
         if self.label_dropout:
             first = self.position.samples
             label = drop_labels(label, self.label_dropout, null_label=null, seed=self.seed, first_sample=first)
         return x0, label.to(self.device)
+
+    def _check_range(self, x0: Tensor) -> Normalizer | None:
+        normalizer = self.score.normalizer if isinstance(self.score, NetworkScore) else None
+        if normalizer is not None:
+            normalizer.check(x0)
+        return normalizer
+
+    def _checked_labels(self, label: Tensor) -> tuple[Tensor, int]:
+        """The labels as int64, and the null class."""
+        if not isinstance(self.score, NetworkScore) or not isinstance(self.score.net, LabelledNetwork):
+            raise TypeError("labels need a NetworkScore of a LabelledNetwork, such as nn.UNet(shape, classes=10)")
+        return check_labels(label, self.score.net.classes, null=False), self.score.net.classes
 
     def _parts(self, x0: Tensor, label: Tensor | None) -> Iterator[Part]:
         """A batch in parts, each with the score that its loss is to see."""

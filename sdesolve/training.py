@@ -161,7 +161,7 @@ def train(
     if isinstance(data, Tensor) and batch_size is None:
         batch_size = 256
     batches = batches_of(data, batch_size, seed, labels, labelled=labelled)
-    run.check_dtype(data)
+    run.check(data, labels)
     config = {
         "loss": repr(loss), "data": repr(batches), "batch_size": batch_size, "lr": float(lr), "warmup": warmup,
         "decay": decay, "weight_decay": float(weight_decay), "ema": ema if isinstance(ema, Sequence) else float(ema),

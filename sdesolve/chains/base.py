@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdesolve.diffusions.base import AbstractDiffusion, Marginal, Prior
 from sdesolve.grids import whole_number
-from sdesolve.reverse import Score
+from sdesolve.reverse import Score, evaluated
 from sdesolve.scores.base import AbstractData, check_state, flat
 from sdesolve.sde import per_sample
 
@@ -244,15 +244,6 @@ class ChainScore(nn.Module):
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
         """``grad log q(x_k)`` at ``x: (batch, *state)``, ``k: (batch,)``."""
         return -evaluated(self.net, x, k.to(x.dtype)) / self.chain.at(self.chain.sigma, k, x)
-
-
-def evaluated(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, k: Tensor) -> Tensor:
-    """``function(x, k)``, refused if it is not like ``x``."""
-    s = function(x, k)
-    if not isinstance(s, Tensor) or s.shape != x.shape or s.dtype != x.dtype:
-        got = f"{s.dtype} {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
-        raise ValueError(f"score and network must return what is like the state, {x.dtype} {tuple(x.shape)}, got {got}")
-    return s
 
 
 def check_steps(steps: int) -> int:

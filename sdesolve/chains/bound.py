@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdesolve.chains.base import AbstractChain, StepScore, Variance, evaluated
-from sdesolve.quantisation import discretised_gaussian_log_prob
+from sdesolve.chains.base import AbstractChain, StepScore, Variance
+from sdesolve.quantisation import Quantisation, discretised_gaussian_log_prob
+from sdesolve.reverse import evaluated
 from sdesolve.scores.base import check_state
 
 
@@ -46,7 +47,7 @@ def variational_bound(
     x0: Tensor,
     *,
     variance: Variance = "small",
-    bits: int | None = None,
+    bits: int | Quantisation | None = None,
     seed: int = 0,
     first_sample: int = 0,
 ) -> BoundTerms:
@@ -58,7 +59,8 @@ def variational_bound(
         x0: data ``(batch, *state)``.
         variance: of the reverse steps (`AbstractChain.log_variance`).
         bits: for data on the ``2^bits`` levels of [-1, 1], ends included: ``L_0`` is then by the discretised Gaussian
-            (`discretised_gaussian_log_prob`), and the bound one of probabilities. Without it, of densities.
+            (`discretised_gaussian_log_prob`), and the bound one of probabilities. For other levels, a `Quantisation`
+            whose values the data are, such as ``Quantisation.inclusive(17)``. Without it, the bound is of densities.
         seed: of the draws, independent between steps.
         first_sample: number of the first row: rows are functions of seed and number alone.
 
@@ -85,7 +87,14 @@ def prior_term(chain: AbstractChain, x0: Tensor) -> Tensor:
 
 
 def step_term(
-    chain: AbstractChain, score: StepScore, x0: Tensor, x: Tensor, k: Tensor, *, variance: Variance, bits: int | None
+    chain: AbstractChain,
+    score: StepScore,
+    x0: Tensor,
+    x: Tensor,
+    k: Tensor,
+    *,
+    variance: Variance,
+    bits: int | Quantisation | None,
 ) -> Tensor:
     """``L_{k-1}`` for each sample at ``x_k = x`` (``L_0`` where ``k = 1``), in nats; differentiable."""
     mean = chain.mean_before(evaluated(score, x, k), x, k)
@@ -100,7 +109,9 @@ def step_term(
     return term.reshape(len(x0), -1).sum(1)
 
 
-def _decoder(x0: Tensor, mean: Tensor, log_variance: Tensor, bits: int | None) -> Tensor:
+def _decoder(x0: Tensor, mean: Tensor, log_variance: Tensor, bits: int | Quantisation | None) -> Tensor:
+    if isinstance(bits, Quantisation):
+        return bits.gaussian_log_prob(x0, mean, (0.5 * log_variance).exp())
     if bits is not None:
         return discretised_gaussian_log_prob(x0, mean, (0.5 * log_variance).exp(), bits=bits)
     return -0.5 * ((x0 - mean).square() * (-log_variance).exp() + log_variance + math.log(2.0 * math.pi))

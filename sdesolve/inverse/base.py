@@ -11,7 +11,7 @@ from torch import Tensor
 from sdesolve.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.operators import AbstractOperator, check_noise_std, check_observation
-from sdesolve.reverse import Score
+from sdesolve.reverse import Score, evaluated
 from sdesolve.sde import per_sample
 
 
@@ -110,7 +110,7 @@ class AbstractPosteriorScore(abc.ABC):
         alpha, sigma = self.coefficients(x, t)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            s = self.score(x, t)
+            s = evaluated(self.score, x, t)
             if not s.requires_grad:
                 raise TypeError(
                     "no gradient flows from this score to the state, so that it cannot be pulled back through; leave "

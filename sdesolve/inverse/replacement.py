@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.inverse.base import AbstractPosteriorScore
+from sdesolve.reverse import evaluated
 from sdesolve.sde import per_sample
 
 
@@ -28,7 +29,7 @@ class Replacement(AbstractPosteriorScore):
     def combine(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         A = self.operator
         alpha, sigma = self.coefficients(x, t)
-        s = self.score(x, t)
+        s = evaluated(self.score, x, t)
         residual = per_sample(alpha, y) * y - A(x)
         noise = alpha.square() * self.noise_std**2
         pull = A.adjoint(A.solve_gram(residual, sigma.square(), noise.expand_as(sigma)))

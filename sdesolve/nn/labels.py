@@ -68,7 +68,7 @@ class Given(nn.Module):
         super().__init__()
         if not isinstance(net, LabelledNetwork):
             raise TypeError(f"a label needs a network net(x, t, label), a LabelledNetwork; got {type(net).__name__}")
-        checked = check_labels(torch.as_tensor(label), net.classes)
+        checked = check_labels(label, net.classes)
         self.net = net
         self.register_buffer("label", checked, persistent=False)
 
@@ -78,28 +78,43 @@ class Given(nn.Module):
         Raises:
             ValueError: there are not as many labels as samples.
         """
-        if self.label.ndim and len(self.label) != len(x):
-            raise ValueError(f"{len(self.label)} labels were given, for a batch of {len(x)} samples")
-        return self.net(x, t, self.label.to(x.device).expand(len(x)))
+        return self.net(x, t, labels_for(self.label, x))
 
 
-def check_labels(label: Tensor, classes: int, *, null: bool = True) -> Tensor:
-    """The labels as int64.
+def check_labels(label: Tensor | int, classes: int | None = None, *, null: bool = True) -> Tensor:
+    """Labels as int64, ``()`` or ``(batch,)``: not negative, and within ``classes`` where their number is known.
 
     Raises:
         TypeError: labels that are not integers.
         ValueError: ``classes`` is 0; labels of another rank than 0 or 1, or outside the classes.
     """
-    if not classes:
+    if classes == 0:
         raise ValueError("this network was built without classes and takes no label; build it with classes=n")
-    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {label.dtype}; convert them with .long()")
-    if label.ndim > 1:
-        raise ValueError(f"labels must be one integer or (batch,), got shape {tuple(label.shape)}")
-    last = classes if null else classes - 1
-    outside = (label < 0) | (label > last)
+    y = torch.as_tensor(label)
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(
+            f"labels must be integers, got {y.dtype}; convert them with .long(), one-hot vectors with .argmax(-1)"
+        )
+    if y.ndim > 1:
+        raise ValueError(f"labels must be one integer or have shape (batch,), got shape {tuple(y.shape)}")
+    outside = y < 0 if classes is None else (y < 0) | (y > (classes if null else classes - 1))
     if bool(outside.any()):
-        which = int(label.reshape(-1)[outside.reshape(-1)][0])
+        which = int(y.reshape(-1)[outside.reshape(-1)][0])
+        if classes is None:
+            raise ValueError(f"labels run from 0, got {which}")
         hint = f", or {classes} for no class" if null else ""
         raise ValueError(f"labels must be in 0 ... {classes - 1}{hint}; got {which}")
-    return label.long()
+    return y.detach().long()
+
+
+def labels_for(labels: Tensor, x: Tensor) -> Tensor:
+    """One label for each sample of ``x``, ``(batch,)``, on its device.
+
+    Raises:
+        ValueError: there are not as many labels as samples.
+    """
+    if labels.ndim == 1 and len(labels) != len(x):
+        raise ValueError(
+            f"there are {len(labels)} labels and {len(x)} samples; give one label for all, or one for each"
+        )
+    return labels.to(x.device).expand(len(x))

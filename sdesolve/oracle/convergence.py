@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import whole_number
-from sdesolve.oracle.errors import error
+from sdesolve.oracle.errors import measure
 from sdesolve.oracle.inputs import OracleNoise, Silence
 from sdesolve.oracle.samplers import Sampler, as_sampler
 from sdesolve.reverse import Score
@@ -32,13 +32,15 @@ class Convergence:
         name: of the sampler.
         steps: steps of each grid.
         nfes: score evaluations that a sample took on each.
-        errors: exact errors (`error`).
+        errors: as `error`.
+        standard_errors: of those that are estimates, 0 for the others; empty for none.
     """
 
     name: str
     steps: tuple[int, ...]
     nfes: tuple[int, ...]
     errors: tuple[float, ...]
+    standard_errors: tuple[float, ...] = ()
 
     @property
     def order(self) -> float:
@@ -55,7 +57,9 @@ class Convergence:
             local = ""
             if k and error_ > 0:
                 local = f"{math.log(self.errors[k - 1] / error_) / math.log(steps / self.steps[k - 1]):8.2f}"
-            rows.append(f"{nfe:12d} {steps:8d} {error_:12.4e} {local:>8s}")
+            estimate = self.standard_errors[k] if self.standard_errors else 0.0
+            note = f"   estimate, +- {estimate:.1e}" if estimate else ""
+            rows.append(f"{nfe:12d} {steps:8d} {error_:12.4e} {local:>8s}{note}")
         return "\n".join([self.name, *rows, f"fitted order {self.order:.2f}"])
 
 
@@ -116,8 +120,9 @@ def convergence(
     counted, errors = [], []
     for n in steps:
         counted.append(evaluations(sampler, process, data, make(n)) + denoise)
-        errors.append(error(sampler, process, data, make(n), prior=prior, denoise=denoise))
-    return Convergence(name, tuple(steps), tuple(counted), tuple(errors))
+        errors.append(measure(sampler, process, data, make(n), prior=prior, denoise=denoise))
+    values, deviations = zip(*errors, strict=True)
+    return Convergence(name, tuple(steps), tuple(counted), values, deviations)
 
 
 def evaluations(sampler: Sampler, process: AbstractDiffusion, data: Gaussian | GaussianMixture, grid: Tensor) -> int:

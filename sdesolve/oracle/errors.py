@@ -12,6 +12,7 @@ from sdesolve.grids import check_grid
 from sdesolve.metrics import bures_wasserstein, gaussian_kl
 from sdesolve.oracle.inputs import OracleNoise
 from sdesolve.oracle.moments import ChainMoments, affine_moments, chain_moments
+from sdesolve.oracle.particles import Measured
 from sdesolve.oracle.plane import variation_2d
 from sdesolve.oracle.samplers import Sampler, as_sampler
 from sdesolve.oracle.transport import wasserstein_to_mixture
@@ -30,7 +31,7 @@ def error(
     prior: bool = False,
     denoise: bool = False,
 ) -> float:
-    r"""How far the law that ``sampler`` ends with is from the true one, with no Monte Carlo error.
+    r"""How far the law that ``sampler`` ends with is from the true one.
 
     What is measured depends on the data:
 
@@ -40,9 +41,12 @@ def error(
     mixture of dimension 2  total variation distance, by quadrature
     ======================  ========================================================================================
 
-    On a mixture the sampler must be deterministic, or a solver of this library whose steps have no memory and add noise
-    once (`EulerMaruyama`, `ReverseDiffusion`, `Ancestral`, `DDIM`, and such with a `LangevinCorrector` of fixed step or
-    ``norms="level"``): the quadrature follows the density from step to step.
+    On a mixture the sampler must be deterministic, or take combinations of states, scores and noise with coefficients
+    that depend on time alone, as solvers of this library do, whatever it remembers and however often it draws in a
+    step; or its steps must be ``m(x) + c z`` each for itself, with any ``m``. Densities, or joint densities of what is
+    remembered, are followed from draw to draw by quadrature. Where that is out of reach (on the line for SDE samplers
+    of third order in few steps; in the plane for all with memory) the value is an estimate by randomised
+    quasi-Monte Carlo: `measure` says so, with a standard error.
 
     Args:
         sampler: a solver, or a function as `Sampler` describes.
@@ -58,13 +62,26 @@ def error(
             dimension 3 or more.
         TypeError: other data.
     """
+    return measure(sampler, process, data, grid, prior=prior, denoise=denoise).value
+
+
+def measure(
+    sampler: Sampler | AbstractSolver,
+    process: AbstractDiffusion,
+    data: Gaussian | GaussianMixture,
+    grid: Tensor,
+    *,
+    prior: bool = False,
+    denoise: bool = False,
+) -> Measured:
+    """`error`, of the same arguments, with its standard error: 0 where the value is exact or by quadrature."""
     if isinstance(sampler, AbstractSolver):
         sampler = as_sampler(sampler)
     grid = check_grid(grid)
     if isinstance(data, Gaussian):
         law = sampled_law(sampler, process, data, grid, prior=prior, denoise=denoise)
         target = true_law(process, data, grid, denoise=denoise)
-        return float(bures_wasserstein(*law, *target) / total_variance(target).sqrt())
+        return Measured(float(bures_wasserstein(*law, *target) / total_variance(target).sqrt()))
     if not isinstance(data, GaussianMixture):
         raise TypeError(f"data must be a Gaussian or a GaussianMixture, got {type(data).__name__}")
     d = data.means[0].numel()

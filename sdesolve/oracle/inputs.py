@@ -173,5 +173,10 @@ class _Table(Numbers):
         return self._weights[stream][first : first + draws].unsqueeze(1).expand(draws, *shape)
 
 
+def seeded(path: int, shape: tuple[int, ...]) -> Tensor:
+    """Fixed standard normals, float64."""
+    return _random(path, math.prod(shape)).reshape(shape)
+
+
 def _random(path: int, count: int) -> Tensor:
     return normal(1, count, seed=0, stream=Stream.PROBES, first_path=path, dtype=torch.float64)[0]

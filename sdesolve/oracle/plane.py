@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.inputs import OracleNoise, Silence
+from sdesolve.oracle.particles import REPLICATES, Measured, Particles, estimated, start_of
+from sdesolve.oracle.recursion import recursion
 from sdesolve.oracle.samplers import Look, Sampler, gaussian_steps, is_deterministic
 from sdesolve.scores.mixture import GaussianMixture
 
@@ -45,14 +48,14 @@ class Box(NamedTuple):
 
 def variation_2d(
     sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor, *, prior: bool
-) -> float:
+) -> Measured:
     r"""``1/2 int |p - q|`` between the sampler's law ``p`` and the true one ``q`` at the end of the grid.
 
     For a deterministic sampler ``F``, a change of variables makes this ``1/2 E|1 - q(F(x)) |det F'(x)| / p_0(x)|`` over
     start states ``x ~ p_0``, taken by quadrature over the plane, with central differences for ``F'``: good to a
     percent of the distance or so. For a stochastic
     one the density is followed from step to step: ``N(y; m(x), c^2 I)`` is a product over both axes, so that a step is
-    one product of matrices.
+    one product of matrices. Where steps remember earlier ones the law is estimated (`Particles`).
     """
     score, end = data.score(process), grid[-1]
     std, (centre, spread) = process.prior.std, _moments(data)
@@ -70,34 +73,92 @@ def variation_2d(
         alpha, sigma = float(process.alpha(t0)), float(process.sigma(t0))
         reach = _WIDTH * (alpha**2 * spread + sigma**2).sqrt()
         start, box = marginal_density, Box(alpha * centre - reach, alpha * centre + reach)
-    if is_deterministic(sampler, process, data, grid):
 
+    def truth(x: Tensor) -> Tensor:
+        return score.log_prob(x, end).exp()
+
+    def carried() -> Measured:
         def run(x: Tensor) -> Tensor:
             return sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape)))
 
-        return _carried_along(run, start, lambda y: score.log_prob(y, end).exp(), box.shrunk(_START_WIDTH / _WIDTH))
-    density: Density = lambda axes: start(_product(axes)).reshape(len(axes[0]), len(axes[1]))  # noqa: E731
-    for look in gaussian_steps(sampler, process, data, grid):
-        density, box = _after(look, density, box)
+        inner = box.shrunk(_START_WIDTH / _WIDTH)
+        return Measured(_carried_along(run, start(_product(inner.axes([_STARTS, _STARTS]))), truth, inner))
+
+    if is_deterministic(sampler, process, data, grid):
+        return carried()
+    try:
+        chain = recursion(sampler, process, data, grid)
+    except ValueError:  # steps that are no combinations may still be Gaussian, each for itself
+        return Measured(_followed(list(gaussian_steps(sampler, process, data, grid)), start, box, truth))
+    if not chain.random:
+        return carried()
+    if not chain.memory:
+        return Measured(_followed(chain.looks(), start, box, truth))
+    if chain.random[-1] != len(chain.points) - 1:
+        raise ValueError(
+            "in the plane, the last step of a sampler that remembers must add noise: end the grid above zero noise"
+        )
+    particles = Particles(chain, start_of(data, process, t0, prior=prior), (-1, *data.state_shape), 2)
+    std, means = chain.points[-1].c, [particles.means(r) for r in range(REPLICATES)]
+    low, high = (f(torch.stack([f(m, 0).values for m in means]), 0).values for f in (torch.min, torch.max))
+    region = Box(low - _WIDTH * std, high + _WIDTH * std)
+    axes = region.axes([math.ceil(float(side) / (_SPACING * std)) + 1 for side in region.high - region.low])
+    q = truth(_product(axes)).reshape(len(axes[0]), len(axes[1]))
+
+    def distance(densities: Sequence[Tensor]) -> float:
+        return float(0.5 * _area(axes) * (torch.stack(list(densities)).mean(0) - q).abs().sum())
+
+    return estimated(distance, [_bumps(m, torch.full_like(m[:, 0], 1 / len(m)), std, axes) for m in means])
+
+
+def _followed(
+    looks: list[Look], start: Callable[[Tensor], Tensor], box: Box, truth: Callable[[Tensor], Tensor]
+) -> float:
+    """The distance after Gaussian steps, and perhaps a last one that adds nothing."""
+
+    def density(axes: list[Tensor]) -> Tensor:
+        return start(_product(axes)).reshape(len(axes[0]), len(axes[1]))
+
+    law: Density = density
+    width = math.inf
+    for k, look in enumerate(looks):
+        if k + 1 == len(looks) and look(box.low[None]).std == 0.0:
+            p = law(box.axes([_STARTS, _STARTS])).reshape(-1)
+            return _carried_along(functools.partial(_mean, look), p, truth, box)
+        law, box, width = _after(look, law, box, width)
     axes = box.axes([_MOST, _MOST])
-    truth = score.log_prob(_product(axes), end).exp().reshape(_MOST, _MOST)
-    return float(0.5 * _area(axes) * (density(axes) - truth).abs().sum())
+    q = truth(_product(axes)).reshape(_MOST, _MOST)
+    return float(0.5 * _area(axes) * (law(axes) - q).abs().sum())
+
+
+def _mean(look: Look, x: Tensor) -> Tensor:
+    return look(x).mean
+
+
+def _bumps(mean: Tensor, mass: Tensor, std: float, axes: list[Tensor]) -> Tensor:
+    """``sum_j mass_j N(x; mean_j, std^2 I)`` on the mesh of ``axes``."""
+    total = torch.zeros(len(axes[0]), len(axes[1]), dtype=torch.float64)
+    for m, w in zip(mean.split(_BLOCK), mass.split(_BLOCK), strict=True):
+        a, b = ((-0.5 * ((axis[:, None] - m[:, i]) / std).square()).exp_() for i, axis in enumerate(axes))
+        total += (a * w) @ b.mT
+    return total / (2 * math.pi * std**2)
 
 
 def _carried_along(
-    run: Callable[[Tensor], Tensor], start: Callable[[Tensor], Tensor], truth: Callable[[Tensor], Tensor], box: Box
+    run: Callable[[Tensor], Tensor], density: Tensor, truth: Callable[[Tensor], Tensor], box: Box
 ) -> float:
+    """``density`` is that of the start on a mesh of ``_STARTS`` points an axis, in a row."""
     axes = box.axes([_STARTS, _STARTS])
     x = _product(axes)
     e = _DIFFERENCE * float((box.high - box.low).amin()) * torch.eye(2, dtype=torch.float64)
     J = torch.stack([(run(x + d) - run(x - d)) / (2 * d.sum()) for d in e], -1)
     determinant = (J[:, 0, 0] * J[:, 1, 1] - J[:, 0, 1] * J[:, 1, 0]).abs()
-    return float(0.5 * _area(axes) * (start(x) - truth(run(x)) * determinant).abs().sum())
+    return float(0.5 * _area(axes) * (density - truth(run(x)) * determinant).abs().sum())
 
 
-def _after(look: Look, density: Density, box: Box) -> tuple[Density, Box]:
-    """Density and extent of the law after a step."""
-    axes = box.axes(_counts(look, density, box))
+def _after(look: Look, density: Density, box: Box, width: float) -> tuple[Density, Box, float]:
+    """Density and extent of the law after a step, and a width that no bell of it is narrower than."""
+    axes = box.axes(_counts(look, density, box, width))
     mass = density(axes).reshape(-1) * _area(axes)
     mean, std = look(_product(axes))
     if std == 0.0:
@@ -112,18 +173,11 @@ def _after(look: Look, density: Density, box: Box) -> tuple[Density, Box]:
     low = torch.maximum(mean.amin(0) - margin, centre - reach)
     high = torch.minimum(mean.amax(0) + margin, centre + reach)
 
-    def after(axes: list[Tensor]) -> Tensor:
-        total = torch.zeros(len(axes[0]), len(axes[1]), dtype=torch.float64)
-        for m, w in zip(mean.split(_BLOCK), mass.split(_BLOCK), strict=True):
-            a, b = ((-0.5 * ((axis[:, None] - m[:, i]) / std).square()).exp() for i, axis in enumerate(axes))
-            total += (a * w) @ b.mT
-        return total / (2 * math.pi * std**2)
-
-    return after, Box(low, high)
+    return lambda axes: _bumps(mean, mass, std, axes), Box(low, high), std
 
 
-def _counts(look: Look, density: Density, box: Box) -> list[int]:
-    """Points of each axis for a mesh on which the step's transition density is resolved."""
+def _counts(look: Look, density: Density, box: Box, width: float) -> list[int]:
+    """Points of each axis for a mesh that resolves the step's transition density and the law."""
     axes = box.axes([_PROBES, _PROBES])
     p = density(axes)
     mean, std = look(_product(axes))
@@ -134,7 +188,7 @@ def _counts(look: Look, density: Density, box: Box) -> list[int]:
     for i, axis in enumerate(axes):
         seen = (p > 1e-9 * p.amax()).narrow(i, 0, _PROBES - 1)
         steepest = float(mean.diff(dim=i).norm(dim=-1)[seen].amax()) / float(axis[1] - axis[0])
-        count = max(_FEWEST, math.ceil(float(axis[-1] - axis[0]) * steepest / (_SPACING * std)))
+        count = max(_FEWEST, math.ceil(float(axis[-1] - axis[0]) * math.hypot(steepest / std, 1.0 / width) / _SPACING))
         if count > _MOST:
             raise ValueError(
                 f"a step adds noise of size {std:.3g} to states spread over {float(axis[-1] - axis[0]):.3g}: a mesh of "

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise
-from sdesolve.correctors import AbstractCorrector
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.inputs import Constant, Numbers, OracleNoise, Silence
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
@@ -17,8 +16,6 @@ from sdesolve.scores.mixture import GaussianMixture
 from sdesolve.sde import Calculus, Noise
 from sdesolve.solve import solve
 from sdesolve.solvers.base import AbstractSolver
-from sdesolve.solvers.predictor_corrector import PredictorCorrector
-from sdesolve.solvers.tabulated import AbstractTabulated
 
 _SAME = 1e-9  # of the size of the states
 
@@ -102,23 +99,16 @@ Look = Callable[[Tensor], Step]
 
 
 def gaussian_steps(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> Iterator[Look]:
-    """Each step of ``sampler`` in turn, as a function that looks at it from given states.
+    """Each step of ``sampler`` in turn, as a function that looks at it from given states; ``m`` may be any function.
 
     Raises:
         ValueError: the sampler's steps are not Gaussian transitions: they remember earlier ones, draw more than once,
             or their noise goes through the score.
     """
     score = data.score(process)
-    corrector, draws = None, 1
-    if isinstance(sampler, SolverSampler) and isinstance(sampler.solver, PredictorCorrector):
-        corrector, draws = sampler.solver.corrector, sampler.solver.n
-        sampler = SolverSampler(sampler.solver.predictor, sampler.stochasticity)
     _check_memoryless(sampler, process, data, grid)
     for k in range(len(grid) - 1):
         yield _looked_at(sampler, process, score, grid[k : k + 2])
-        if corrector is not None and float(process.sigma(grid[k + 1])) > 0:
-            for _ in range(draws):
-                yield _corrected(corrector, process, score, grid[k + 1])
 
 
 def _looked_at(sampler: Sampler, process: AbstractDiffusion, score: Score, grid: Tensor) -> Look:
@@ -129,20 +119,8 @@ def _looked_at(sampler: Sampler, process: AbstractDiffusion, score: Score, grid:
         heard = Silence()
         mean = run(x, heard)
         if sum(heard.draws.values()) > 1:
-            raise ValueError(f"this sampler draws noise {sum(heard.draws.values())} times a step; {_EXPECTED}")
+            raise ValueError(f"this sampler draws noise {sum(heard.draws.values())} times a step; {EXPECTED}")
         return _step(mean, [run(x, Constant(z)) for z in (1.0, -2.0)])
-
-    return look
-
-
-def _corrected(corrector: AbstractCorrector, process: AbstractDiffusion, score: Score, t: Tensor) -> Look:
-    scale = corrector.scales(process, t[None])[0]
-
-    def run(x: Tensor, numbers: Numbers) -> Tensor:
-        return corrector.correct(score, x, t, scale, OracleNoise(numbers, tuple(x.shape)), 0)
-
-    def look(x: Tensor) -> Step:
-        return _step(run(x, Silence()), [run(x, Constant(z)) for z in (1.0, -2.0)])
 
     return look
 
@@ -151,13 +129,11 @@ def _step(mean: Tensor, shifted: list[Tensor]) -> Step:
     by_one, by_two = ((y - mean) / z for y, z in zip(shifted, (1.0, -2.0), strict=True))
     std = by_one.flatten()[0]
     if not bool(((torch.stack([by_one, by_two]) - std).abs() <= _SAME * (std.abs() + mean.abs().amax())).all()):
-        raise ValueError(f"the noise in a step of this sampler depends on the state; {_EXPECTED}")
+        raise ValueError(f"the noise in a step of this sampler depends on the state; {EXPECTED}")
     return Step(mean, abs(float(std)))
 
 
 def _check_memoryless(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> None:
-    if isinstance(sampler, SolverSampler) and isinstance(sampler.solver, AbstractTabulated) and sampler.solver.memory:
-        raise ValueError(f"the steps of {type(sampler.solver).__name__} depend on earlier ones; {_EXPECTED}")
     score, d = data.score(process), data.means[0].numel()
     x = float(process.sigma(grid[0])) * torch.linspace(-1.0, 1.0, 3 * d, dtype=torch.float64).reshape(
         3, *data.state_shape
@@ -170,10 +146,11 @@ def _check_memoryless(sampler: Sampler, process: AbstractDiffusion, data: Gaussi
     for k in range(len(grid) - 1):
         parts = run(parts, grid[k : k + 2])
     if not bool(((whole - parts).abs() <= 1e-6 * (whole.abs() + 1e-3)).all()):
-        raise ValueError(f"the steps of this sampler depend on earlier ones or on the whole grid; {_EXPECTED}")
+        raise ValueError(f"the steps of this sampler depend on earlier ones or on the whole grid; {EXPECTED}")
 
 
-_EXPECTED = (
-    "on mixtures the oracle knows deterministic samplers, and ones whose steps are x' = m(x) + c z each for itself, "
-    "such as EulerMaruyama or Ancestral. On Gaussian data it knows all"
+EXPECTED = (
+    "on mixtures the oracle knows deterministic samplers, ones that take combinations of states, scores and noise with "
+    "coefficients that depend on time alone, as all of this library do, and ones whose steps are x' = m(x) + c z each "
+    "for itself. On Gaussian data it knows all that are affine"
 )

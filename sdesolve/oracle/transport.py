@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.inputs import OracleNoise, Silence
+from sdesolve.oracle.joint import Cloud, TooManyError, law_at_last_noise, together
+from sdesolve.oracle.particles import REPLICATES, Measured, Particles, estimated, start_of
+from sdesolve.oracle.recursion import recursion
 from sdesolve.oracle.samplers import Look, Sampler, gaussian_steps, is_deterministic
 from sdesolve.scores.mixture import GaussianMixture
 
@@ -23,28 +26,62 @@ _BLOCK = 1 << 22
 
 def wasserstein_to_mixture(
     sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor, *, prior: bool, denoise: bool
-) -> float:
+) -> Measured:
     r"""``W_2`` over the true law's standard deviation, for data on the line.
 
     In one dimension ``W_2^2`` is the mean square difference of quantiles. Of a deterministic sampler, which takes start
     states to end states in order, quantiles are those of the start, carried along: 4096 mid-quantiles, so that no
     sampling error hides the error of the method. Of a stochastic one the density is followed from step to step,
     ``p'(y) = int N(y; m(x), c^2) p(x) dx``, by the trapezoidal rule on a mesh finer than ``c``, for which that rule is
-    exact to rounding.
+    exact to rounding. Where steps remember earlier ones that goes for the joint density (`law_at_last_noise`), and
+    where that is too large the law is estimated (`Particles`).
     """
     u = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
     score, shape = data.score(process), (-1, *data.state_shape)
     start = normal_law(process.prior.std) if prior else MixtureLaw(data, process, float(grid[0]))
     clean = denoise or float(grid[-1]) == 0.0
     end = MixtureLaw(data, process, None if clean else float(grid[-1]))
-    if is_deterministic(sampler, process, data, grid):
+    target = end.quantiles(u)
+
+    def distance(x: Tensor) -> float:
+        """Of the law with these quantiles at the end of the grid."""
+        x = x.reshape(shape)
+        if denoise:
+            x = score.denoise(x, grid[-1])
+        return float((x.flatten().sort().values - target).square().mean().sqrt()) / end.std
+
+    def carried() -> Measured:
         x = start.quantiles(u).reshape(shape)
-        x = sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape)))
-    else:
-        x = _quantiles(list(gaussian_steps(sampler, process, data, grid)), start, u, shape).reshape(shape)
-    if denoise:
-        x = score.denoise(x, grid[-1])
-    return float((x.flatten().sort().values - end.quantiles(u)).square().mean().sqrt()) / end.std
+        return Measured(distance(sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape)))))
+
+    if is_deterministic(sampler, process, data, grid):
+        return carried()
+    try:
+        chain = recursion(sampler, process, data, grid)
+    except ValueError:  # steps that are no combinations may still be Gaussian, each for itself
+        looks = list(gaussian_steps(sampler, process, data, grid))
+        return Measured(distance(_quantiles(looks, start, u, shape)))
+    if not chain.random:
+        return carried()
+    if not chain.memory:
+        return Measured(distance(_quantiles(chain.looks(), start, u, shape)))
+    chain.check_end()
+    last = chain.random[-1]
+
+    def from_clouds(clouds: Sequence[Cloud]) -> float:
+        law = _Mixture(*together(clouds))
+        x = _inverse(law, *law.range(), u).reshape(shape)
+        return distance(chain.ahead(last, x, len(chain.points) - 1))
+
+    try:
+        return Measured(from_clouds([law_at_last_noise(chain, start.density, start.quantiles, shape)]))
+    except TooManyError:
+        particles = Particles(chain, start_of(data, process, float(grid[0]), prior=prior), shape, 1)
+    return estimated(from_clouds, [_cloud(particles.means(r), chain.points[last].c) for r in range(REPLICATES)])
+
+
+def _cloud(means: Tensor, std: float) -> Cloud:
+    return Cloud(means[:, 0], torch.full((len(means),), 1.0 / len(means), dtype=torch.float64), std).fewer()
 
 
 class MixtureLaw:
@@ -59,6 +96,7 @@ class MixtureLaw:
         self.mean = float((self.weights * self.means).sum())
         spread = self.stds.square() + (self.means - self.mean).square()
         self.std = math.sqrt(float((self.weights * spread).sum()))
+        self.width = float(self.stds.amin())
 
     def density(self, x: Tensor) -> Tensor:
         z = (x[..., None] - self.means) / self.stds
@@ -86,7 +124,7 @@ def _quantiles(looks: list[Look], start: MixtureLaw, u: Tensor, shape: tuple[int
     low, high = start.mean - _WIDTH * start.std, start.mean + _WIDTH * start.std
     law: MixtureLaw | _Mixture = start
     for k, look in enumerate(looks):
-        nodes = _nodes(look, low, high, shape)
+        nodes = _nodes(look, low, high, shape, law.width)
         mass = law.density(nodes) * (nodes[1] - nodes[0])
         step = look(nodes.reshape(shape))
         if step.std == 0.0:
@@ -99,14 +137,14 @@ def _quantiles(looks: list[Look], start: MixtureLaw, u: Tensor, shape: tuple[int
     return _inverse(law, low, high, u)
 
 
-def _nodes(look: Look, low: float, high: float, shape: tuple[int, ...]) -> Tensor:
-    """An equispaced mesh on which the next step's transition density is resolved."""
+def _nodes(look: Look, low: float, high: float, shape: tuple[int, ...], width: float) -> Tensor:
+    """An equispaced mesh that resolves the next step's transition density and the law, of which no bell is narrower."""
     probes = torch.linspace(low, high, _PROBES, dtype=torch.float64)
     step = look(probes.reshape(shape))
     if step.std == 0.0:
         return probes
     steepest = float(step.mean.reshape(-1).diff().abs().amax()) / float(probes[1] - probes[0])
-    count = max(_FEWEST, math.ceil((high - low) * steepest / (_SPACING * step.std)))
+    count = max(_FEWEST, math.ceil((high - low) * math.hypot(steepest / step.std, 1.0 / width) / _SPACING))
     if count > _MOST:
         raise ValueError(
             f"a step adds noise of size {step.std:.3g} to states spread over {high - low:.3g}: a mesh of {count} "
@@ -122,6 +160,7 @@ class _Mixture:
         kept = mass > 1e-18 * mass.amax()
         self._mean, self._mass, self._std = mean[kept], mass[kept], std
         self._total = self._mass.sum()
+        self.width = std
 
     def range(self) -> tuple[float, float]:
         centre = float((self._mass * self._mean).sum() / self._total)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdesolve.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.grids import whole_number
-from sdesolve.nn.labels import check_labels
+from sdesolve.nn.labels import check_labels, labels_for
 from sdesolve.reverse import Score
 from sdesolve.scores.base import check_process
 
@@ -47,7 +47,7 @@ class ClassifierGuidance:
             if not callable(function):
                 raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
         self.score, self.classifier = score, classifier
-        checked = _integers(labels)
+        checked = check_labels(labels)
         self._labels, self._largest = Copies(checked), int(checked.max()) if checked.numel() else 0
         self.scale = _finite(scale, "scale")
 
@@ -58,7 +58,7 @@ class ClassifierGuidance:
             leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_()
             logits = self.classifier(leaf, t.to(x).expand(len(x)))
             self._check(logits, len(x))
-            log_p = logits.log_softmax(1).gather(1, _labels_for(self._labels.like(x), x)[:, None])
+            log_p = logits.log_softmax(1).gather(1, labels_for(self._labels.like(x), x)[:, None])
             (gradient,) = torch.autograd.grad(log_p.sum(), leaf)
         return self.score(x, t) + self.scale * gradient
 
@@ -142,7 +142,7 @@ def drop_labels(labels: Tensor, probability: float, *, null_label: int, seed: in
         >>> kept = drop_labels(labels, 0.1, null_label=10, seed=0, first_sample=k * len(labels))
         >>> loss = objective(score.given(kept), x0, seed=0, first_sample=k * len(labels))
     """
-    checked = _integers(labels)
+    checked = check_labels(labels)
     if checked.ndim != 1:
         raise ValueError("labels must have shape (batch,), got a single one")
     if not 0.0 <= probability <= 1.0:
@@ -187,7 +187,7 @@ def noised_cross_entropy(
         ValueError: not as many labels as samples; logits of another shape; labels outside the classes.
     """
     check_process(process)
-    checked = _labels_for(_integers(labels), x0)
+    checked = labels_for(check_labels(labels), x0)
     first = whole_number(first_sample, "first_sample", 0)
     u = uniform(
         len(x0), 1, seed=seed, stream=Stream.TIMES, first_path=first, dtype=torch.float64, device=x0.device
@@ -201,26 +201,6 @@ def noised_cross_entropy(
         raise ValueError(f"the classifier must return logits (batch, classes), got {tuple(logits.shape)}")
     check_labels(checked, logits.shape[1], null=False)
     return nn.functional.cross_entropy(logits, checked, reduction="none")
-
-
-def _integers(labels: Tensor | int) -> Tensor:
-    """``labels`` as int64, ``()`` or ``(batch,)``, not negative."""
-    y = torch.as_tensor(labels)
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {y.dtype}; one-hot vectors become labels by .argmax(-1)")
-    if y.ndim > 1:
-        raise ValueError(f"labels must be one integer or have shape (batch,), got {tuple(y.shape)}")
-    if bool((y < 0).any()):
-        raise ValueError(f"labels run from 0, got {int(y.min())}")
-    return y.detach().long()
-
-
-def _labels_for(labels: Tensor, x: Tensor) -> Tensor:
-    if labels.ndim == 1 and len(labels) != len(x):
-        raise ValueError(
-            f"there are {len(labels)} labels and {len(x)} samples; give one label for all, or one for each"
-        )
-    return labels.to(x.device).expand(len(x))
 
 
 def _finite(value: float, name: str) -> float:

@@ -9,7 +9,7 @@ from scipy import stats
 import sdesolve as sds
 from sdesolve.chains import DDPM, SMLD, variational_bound
 from sdesolve.chains.bound import prior_term, step_term
-from sdesolve.quantisation import discretised_gaussian_log_prob
+from sdesolve.quantisation import Quantisation, discretised_gaussian_log_prob
 
 CHAINS = {"ddpm": DDPM.linear(12, 0.3, 9.0), "cosine": DDPM.cosine(12), "smld": SMLD.geometric(12, 0.1, 20.0)}
 chains = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
@@ -113,6 +113,18 @@ def test_bits_per_dimension_count_every_dimension():
     one = [variational_bound(CHAINS["ddpm"], lambda x, k: -x, x0[:, j : j + 1], bits=8) for j in (0, 1)]
     torch.testing.assert_close(terms.prior, one[0].prior + one[1].prior)
     assert bool((terms.decoder > 0).all())  # minus the log of a probability
+
+
+def test_the_decoder_takes_any_number_of_levels():
+    x0 = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+
+    def decoder(bits):
+        return variational_bound(CHAINS["ddpm"], lambda x, k: -x, x0, bits=bits).decoder
+
+    torch.testing.assert_close(decoder(Quantisation.inclusive(16)), decoder(4))
+    assert bool((decoder(Quantisation.inclusive(17)) > decoder(4)).all())  # finer, so less likely
+    with pytest.raises(ValueError, match=r"17 levels from -1.0 to 1.0"):
+        variational_bound(CHAINS["ddpm"], lambda x, k: -x, x0 / 3, bits=Quantisation.inclusive(17))
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])

@@ -292,6 +292,20 @@ LAW, VP = sds.Gaussian(torch.zeros(3), 1.0), sds.VP()
 SCORE, MASK = LAW.score(VP), Mask(torch.tensor([True, False, True]))
 
 
+@pytest.mark.parametrize("method", [DPS, MMPS, PiGDM, Replacement])
+@pytest.mark.parametrize(
+    ("score", "error", "message"),
+    [
+        (lambda x, t: x[:, :1], ValueError, r"float32 \(5, 3\), got torch.float32 \(5, 1\)"),
+        (lambda x, t: x.double(), TypeError, r"float32 \(5, 3\), got torch.float64 \(5, 3\)"),
+        (lambda x, t: None, TypeError, "got NoneType"),
+    ],
+)
+def test_a_score_that_is_not_like_the_state_is_refused(method, score, error, message):
+    with pytest.raises(error, match=message):
+        method(score, VP, MASK, torch.ones(2), 0.1)(torch.ones(5, 3), 0.5)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -27,7 +27,8 @@ def spectrum() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("nfe", "published"), [(5, 9.318e-1), (9, 5.831e-1), (19, 3.500e-1), (35, 2.119e-1), (79, 9.656e-2)]
+    ("nfe", "published"),
+    [(5, 9.318e-1), (9, 5.831e-1), (19, 3.500e-1), (35, 2.119e-1), (79, 9.656e-2), (159, 4.432e-2), (319, 1.787e-2)],
 )
 def test_the_published_errors_of_predictor_corrector_sampling(nfe, published):
     """Relative Wasserstein errors on a 256-d Gaussian of spectrum k^-2 under EDM: ancestral steps, each with a Langevin

@@ -1,5 +1,4 @@
-import dataclasses
-import importlib.util
+import importlib
 import math
 
 import pytest
@@ -127,78 +126,78 @@ def test_what_does_not_fit_torchsde_is_refused(make, error, message):
 # diffusers
 
 
-@dataclasses.dataclass
-class Output:
-    sample: torch.Tensor
+@pytest.fixture(scope="module")
+def diffusers():
+    return importlib.import_module("diffusers")  # here, for it takes seconds; it is in the test extra and never skipped
 
 
-class StandIn(torch.nn.Module):
-    """The call of diffusers' UNet2DModel 0.42, which returns UNet2DOutput."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.heard = torch.nn.Conv2d(3, 3, 3, padding=1), []
-
-    def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        self.heard.append((timestep, class_labels))
-        return Output(self.conv(sample)) if return_dict else (self.conv(sample),)
+def small_unet(diffusers, **more):
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        attention_head_dim=4, **more,
+    )  # fmt: skip
 
 
-def test_a_network_of_diffusers_is_one_line_away():
-    model, process = StandIn(), sds.VP()
+def listen(model):
+    heard = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: heard.append((args[1], kwargs.get("class_labels"))), with_kwargs=True
+    )
+    return heard
+
+
+def test_a_network_of_diffusers_is_one_line_away(diffusers):
+    model, process = small_unet(diffusers), sds.VP()
+    heard, x = listen(model), torch.randn(4, 3, 8, 8)
     score = sds.NetworkScore(DiffusersNet(model, steps=1000), process, "noise")
-    x = torch.randn(4, 3, 8, 8)
-    expected = -model.conv(x) / process.sigma(torch.tensor(0.25))
+    expected = -model(x, 249.0).sample / process.sigma(torch.tensor(0.25))
     torch.testing.assert_close(score(x, torch.tensor(0.25)), expected)
-    timestep, labels = model.heard[-1]
+    timestep, labels = heard[-1]
     assert timestep.tolist() == [249.0] * 4  # chain step k has the noise level of t = (k + 1) / 1000
     assert labels is None
-    assert set(score.state_dict()) == {"net.model.conv.weight", "net.model.conv.bias"}
+    assert set(score.state_dict()) == {f"net.model.{name}" for name in model.state_dict()}
     own = DiffusersNet(model, timestep=lambda t: 10 * t)
     own(x, torch.full((4,), 0.5))
-    assert model.heard[-1][0].tolist() == [5.0] * 4
+    assert heard[-1][0].tolist() == [5.0] * 4
 
 
-def test_the_steps_of_a_ddpm_chain_have_the_noise_levels_of_the_process():
+def test_the_steps_of_their_ddpm_have_the_noise_levels_of_the_process(diffusers):
     k = torch.tensor([0, 99, 499, 999])
-    product = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[k]
+    product = diffusers.DDPMScheduler(num_train_timesteps=1000).alphas_cumprod[k].double()
     t = (k + 1) / 1000  # the times that are mapped to these steps
-    torch.testing.assert_close(DiffusersNet(StandIn()).steps * t.double() - 1, k.double())
+    torch.testing.assert_close(DiffusersNet(torch.nn.Identity()).steps * t.double() - 1, k.double())
     # log alpha^2 agrees to the order of one step: beta_k^2 / 2 summed, at most 1000 * 0.02^2 / 6, and an end point
     assert float((sds.VP().alpha(t.double()).square().log() - product.log()).abs().max()) < 0.08
 
 
-def test_classes_of_diffusers_have_a_null_class():
-    model = StandIn()
-    score = sds.NetworkScore(DiffusersNet(model, classes=10), sds.VP())
+def test_their_network_draws_and_learns_with_classes_and_a_null_class(diffusers):
+    model = small_unet(diffusers, num_class_embeds=11)
+    score, heard = sds.NetworkScore(DiffusersNet(model, classes=10), sds.VP()), listen(model)
     x, t = torch.randn(4, 3, 8, 8), torch.tensor(0.5)
     for conditional, expected in ((score, [10] * 4), (score.given(3), [3] * 4), (score.given(10), [10] * 4)):
         conditional(x, t)
-        assert model.heard[-1][1].tolist() == expected
-    with pytest.raises(ValueError, match="wrapped without classes and takes no label"):
-        DiffusersNet(model)(x, t, torch.zeros(4, dtype=torch.int64))
+        assert heard[-1][1].tolist() == expected
+    expected = model(x, 499.0, class_labels=torch.full((4,), 4)).sample
+    torch.testing.assert_close(score.given(4).noise(x, t), expected)
+    drawn = sds.sample(score.process, score.given(torch.arange(3)), (3, 3, 8, 8), steps=3, seed=0)
+    assert bool(drawn.isfinite().all())
+    before = model.conv_in.weight.detach().clone()
+    loss = sds.DenoisingScoreMatching("simple")
+    run = sds.train(score, x, labels=torch.arange(4), loss=loss, steps=2, batch_size=4, warmup=0, progress=False)
+    assert bool(run.losses.isfinite().all())
+    assert not torch.equal(model.conv_in.weight, before)
 
 
-def test_what_is_not_of_diffusers_is_refused():
+def test_what_is_not_of_diffusers_is_refused(diffusers):
     with pytest.raises(TypeError, match="model must be a module"):
         DiffusersNet(lambda x, t: x)
     with pytest.raises(TypeError, match="a tensor called sample, got Tensor; a module that returns a tensor needs no"):
         DiffusersNet(sds.nn.MLP(2))(torch.ones(3, 2), torch.ones(3))
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        DiffusersNet(StandIn(), steps=0)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
-def test_the_real_unet_of_diffusers_plugs_in():
-    diffusers = importlib.import_module("diffusers")
-    model = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, num_class_embeds=11,
-    )  # fmt: skip
-    score = sds.NetworkScore(DiffusersNet(model, classes=10), sds.VP(), "noise")
-    x = sds.sample(score.process, score.given(torch.arange(3)), (3, 1, 8, 8), steps=3, seed=0)
-    assert bool(x.isfinite().all())
-    t = torch.tensor(0.25)
-    expected = model(x, 249.0, class_labels=torch.full((3,), 4)).sample
-    torch.testing.assert_close(score.given(4).noise(x, t), expected)
+        DiffusersNet(torch.nn.Identity(), steps=0)
+    with pytest.raises(ValueError, match="wrapped without classes and takes no label"):
+        DiffusersNet(small_unet(diffusers))(torch.ones(4, 3, 8, 8), torch.ones(4), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels must be in 0 ... 9"):
+        sds.NetworkScore(DiffusersNet(small_unet(diffusers), classes=10), sds.VP()).given(11)

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sdesolve_kernels import Stream, normal
 
 from sdesolve.diffusions import EDM, OU, VE, VP, CosineBeta, LinearDiffusion, SubVP
-from sdesolve.losses import DenoisingScoreMatching, LogNormalNoise, UniformTime
+from sdesolve.losses import DenoisingScoreMatching, LogNormalNoise, NoiseLadder, UniformTime
 from sdesolve.scores.network import NetworkScore
 
 PROCESSES = {
@@ -148,10 +149,11 @@ weightings = st.sampled_from(["sigma2", "likelihood", "simple"])
     state=st.sampled_from([(), (1,), (2, 3), (5,)]),
     first=st.one_of(st.integers(0, 100), st.integers(2**31 - 5, 2**31 + 5), st.integers(2**40, 2**40 + 9)),
     seed=st.integers(0, 2**63 - 1),
+    antithetic=st.booleans(),
 )
-def test_a_batch_has_the_losses_of_its_parts(weighting, times, sizes, state, first, seed):
+def test_a_batch_has_the_losses_of_its_parts(weighting, times, sizes, state, first, seed, antithetic):
     score = NetworkScore(lambda x, t: x.sin(), OU(), "velocity")
-    loss = DenoisingScoreMatching(weighting, times)
+    loss = DenoisingScoreMatching(weighting, times, antithetic=antithetic)
     x0 = torch.linspace(-1, 1, sum(sizes) * math.prod(state), dtype=torch.float64).reshape(sum(sizes), *state)
     whole = loss.per_sample(score, x0, seed=seed, first_sample=first)
     parts = [
@@ -161,6 +163,40 @@ def test_a_batch_has_the_losses_of_its_parts(weighting, times, sizes, state, fir
     assert torch.equal(whole, torch.cat(parts))
     mean = loss(score, x0, seed=seed, first_sample=first)
     torch.testing.assert_close(mean, whole.mean())
+
+
+@processes
+@pytest.mark.parametrize("weighting", ["sigma2", "simple", "likelihood"])
+@pytest.mark.parametrize("predicts", ["noise", "data", "edm"])
+def test_antithetic_losses_are_means_over_both_signs_of_the_noise(process, weighting, predicts):
+    score = NetworkScore(lambda x, t: (x + 0.3).sin(), process, predicts, 0.7)
+    x0 = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = DenoisingScoreMatching(weighting, antithetic=True)
+    ours, t = (f(score, x0, seed=3, first_sample=7) for f in (loss.per_sample, loss.times))
+    z = normal(50, 3, seed=3, stream=Stream.PERTURBATION, first_path=7, dtype=torch.float64)
+    sigma, slope = process.sigma(t)[:, None], process.squared_diffusion(t) / process.sigma(t).square()
+    expected = torch.zeros(50, dtype=torch.float64)
+    for noise in (z, -z):
+        x_t = process.alpha(t)[:, None] * x0 + sigma * noise
+        if weighting == "simple":
+            error = score.output(x_t, t) - score.target(x0, noise, t)
+        else:
+            error = sigma * score(x_t, t) + noise
+        expected += 0.5 * error.square().mean(1) * (slope if weighting == "likelihood" else 1.0)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss(score, x0, seed=3, first_sample=7), expected.mean(), rtol=1e-9, atol=1e-9)
+
+
+def test_chance_in_the_gradient_cancels_between_the_signs_where_noise_is_low():
+    # For score -a x at sigma << 1 the gradient in a is -2 sigma x z to first order: odd in z. What is left in a pair is
+    # of order sigma^2, so that its variance falls by about sigma^2 = 1e-4 against one draw.
+    x0, process, spread = gaussian_data(2000), EDM(), []
+    a = torch.ones(2000, 1, dtype=torch.float64, requires_grad=True)  # one each, for a gradient of each loss
+    for antithetic in (False, True):
+        loss = DenoisingScoreMatching(law=NoiseLadder([0.01]), process=process, antithetic=antithetic)
+        (gradient,) = torch.autograd.grad(loss.per_sample(lambda x, t: -a * x, x0, seed=0).sum(), a)
+        spread.append(gradient.std())
+    assert float(spread[1]) < 0.03 * float(spread[0])
 
 
 def test_halves_average_to_the_whole_and_repeat_whatever_ran_between():
@@ -257,6 +293,7 @@ def test_the_text_of_a_loss_tells_its_settings():
         "DenoisingScoreMatching(weighting='simple', times='stratified', t_min=0.01, t_max=None, "
         "law=LogNormalNoise(mean=-1.0, std=2.0))"
     )
+    assert repr(DenoisingScoreMatching(antithetic=True)).endswith(", antithetic=True)")
     assert "law=UniformTime()" in repr(DenoisingScoreMatching(law=UniformTime()))
 
 
@@ -286,7 +323,7 @@ def test_bad_settings_are_refused(make, error, message):
         make()
 
 
-NETWORK = NetworkScore(lambda x, t: x, VP())
+NETWORK, PLAIN = NetworkScore(lambda x, t: x, VP()), DenoisingScoreMatching(process=VP())
 
 
 @pytest.mark.parametrize(
@@ -299,6 +336,10 @@ NETWORK = NetworkScore(lambda x, t: x, VP())
         (DenoisingScoreMatching("simple", process=VP()), torch.sub, torch.ones(4, 2), TypeError, "wrap the network in"),
         (DenoisingScoreMatching(process=OU()), NETWORK, torch.ones(4, 2), ValueError, "made for another process"),
         (DenoisingScoreMatching(t_min=2.0), NETWORK, torch.ones(4, 2), ValueError, "interval is empty: t_min=2.0"),
+        (PLAIN, lambda x, t: x[:, :1], torch.ones(4, 2), ValueError, r"the shape of the state, \(4, 2\), got \(4, 1\)"),
+        (PLAIN, lambda x, t: x[:, None], torch.ones(4, 2), ValueError, r"\(4, 2\), got \(4, 1, 2\)"),
+        (PLAIN, lambda x, t: x.double(), torch.ones(4, 2), TypeError, "score returned torch.float64, the state is"),
+        (PLAIN, lambda x, t: None, torch.ones(4, 2), TypeError, "score must return a tensor"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(loss, score, x0, error, message):

@@ -75,6 +75,17 @@ def test_mlp_sees_state_and_time_and_treats_samples_apart():
     assert (net(x, t + 0.1) - whole).abs().amin() > 1e-6
 
 
+def test_the_last_layer_of_an_mlp_is_modulated_by_time():
+    torch.manual_seed(0)
+    net, x = MLP(2, width=8, depth=0), torch.randn(5, 2)  # without blocks nothing else sees the time
+    torch.nn.init.normal_(net.outlet[-1].weight)
+    assert (net(x, torch.tensor(0.3)) - net(x, torch.tensor(0.4))).abs().amin() > 1e-6
+    with torch.no_grad():
+        net.modulation.weight.zero_()
+        net.modulation.bias.copy_(torch.tensor([-1.0] * 8 + [0.0] * 8))  # factor 0, shift 0
+    torch.testing.assert_close(net(x, torch.tensor(0.3)), net.outlet[-1].bias.expand(5, 2))
+
+
 def test_mlp_initialisation_follows_the_global_seed():
     def make():
         torch.manual_seed(7)

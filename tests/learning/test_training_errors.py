@@ -44,6 +44,13 @@ class BreaksAt(FixedLoss):
         return each + torch.where(numbers == self.sample, math.nan, 0.0)
 
 
+class Flat(FixedLoss):
+    """1 for finite weights however large, with the same gradient in each of them."""
+
+    def per_sample(self, score, x0, *, seed, first_sample=0):
+        return 1.0 + sum((p - p.detach()).sum() for p in score.parameters()).expand(len(x0))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_sample_and_time(make_score, data, tmp_path):
     score = make_score()
     with pytest.raises(
@@ -64,6 +71,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_score, data):
 
     with pytest.raises(FloatingPointError, match="the loss is 1 but the norm of its gradient is nan at step 0"):
         run(make_score(), data, loss=Kink())
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(make_score, data, tmp_path):
+    options = {"batch_size": 8, "checkpoint": tmp_path, "checkpoint_every": 1, "steps": 60, "clip": None}
+    # Adam's steps have the size of lr whatever the gradient: some twenty of them reach the end of float32.
+    with pytest.raises(FloatingPointError, match=r"not finite after step \d+ .* saved; the last good checkpoint is"):
+        run(make_score(), data, lr=2e37, loss=Flat(), **options)
+    tensors, _ = checkpoints.read(tmp_path / checkpoints.TRAINING_FILE)
+    assert all(bool(value.isfinite().all()) for value in tensors.values())
 
 
 def test_data_that_is_not_finite_is_named_as_the_cause(make_score, data):

@@ -148,6 +148,7 @@ def test_a_class_conditional_score_is_learned():
         ({"labels": torch.full((300,), -1)}, ValueError, "labels must be in 0 ... 2; got -1"),
         ({"labels": torch.zeros(299).long()}, ValueError, r"one entry for each of the 300 samples, got shape \(299,\)"),
         ({"labels": torch.zeros(300)}, TypeError, "labels must be integers, got torch.float32"),
+        ({"labels": [0] * 300}, TypeError, "labels must be a tensor of integers, got list"),
         ({"label_dropout": 0.1}, ValueError, "label_dropout is for data with classes; give them as labels="),
         ({"labels": torch.zeros(300).long(), "label_dropout": 1.5}, ValueError, r"label_dropout must be a share"),
         ({"data": [torch.ones(4, 2)], "label_dropout": 0.1}, ValueError, r"data and labels \(4,\) .* got nothing"),
@@ -160,6 +161,18 @@ def test_labels_that_do_not_fit_are_refused(data, make_score, change, error, mes
     score = make_score() if change.pop("score", "") else conditional()
     with pytest.raises(error, match=message):
         run(score, change.pop("data", data), **change)
+
+
+def test_one_bad_label_or_sample_is_refused_before_the_first_step(data, labels):
+    score, steps = conditional(), []
+    labels[-1] = 7
+    with pytest.raises(ValueError, match=r"labels must be in 0 ... 2; got 7"):
+        run(score, data, labels=labels, batch_size=2, steps=3, callback=steps.append)
+    data[-1] = 50.0
+    ranged = NetworkScore(MLP(2, width=8), VP(), normalizer=Normalizer.range(-10, 10))
+    with pytest.raises(ValueError, match=r"must lie in \[-10, 10\]"):
+        run(ranged, data, batch_size=2, steps=3, callback=steps.append)
+    assert not steps
 
 
 def test_labels_need_a_network_that_takes_them(data):

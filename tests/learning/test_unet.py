@@ -186,7 +186,7 @@ def test_a_score_given_labels_shares_its_network():
         (lambda: Given(MLP(2, classes=3), 1.0), TypeError, r"labels must be integers, got torch.float32"),
         (lambda: Given(MLP(2, classes=3), torch.zeros(2, 2).long()), ValueError, r"got shape \(2, 2\)"),
         (lambda: Given(MLP(2, classes=3), torch.zeros(3).long())(torch.ones(4, 2), torch.tensor(0.5)),
-         ValueError, "3 labels were given, for a batch of 4"),
+         ValueError, "there are 3 labels and 4 samples"),
         (lambda: NetworkScore(lambda x, t: x, VP()).given(0), TypeError, "this one is a function"),
         (lambda: FourierFeatures.sinusoidal(4, 0), ValueError, "steps must be at least 1"),
     ],

@@ -72,6 +72,67 @@ def test_the_decoder_bounds_the_truth_and_the_bare_density_does_not():
     assert float(difference.mean()) < 0
 
 
+LEVELS = sds.Quantisation(levels=9, low=-2.7, high=2.7)
+
+
+def masses(values, mean, std):
+    """What a Gaussian has in the bin of each value, the outermost bins open, by its distribution function."""
+    law = torch.distributions.Normal(mean, std)
+    low, high = law.cdf(values - 0.5 * LEVELS.width), law.cdf(values + 0.5 * LEVELS.width)
+    k = LEVELS.quantise(values)
+    return high.where(k < LEVELS.levels - 1, 1.0) - low.where(k > 0, 0.0)
+
+
+def test_the_discretised_decoder_is_bayes_rule_with_the_masses_of_bins():
+    eps, score = 0.2, DATA.score(VP)
+    x = LEVELS.value(LEVELS.quantise(X.clamp(-2.7, 2.7)), dtype=torch.float64)
+    alpha, sigma = float(VP.alpha(eps)), float(VP.sigma(eps))
+    x_eps = alpha * x + sigma * normal(24, D, seed=3, stream=Stream.PERTURBATION, dtype=torch.float64)
+    decoder = masses(x, score.denoise(x_eps, eps), sigma / alpha).log().sum(1)
+    forward = torch.distributions.Normal(alpha * x, sigma).log_prob(x_eps).sum(1)
+    exact = {"t_min": eps, "seed": 3, "solver": sds.DormandPrince(1e-8, 1e-8)}
+    ours = estimate_likelihood(VP, score, x, ending=LEVELS, **exact)
+    torch.testing.assert_close(ours.log_prob, score.log_prob(x_eps, eps) + decoder - forward, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.bits_per_dimension(), -ours.log_prob / (D * math.log(2)))
+    with pytest.raises(ValueError, match="one of integers already"):
+        ours.bits_per_dimension(LEVELS)
+    density = estimate_likelihood(VP, score, x, **exact)
+    torch.testing.assert_close(density.bits_per_dimension(LEVELS), LEVELS.bits_per_dimension(density.log_prob, D))
+    with pytest.raises(ValueError, match="say how the integers were dequantised"):
+        density.bits_per_dimension()
+
+
+def test_the_discretised_bound_is_below_the_probability_by_what_quadrature_says():
+    # One dimension, at a coarse epsilon: P(k) is the integral of p_eps(y) P(k | y), and the bound one over q(y | x_k).
+    eps, data, n = 0.1, sds.Gaussian(torch.tensor([0.3]), 0.5), 1000
+    score, alpha, sigma = data.score(VP), float(VP.alpha(eps)), float(VP.sigma(eps))
+    x = LEVELS.value(torch.arange(9), dtype=torch.float64)[:, None]
+    y = torch.linspace(-12, 12, 24001, dtype=torch.float64)[:, None]  # the trapezoid rule converges geometrically here
+    log_p, decoded = score.log_prob(y, eps), score.denoise(y, eps)[:, 0]
+    mass = torch.stack([masses(value.expand(len(y)), decoded, sigma / alpha) for value in x])
+    truth = torch.trapezoid(log_p.exp() * mass, y[:, 0]).log()
+    assert float(truth.exp().sum()) == pytest.approx(1.0, abs=1e-9)
+    q = torch.distributions.Normal(alpha * x, sigma).log_prob(y[:, 0])
+    inside = (log_p + mass.clamp_min(1e-300).log() - q) * q.exp()
+    bound = torch.trapezoid(inside, y[:, 0])
+    ours = log_likelihood(VP, score, x.repeat(n, 1), t_min=eps, ending=LEVELS).reshape(n, 9)
+    error = ours.std(0) / math.sqrt(n)
+    assert bool(((ours.mean(0) - bound).abs() < 5 * error + 1e-4).all())
+    assert bool((bound < truth).all())
+
+
+def test_the_discretised_bound_is_the_probability_where_the_model_knows_the_levels():
+    # A Gaussian rounded to levels in two dimensions, noised from its point masses: near t = 0 nothing is lost.
+    values = LEVELS.value(torch.arange(9), dtype=torch.float64)
+    weights = torch.outer(masses(values, 0.4, 1.0), masses(values, -0.2, 1.5)).flatten()
+    points = torch.cartesian_prod(values, values)
+    score = sds.GaussianMixture(points, 0.0, weights).score(VP)
+    found = estimate_likelihood(VP, score, points, t_min=1e-3, ending=LEVELS)  # sigma / alpha is 0.02 of a bin
+    assert float((found.log_prob - weights.log()).abs().max()) < 1e-3
+    entropy = float((weights * found.bits_per_dimension()).sum())
+    assert entropy == pytest.approx(float(-(weights * weights.log2()).sum()) / 2, abs=1e-3)
+
+
 def test_intervals_of_hutchinson_cover_the_truth():
     # A thousand runs are a thousand rows: each has its own probes. The truth is that of noisy data, so that the
     # probes' is the only error; RK4's is far below it.
@@ -143,6 +204,9 @@ SCORE = DATA.score(VP)
     ("arguments", "error", "message"),
     [
         ({"ending": "none"}, ValueError, "ending='none' is unknown; choose one of 'decoder', 'density'"),
+        ({"ending": LEVELS}, ValueError, r"on the 9 levels from -2.4 to 2.4 .* -2.4 \+ k \* 4.8 / 8"),
+        ({"ending": LEVELS, "x": torch.full((2, D), 3.0)}, ValueError, "between them or outside"),
+        ({"ending": 8}, ValueError, "ending=8 is unknown"),
         ({"divergence": "exact"}, TypeError, r"divergence must be ExactTrace\(\)"),
         ({"steps": 10, "solver": sds.DormandPrince()}, ValueError, "chooses its own steps"),
         ({"solver": sds.RK4()}, ValueError, "RK4 needs steps= or grid="),

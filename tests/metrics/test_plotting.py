@@ -92,3 +92,94 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
     with pytest.raises(ImportError, match=r"pip install 'sdesolve\[plot\]'"):
         plotting.image_grid(torch.zeros(1, 2, 2))
+
+
+WINDOW = (-1.0, 1.0, -2.0, 2.0)
+
+
+def panel():
+    figure, (axes,) = plotting.panels(1)
+    return figure, axes
+
+
+def test_panels():
+    figure, axes = plotting.panels(3, 2, titles=["a", "b"], width=2.0, height=1.5)
+    assert figure.get_size_inches().tolist() == [6.0, 3.0]
+    assert [a.get_title(loc="left") for a in axes] == ["a", "b", "", "", "", ""]
+    assert axes[1].get_position().x0 > axes[0].get_position().x0
+    assert axes[3].get_position().y0 < axes[0].get_position().y0
+
+
+def test_heatmap_shows_the_function_where_it_is():
+    figure, axes = panel()
+    plotting.heatmap(axes, lambda x: x[:, 0] + 10 * x[:, 1], WINDOW, resolution=5, contours=3)
+    rendered(figure)
+    (image,) = axes.images
+    values = image.get_array()
+    assert values[0].tolist() == pytest.approx([-21, -20.5, -20, -19.5, -19])  # the bottom, from left to right
+    assert values[:, 0].tolist() == pytest.approx([-21, -11, -1, 9, 19])
+    assert image.get_extent() == list(WINDOW)
+    assert image.origin == "lower"
+    assert axes.get_xlim() == WINDOW[:2]
+    assert axes.get_ylim() == WINDOW[2:]
+    assert len(axes.collections) >= 1  # the contours
+
+
+def test_heatmap_range():
+    _, axes = panel()
+    plotting.heatmap(axes, lambda x: x[:, 0], WINDOW, value_range=(-3.0, 5.0))
+    assert axes.images[0].get_clim() == (-3.0, 5.0)
+    assert not axes.collections
+
+
+def test_arrows_have_the_direction_and_the_root_of_the_length():
+    figure, axes = panel()
+    plotting.arrows(axes, lambda x: torch.stack([4.0 + 0 * x[:, 0], 0 * x[:, 1]], dim=1), WINDOW, resolution=3)
+    rendered(figure)
+    (quiver,) = axes.collections
+    assert quiver.U.tolist() == pytest.approx([2.0] * 9)
+    assert quiver.V.tolist() == pytest.approx([0.0] * 9)
+    assert sorted(set(quiver.X.round(3))) == pytest.approx([-0.667, 0.0, 0.667])
+
+
+def test_points_and_trails():
+    figure, axes = panel()
+    x = torch.arange(20.0).reshape(10, 2)
+    plotting.points(axes, x, WINDOW, most=4)
+    assert axes.collections[0].get_offsets().tolist() == x[:4].tolist()
+    xs = torch.arange(24.0).reshape(4, 3, 2)
+    plotting.trails(axes, xs, WINDOW)
+    rendered(figure)
+    assert len(axes.lines) == 3
+    assert axes.lines[1].get_xydata().tolist() == xs[:, 1].tolist()
+    assert len({line.get_color() for line in axes.lines}) == 3
+    assert axes.collections[1].get_offsets().tolist() == xs[-1].tolist()
+
+
+def test_error_curves_on_a_panel():
+    figure, (left, right) = plotting.panels(2)
+    assert plotting.error_curves({"a": ([1, 2], [1.0, 0.5])}, axes=right) is figure
+    assert not left.lines
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["a"]
+    assert not figure.legends
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda axes: plotting.heatmap(axes, lambda x: x[:, 0], (1.0, -1.0, 0.0, 1.0)), "left < right"),
+        (lambda axes: plotting.heatmap(axes, lambda x: x, WINDOW), "must take points"),
+        (lambda axes: plotting.heatmap(axes, lambda x: 0.0, WINDOW), "got float"),
+        (lambda axes: plotting.heatmap(axes, lambda x: x[:, 0], WINDOW, resolution=1), "resolution must be"),
+        (lambda axes: plotting.arrows(axes, lambda x: x[:, 0], WINDOW), "must take points"),
+        (lambda axes: plotting.points(axes, torch.zeros(3, 3), WINDOW), r"x must be \(n, 2\)"),
+        (lambda axes: plotting.points(axes, torch.zeros(3, 2), (0.0, 1.0, 1.0, 1.0)), "bottom < top"),
+        (lambda axes: plotting.trails(axes, torch.zeros(3, 2), WINDOW), r"xs must be \(times, batch, 2\)"),
+        (lambda axes: plotting.panels(2, titles=["a", "b", "c"]), "3 titles for 2 panels"),
+        (lambda axes: plotting.panels(0), "columns must be"),
+    ],
+)
+def test_bad_input_of_the_plane(draw, message):
+    _, axes = panel()
+    with pytest.raises(ValueError, match=message):
+        draw(axes)

@@ -72,12 +72,18 @@ def grid(process, steps):
     return t
 
 
-def fitted_order(solver, process, stochasticity, counts):
-    score, errors = DATA.score(process), []
+def narrow_grid(process, steps):
+    """From a log-SNR of -2 to 1, where all of the data's scales matter alike, likewise with short first steps."""
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    return process.time_at_log_snr(-2.0 + 3.0 * u**2)
+
+
+def fitted_order(solver, process, stochasticity, counts, data=DATA, grid=grid):
+    score, errors = data.score(process), []
     sde = process.reverse(score, stochasticity) if stochasticity else process.probability_flow(score)
     for steps in counts:
         times = grid(process, steps)
-        start, end = DATA.moments(process, process.t_max), DATA.moments(process, float(times[-1]))
+        start, end = data.moments(process, float(times[0])), data.moments(process, float(times[-1]))
         chain = sds.oracle.chain_moments(sde, solver, times, start.mean, start.cov, diagonal=True)
         errors.append(
             float((chain.cov.sqrt() - end.cov.sqrt()).abs().max()) + float((chain.mean - end.mean).abs().max())
@@ -100,3 +106,19 @@ def test_weak_order_on_the_reverse_sde(solver, stochasticity, order, process):
     assert solver.weak_order == order
     counts = (128, 256, 512) if isinstance(solver, sds.EulerMaruyama) else (64, 128, 256)
     assert fitted_order(solver, process, stochasticity, counts) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    ("solver", "stochasticity", "order", "data"),
+    [
+        (sds.SASolver(3, 2), 0.0, 3, DATA),
+        (sds.SASolver(2, 2), 1.0, 2, sds.Gaussian(torch.tensor([0.5]), torch.tensor([0.3]))),
+    ],
+    ids=["flow", "sde"],
+)
+def test_orders_that_show_on_a_narrow_span_alone(solver, stochasticity, order, data, process):
+    """Over the whole span the next order in the step has so large a coefficient that it rules up to 1000 steps."""
+    assert (solver.weak_order if stochasticity else solver.ode_order) == order
+    fitted = fitted_order(solver, process, stochasticity, (128, 256, 512), data, narrow_grid)
+    assert fitted == pytest.approx(order, abs=0.15)

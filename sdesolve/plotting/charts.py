@@ -1,8 +1,4 @@
-"""Pictures: grids of images, error curves, sample paths. Needs the ``plot`` extra; nothing else here does.
-
-Figures are made without pyplot, so they belong to no backend and no global list, and vanish when let go of. Save one
-with ``figure.savefig("name.png")``; a notebook shows it as the last value of a cell.
-"""
+"""Grids of images, error curves, sample paths."""
 
 from __future__ import annotations
 
@@ -13,28 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdesolve.plotting.style import COLOURS, GREY, MARKERS, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Told apart by people with colour-blindness (Okabe and Ito 2008), the pale yellow left out; markers differ as well.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_INK, _GREY = "#222222", "#9a9a9a"
-_STYLE: Any = {  # matplotlib's stubs name every key in a type of their own
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "text.color": _INK,
-}
 
 
 def image_grid(
@@ -83,7 +62,9 @@ def image_grid(
         canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
     scale = min(9.0 / canvas.shape[1], 9.0 / canvas.shape[0], 0.8 / max(height, width))
     heading = 0.4 if title else 0.0
-    figure, axes = _figure(canvas.shape[1] * scale + (1.4 if row_labels else 0.0), canvas.shape[0] * scale + heading)
+    figure, (axes,) = new_figure(
+        canvas.shape[1] * scale + (1.4 if row_labels else 0.0), canvas.shape[0] * scale + heading
+    )
     axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set(xticks=[])
     for spine in axes.spines.values():
@@ -106,6 +87,7 @@ def error_curves(
     title: str | None = None,
     orders: Sequence[float] = (),
     floor: tuple[str, float] | None = None,
+    axes: Axes | None = None,
 ) -> Figure:
     """Errors against cost on two logarithmic axes.
 
@@ -118,6 +100,7 @@ def error_curves(
         orders: slopes ``error ~ cost^-order`` to draw in grey for comparison.
         floor: name and value of an error that cannot be beaten, such as the distance between two real samples; a grey
             line.
+        axes: where to draw, from `panels`; by default a figure of its own is made.
 
     Raises:
         ValueError: no curve, or one with different numbers of costs and errors.
@@ -125,7 +108,9 @@ def error_curves(
     """
     if not curves:
         raise ValueError("there is no curve to draw")
-    figure, axes = _figure(6.4, 4.4)
+    alone = axes is None
+    if axes is None:
+        _, (axes,) = new_figure(6.4, 4.4)
     axes.set_xscale("log")
     axes.set_yscale("log")
     drawn: list[tuple[float, float]] = []
@@ -135,21 +120,25 @@ def error_curves(
         pairs = [(float(c), float(e)) for c, e in zip(costs, errors, strict=True)]
         points = [(c, e) for c, e in pairs if 0.0 < e < math.inf and 0.0 < c < math.inf]
         drawn += points
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         xs, ys = [c for c, _ in points], [e for _, e in points]
         axes.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name)
     if drawn:
         _slopes(axes, drawn, orders)
         _cost_ticks(axes, sorted({c for c, _ in drawn}))
     if floor is not None:
-        axes.axhline(floor[1], color=_GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(floor[1], color=GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         _beside(axes, floor[0], (1.0, floor[1]), xycoords=("axes fraction", "data"))
     axes.set(xlabel=x_label, ylabel=y_label)
     if title:
         axes.set_title(title, loc="left", pad=10)
     axes.grid(axis="y", color="#ebebeb", linewidth=0.7)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    figure: Any = axes.get_figure()
+    if alone:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    else:
+        axes.legend(frameon=False, fontsize=8.5)
     return figure
 
 
@@ -185,15 +174,15 @@ def paths(
     if not 0 <= component < x.shape[2]:
         raise ValueError(f"component must be in [0, {x.shape[2]}), the size of the flattened state, got {component}")
     x = x[:, :, component]
-    figure, axes = _figure(7.2, 4.0)
+    figure, (axes,) = new_figure(7.2, 4.0)
     shown = x[:, :most]
     opacity = min(0.8, max(0.15, 12.0 / shown.shape[1]))
-    axes.plot(t.numpy(), shown.numpy(), color=_COLOURS[0], linewidth=0.8, alpha=opacity)
+    axes.plot(t.numpy(), shown.numpy(), color=COLOURS[0], linewidth=0.8, alpha=opacity)
     axes.set(xlabel="t", ylabel=y_label, xlim=(float(t[0]), float(t[-1])))
     if title:
         axes.set_title(title, loc="left", pad=10)
     side = axes.inset_axes((1.02, 0.0, 0.16, 1.0), sharey=axes)
-    side.hist(x[-1].numpy(), bins=min(60, max(10, x.shape[1] // 20)), orientation="horizontal", color=_COLOURS[0])
+    side.hist(x[-1].numpy(), bins=min(60, max(10, x.shape[1] // 20)), orientation="horizontal", color=COLOURS[0])
     side.set(xticks=[])
     side.tick_params(left=False, labelleft=False)
     for spine in side.spines.values():
@@ -209,7 +198,7 @@ def _slopes(axes: Axes, drawn: list[tuple[float, float]], orders: Sequence[float
         # Down to the lowest error drawn, so that a steep slope does not stretch the axis.
         end = min(last, first * (top / bottom) ** (1.0 / order))
         axes.plot(
-            [first, end], [top, top * (end / first) ** -order], color=_GREY, linewidth=1.0, linestyle=":", zorder=1
+            [first, end], [top, top * (end / first) ** -order], color=GREY, linewidth=1.0, linestyle=":", zorder=1
         )
         _beside(axes, f"order {order:g}", (end, top * (end / first) ** -order))
 
@@ -226,19 +215,3 @@ def _cost_ticks(axes: Axes, costs: list[float]) -> None:
     if 0 < len(costs) <= 10:
         axes.set_xticks(costs, labels=[f"{c:g}" for c in costs])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one axes, in the style of this library."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib, which comes with the 'plot' extra: pip install 'sdesolve[plot]'"
-        ) from error
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained", dpi=160)
-        FigureCanvasAgg(figure)
-        return figure, figure.add_subplot()

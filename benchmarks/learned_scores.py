@@ -1,0 +1,184 @@
+"""Learned scores against exact ones: ``PYTHONPATH=.:kernels python benchmarks/learned_scores.py``.
+
+One recipe for all targets, in two and in sixteen dimensions: `learn` below. Its score ``s`` is compared with the exact
+``s*`` of the same law of data,
+
+- by the relative Fisher error ``E|s - s*|^2 / E|s*|^2`` at each time, averaged over times spread evenly between
+  ``t_min`` and ``t_max``, and, harder, over times spread evenly in log-SNR, where low noise counts for more;
+- by the sliced Wasserstein-2 distance between samples of 35 evaluations and data, beside what the same sampler reaches
+  with the exact score from the same start, and beside the distance of two sets of data: the floor. All sets have
+  ``SAMPLES`` entries; distances are root mean squares over ``DRAWS`` sets of samples, each against ``TRUTHS`` of data.
+
+Another law of data is one entry in `targets`, or `measure(my_data, seed)`. A run that was stopped goes on from the rows
+that it wrote; ``--fresh`` starts again. ``--quick`` is a smoke test: two targets, a tenth of the steps, no file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdesolve_kernels import normal
+from torch import Tensor
+
+import sdesolve as sds
+from sdesolve.losses import LogNormalNoise
+from sdesolve.scores.base import AbstractData
+
+RESULTS = Path(__file__).parent / "results"
+PROCESS = sds.VP()
+STEPS, PAIRS, TRAINING_SAMPLES = 4000, 256, 1 << 18
+SEEDS = (0, 1, 2)
+SAMPLES, DRAWS, TRUTHS, EVALUATIONS = 10_000, 3, 8, 35
+TIMES, STATES = 50, 1000
+FISHER_LIMIT, DISTANCE_LIMIT = 0.02, 1.5
+
+
+def targets() -> dict[str, AbstractData]:
+    angle = torch.arange(8) * (math.pi / 4)
+    ring = 2.0 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    needles = torch.stack([_spread(turn, 0.5, 0.01), _spread(turn.mT, 0.3, 0.02), 0.2 * torch.eye(2)])
+    places = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.5, -1.5]])
+    frames = [torch.linalg.qr(_draws(k, 16, 16)).Q for k in range(7)]
+    wide = torch.exp(torch.linspace(math.log(0.04), math.log(0.6), 16))
+    clouds = torch.stack([_spread(frame, *wide.tolist()) for frame in frames[1:]])
+    return {
+        "2-d Gaussian, variances 1.5 and 0.02": sds.Gaussian(torch.tensor([1.0, -1.0]), _spread(turn, 1.5, 0.02)),
+        "2-d mixture, 8 unequal modes on a ring": sds.GaussianMixture(ring, 0.15, weights=torch.arange(1.0, 9.0)),
+        "2-d mixture, 3 ellipses of different shapes": sds.GaussianMixture(places, covs=needles),
+        "16-d Gaussian, spectrum k^-1.5": sds.Gaussian(
+            0.5 * _draws(8, 16), _spread(frames[0], *torch.arange(1.0, 17.0).pow(-1.5).tolist())
+        ),
+        "16-d mixture, 6 correlated modes": sds.GaussianMixture(
+            1.2 * _draws(7, 6, 16), covs=clouds, weights=torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
+        ),
+    }
+
+
+def _spread(axes: Tensor, *variances: float) -> Tensor:
+    return axes @ torch.diag(torch.tensor(variances)).to(axes) @ axes.mT
+
+
+def _draws(seed: int, *shape: int) -> Tensor:
+    return normal(1, math.prod(shape), seed=seed, stream=221, dtype=torch.float32).reshape(shape)
+
+
+def learn(data: AbstractData, seed: int, steps: int = STEPS) -> tuple[sds.NetworkScore, sds.TrainingResult]:
+    """The recipe: `MLP` under EDM preconditioning, mirrored noise, cosine decay, averaged weights."""
+    x = data.sample(TRAINING_SAMPLES, seed=1000 + seed)
+    torch.manual_seed(seed)
+    phi = sds.nn.FourierFeatures.log_spaced(32, 0.5, 16.0)
+    net = sds.nn.MLP(data.state_shape, width=128, depth=3, embedding=phi)
+    score = sds.NetworkScore(net, PROCESS, "edm", sigma_data=float((x - x.mean(0)).square().mean().sqrt()))
+    loss = sds.DenoisingScoreMatching("simple", times="stratified", law=LogNormalNoise(-1.2, 1.6), antithetic=True)
+    options: dict[str, Any] = {"batch_size": PAIRS, "lr": 4e-3, "decay": "cosine", "ema": 0.997}
+    return score, sds.train(score, x, loss=loss, steps=steps, seed=seed, progress=False, **options)
+
+
+def fisher_errors(score: Any, data: AbstractData, times: Tensor) -> Tensor:
+    """Relative Fisher errors at ``times``, each from `STATES` noised samples, ``(times,)``."""
+    exact, errors = data.score(PROCESS), []
+    with torch.no_grad():
+        for k, t in enumerate(times):
+            x0 = data.sample(STATES, seed=2000 + k, dtype=torch.float64)
+            z = normal(STATES, x0[0].numel(), seed=3000 + k, stream=222, dtype=torch.float64).reshape(x0.shape)
+            x = PROCESS.alpha(t) * x0 + PROCESS.sigma(t) * z
+            truth = exact(x, t)
+            errors.append((score(x.float(), t).double() - truth).square().sum() / truth.square().sum())
+    return torch.stack(errors)
+
+
+def distances(score: Any, data: AbstractData) -> dict[str, float]:
+    """Sliced Wasserstein-2 distances to data: of samples by both scores, and of data, the floor."""
+    grid = sds.grids.karras_sigma(PROCESS, EVALUATIONS - 1)  # the denoising at its end is one evaluation more
+    shape = (SAMPLES, *data.state_shape)
+    truths = [data.sample(SAMPLES, seed=4000 + k) for k in range(TRUTHS)]
+    squares: dict[str, list[float]] = {"learned": [], "exact": [], "floor": []}
+    for k in range(DRAWS):
+        drawn = {"floor": data.sample(SAMPLES, seed=5000 + k)}
+        for name, s in (("learned", score), ("exact", data.score(PROCESS))):
+            drawn[name] = sds.sample(PROCESS, s, shape, solver=sds.DPMSolverPP(order=2), grid=grid, seed=6000 + k)
+        for name, x in drawn.items():
+            squares[name] += [float(sds.metrics.sliced_wasserstein(x, y, projections=64)) ** 2 for y in truths]
+    return {name: math.sqrt(sum(values) / len(values)) for name, values in squares.items()}
+
+
+def measure(data: AbstractData, seed: int, steps: int = STEPS) -> dict[str, float]:
+    started = time.process_time()
+    score, run = learn(data, seed, steps)
+    seconds = time.process_time() - started
+    share = (torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES
+    high, low = (float(PROCESS.log_snr(t)) for t in (PROCESS.t_min, PROCESS.t_max))
+    even = PROCESS.t_min + (PROCESS.t_max - PROCESS.t_min) * share
+    in_log_snr = fisher_errors(score, data, PROCESS.time_at_log_snr(high + (low - high) * share))
+    found = distances(score, data)
+    return {
+        "cpu_seconds": seconds,
+        "pairs_seen": float(run.samples),
+        "fisher_over_t": float(fisher_errors(score, data, even).mean()),
+        "fisher_over_log_snr": float(in_log_snr.mean()),
+        "fisher_worst": float(in_log_snr.max()),
+        **found,
+        "ratio": found["learned"] / found["exact"],
+    }
+
+
+def table(rows: dict[str, dict[str, dict[str, float]]], steps: int = STEPS) -> str:
+    """Means over the seeds, with the worst of them in brackets."""
+    lines = [
+        "# Learned scores against exact ones",
+        "",
+        "Made by `python benchmarks/learned_scores.py`, whose head says what the columns are. Means over seeds (and "
+        f"the worst of them). One recipe: {steps} steps of {PAIRS} pairs on VP; CPU seconds on one thread. Distances "
+        f"are of {SAMPLES} samples. Aims: Fisher error over t at most {FISHER_LIMIT:.0%}, ratio at most "
+        f"{DISTANCE_LIMIT}.",
+        "",
+        "| target | seeds | CPU s | Fisher error over t | over log-SNR | learned | exact score | floor | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, by_seed in rows.items():
+        columns = {key: [row[key] for row in by_seed.values()] for key in next(iter(by_seed.values()))}
+        mean = {key: sum(values) / len(values) for key, values in columns.items()}
+        worst = {key: max(values) for key, values in columns.items()}
+        fisher = [f"{mean[key]:.2%} ({worst[key]:.2%})" for key in ("fisher_over_t", "fisher_over_log_snr")]
+        lengths = [f"{mean[key]:.4f}" for key in ("learned", "exact", "floor")]
+        ratio = f"{mean['ratio']:.2f} ({worst['ratio']:.2f})"
+        cells = [name, str(len(by_seed)), f"{mean['cpu_seconds']:.0f}", *fisher, *lengths, ratio]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    parser.add_argument("--fresh", action="store_true", help="do not go on from the rows of an earlier run")
+    parser.add_argument("--only", default="", help="the targets whose names hold this, such as 16-d")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    laws = {name: data for name, data in targets().items() if arguments.only in name}
+    if arguments.quick:
+        few = list(laws.items())[1::3] or list(laws.items())
+        print(table({name: {"0": measure(data, 0, STEPS // 10)} for name, data in few}, STEPS // 10))
+        return
+    file = RESULTS / "learned_scores.json"
+    rows = json.loads(file.read_text()) if file.exists() and not arguments.fresh else {}
+    for seed in arguments.seeds:
+        for name, data in laws.items():
+            by_seed = rows.setdefault(name, {})
+            if str(seed) not in by_seed:
+                by_seed[str(seed)] = measure(data, seed)
+                file.write_text(json.dumps(rows, indent=1) + "\n")
+                print(f"{name}, seed {seed}: {by_seed[str(seed)]}", flush=True)
+    (RESULTS / "learned_scores.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
