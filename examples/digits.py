@@ -126,12 +126,14 @@ def train_noised_classifier(half: Half, steps: int) -> NoisedClassifier:
     net, batch = NoisedClassifier().train(), 128
     x, labels = PIXELS.dequantise(half.pixels.repeat(16, 1, 1), seed=1), half.labels.repeat(16)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for k in range(steps):
         rows = torch.randint(len(x), (batch,))
         loss = sds.noised_cross_entropy(net, PROCESS, x[rows], labels[rows], seed=0, first_sample=k * batch).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return net.eval()
 
 

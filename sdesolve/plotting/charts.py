@@ -62,9 +62,8 @@ def image_grid(
         canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
     scale = min(9.0 / canvas.shape[1], 9.0 / canvas.shape[0], 0.8 / max(height, width))
     heading = 0.4 if title else 0.0
-    figure, (axes,) = new_figure(
-        canvas.shape[1] * scale + (1.4 if row_labels else 0.0), canvas.shape[0] * scale + heading
-    )
+    beside = 0.3 + 0.095 * max(map(len, row_labels)) if row_labels else 0.0  # inches, of letters of 11 points
+    figure, (axes,) = new_figure(canvas.shape[1] * scale + beside, canvas.shape[0] * scale + heading)
     axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set(xticks=[])
     for spine in axes.spines.values():
@@ -72,7 +71,7 @@ def image_grid(
     if row_labels is None:
         axes.set(yticks=[])
     else:
-        axes.set_yticks([k * (height + gap) + height / 2 for k in range(rows)], labels=list(row_labels))
+        axes.set_yticks([k * (height + gap) + (height - 1) / 2 for k in range(rows)], labels=list(row_labels))
         axes.tick_params(length=0)
     if title:
         axes.set_title(title, loc="left", pad=10)
