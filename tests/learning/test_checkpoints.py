@@ -93,7 +93,7 @@ def test_a_file_cut_short_is_refused(make_score, tmp_path, kept):
     save(make_score(), tmp_path / "w")
     (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:kept])
     with pytest.raises(
-        ValueError, match=r"is not a whole safetensors file .*: it is damaged, cut short, or something else"
+        ValueError, match=r"is not a whole safetensors file .*: it is damaged, cut short, or of another kind"
     ):
         load(make_score(), tmp_path / "w")
 
