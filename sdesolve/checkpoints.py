@@ -69,8 +69,8 @@ def _check_module(score: nn.Module, path: object) -> None:
 
 def decays_of(ema: float | Sequence[float]) -> list[float]:
     """The decays of all averages that a run keeps, the one that it leaves in the score first."""
-    several = isinstance(ema, Sequence) and not isinstance(ema, str)
-    return [number(d, "ema") for d in (ema if several else [ema])]
+    decays = ema if isinstance(ema, Sequence) and not isinstance(ema, str) else [ema]
+    return [number(d, "ema") for d in decays]
 
 
 def average_prefix(k: int) -> str:

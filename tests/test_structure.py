@@ -127,6 +127,15 @@ def test_importing_loads_nothing_heavy():
     assert runs[0] == runs[1]
 
 
+def test_completion_offers_the_public_names_alone():
+    imports = [
+        n for n in ast.parse((ROOT / "sdesolve" / "__init__.py").read_text()).body if isinstance(n, ast.ImportFrom)
+    ]
+    public = {alias.asname for n in imports for alias in n.names if alias.asname and alias.asname[0] != "_"}
+    assert set(dir(sdesolve)) == public
+    assert all(getattr(sdesolve, name).__doc__ for name in public)
+
+
 def test_every_module_imports_and_the_public_names_are_there():
     for module in pkgutil.walk_packages(sdesolve.__path__, "sdesolve."):
         assert importlib.util.find_spec(module.name) is not None
