@@ -1,5 +1,7 @@
 """sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
 
+from types import ModuleType as _ModuleType
+
 from sdesolve import adapters as adapters
 from sdesolve import grids as grids
 from sdesolve import inverse as inverse
@@ -85,3 +87,12 @@ from sdesolve.training_times import NoiseLadder as NoiseLadder
 from sdesolve.training_times import TrainingTimes as TrainingTimes
 from sdesolve.training_times import UniformLogSNR as UniformLogSNR
 from sdesolve.training_times import UniformTime as UniformTime
+
+_NAMESPACES = ("adapters", "grids", "inverse", "mcmc", "metrics", "nn", "operators", "oracle")
+
+
+def __dir__() -> list[str]:
+    # Every module that was imported is an attribute too; completion would bury the public names among them.
+    return [
+        n for n, value in globals().items() if n in _NAMESPACES or not (n[0] == "_" or isinstance(value, _ModuleType))
+    ]

@@ -13,6 +13,7 @@ import torch
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 
+from sdesolve.arguments import kind_of
 from sdesolve.grids import whole_number
 
 
@@ -64,7 +65,7 @@ class TensorBatches(Batches):
             )
         if labels is not None and not isinstance(labels, Tensor):
             raise TypeError(
-                f"labels must be a tensor of integers, got {type(labels).__name__}; use torch.tensor(labels)"
+                f"labels must be a tensor ({len(data)},) of integers, got {kind_of(labels)}; use torch.tensor(labels)"
             )
         if labels is not None and labels.shape != data.shape[:1]:
             raise ValueError(
@@ -164,7 +165,10 @@ def batches_of(
             raise ValueError("label_dropout is for data with classes; give them as labels=")
         return TensorBatches(data, 256 if batch_size is None else batch_size, seed, labels)
     if not isinstance(data, Iterable):
-        raise TypeError(f"data must be a tensor (samples, *state) or an iterable of batches, got {type(data).__name__}")
+        raise TypeError(
+            f"data must be a tensor (samples, *state) or an iterable of batches, got {kind_of(data)}; a Dataset goes "
+            "into a DataLoader, which makes batches"
+        )
     if batch_size is not None:
         raise ValueError("batch_size is for a tensor of samples; a loader already decides the size of its batches")
     if labels is not None:
@@ -200,7 +204,8 @@ def _state_of(batch: object) -> Tensor:
     if not isinstance(x0, Tensor):
         raise TypeError(
             f"a loader must give tensors, or tuples whose first entry is one; got {type(batch).__name__}"
-            f"{'' if batch is x0 else f' starting with {type(x0).__name__}'}"
+            f"{'' if batch is x0 else f' starting with {type(x0).__name__}'}. An array of samples is made a "
+            "tensor with torch.as_tensor(data)"
         )
     if not x0.is_floating_point():
         raise TypeError(f"training data must be float32 or float64, got {x0.dtype}; convert it with .float()")

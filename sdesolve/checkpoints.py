@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sdesolve.arguments import kind_of, number
 from sdesolve.scores.network import NetworkScore
 
 VERSION = 1
@@ -25,9 +26,10 @@ def save(score: nn.Module, path: str | Path) -> None:
     """Writes the weights of ``score`` to one file; a file already there is replaced in one piece or not at all.
 
     Raises:
-        TypeError: the module's state holds something else than tensors.
+        TypeError: ``score`` is no module, or its state holds something else than tensors.
         OSError: the file could not be written; what was there before is intact.
     """
+    _check_module(score, path)
     write(Path(path), named(score), {"kind": WEIGHTS, "fingerprint": fingerprint(score)})
 
 
@@ -42,10 +44,12 @@ def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> Non
         ema: which average, by its decay, of a run that kept several; by default the first.
 
     Raises:
+        TypeError: ``score`` is no module.
         FileNotFoundError: there is nothing at ``path``.
         ValueError: the file is damaged, not of this library, of a newer format, for another architecture or process, or
             has no such average.
     """
+    _check_module(score, path)
     path = Path(path)
     path = path / TRAINING_FILE if path.is_dir() else path
     tensors, header = read(path)
@@ -57,9 +61,16 @@ def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> Non
     load_named(score, part(tensors, average_prefix(0 if ema is None else decays.index(ema)) if decays else ""))
 
 
+def _check_module(score: nn.Module, path: object) -> None:
+    if not isinstance(score, nn.Module):
+        hint = "; the score comes first, then the path" if isinstance(path, nn.Module) else ""
+        raise TypeError(f"score must be a module, such as a NetworkScore; got {kind_of(score)}{hint}")
+
+
 def decays_of(ema: float | Sequence[float]) -> list[float]:
     """The decays of all averages that a run keeps, the one that it leaves in the score first."""
-    return [float(d) for d in ema] if isinstance(ema, Sequence) else [float(ema)]
+    decays = ema if isinstance(ema, Sequence) and not isinstance(ema, str) else [ema]
+    return [number(d, "ema") for d in decays]
 
 
 def average_prefix(k: int) -> str:
@@ -166,15 +177,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: the file is damaged, not of this library, or of a newer format.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
+        raise FileNotFoundError(
+            f"there is no checkpoint at {path}: give the file that save wrote, or the folder that train was given"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): it is damaged, cut short, or something else. Delete it "
-            "to start afresh"
+            f"{path} is not a whole safetensors file ({error}): it is damaged, cut short, or of another kind, such as "
+            "one of torch.save, whose weights go into a network by load_state_dict. A checkpoint that is damaged must "
+            "be deleted to start afresh"
         ) from error
     header = _header(metadata, path)
     if header["checksum"] != _checksum(tensors):

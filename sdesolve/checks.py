@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import kind_of
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
@@ -17,12 +18,17 @@ STATE_DTYPES = (torch.float32, torch.float64)
 def check_state(x0: Tensor, name: str = "x0") -> None:
     """Refuses a state that is not a finite float32 or float64 tensor with a batch axis. An empty batch is fine."""
     if not isinstance(x0, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (batch, *state), got {type(x0).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor of shape (batch, *state), got {kind_of(x0)}; arrays and lists are converted with "
+            f"torch.as_tensor({name})"
+        )
     if x0.dtype not in STATE_DTYPES:
         hint = "Brownian increments of small steps vanish in 16 bits" if x0.is_floating_point() else "a state is real"
         raise TypeError(f"{name} must be float32 or float64, got {x0.dtype}: {hint}; convert it with {name}.float()")
     if x0.ndim == 0:
         raise ValueError(f"{name} must have a batch axis, shape (batch, *state); got a 0-d tensor, use {name}[None]")
+    if x0.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds shapes and no values; make it on a real device")
     if not all_finite(x0):
         row = (
             int((~x0.isfinite()).flatten(1).any(1).nonzero()[0]) if x0.ndim > 1 else int((~x0.isfinite()).nonzero()[0])
@@ -41,7 +47,8 @@ def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> N
         hint = f"; did you mean {solver.__name__}()?" if isinstance(solver, type) else ""
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
     if not isinstance(sde, AbstractSDE):
-        raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {type(sde).__name__}; wrap it in sds.SDE")
+        hint = "; wrap drift and diffusion in sds.SDE(drift, diffusion)" if not isinstance(sde, type) else ""
+        raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {kind_of(sde)}{hint}")
     name = type(solver).__name__
     if not isinstance(solver, AbstractOneStep | AbstractAdaptive) and not isinstance(sde, AbstractSemilinear):
         raise ValueError(
@@ -74,10 +81,12 @@ def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> N
 def check_drift(f: Tensor, x: Tensor, t: Tensor, what: str = "drift") -> None:
     """Refuses a drift that is not a tensor of the state's shape, dtype and device."""
     if not isinstance(f, Tensor):
-        raise TypeError(f"{what} must return a tensor of shape {tuple(x.shape)}, got {type(f).__name__}")
+        hint = "; write torch.full_like(x, value)" if isinstance(f, float | int) else ""
+        raise TypeError(f"{what} must return a tensor of shape {tuple(x.shape)}, got {type(f).__name__}{hint}")
     if f.shape != x.shape:
+        hint = "; functions are called with the state first: f(x, t)" if f.shape == t.shape else ""
         raise ValueError(
-            f"{what} must return the shape of the state, {tuple(x.shape)}, got {tuple(f.shape)} at t = {_at(t)}"
+            f"{what} must return the shape of the state, {tuple(x.shape)}, got {tuple(f.shape)} at t = {_at(t)}{hint}"
         )
     _check_kind(f, x, what)
 

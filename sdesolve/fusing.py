@@ -37,6 +37,10 @@ from sdesolve.sde import Noise
 from sdesolve.solvers.base import Span
 
 _KERNELS_KEPT = 128
+# Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against
+# eager torch: `nn.MLP` of depth 2 and width 16, 32, 64 is 2.9, 2.0, 1.4 times as fast fused on 1024 paths and 3.4, 2.9,
+# 2.3 times on 65,536; two plain hidden layers of 16, 32, 64, 128 are 2.5, 2.0, 1.8, 1.4 and 2.4, 1.8, 1.7, 1.6 times.
+# Compiling takes 1 to 4 s, once for a shape of network: weights are arguments, and the kernel stays on disk.
 _MOST_WEIGHTS = 1 << 16
 
 

@@ -12,11 +12,13 @@ from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
 from sdesolve import grids
+from sdesolve.arguments import kind_of
 from sdesolve.checks import check_drift, check_state
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.divergence import AbstractDivergence, ExactTrace, Hutchinson
 from sdesolve.quantisation import Quantisation
 from sdesolve.reverse import Score
+from sdesolve.sampling import check_same_process
 from sdesolve.sde import AbstractODE, per_sample
 from sdesolve.solution import Solution
 from sdesolve.solve import solve
@@ -173,7 +175,7 @@ def estimate_likelihood(
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
-    _check(process, x)
+    _check(process, score, x)
     if not isinstance(ending, Quantisation) and ending not in _ENDINGS:
         raise ValueError(
             f"ending={ending!r} is unknown; choose one of {', '.join(map(repr, _ENDINGS))}, or the Quantisation of "
@@ -234,7 +236,7 @@ def encode(
     Arguments and errors as for `estimate_likelihood`; `decode` with the same ones leads back, up to the solver's error.
     Gradients flow to ``x`` and to the score.
     """
-    _check(process, x)
+    _check(process, score, x)
     times, solver = _way(process, solver, steps, grid, t_min)
     return _integrate(process.probability_flow(score), x, times, solver).x1
 
@@ -250,7 +252,7 @@ def decode(
     t_min: float | None = None,
 ) -> Tensor:
     """Data ``(batch, *state)`` from latents: the probability flow from ``t_max`` to ``t_min``, `encode` backwards."""
-    _check(process, latent)
+    _check(process, score, latent)
     times, solver = _way(process, solver, steps, grid, t_min)
     return _integrate(process.probability_flow(score), latent, times.flip(0), solver).x1
 
@@ -295,9 +297,10 @@ def _standard_error(each: Tensor) -> Tensor:
     return each.std(1) / math.sqrt(count) if count > 1 else torch.full_like(each[:, 0], math.nan)
 
 
-def _check(process: AbstractDiffusion, x: Tensor) -> None:
+def _check(process: AbstractDiffusion, score: Score, x: Tensor) -> None:
     if not isinstance(process, AbstractDiffusion):
-        raise TypeError(f"process must be a linear diffusion such as VP(), got {type(process).__name__}")
+        raise TypeError(f"process must be a linear diffusion such as VP(), got {kind_of(process)}")
+    check_same_process(process, score)
     check_state(x, "x")
 
 

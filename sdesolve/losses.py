@@ -140,10 +140,8 @@ class DenoisingScoreMatching(AbstractObjective):
     ) -> None:
         if callable(weighting):
             self._weight: _Weight = _Given(weighting)
-        elif weighting == "edm":
-            self._weight = _Edm(sigma_data)
         else:
-            self._weight = choice(_WEIGHTINGS, weighting, "weighting")
+            self._weight = choice(_WEIGHTINGS | {"edm": _Edm(sigma_data)}, weighting, "weighting")
         self._times = TrainingTimes(process, times, t_min, t_max, law)
         self._weighting, self._importance, self._antithetic = weighting, bool(importance), bool(antithetic)
 

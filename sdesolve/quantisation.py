@@ -163,7 +163,11 @@ class Quantisation:
 
     def _check(self, k: Tensor, taker: str) -> None:
         if not isinstance(k, Tensor) or k.is_floating_point() or k.is_complex() or k.dtype is torch.bool:
-            raise TypeError(f"{taker} takes integers, got {k.dtype if isinstance(k, Tensor) else type(k).__name__}")
+            given = k.dtype if isinstance(k, Tensor) else type(k).__name__
+            raise TypeError(
+                f"{taker} takes integers from 0 to {self.levels - 1} in a tensor, got {given}; images that are floats "
+                f"in [0, 1] go back to levels by (x * {self.levels - 1}).round().long()"
+            )
         if k.numel() and not (int(k.min()) >= 0 and int(k.max()) < self.levels):
             raise ValueError(
                 f"data of {self.levels} levels lies in 0 ... {self.levels - 1}, got values from {int(k.min())} to "

@@ -7,6 +7,7 @@ from typing import Protocol, final
 
 from torch import Tensor
 
+from sdesolve.arguments import kind_of, number
 from sdesolve.sde import (
     AbstractLinearSDE,
     AbstractODE,
@@ -68,7 +69,7 @@ class ReverseSDE(AbstractSemilinear):
 
     def __init__(self, forward: AbstractSDE, score: Score, stochasticity: float = 1.0) -> None:
         _check_reversible(forward, score)
-        if not (0.0 < stochasticity < math.inf):
+        if not (0.0 < number(stochasticity, "stochasticity") < math.inf):
             hint = "; for 0 use probability_flow(score)" if stochasticity == 0 else ""
             raise ValueError(f"stochasticity must be a positive number, got {stochasticity}{hint}")
         self.forward, self.score, self.stochasticity = forward, score, float(stochasticity)
@@ -132,7 +133,7 @@ def _squared_diffusion_product(forward: AbstractSDE, x: Tensor, t: Tensor, s: Te
 
 def _check_reversible(forward: AbstractSDE, score: Score) -> None:
     if not callable(score):
-        raise TypeError(f"score must be a function of (x, t), got {type(score).__name__}")
+        raise TypeError(f"score must be a function of (x, t), got {kind_of(score)}")
     if forward.noise is not Noise.ADDITIVE:
         raise ValueError(
             f"only SDEs with additive noise can be reversed here, this one has {forward.noise} noise: its reversal "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve import checkpoints
+from sdesolve.arguments import kind_of
 from sdesolve.batches import Batch, Position, seeded
 from sdesolve.grids import whole_number
 from sdesolve.losses import AbstractObjective
@@ -64,9 +65,9 @@ class Run:
         label_dropout: float = 0.0,
     ) -> None:
         if not isinstance(score, nn.Module):
-            raise TypeError(f"score must be a module, such as a NetworkScore; got {type(score).__name__}")
+            raise TypeError(f"score must be a module, such as a NetworkScore; got {kind_of(score)}")
         if not isinstance(loss, AbstractObjective):
-            raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {type(loss).__name__}")
+            raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {kind_of(loss)}")
         self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError(f"this {type(score).__name__} has no parameters that require gradients: nothing to train")

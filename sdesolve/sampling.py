@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sdesolve import grids
+from sdesolve.arguments import kind_of
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.checks import check_drift
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.graphs import StraightSampler, captured
-from sdesolve.reverse import Score
+from sdesolve.grids import whole_number
+from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
+from sdesolve.scores.base import AbstractData, ExactScore
+from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import Calculus, Noise, per_sample
 from sdesolve.solve import Backend, solve
 from sdesolve.solvers.adaptive import AbstractAdaptive
@@ -65,13 +72,15 @@ def sample(
             with the new seed at later ones (`graphs.CapturedSampler`). The state is then not checked for nan.
 
     Raises:
-        ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease.
+        ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease; a score of another process.
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
-    if not isinstance(process, AbstractDiffusion):
-        raise TypeError(f"process must be a linear diffusion such as VP(), got {type(process).__name__}")
+    _check_model(process, score)
+    shape = _shape(shape)
     solver = EulerMaruyama() if solver is None else solver
+    if not isinstance(solver, AbstractSolver | AbstractAdaptive):
+        raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {kind_of(solver)}")
     times = _times(process, solver, steps, grid)
     if bool((process.sigma(times[-1]) == 0).any()):
         denoise = False  # nothing is left to remove
@@ -119,6 +128,48 @@ def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> T
     s = score(x, t)
     check_drift(s, x, t, "score")
     return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
+
+
+def _check_model(process: AbstractDiffusion, score: Score) -> None:
+    if not isinstance(process, AbstractDiffusion):
+        hint = ""
+        if isinstance(process, ReverseSDE | ProbabilityFlow):
+            hint = "; give the forward process: it is reversed here"
+        elif isinstance(score, AbstractDiffusion):
+            hint = "; the process comes first, then the score"
+        raise TypeError(f"process must be a linear diffusion such as VP(), got {kind_of(process)}{hint}")
+    if isinstance(score, AbstractData):
+        raise TypeError(f"score must be a function of (x, t), got the law {kind_of(score)}; give its .score(process)")
+    check_same_process(process, score)
+
+
+def check_same_process(process: AbstractDiffusion, score: Score) -> None:
+    """Refuses a score that was made for other noise than that of ``process``, where it says what it was made for.
+
+    Processes are compared by their alpha and sigma, at the ends and in the middle of the working interval.
+
+    Raises:
+        ValueError: they differ by more than a thousandth.
+    """
+    if not isinstance(score, NetworkScore | ExactScore) or score.process is process:
+        return
+    theirs = score.process
+    for t in (process.t_min, 0.5 * (process.t_min + process.t_max), process.t_max):
+        for of_process, of_score in ((process.log_alpha, theirs.log_alpha), (process.sigma, theirs.sigma)):
+            ours, made_for = float(of_process(t)), float(of_score(t))
+            if not math.isclose(ours, made_for, rel_tol=1e-3, abs_tol=1e-9):
+                raise ValueError(
+                    f"the score was made for {theirs} and not for {process}: at t = {t:.6g} they have alpha "
+                    f"{float(theirs.alpha(t)):.4g} and {float(process.alpha(t)):.4g}, sigma "
+                    f"{float(theirs.sigma(t)):.4g} and {float(process.sigma(t)):.4g}. Give score.process as the "
+                    "process, or make the score for this one"
+                )
+
+
+def _shape(shape: object) -> tuple[int, ...]:
+    if isinstance(shape, int) or not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be (batch, *state), such as (64, 2), got {shape!r}")
+    return tuple(whole_number(n, "each entry of shape", 0) for n in shape)
 
 
 def _times(

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import kind_of
 from sdesolve.brownian import AbstractNoise
 from sdesolve.sde import AbstractSDE, Noise, per_sample
 from sdesolve.solvers.base import Span
@@ -38,11 +39,14 @@ class SavePlan:
 
     Raises:
         ValueError: a time outside the grid or out of order; times inside steps on a grid with a time per sample.
+        TypeError: ``observable`` cannot be called.
     """
 
     def __init__(
         self, grid: Tensor, save_at: SaveAt, observable: Observable | None = None, *, moments: bool = False
     ) -> None:
+        if observable is not None and not callable(observable):
+            raise TypeError(f"observable must be a function of x, got {kind_of(observable)}")
         steps = len(grid) - 1
         self.observable, self.moments = observable, moments
         self.on_grid: dict[int, list[int]] = defaultdict(list)
@@ -72,7 +76,8 @@ class SavePlan:
 
     def _place(self, grid: Tensor) -> None:
         if self.ts.ndim != 1 or self.ts.numel() == 0:
-            raise ValueError(f"save_at must be a list of at least one time, got shape {tuple(self.ts.shape)}")
+            hint = "; for one time write save_at=[t], for every step save_at='grid'" if self.ts.ndim == 0 else ""
+            raise ValueError(f"save_at must be a list of at least one time, got shape {tuple(self.ts.shape)}{hint}")
         if grid.ndim == 2:
             raise ValueError('with a time per sample, save_at can be None or "grid" only')
         first, last = float(grid[0]), float(grid[-1])

@@ -178,7 +178,7 @@ def _grid_of(
     if t0 is None or t1 is None or steps is None:
         missing = [name for name, value in (("t0", t0), ("t1", t1), ("steps", steps)) if value is None]
         raise ValueError(f"give t0, t1 and steps, or a grid of times; missing: {', '.join(missing)}")
-    start, end = (torch.as_tensor(t, dtype=torch.float64).cpu() for t in (t0, t1))
+    start, end = (_time(t, name) for name, t in (("t0", t0), ("t1", t1)))
     if start.ndim == end.ndim == 0:
         return grids.uniform(float(start), float(end), steps)
     steps = grids.whole_number(steps, "steps", 1)
@@ -194,6 +194,13 @@ def _grid_of(
     times = start + (end - start) * u
     times[0], times[-1] = start, end
     return times
+
+
+def _time(t: float | Tensor, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(t, dtype=torch.float64).cpu()
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a tensor (batch,) of times, got {t!r}") from None
 
 
 def _noise_of(

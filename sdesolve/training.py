@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdesolve import checkpoints
+from sdesolve.arguments import number
 from sdesolve.batches import batches_of
 from sdesolve.grids import whole_number
 from sdesolve.losses import AbstractObjective
@@ -136,7 +137,7 @@ def train(
 
     Raises:
         TypeError: ``score`` is no module, ``loss`` no `Objective`; integer data; labels that are not integers or whose
-            network takes none; a count that is not an integer.
+            network takes none; a count that is not an integer, or a number that is none.
         ValueError: an argument out of range, empty data, data outside the range of the normalizer, labels outside the
             classes, nothing to train, or a checkpoint that is damaged or belongs to another run.
         FloatingPointError: the loss or its gradient is not finite. The message says at which step, sample and time;
@@ -145,17 +146,18 @@ def train(
     """
     started = time.perf_counter()
     labelled = labels is not None or label_dropout is not None
-    dropped = 0.0 if label_dropout is None else float(label_dropout)
-    _check_range("label_dropout", dropped, 0 <= dropped <= 1, "a share in [0, 1]")
+    dropped = 0.0 if label_dropout is None else number(label_dropout, "label_dropout")
+    _check_range("label_dropout", dropped, lambda v: 0 <= v <= 1, "a share in [0, 1]")
     run = Run(
         score, loss, ema, weight_decay, seed, accumulate=accumulate, autocast=autocast, label_dropout=dropped
     )  # fmt: skip
     steps, warmup = whole_number(steps, "steps", 1), whole_number(warmup, "warmup", 0)
     whole_number(checkpoint_every, "checkpoint_every", 1)
     whole_number(metrics_every, "metrics_every", 1)
-    _check_range("lr", lr, 0 < lr < math.inf, "positive and finite")
-    _check_range("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0 and finite")
-    _check_range("clip", clip, clip is None or clip > 0, "positive, or None for no clipping")
+    _check_range("lr", lr, lambda v: 0 < v < math.inf, "positive and finite")
+    _check_range("weight_decay", weight_decay, lambda v: 0 <= v < math.inf, "at least 0 and finite")
+    if clip is not None:
+        _check_range("clip", clip, lambda v: v > 0, "positive, or None for no clipping")
     if decay not in _DECAYS:
         raise ValueError(f"decay={decay!r} is unknown; choose one of {', '.join(map(repr, _DECAYS))}")
     if isinstance(data, Tensor) and batch_size is None:
@@ -214,6 +216,6 @@ def _checkpoint_file(folder: str | Path | None) -> Path | None:
     return Path(folder) / checkpoints.TRAINING_FILE
 
 
-def _check_range(name: str, value: float | None, good: bool, rule: str) -> None:
-    if not good:
+def _check_range(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
+    if not good(number(value, name)):
         raise ValueError(f"{name} must be {rule}, got {value}")

@@ -23,7 +23,7 @@ PUBLIC = [
 # A module may import from its own layer and from layers to its left. `reverse` stands left of `diffusions` because a
 # process makes its own reversal, which needs nothing of the process but drift and diffusion.
 LAYERS = [
-    {"sdesolve_kernels", "sdesolve.grids", "sdesolve.sde", "sdesolve.copies"},
+    {"sdesolve_kernels", "sdesolve.arguments", "sdesolve.grids", "sdesolve.sde", "sdesolve.copies"},
     {"sdesolve.reverse", "sdesolve.brownian"},
     {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.operators"},
     {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors", "sdesolve.inverse"},
@@ -123,6 +123,15 @@ def test_importing_loads_nothing_heavy():
         for c in (code, baseline)
     ]
     assert runs[0] == runs[1]
+
+
+def test_completion_offers_the_public_names_alone():
+    imports = [
+        n for n in ast.parse((ROOT / "sdesolve" / "__init__.py").read_text()).body if isinstance(n, ast.ImportFrom)
+    ]
+    public = {alias.asname for n in imports for alias in n.names if alias.asname and alias.asname[0] != "_"}
+    assert set(dir(sdesolve)) == public
+    assert all(getattr(sdesolve, name).__doc__ for name in public)
 
 
 def test_every_module_imports_and_the_public_names_are_there():

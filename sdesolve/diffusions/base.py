@@ -10,6 +10,7 @@ import torch
 from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
+from sdesolve.arguments import number
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.sde import AbstractLinearSDE, per_sample
 
@@ -184,12 +185,12 @@ def as_time(t: Tensor | float) -> Tensor:
 
 def check_times(t_min: float, t_max: float) -> None:
     """Refuses a working interval that is not ``0 < t_min < t_max < inf``."""
-    if not (0.0 < t_min < t_max < math.inf):
+    if not (0.0 < number(t_min, "t_min") < number(t_max, "t_max") < math.inf):
         raise ValueError(f"the working interval needs 0 < t_min < t_max < inf, got t_min={t_min}, t_max={t_max}")
 
 
 def check_positive(**parameters: float) -> None:
     """Refuses schedule parameters that are not positive and finite."""
     for name, value in parameters.items():
-        if not (0.0 < value < math.inf):
+        if not (0.0 < number(value, name) < math.inf):
             raise ValueError(f"{name} must be positive and finite, got {value}")

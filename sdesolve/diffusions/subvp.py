@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
+from sdesolve.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time
 from sdesolve.diffusions.vp import BetaSchedule, LinearBeta
 
@@ -26,7 +27,9 @@ class SubVP(AbstractDiffusion):
     def __init__(self, schedule: BetaSchedule | None = None) -> None:
         self.schedule = LinearBeta() if schedule is None else schedule
         if not isinstance(self.schedule, BetaSchedule):
-            raise TypeError(f"schedule must be a BetaSchedule such as LinearBeta(0.1, 20), got {schedule!r}")
+            raise TypeError(
+                f"schedule must be a BetaSchedule, LinearBeta(0.1, 20) or CosineBeta(), got {kind_of(schedule)}"
+            )
         self.t_min, self.t_max = self.schedule.t_min, self.schedule.t_max
 
     def log_alpha(self, t: Tensor | float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdesolve.arguments import kind_of
 from sdesolve.brownian import BrownianPath
 from sdesolve.checks import check_state
 from sdesolve.grids import whole_number
@@ -75,7 +76,7 @@ def run_chain(
         DivergenceError: a chain stopped being finite; says which and in which step.
     """
     if not isinstance(kernel, AbstractKernel):
-        raise TypeError(f"kernel must be a step such as Langevin(0.1), got {kernel!r}")
+        raise TypeError(f"kernel must be a step such as Langevin(0.1), got {kind_of(kernel)}")
     check_state(x0)
     steps = whole_number(steps, "steps", 1)
     every = steps if save_every is None else whole_number(save_every, "save_every", 1)

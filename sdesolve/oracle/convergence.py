@@ -11,12 +11,14 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import whole_number
 from sdesolve.oracle.errors import measure
 from sdesolve.oracle.inputs import OracleNoise, Silence
 from sdesolve.oracle.samplers import Sampler, as_sampler
 from sdesolve.reverse import Score
+from sdesolve.scores.base import check_process
 from sdesolve.scores.gaussian import Gaussian
 from sdesolve.scores.mixture import GaussianMixture
 from sdesolve.solvers.base import AbstractSolver
@@ -103,6 +105,11 @@ def convergence(
         ...     return x
         >>> print(convergence(heun, VP(), Gaussian(torch.zeros(2), 0.25), [32, 64, 128]))
     """
+    check_process(process)
+    if isinstance(sampler, type) or not (callable(sampler) or isinstance(sampler, AbstractSolver)):
+        raise TypeError(f"sampler must be a solver such as DDIM() or a function, got {kind_of(sampler)}")
+    if isinstance(nfes, int):
+        raise TypeError(f"nfes must be increasing numbers of evaluations, such as [32, 64, 128], got {nfes}")
     name = name or _name(sampler)
     if isinstance(sampler, AbstractSolver):
         sampler = as_sampler(sampler)

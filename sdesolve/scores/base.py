@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.scores.components import STATE_DTYPES
 from sdesolve.sde import State, Time
@@ -153,5 +154,4 @@ def coefficients(process: AbstractDiffusion, x: Tensor, t: Tensor | float) -> tu
 def check_process(process: AbstractDiffusion) -> None:
     """Refuses what is not a forward process."""
     if not isinstance(process, AbstractDiffusion):
-        hint = f"; did you mean {process.__name__}()?" if isinstance(process, type) else ""
-        raise TypeError(f"process must be a forward process such as VP(), got {process!r}{hint}")
+        raise TypeError(f"process must be a forward process such as VP(), got {kind_of(process)}")

@@ -10,6 +10,7 @@ import torch
 from sdesolve_kernels import Stream, perturb, uniform
 from torch import Tensor, nn
 
+from sdesolve.arguments import number
 from sdesolve.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.grids import whole_number
@@ -204,6 +205,6 @@ def noised_cross_entropy(
 
 
 def _finite(value: float, name: str) -> float:
-    if not 0.0 <= value < math.inf:
+    if not 0.0 <= number(value, name) < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     return float(value)

@@ -299,8 +299,28 @@ class NetworkScore(nn.Module):
             per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio.to(x.dtype).expand(len(x))
         )
 
+    def _check_weights(self, x: Tensor, problem: RuntimeError) -> None:
+        """Tells a network on another device or in another precision than its state from one that is wrong."""
+        weight = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
+        if weight is None:
+            return
+        if weight.device != x.device:
+            raise ValueError(
+                f"the network's weights are on {weight.device}, the state is on {x.device}; move one of them, or give "
+                f"sample device={str(weight.device)!r}"
+            ) from problem
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"the network's weights are {weight.dtype}, the state is {x.dtype}; convert the network with "
+                f".to({x.dtype}), or give sample dtype={weight.dtype}"
+            ) from problem
+
     def _call(self, x: Tensor, t: Tensor, c: Coefficients) -> Tensor:
-        F = self.net(*self._parameterization.inputs(x, t.to(x.dtype).expand(len(x)), c))
+        try:
+            F = self.net(*self._parameterization.inputs(x, t.to(x.dtype).expand(len(x)), c))
+        except RuntimeError as problem:
+            self._check_weights(x, problem)
+            raise
         if not isinstance(F, Tensor):
             raise TypeError(f"the network must return a tensor, got {type(F).__name__}")
         if F.shape != x.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
+from sdesolve.arguments import kind_of
 from sdesolve.correctors import AbstractCorrector
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import whole_number
@@ -38,9 +39,9 @@ class PredictorCorrector(AbstractSolver):
 
     def __init__(self, predictor: AbstractSolver, corrector: AbstractCorrector, n: int = 1) -> None:
         if not isinstance(predictor, AbstractSolver) or isinstance(predictor, PredictorCorrector):
-            raise TypeError(f"predictor must be a fixed-step solver such as EulerMaruyama(), got {predictor!r}")
+            raise TypeError(f"predictor must be a fixed-step solver such as EulerMaruyama(), got {kind_of(predictor)}")
         if not isinstance(corrector, AbstractCorrector):
-            raise TypeError(f"corrector must be one such as LangevinCorrector(snr=0.16), got {corrector!r}")
+            raise TypeError(f"corrector must be one such as LangevinCorrector(snr=0.16), got {kind_of(corrector)}")
         self.predictor, self.corrector, self.n = predictor, corrector, whole_number(n, "n", 1)
         self.supported = predictor.supported
         self.strong_order, self.weak_order = predictor.strong_order, predictor.weak_order

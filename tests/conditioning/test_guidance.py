@@ -173,3 +173,8 @@ def zero(x, t):
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_scale_is_a_number():
+    with pytest.raises(TypeError, match="scale must be a number, got '3' of type str"):
+        sds.ClassifierFreeGuidance(lambda x, t: x, lambda x, t: -x, scale="3")

@@ -93,7 +93,7 @@ def test_a_file_cut_short_is_refused(make_score, tmp_path, kept):
     save(make_score(), tmp_path / "w")
     (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:kept])
     with pytest.raises(
-        ValueError, match=r"is not a whole safetensors file .*: it is damaged, cut short, or something else"
+        ValueError, match=r"is not a whole safetensors file .*: it is damaged, cut short, or of another kind"
     ):
         load(make_score(), tmp_path / "w")
 
@@ -176,3 +176,18 @@ def test_any_module_can_be_saved(tmp_path):
     assert same(first, second)
     with pytest.raises(ValueError, match="belongs to another score than this NetworkScore"):
         load(NetworkScore(torch.nn.Linear(2, 3), VP()), tmp_path / "w")
+
+
+def test_arguments_in_the_wrong_order_and_files_of_torch_save(make_score, tmp_path):
+    score = make_score()
+    with pytest.raises(TypeError, match="got PosixPath; the score comes first, then the path"):
+        save(tmp_path / "x", score)
+    with pytest.raises(TypeError, match="got str; the score comes first, then the path"):
+        load(str(tmp_path), score)
+    with pytest.raises(TypeError, match=r"got the class NetworkScore; did you mean NetworkScore\(...\)"):
+        load(NetworkScore, tmp_path)
+    torch.save(score.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match=r"such as one of torch.save, whose weights go into a network by load_state_dict"
+    ):
+        load(score, tmp_path / "x.pt")

@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 
+import sdesolve as sds
 from sdesolve import checkpoints
 from sdesolve.batches import batches_of
 from sdesolve.losses import DenoisingScoreMatching, Objective
@@ -98,6 +99,10 @@ def test_data_that_is_not_finite_is_named_as_the_cause(make_score, data):
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),
         ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
+        ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3' of type str"),
+        ({"ema": "0.99"}, TypeError, "ema must be a number, got '0.99'"),
+        ({"labels": [0, 1]}, TypeError, r"labels must be a tensor \(\d+,\) of integers, got list"),
+        ({"loss": sds.DenoisingScoreMatching}, TypeError, r"did you mean DenoisingScoreMatching\(...\)\?"),
         ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan"),
         ({"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
         ({"decay": "linear"}, ValueError, "decay='linear' is unknown; choose one of 'constant', 'cosine'"),
@@ -126,6 +131,8 @@ def test_bad_arguments_are_refused_before_anything_starts(make_score, data, opti
         (torch.tensor(1.0), ValueError, r"training data must be \(samples, \*state\)"),
         (torch.ones(8, 3), ValueError, r"takes states of shape \(2,\)"),
         (3, TypeError, "must be a tensor .* or an iterable of batches, got int"),
+        (torch.utils.data.TensorDataset(torch.ones(8, 2)), TypeError, "a Dataset goes into a DataLoader"),
+        (torch.ones(8, 2).numpy(), TypeError, r"made a tensor with torch.as_tensor\(data\)"),
         ([], ValueError, "the loader gave no batch in epoch 0"),
         (["text"], TypeError, "a loader must give tensors, or tuples whose first entry is one; got str"),
         ([(1, torch.ones(2))], TypeError, "got tuple starting with int"),
@@ -208,7 +215,7 @@ def test_a_checkpoint_is_a_folder(make_score, data, tmp_path):
 def test_a_damaged_checkpoint_is_not_continued(make_score, data, finished):
     file = finished / checkpoints.TRAINING_FILE
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"damaged, cut short, or something else. Delete it"):
+    with pytest.raises(ValueError, match=r"damaged, cut short, or of another kind.* deleted to start afresh"):
         run(make_score(), data, batch_size=64, checkpoint=finished)
 
 

@@ -24,6 +24,8 @@ def refuses(error, message, sde=GBM, x0=X0, **options):
 @pytest.mark.parametrize(
     ("x0", "error", "message"),
     [
+        (torch.ones(2, 2, device="meta"), ValueError, "x0 is on the meta device"),
+        ([[1.0]], TypeError, r"arrays and lists are converted with torch.as_tensor\(x0\)"),
         ([1.0], TypeError, r"x0 must be a tensor of shape \(batch, \*state\), got list"),
         (torch.ones(2, 2, dtype=torch.int64), TypeError, r"must be float32 or float64, got torch.int64.*x0.float\(\)"),
         (torch.ones(2, 2, dtype=torch.float16), TypeError, r"got torch.float16: Brownian increments of small steps"),
@@ -164,6 +166,8 @@ def test_diffusions_that_do_not_fit_their_noise_type(noise, g, message):
             TypeError,
             "drift returned torch.float64, the state is torch.float32",
         ),
+        (lambda t, x: -x, lambda t, x: 0.1, ValueError, r"got \(\) at t = 0; .* state first: f\(x, t\)"),
+        (lambda x, t: 1.0, lambda x, t: x, TypeError, r"got float; write torch.full_like\(x, value\)"),
         (lambda x, t: 1.0, lambda x, t: x, TypeError, "drift must return a tensor.*got float"),
         (lambda x, t: x, lambda x, t: x.double(), TypeError, "diffusion returned torch.float64"),
         (lambda x, t: x, lambda x, t: None, TypeError, "diffusion must return a tensor, got NoneType"),
@@ -187,6 +191,22 @@ def test_what_user_functions_return(drift, diffusion, error, message):
 def test_equations(arguments, error, message):
     with pytest.raises(error, match=message):
         sds.SDE(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("sde", "options", "error", "message"),
+    [
+        (sds.VP, {}, TypeError, r"got the class VP; did you mean VP\(...\)\?"),
+        (lambda x, t: x, {}, TypeError, r"got function; wrap drift and diffusion in sds.SDE\(drift, diffusion\)"),
+        (GBM, {"t0": "0"}, TypeError, r"t0 must be a number or a tensor \(batch,\) of times, got '0'"),
+        (GBM, {"steps": 10.0}, TypeError, "got 10.0 of type float; write 10"),
+        (GBM, {"steps": 0.01}, TypeError, "got 0.01 of type float$"),
+        (GBM, {"save_at": 0.5}, ValueError, r"for one time write save_at=\[t\]"),
+        (GBM, {"observable": "x"}, TypeError, "observable must be a function of x, got str"),
+    ],
+)
+def test_things_of_the_wrong_kind(sde, options, error, message):
+    refuses(error, message, sde=sde, **options)
 
 
 def test_noise_arguments():

@@ -98,6 +98,10 @@ def test_denoising_takes_the_last_noise_away():
         ({"steps": 3, "stochasticity": -1.0}, ValueError, "stochasticity must be a positive number"),
         ({"steps": 3, "seed": 0, "noise": sds.BrownianPath(0)}, ValueError, "give one of them"),
         ({"steps": 3, "dtype": torch.float16}, TypeError, "must be float32 or float64, got torch.float16"),
+        ({"steps": 3, "shape": 4}, TypeError, r"shape must be \(batch, \*state\), such as \(64, 2\), got 4"),
+        ({"steps": 3, "shape": (4.0, 2)}, TypeError, "each entry of shape must be an integer, got 4.0.*write 4"),
+        ({"steps": 3, "stochasticity": "ode"}, TypeError, "stochasticity must be a number, got 'ode'"),
+        ({"steps": 3, "solver": sds.DPMSolverPP}, TypeError, r"did you mean DPMSolverPP\(...\)"),
         ({"steps": 3, "shape": (4, 3)}, ValueError, r"x must have shape \(batch, 2\)"),
     ],
 )
@@ -116,3 +120,45 @@ def test_a_score_of_the_wrong_shape_or_that_fails_is_named():
         sds.sample(process, lambda x, t: x * math.nan, (4, 2), steps=3, seed=0)
     with pytest.raises(TypeError, match=r"process must be a linear diffusion such as VP\(\), got SDE"):
         sds.sample(sds.SDE(lambda x, t: x, lambda x, t: x), DATA.score(process), (4, 2), steps=3)
+
+
+def test_process_and_score_that_do_not_go_together():
+    process, other = sds.VP(), sds.VP(sds.CosineBeta())
+    network = sds.NetworkScore(sds.nn.MLP((2,), width=4, depth=0), other)
+    for score in (DATA.score(other), network):
+        with pytest.raises(ValueError, match=r"score was made for VP\(schedule=.* sigma .* Give score.process"):
+            sds.sample(process, score, (4, 2), steps=3, seed=0)
+        with pytest.raises(ValueError, match=r"Give score\.process"):
+            sds.log_likelihood(process, score, torch.zeros(2, 2))
+    # one law, two objects, two working intervals
+    again = DATA.score(sds.VP(sds.LinearBeta(t_min=1e-4)))
+    assert torch.equal(
+        sds.sample(process, again, (4, 2), steps=3, seed=0),
+        sds.sample(process, DATA.score(process), (4, 2), steps=3, seed=0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((sds.VP, DATA.score(sds.VP())), r"got the class VP; did you mean VP\(...\)\?"),
+        ((DATA.score(sds.VP()), sds.VP()), "got ExactScore; the process comes first, then the score"),
+        ((sds.VP().reverse(lambda x, t: -x), lambda x, t: -x), "got ReverseSDE; give the forward process"),
+        ((sds.VP(), DATA), r"got the law Gaussian; give its .score\(process\)"),
+    ],
+)
+def test_process_and_score_of_the_wrong_kind(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        sds.sample(*arguments, (4, 2), steps=3)
+
+
+def test_a_network_in_another_precision_or_place_is_told_from_a_wrong_one():
+    process = sds.VP()
+    for kind, error, message in (
+        (torch.float64, TypeError, r"weights are torch.float64, the state is torch.float32.*dtype=torch.float64"),
+        ("meta", ValueError, "weights are on meta, the state is on cpu"),
+    ):
+        score = sds.NetworkScore(torch.nn.Sequential(torch.nn.Linear(2, 2)).to(kind), process)
+        score.net.forward = lambda x, t, first=score.net[0]: first(x)
+        with pytest.raises(error, match=message):
+            sds.sample(process, score, (4, 2), steps=3, seed=0, backend="eager")

@@ -22,11 +22,24 @@ print(x.double().sum().item(), "numba" in sys.modules)
 """
 
 
-def start(cache: Path) -> subprocess.Popen[str]:
+SOURCE = """
+import hashlib, torch, sdesolve as sds
+from sdesolve_kernels._numba import trajectory
+def show(source):
+    print(hashlib.sha256(source.encode()).hexdigest())
+    raise SystemExit
+trajectory.load = show
+torch.manual_seed(0)
+score = sds.NetworkScore(sds.nn.MLP((2,), width=16, depth=1), sds.VP())
+sds.sample(score.process, score, (64, 2), steps=2, seed=0, backend="fused")
+"""
+
+
+def start(cache: Path, code: str = RUN) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "SDESOLVE_CACHE": str(cache)}
     return subprocess.Popen(
-        [sys.executable, "-c", RUN], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
@@ -49,6 +62,15 @@ def test_a_later_process_needs_no_numba(tmp_path):
     code.write_bytes(code.read_bytes()[:-40] + b"\0" * 40)
     assert finish(start(tmp_path)) == (first, True)
     assert trajectory._read(code) is not None
+
+
+def test_processes_print_the_same_source_for_a_network(tmp_path):
+    """Or its kernel would be compiled in each: Python's hashes of strings, types and None differ between them."""
+    processes = (start(tmp_path, SOURCE), start(tmp_path, SOURCE))
+    sources = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert len(sources[0]) == 65
+    assert sources[0] == sources[1]
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):

@@ -120,6 +120,7 @@ class Forms:
 
     def __init__(self) -> None:
         self._forms: dict[int, int] = {}
+        self._numbers: dict[tuple[object, ...], int] = {}
         self._leaves: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def of(self, e: Expression) -> int:
@@ -130,8 +131,10 @@ class Forms:
                 self.of(a)
             parts = [] if e.op == "element" else [self._forms[a.number] for a in e.args]
             constant = e.data if e.op == "const" else None
-            form = hash((e.op, e.dtype, constant, tuple(sorted(parts) if e.op in COMMUTATIVE else parts)))
-            self._forms[e.number] = form
+            key = (e.op, e.dtype, constant, *(sorted(parts) if e.op in COMMUTATIVE else parts))
+            # Numbered as they come: a hash differs from process to process, and with it the order of arguments, the
+            # source, and the name under which a kernel is looked for on disk.
+            form = self._forms[e.number] = self._numbers.setdefault(key, len(self._numbers))
         return form
 
     def leaves(self, e: Expression) -> tuple[tuple[int, ...], ...]:
