@@ -34,12 +34,12 @@ def wasserstein_to_mixture(
     r"""``W_2`` over the true law's standard deviation, for data on the line.
 
     In one dimension ``W_2^2`` is the mean square difference of quantiles, an integral over the true law, taken on a
-    mesh of states: quantiles that are as many in equal shares would leave out what lies between modes, where a sampler
-    may be far off. Of a deterministic sampler, which takes start states to end states in order, quantiles are those of
-    the start, carried along, so that no sampling error hides the error of the method. Of a stochastic one the density is followed from step to step,
-    ``p'(y) = int N(y; m(x), c^2) p(x) dx``, by the trapezoidal rule on a mesh finer than ``c``, for which that rule is
-    exact to rounding. Where steps remember earlier ones that goes for the joint density (`law_at_last_noise`), and
-    where that is too large the law is estimated (`Particles`).
+    mesh of states: quantiles in equal shares would leave out what lies between modes, where samplers are worst. Of a
+    deterministic sampler, which takes start states to end states in order, quantiles are those of the start, carried
+    along, so that no sampling error hides the error of the method. Of a stochastic one the density is followed from
+    step to step, ``p'(y) = int N(y; m(x), c^2) p(x) dx``, by the trapezoidal rule on a mesh finer than ``c``. Where
+    steps remember earlier ones that goes for the joint density (`law_at_last_noise`), and where that is too large the
+    law is estimated (`Particles`).
     """
     score, shape = data.score(process), (-1, *data.state_shape)
     start = normal_law(process.prior.std) if prior else MixtureLaw(data, process, float(grid[0]))
