@@ -178,6 +178,24 @@ def test_a_sampler_from_elsewhere_is_measured_like_our_own(options):
     assert found == pytest.approx(oracle.error(sds.SDEDPMSolverPP(2), EDM, TWO_MODES, to(0.3, 6), **options), rel=1e-6)
 
 
+def shifted(process, score, x, grid, noise):
+    before = x
+    for t, u in itertools.pairwise(grid):
+        before, x = x, x + (t - u) * t * score(x, t) + 0.05 * (x - before) + 0.02 * t + 0.5 * u * noise()
+    return x
+
+
+def test_constants_are_kept():
+    one, gaussian, grid = (
+        sds.GaussianMixture(torch.tensor([[0.3]]), 0.5),
+        sds.Gaussian(torch.tensor([0.3]), 0.25),
+        to(0.3, 6),
+    )
+    expected = oracle.error(shifted, EDM, gaussian, grid)
+    assert oracle.error(shifted, EDM, one, grid) == pytest.approx(expected, rel=2e-6)
+    assert expected > 0.1
+
+
 def test_steps_that_are_no_combinations_are_followed_if_each_is_for_itself():
     """Bounds that are wide change nothing; narrow ones do."""
     wide = sds.GaussianMixture(torch.tensor([[-0.5], [0.5]]), 0.02)
