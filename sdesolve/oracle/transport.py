@@ -213,4 +213,4 @@ def _inverse(law: _Mixture, low: float, high: float, u: Tensor) -> Tensor:
     F = law.distribution(y)
     rising = torch.cat([torch.ones(1, dtype=torch.bool), F[1:] > F.cummax(0).values[:-1]])
     F, y = F[rising], y[rising]
-    return torch.from_numpy(PchipInterpolator(F.numpy(), y.numpy())(u.clamp(F[0], F[-1]).numpy()))
+    return torch.from_numpy(PchipInterpolator(F.numpy(), y.numpy())(u.numpy()))
