@@ -203,7 +203,10 @@ def main() -> None:
     quick = parser.parse_args().quick
     results, start = [], time.perf_counter()
     for target in targets(quick):
-        rows = {name: measured(target, solver) for name, solver in (DETERMINISTIC | STOCHASTIC).items()}
+        rows = {}
+        for name, solver in (DETERMINISTIC | STOCHASTIC).items():
+            rows[name] = measured(target, solver)
+            print(f"{time.process_time():5.0f} s  {name}", flush=True)
         results.append((target, rows))
         print(table_of(target, rows), flush=True)
         print(f"\n{time.perf_counter() - start:.0f} s\n", flush=True)

@@ -37,7 +37,7 @@ def error(
 
     ======================  ========================================================================================
     `Gaussian`              2-Wasserstein distance over the true law's standard deviation ``sqrt(tr C)``; exact
-    mixture of dimension 1  the same, from the sampler's law by quantiles of the start or by quadrature
+    mixture of dimension 1  the same, by quadrature
     mixture of dimension 2  total variation distance, by quadrature
     ======================  ========================================================================================
 

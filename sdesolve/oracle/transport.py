@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,13 @@ from sdesolve.oracle.recursion import recursion
 from sdesolve.oracle.samplers import Look, Sampler, gaussian_steps, is_deterministic
 from sdesolve.scores.mixture import GaussianMixture
 
-_QUANTILES = 4096
+_NODES = 4096
+_REACH = 7.0  # standard deviations of a component to either side; 3e-12 of it lies beyond
 _PROBES = 1025
 _WIDTH = 8.0  # standard deviations to either side of the mean beyond which a law has no mass worth counting
-_SPACING = 0.8  # of the noise of a step: the trapezoidal rule then errs by exp(-2 (pi / 0.8)^2) = 4e-14
+# Of the noise of a step. The trapezoidal rule then errs by exp(-2 (pi / 0.6)^2) = 2e-24 if a step is a straight line.
+# It is not between two modes, where errors grow from step to step and decide the weights: 0.8 was too much.
+_SPACING = 0.6
 _FEWEST, _MOST = 512, 1 << 15
 _BLOCK = 1 << 22
 
@@ -29,26 +33,27 @@ def wasserstein_to_mixture(
 ) -> Measured:
     r"""``W_2`` over the true law's standard deviation, for data on the line.
 
-    In one dimension ``W_2^2`` is the mean square difference of quantiles. Of a deterministic sampler, which takes start
-    states to end states in order, quantiles are those of the start, carried along: 4096 mid-quantiles, so that no
-    sampling error hides the error of the method. Of a stochastic one the density is followed from step to step,
-    ``p'(y) = int N(y; m(x), c^2) p(x) dx``, by the trapezoidal rule on a mesh finer than ``c``, for which that rule is
-    exact to rounding. Where steps remember earlier ones that goes for the joint density (`law_at_last_noise`), and
-    where that is too large the law is estimated (`Particles`).
+    In one dimension ``W_2^2`` is the mean square difference of quantiles, an integral over the true law, taken on a
+    mesh of states: quantiles in equal shares would leave out what lies between modes, where samplers are worst. Of a
+    deterministic sampler, which takes start states to end states in order, quantiles are those of the start, carried
+    along, so that no sampling error hides the error of the method. Of a stochastic one the density is followed from
+    step to step, ``p'(y) = int N(y; m(x), c^2) p(x) dx``, by the trapezoidal rule on a mesh finer than ``c``. Where
+    steps remember earlier ones that goes for the joint density (`law_at_last_noise`), and where that is too large the
+    law is estimated (`Particles`).
     """
-    u = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
     score, shape = data.score(process), (-1, *data.state_shape)
     start = normal_law(process.prior.std) if prior else MixtureLaw(data, process, float(grid[0]))
     clean = denoise or float(grid[-1]) == 0.0
     end = MixtureLaw(data, process, None if clean else float(grid[-1]))
-    target = end.quantiles(u)
+    target, u, mass = end.nodes()
 
     def distance(x: Tensor) -> float:
         """Of the law with these quantiles at the end of the grid."""
         x = x.reshape(shape)
         if denoise:
             x = score.denoise(x, grid[-1])
-        return float((x.flatten().sort().values - target).square().mean().sqrt()) / end.std
+        x = _in_order(x.flatten(), mass, u)
+        return math.sqrt(float(mass @ (x - target).square())) / end.std
 
     def carried() -> Measured:
         x = start.quantiles(u).reshape(shape)
@@ -102,16 +107,35 @@ class MixtureLaw:
         z = (x[..., None] - self.means) / self.stds
         return (self.weights * (-0.5 * z.square()).exp() / self.stds).sum(-1) / math.sqrt(2 * math.pi)
 
+    def distribution(self, x: Tensor) -> Tensor:
+        z = (x[..., None] - self.means) / self.stds
+        return (self.weights * torch.special.ndtr(z)).sum(-1)
+
+    def nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """States in order, the distribution function there, and the masses of the cells about them, which sum to 1."""
+        z = torch.linspace(-_REACH, _REACH, _NODES // len(self.means), dtype=torch.float64)
+        x = (self.means[:, None] + self.stds[:, None] * z).flatten().sort().values
+        edges = torch.cat([torch.zeros(1), self.distribution(0.5 * (x[1:] + x[:-1])), torch.ones(1)])
+        return x, self.distribution(x), edges.diff()
+
     def quantiles(self, u: Tensor) -> Tensor:
         """By bisection of the distribution function."""
         low = (self.means - 10 * self.stds).amin().expand(u.shape)
         high = (self.means + 10 * self.stds).amax().expand(u.shape)
         for _ in range(100):
             middle = 0.5 * (low + high)
-            z = (middle[:, None] - self.means) / self.stds
-            left = (self.weights * torch.special.ndtr(z)).sum(-1) < u
+            left = self.distribution(middle) < u
             low, high = middle.where(left, low), high.where(left, middle)
         return 0.5 * (low + high)
+
+
+def _in_order(x: Tensor, mass: Tensor, u: Tensor) -> Tensor:
+    """Quantiles ``u`` of the law of states ``x`` with ``mass``, which are those states if they are in order."""
+    y, order = x.sort()
+    if torch.equal(x, y):
+        return x
+    F = mass[order].cumsum(0) - 0.5 * mass[order]
+    return torch.from_numpy(np.interp(u.numpy(), F.numpy(), y.numpy()))
 
 
 def normal_law(std: float) -> MixtureLaw:
@@ -188,4 +212,5 @@ def _inverse(law: _Mixture, low: float, high: float, u: Tensor) -> Tensor:
     y = torch.linspace(low, high, 8193, dtype=torch.float64)
     F = law.distribution(y)
     rising = torch.cat([torch.ones(1, dtype=torch.bool), F[1:] > F.cummax(0).values[:-1]])
-    return torch.from_numpy(PchipInterpolator(F[rising].numpy(), y[rising].numpy())(u.numpy()))
+    F, y = F[rising], y[rising]
+    return torch.from_numpy(PchipInterpolator(F.numpy(), y.numpy())(u.numpy()))

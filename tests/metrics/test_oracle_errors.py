@@ -105,10 +105,9 @@ def test_errors_at_every_step(cov, prior):
 @pytest.mark.parametrize("solver", [sds.DPMSolverPP(2), *ONE_DRAW], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("options", [{}, {"prior": True, "denoise": True}], ids=["marginals", "as users do"])
 def test_on_the_line_a_mixture_of_one_is_a_gaussian(solver, options):
-    """4096 quantiles leave out the outermost 1e-4 of the law: hence the tolerance."""
     one, gaussian = sds.GaussianMixture(torch.tensor([[0.3]]), 0.5), sds.Gaussian(torch.tensor([0.3]), 0.25)
     error = oracle.error(solver, EDM, one, to(0.05)(12), **options)
-    assert error == pytest.approx(oracle.error(solver, EDM, gaussian, to(0.05)(12), **options), rel=5e-4)
+    assert error == pytest.approx(oracle.error(solver, EDM, gaussian, to(0.05)(12), **options), rel=2e-6)
 
 
 def test_meshes_are_fine_enough_where_steps_add_little_noise(monkeypatch):
