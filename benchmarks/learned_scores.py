@@ -32,8 +32,8 @@ from sdesolve.scores.base import AbstractData
 
 RESULTS = Path(__file__).parent / "results"
 PROCESS = sds.VP()
-STEPS, PAIRS, TRAINING_SAMPLES = 4000, 256, 1 << 18
-SEEDS = (0, 1, 2)
+STEPS, PAIRS, TRAINING_SAMPLES = 8000, 256, 1 << 20
+SEEDS = (0, 1)
 SAMPLES, DRAWS, TRUTHS, EVALUATIONS = 10_000, 3, 8, 35
 TIMES, STATES = 50, 1000
 FISHER_LIMIT, DISTANCE_LIMIT = 0.02, 1.5
