@@ -25,8 +25,8 @@ class MLP(LabelledNetwork):
     for the modulation, Peebles and Xie 2023 for the one of the last layer).
 
     With little noise what ``edm`` asks of its network goes to zero with ``sigma``. Modulation of the last layer follows
-    that: with more training times at low noise it took the relative Fisher error on a 16-dimensional mixture at ``sigma =
-    0.01`` from 0.87 to 0.12.
+    that: with more training times at low noise it took the relative Fisher error at ``sigma = 0.01`` on a mixture in 16
+    dimensions from 0.87 to 0.12.
 
     Args:
         shape: shape of one state, or its size where it is a vector.
