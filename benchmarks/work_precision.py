@@ -1,6 +1,6 @@
 """Exact error of every sampler against score evaluations, on three targets.
 
-``python benchmarks/work_precision.py`` (half an hour on one core) writes the figure ``assets/work_precision.png``
+``python benchmarks/work_precision.py`` (ten minutes on one core) writes the figure ``assets/work_precision.png``
 and the tables ``benchmarks/results/work_precision.json`` and ``.md``. ``--quick`` leaves out the long grids.
 
 1. A Gaussian in 256 dimensions with spectrum k^-2, as users sample it: EDM, Karras grid from 80 to 0.002, start from

@@ -148,7 +148,7 @@ def test_a_class_conditional_score_is_learned():
         ({"labels": torch.full((300,), -1)}, ValueError, "labels must be in 0 ... 2; got -1"),
         ({"labels": torch.zeros(299).long()}, ValueError, r"one entry for each of the 300 samples, got shape \(299,\)"),
         ({"labels": torch.zeros(300)}, TypeError, "labels must be integers, got torch.float32"),
-        ({"labels": [0] * 300}, TypeError, "labels must be a tensor of integers, got list"),
+        ({"labels": [0] * 300}, TypeError, r"labels must be a tensor \(300,\) of integers, got list"),
         ({"label_dropout": 0.1}, ValueError, "label_dropout is for data with classes; give them as labels="),
         ({"labels": torch.zeros(300).long(), "label_dropout": 1.5}, ValueError, r"label_dropout must be a share"),
         ({"data": [torch.ones(4, 2)], "label_dropout": 0.1}, ValueError, r"data and labels \(4,\) .* got nothing"),
