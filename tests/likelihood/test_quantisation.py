@@ -81,7 +81,7 @@ def test_dequantised_integers_stay_in_their_bins(bits, low, high, dtype):
         (lambda: Quantisation(8, 1.0, 1.0), ValueError, "finite low < high"),
         (lambda: Quantisation(8).dequantise(torch.tensor([256]), seed=0), ValueError, "lies in 0 ... 255, got values"),
         (lambda: Quantisation(8).dequantise(torch.tensor([-1]), seed=0), ValueError, "from -1 to -1"),
-        (lambda: Quantisation(8).dequantise(torch.tensor([0.5]), seed=0), TypeError, "takes integers from 0 to 255 in a tensor, got torch.float32"),
+        (lambda: Quantisation(8).dequantise(torch.tensor([0.5]), seed=0), TypeError, "in a tensor, got torch.float32"),
         (lambda: Quantisation(8).dequantise(torch.tensor(3), seed=0), ValueError, "a single number"),
         (lambda: Quantisation(8).quantise(torch.tensor([1.1])), ValueError, r"data must lie in \[-1.0, 1.0\]"),
         (lambda: Quantisation(8).quantise(torch.tensor([math.nan])), ValueError, "data must lie in"),
