@@ -29,12 +29,17 @@ __all__ = ["Change", "changes", "goals", "insert", "main", "markdown", "plot", "
 _LIMIT, _AGREE = 1.25, 1.15
 
 
+def _kept_on_fewer(machine: Record) -> bool:
+    return bool(machine.get("cores_used")) and machine["cores_used"] < machine["cores"]
+
+
 def _head(machine: Record) -> str:
     versions = machine.get("versions") or {n: machine[n] for n in ("torch", "triton", "numba") if n in machine}
     names = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
     threads = f", torch on {machine['torch_threads']} threads" if machine.get("torch_threads") else ""
+    cores = f", {machine['cores_used']} of {machine['cores']} cores" if _kept_on_fewer(machine) else ""
     load = f", load {machine['load_before']} before the run" if machine.get("load_before") is not None else ""
-    return f"{machine.get('date', 'now')}, {machine.get('processor', '?')}{threads}{load}; {names}"
+    return f"{machine.get('date', 'now')}, {machine.get('processor', '?')}{cores}{threads}{load}; {names}"
 
 
 def _span(values: list[float], digits: str = ".3g") -> str:
@@ -121,7 +126,12 @@ def _brief(row: Record | None) -> str:
 
 
 def goals(report: Report) -> list[tuple[str, str, str]]:
-    """Each goal whose problem took part: what is wanted, what was found, and the verdict."""
+    """Each goal whose problem took part: what is wanted, what was found, and the verdict.
+
+    None for a process that was kept from some of the machine's cores.
+    """
+    if _kept_on_fewer(report.machine):
+        return []
     from benchmarks.suite import GOALS  # it takes a second: torch and all problems
 
     found = [(t["target"], "-" if t["got"] is None else f"{t['got']:.3g}", t["verdict"]) for t in report.targets]

@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks.compare import table
 from benchmarks.figures import FIGURES
-from benchmarks.registry import BASELINE, Outcome, Problem, compete, describe
+from benchmarks.registry import BASELINE, Outcome, Problem, compete, describe, use_one_core
 from benchmarks.report import Report
 from benchmarks.suite import problems
+from benchmarks.timing import keep_memory
 
 _ARENA = pytest.StashKey["Arena"]()
 
@@ -19,12 +20,14 @@ class Arena:
     """Outcomes by problem, found when the first of its contenders is asked for; and what could not run."""
 
     def __init__(self, config: pytest.Config) -> None:
+        if config.getoption("--one-core"):
+            use_one_core()
         self.pace: dict[str, float] = {}
         if config.getoption("--quick"):
             self.pace = {"rounds": 5, "seconds": 2.0, "precision": 0.03}
         if config.getoption("--hasty"):
             self.pace = {"rounds": 2, "most": 3, "seconds": 0.1}
-        self.machine = describe()
+        self.machine = {**describe(), "keeps_freed_memory": keep_memory()}
         self.missing: dict[str, str] = {}
         self.refused: list[dict[str, str]] = []
         self._found: dict[str, dict[str, Outcome]] = {}
@@ -42,6 +45,7 @@ class Arena:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the short version: ratios that have goals, and their like")
+    parser.addoption("--one-core", action="store_true", help="no threads, on no other core; leaves out the goals")
     parser.addoption("--hasty", action="store_true", help="few rounds: to see that everything runs, not how fast")
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 import sdesolve as sds
 from benchmarks.models import MODELS, Model, ornstein_uhlenbeck
 from benchmarks.registry import BASELINE, Build, Call, Limit, Problem, require
+from benchmarks.timing import THREADED
 from sdesolve.sde import AbstractSDE, Noise
 
 __all__ = ["REFERENCES", "Reference", "ensemble", "ensembles", "plain_loop", "statistics_of", "tensor_of"]
 
 REFERENCES = Path(__file__).parent / "results" / "references.json"
-_SETTLE = 0.02
 _MOST_CAPTURED = 4096  # steps in a CUDA graph, of some launches each
 
 
@@ -276,7 +276,7 @@ def ensemble(
     return Problem(
         f"{label}, {paths} x {steps}", "ensembles", "component-step" if components else "path-step",
         paths * steps * (count if components else 1), contenders, check, limits, None, quick,
-        {"settle": _SETTLE, "rounds": 5, "seconds": 8.0, **(timing or {})}, start.cache_clear,
+        {**THREADED, "rounds": 5, "seconds": 8.0, **(timing or {})}, start.cache_clear,
     )  # fmt: skip
 
 

@@ -14,12 +14,12 @@ import sdesolve as sds
 from benchmarks.ensembles import tensor_of
 from benchmarks.models import MODELS
 from benchmarks.registry import BASELINE, Build, Call, Limit, Problem, require
+from benchmarks.timing import THREADED
 from sdesolve.reverse import ReverseSDE
 
 __all__ = ["generative"]
 
 _SHAPE = (16, 3, 32, 32)
-_SETTLE = 0.02
 _TRAINING_TIMES = 1000  # of the chains of diffusers
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,7 +94,7 @@ def _flow(steps: int | None, tolerance: float, device: torch.device) -> Problem:
     label = f"Heun, {_PATHS} x {steps}" if steps is not None else f"Dormand-Prince to {tolerance:g}, {_PATHS}"
     return Problem(
         f"flow of a mixture by {label}", "generative", "path", _PATHS, contenders, check, {}, None,
-        ("torchdiffeq", "diffrax"), {"settle": _SETTLE, "rounds": 5, "seconds": 4.0}, truth.cache_clear,
+        ("torchdiffeq", "diffrax"), {**THREADED, "rounds": 5, "seconds": 4.0}, truth.cache_clear,
     )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def _sampler(kind: str, steps: int, device: torch.device) -> Problem:
     return Problem(
         f"{kind} with a network, {steps} steps", "generative", "image-step", steps * _SHAPE[0], contenders, check,
         {"limit: network": Limit(1.0, steps * _SHAPE[0], "images")}, None, quick,
-        {"settle": _SETTLE, "rounds": 5, "seconds": 4.0},
+        {**THREADED, "rounds": 5, "seconds": 4.0},
     )  # fmt: skip
 
 
@@ -315,7 +315,7 @@ def _training(device: torch.device) -> Problem:
     contenders: dict[str, Build] = {BASELINE: sdesolve, "torch": lambda: plain(lambda f: f), "torch.compile": compiled}
     return Problem(
         f"training step, {_SHAPE[0]} images", "generative", "image", _SHAPE[0], contenders, check, {}, None, ("torch",),
-        {"settle": _SETTLE, "rounds": 7, "seconds": 4.0},
+        {**THREADED, "rounds": 7, "seconds": 4.0},
     )  # fmt: skip
 
 

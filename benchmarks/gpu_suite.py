@@ -48,7 +48,7 @@ def contest(
 ) -> Iterator[Record]:  # fmt: skip
     """A record for each contender that is there and right; the others go to `missing` and `refused`."""
     pace: dict[str, float] = {"rounds": 2, "most": 3, "seconds": 0.1} if quick else {"rounds": 4, "seconds": 2.0}
-    outcomes = compete(problem, names, machine.synchronize, **pace, settle=0.0)
+    outcomes = compete(problem, names, machine.synchronize, **pace, settle=0.0, lead=0.0, min_seconds=5e-3)
     for name, outcome in outcomes.items():
         if outcome.missing is not None:
             missing[name] = outcome.missing

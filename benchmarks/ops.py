@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.gpu_checks import name_of, value_check
 from benchmarks.gpu_ops import CASES, STREAM, Case, States, states
 from benchmarks.registry import BASELINE, Build, Call, Limit, Problem, require
+from benchmarks.timing import THREADED
 
 __all__ = ["noise_problems", "same_law", "step_problems"]
 
@@ -30,7 +31,6 @@ _LAYOUTS = {
 _LARGE, _SMALL = (64, 65536), (64, 16)
 _NARROW = {"4M x 1": (1 << 22, 1), "2M x 2": (1 << 21, 2), "64k x 64": (1 << 16, 64)}
 _TILE = 1 << 19  # normals that stay in a cache, enough of them for all threads
-_SETTLE = 0.02
 
 
 def _drawn(case: Case) -> Case:
@@ -153,7 +153,7 @@ def _steps(
             "limit: noise": Limit(draws, draws * elements, "normals"),
         }
     suffix = "" if threads is None else f", {threads} thread{'s' * (threads > 1)}"
-    timing = {"settle": _SETTLE, "rounds": 9, "seconds": 3.0} if large else {"rounds": 15, "seconds": 1.0}
+    timing = {**THREADED, "rounds": 9, "seconds": 3.0} if large else {"rounds": 15, "seconds": 1.0}
     return Problem(
         f"{case.name}, {label} {name_of(dtype)}{suffix}", "steps", "element", elements, contenders, check, limits,
         threads, quick, timing, made.cache_clear,
@@ -215,7 +215,7 @@ def _noise(
         contenders |= {"jax": jax_normal, "limit: write": fill}
     suffix = "" if threads is None else f", {threads} thread{'s' * (threads > 1)}"
     limits = {"limit: write": Limit(1.0, count * dtype.itemsize, "B")} if "limit: write" in contenders else {}
-    timing = {"settle": _SETTLE if count > 1 << 18 else 0.0, "rounds": 9, "seconds": 2.0}
+    timing = {**(THREADED if count > 1 << 18 else {}), "rounds": 9, "seconds": 2.0}
     return Problem(
         f"normal, {label} {name_of(dtype)}{suffix}", "noise", "normal", count, contenders, check, limits, threads,
         quick, timing,

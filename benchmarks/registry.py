@@ -26,9 +26,11 @@ __all__ = [
     "Outcome",
     "Problem",
     "compete",
+    "cores_used",
     "describe",
     "require",
     "row",
+    "use_one_core",
 ]
 
 BASELINE = "sdesolve"
@@ -185,6 +187,23 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def cores_used() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_one_core() -> None:
+    """For the rest of the process; what starts threads by the number of cores must not have done so yet.
+
+    Raises:
+        OSError: this system cannot keep a process on one core.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise OSError("keeping a process on one core needs Linux; leave out --one-core")
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+
+
 def describe() -> dict[str, Any]:
     """Machine and versions, for the report."""
     versions: dict[str, str | None] = {}
@@ -194,7 +213,7 @@ def describe() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(),
+        "processor": _processor(), "cores": os.cpu_count(), "cores_used": cores_used(), "torch_threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2), "python": sys.version.split()[0], "versions": versions,
         "environment": {n: os.environ[n] for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ},
     }  # fmt: skip

@@ -75,7 +75,17 @@ def load(path: Path) -> Report:
         return dataclasses.replace(report, targets=found["targets"])
     if "benchmarks" in found:
         infos = [b["extra_info"] for b in found["benchmarks"]]
-        kept = ("processor", "cores", "torch_threads", "load_before", "python", "versions", "environment")
+        kept = (
+            "processor",
+            "cores",
+            "cores_used",
+            "keeps_freed_memory",
+            "torch_threads",
+            "load_before",
+            "python",
+            "versions",
+            "environment",
+        )
         machine = {name: found["machine_info"].get(name) for name in kept}
         machine |= {"date": found["datetime"][:10], "commit": found["commit_info"].get("id", "")[:9]}
         return Report.of(infos, machine, found.get("missing", {}), found.get("refused", []))

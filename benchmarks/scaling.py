@@ -24,6 +24,7 @@ from benchmarks.compare import insert
 from benchmarks.ensembles import ensemble
 from benchmarks.figures import peak_of
 from benchmarks.registry import BASELINE, Missing, describe
+from benchmarks.timing import keep_memory
 
 __all__ = ["AXES", "Axis", "Fit", "fit", "main", "markdown", "memory", "picture", "summary", "sweep"]
 
@@ -217,9 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, default=ROOT / "assets" / "scaling.png")
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the tables between this file's markers")
     options = parser.parse_args(argv)
+    machine = {**describe(), "keeps_freed_memory": keep_memory()}
     records = list(sweep(torch.device("cpu"), options.quick))
     held = list(memory(options.quick)) if os.path.exists("/proc/self/clear_refs") else []
-    found = {"machine": describe(), "date": time.strftime("%Y-%m-%d"), "times": records, "memory": held}
+    found = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "times": records, "memory": held}
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     picture(records, held, options.plot)
     print(summary(records, held))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Quartiles", "Timing", "interleave", "quartiles"]
+__all__ = ["THREADED", "Quartiles", "Timing", "interleave", "keep_memory", "quartiles"]
 
 Quartiles = tuple[float, float, float]
+
+#: Options of `interleave` for contenders with threads of their own.
+THREADED = {"settle": 0.02, "lead": 0.01, "min_seconds": 0.03}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,19 @@ def quartiles(values: list[float]) -> Quartiles:
     return low, middle, high
 
 
+def keep_memory() -> bool:
+    """Have glibc keep what is freed, for the rest of the process; returns whether it does.
+
+    By default the heap's end goes back to the system and comes again page by page. Whether a tensor of 16 MB is served
+    so depends on what was freed before it: eager torch takes one time for a step of 4M elements, or 2.5 times that. Kept,
+    it is the lower one, in every process.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
+    return all((library.mallopt(trim_threshold, (1 << 31) - 1), library.mallopt(mmap_threshold, 32 << 20)))
+
+
 def interleave(
     callables: Mapping[str, Callable[[], object]],
     *,
@@ -56,6 +74,7 @@ def interleave(
     min_seconds: float = 5e-3,
     share: float = 0.05,
     settle: float = 0.0,
+    lead: float = 0.0,
     warm: bool = False,
     synchronize: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
@@ -73,6 +92,8 @@ def interleave(
             quick alone.
         settle: Seconds to sleep before each timing. OpenMP's threads spin for some milliseconds after their last piece
             of work, on the cores of whoever is timed next.
+        lead: Before each timing a callable is called, untimed, for this long: after a sleep a core runs slowly and
+            threads wake late, which weighs on the quick alone. One that takes longer than ten times this is not.
         warm: Everything has been called before, so that the first call is like later ones.
         synchronize: Called before each reading of the clock, for work that a device finishes later.
 
@@ -84,8 +105,11 @@ def interleave(
     if not 2 <= rounds <= most:
         raise ValueError(f"rounds must be at least 2 and at most most={most}, got {rounds}")
 
-    def once(call: Callable[[], object], repeats: int) -> float:
+    def once(call: Callable[[], object], repeats: int, leading: int) -> float:
+        gc.collect()  # what the one before left in cycles
         time.sleep(settle)
+        for _ in range(leading):
+            call()
         synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -95,27 +119,26 @@ def interleave(
 
     for call in () if warm else callables.values():
         call()  # compilation and first touches
-    first = {name: once(call, 1) for name, call in callables.items()}
+    gc.collect()
+    gc.freeze()  # a full collection goes through torch's two hundred thousand objects, in whoever's turn it is
+    first = {name: once(call, 1, 1 if lead else 0) for name, call in callables.items()}
     least = max(min_seconds, share * max(first.values()))
-    repeats = {name: max(1, round(least / max(t, 1e-9))) for name, t in first.items()}
+    repeats = {name: max(1, math.ceil(least / max(t, 1e-9))) for name, t in first.items()}
+    leading = {name: 0 if t > 10 * lead else math.ceil(lead / max(t, 1e-9)) for name, t in first.items()}
     times: dict[str, list[float]] = {name: [] for name in callables}
     names = list(callables)
     found: dict[str, Timing] = {}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()  # a full collection goes through torch's two hundred thousand objects, in whoever's turn it is
     start = time.perf_counter()
     for turn in range(most):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            times[name].append(once(callables[name], repeats[name]))
+            times[name].append(once(callables[name], repeats[name], leading[name]))
         if turn + 1 >= rounds:
             found = {name: Timing(v, _over(v, times[baseline])) for name, v in times.items()}
             precise = all(t.ratio_error() <= precision for t in found.values())
             if precise or time.perf_counter() - start > seconds:
                 break
-    if collecting:
-        gc.enable()
+    gc.unfreeze()
     return found
 
 
