@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 import sdesolve as sds
 
-__all__ = ["FIGURES", "Figure", "peak_of"]
+__all__ = ["FIGURES", "SAMPLERS_BESIDE_A_NETWORK", "Figure", "peak_of"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,6 +181,42 @@ def _increments() -> dict[str, float]:
     return {kind: statistics.median(r[kind] / r["normal"] for r in rounds) for kind in ("two-point", "three-point")}
 
 
+_IMAGES = (64, 3, 32, 32)
+SAMPLERS_BESIDE_A_NETWORK = {
+    "DDIM": sds.DDIM(), "DPM-Solver++ 2M": sds.DPMSolverPP(2), "SA-Solver (3, 3)": sds.SASolver(3, 3),
+    "EDM Heun": sds.EDMHeun(),
+}  # fmt: skip
+
+
+class _Timed(nn.Module):
+    """A network that adds up the time spent in it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.seconds = net, 0.0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        start = time.perf_counter()
+        y: Tensor = self.net(x, t)
+        self.seconds += time.perf_counter() - start
+        return y
+
+
+def _beside_a_network() -> dict[str, float]:
+    """A whole call of `sample` over the time that it spends in its network."""
+    torch.manual_seed(0)
+    process, net = sds.VP(), _Timed(sds.nn.ConvNet(_IMAGES[1:], channels=32, depth=4))
+    score, found = sds.NetworkScore(net, process), {}
+    for name, solver in SAMPLERS_BESIDE_A_NETWORK.items():
+        ratios = []
+        for _ in range(4):
+            net.seconds, start = 0.0, time.perf_counter()
+            sds.sample(process, score, _IMAGES, steps=4, solver=solver, seed=0)
+            ratios.append((time.perf_counter() - start) / net.seconds)
+        found[name] = statistics.median(ratios[1:])
+    return found
+
+
 FIGURES: dict[str, Figure] = {
     "peak of dsm_loss": Figure("tensors of the batch's size, the gradient among them", _loss),
     "peak of a run, 64 steps": Figure(
@@ -193,6 +230,7 @@ FIGURES: dict[str, Figure] = {
     "import over torch's": Figure("times the time of import torch", _import),
     "16 paths, a step": Figure("us, all that a call of 256 steps does", _few_paths),
     "solve over its kernel": Figure("times the kernel, 1M paths x 256", _over_kernel),
+    "sampler over its network": Figure("times the network's, 64 x 3 x 32 x 32, 4 steps", _beside_a_network),
     "stress response, 6720 x 10000": Figure("s", _sweep, quick=False),
     "weak increments over normals": Figure("times the time with normals", _increments, quick=False),
 }  # fmt: skip

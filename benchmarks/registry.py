@@ -213,7 +213,8 @@ def describe() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "cores_used": cores_used(), "torch_threads": torch.get_num_threads(),
+        "processor": _processor(), "cores": os.cpu_count(), "cores_used": cores_used(),
+        "torch_threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2), "python": sys.version.split()[0], "versions": versions,
         "environment": {n: os.environ[n] for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ},
     }  # fmt: skip

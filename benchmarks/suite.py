@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.ensembles import ensembles
+from benchmarks.figures import SAMPLERS_BESIDE_A_NETWORK
 from benchmarks.generative import generative
 from benchmarks.ops import noise_problems, step_problems
 from benchmarks.registry import Problem
@@ -94,6 +95,10 @@ def _goals() -> tuple[Goal, ...]:
         Goal("first call: s", "first call", "sdesolve", most=5.0),
         Goal("first call of a later process: s", "first call", "sdesolve, kernel on disk", most=0.2),
         Goal("solve over its kernel, 1M paths", "solve over its kernel", "sdesolve", most=1.2),
+        *(
+            Goal(f"{who} over its network, 64 images", "sampler over its network", who, most=1.03)
+            for who in SAMPLERS_BESIDE_A_NETWORK
+        ),
         Goal("import sdesolve over import torch", "import over torch's", "sdesolve", most=1.2),
     )
 

@@ -54,8 +54,8 @@ def keep_memory() -> bool:
     """Have glibc keep what is freed, for the rest of the process; returns whether it does.
 
     By default the heap's end goes back to the system and comes again page by page. Whether a tensor of 16 MB is served
-    so depends on what was freed before it: eager torch takes one time for a step of 4M elements, or 2.5 times that. Kept,
-    it is the lower one, in every process.
+    so depends on what was freed before it: eager torch takes one time for a step of 4M elements, or 2.5 times that.
+    Kept, it is the lower one, in every process.
     """
     if not sys.platform.startswith("linux") or not hasattr(library := ctypes.CDLL(None), "mallopt"):
         return False

@@ -96,11 +96,12 @@ def fuse(task: Task) -> Fused | str:
     why = _obstacle(task)
     if why:
         return why
-    held = contents(task.solver, task.equation, task.plan.observable)
+    try:
+        held = contents(task.solver, task.equation, task.plan.observable, most_weights=_MOST_WEIGHTS)
+    except Unsupported as problem:
+        return str(problem)
     if _wants_gradient(task.x0, *held.tensors):
         return _NO_GRADIENT
-    if sum(t.numel() for t in held.tensors if isinstance(t, torch.nn.Parameter)) > _MOST_WEIGHTS:
-        return "the functions hold a network whose layers run better as matrix products over the whole batch"
     recipe = recipe_for(task, task.solver)
     if isinstance(recipe, str):
         return recipe

@@ -234,7 +234,7 @@ class NetworkScore(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """``grad log p_t(x)``: ``x: (batch, *state)``, ``t`` of shape ``()`` or ``(batch,)``."""
         c = self._coefficients(x, t)
-        return -self._parameterization.noise(self._call(x, t, c), x, c) / c.sigma
+        return self._parameterization.noise(self._call(x, t, c), x, c) / -c.sigma
 
     def noise(self, x: Tensor, t: Tensor) -> Tensor:
         """``E[z | x_t = x]``, shape of ``x``."""

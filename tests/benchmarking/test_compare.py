@@ -28,9 +28,9 @@ def figure(value):
     return {"figure": {"name": "16 paths, a step", "unit": "us", "values": {"sdesolve": value}}}
 
 
-def written(path, infos, refused=()):
+def written(path, infos, refused=(), **machine):
     made = {
-        "machine_info": {"processor": "a processor", "versions": {"torch": "2.13", "jax": None}},
+        "machine_info": {"processor": "a processor", "versions": {"torch": "2.13", "jax": None}, **machine},
         "datetime": "2026-11-23T00:00:00", "commit_info": {"id": "0123456789abcdef"},
         "benchmarks": [{"extra_info": info} for info in infos], "missing": {"diffrax": "not installed: diffrax"},
         "refused": list(refused),
@@ -66,6 +66,14 @@ def test_a_figure_has_to_be_small(tmp_path):
     for value, verdict in ((5.0, "met"), (5.1, "missed, at most 5")):
         file = written(tmp_path / "figure.json", [figure(value)])
         assert compare.goals(report.load(file)) == [("16 paths: us per step, all told", f"{value:.3g}", verdict)]
+
+
+def test_goals_are_for_all_cores(tmp_path, capsys):
+    for used in (1, 2):
+        file = written(tmp_path / "figure.json", [figure(5.0)], cores=2, cores_used=used)
+        assert compare.main([str(file)]) == 0
+        assert ("1 of 2 cores" in (shown := capsys.readouterr().out)) == (used == 1)
+        assert ("16 paths: us per step, all told" in shown) == (used == 2)
 
 
 def test_markdown_has_a_column_for_each_contender(before, capsys):

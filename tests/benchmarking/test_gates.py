@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -172,6 +174,35 @@ def test_rounds_end_when_ratios_are_precise_or_time_is_up(monkeypatch):
         timing.interleave({"a": call(0.0)}, baseline="b")
     with pytest.raises(ValueError, match="at least 2"):
         timing.interleave({"a": call(0.0)}, baseline="a", rounds=1)
+
+
+def test_calls_before_the_clock_and_cycles_of_others_are_not_timed(monkeypatch):
+    """The first call after a pause costs ten times; another's garbage is collected in nobody's turn."""
+    clock, cold, alive = [0.0], [True], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: cold.__setitem__(0, True))
+
+    class Node:
+        def __init__(self):
+            self.me = self
+            alive.append(weakref.ref(self))
+
+    def littering():
+        clock[0] += 1.0
+        for _ in range(3):
+            Node()
+
+    def quick():
+        clock[0] += 0.1 if cold[0] else 0.01
+        cold[0] = False
+        clock[0] += 100.0 * sum(node() is not None for node in alive)
+
+    made = {"quick": quick, "littering": littering}
+    for lead, expected in ((0.0, 0.1), (0.01, 0.01)):
+        found = timing.interleave(made, baseline="quick", rounds=4, most=4, share=0.0, min_seconds=0.0, lead=lead)
+        assert found["quick"].seconds == pytest.approx([expected] * 4)
+        assert found["littering"].seconds == pytest.approx([1.0] * 4)
+    assert gc.get_freeze_count() == 0
 
 
 def test_every_goal_belongs_to_something_in_the_quick_suite():

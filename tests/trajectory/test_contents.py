@@ -15,7 +15,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from sdesolve_kernels.trajectory import contents
+from sdesolve_kernels.trajectory import Unsupported, contents
 
 import sdesolve as sds
 
@@ -245,3 +245,24 @@ def test_tensors_changed_in_place_and_rebound(both, difference, interpreted):
     held.w = torch.tensor([1, 2])
     fused, eager = both(sde, x0)
     assert difference(fused.x1, eager.x1) < 1e-14
+
+
+def test_a_search_ends_where_there_are_too_many_weights():
+    """Tied weights count once; buffers and plain tensors do not; what comes later is not looked at."""
+    looked_at = []
+
+    class Late:
+        @property
+        def __dict__(self):
+            looked_at.append(self)
+            return {}
+
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    net[1].weight = net[0].weight
+    net.register_buffer("plain", torch.zeros(1000))
+    assert contents(net, most_weights=80).key == contents(net).key
+    with pytest.raises(Unsupported, match="over the whole batch"):
+        contents(net, Late(), most_weights=79)
+    assert not looked_at
+    contents(Late())
+    assert looked_at

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdesolve_kernels.trajectory.tracing import Unsupported
+
 __all__ = ["Contents", "contents"]
 
 _MOST = 20_000  # objects looked at
@@ -50,9 +52,14 @@ class Contents:
     complete: bool
 
 
-def contents(*roots: object) -> Contents:
-    """Everything that ``roots`` hold."""
-    walk = _Walk()
+def contents(*roots: object, most_weights: int | None = None) -> Contents:
+    """Everything that ``roots`` hold.
+
+    Raises:
+        Unsupported: there are parameters with more than ``most_weights`` elements in all. The search ends there: a
+            large network need not be gone through each time that it is used.
+    """
+    walk = _Walk(most_weights)
     for root in roots:
         walk.visit(root)
     return Contents(tuple(walk.key), tuple(walk.tensors), walk.complete)
@@ -65,7 +72,8 @@ def _is_foreign(module: str | None) -> bool:
 
 @final
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, most_weights: int | None) -> None:
+        self._weights_left = most_weights
         self.key: list[Hashable] = []
         self.tensors: list[Tensor] = []
         self.complete = True
@@ -97,6 +105,12 @@ class _Walk:
         if isinstance(value, Tensor):
             key.append((kind, tuple(value.shape), value.dtype, value.device))
             self.tensors.append(value)
+            if self._weights_left is not None and isinstance(value, torch.nn.Parameter):
+                self._weights_left -= value.numel()
+                if self._weights_left < 0:
+                    raise Unsupported(
+                        "the functions hold a network whose layers run better as matrix products over the whole batch"
+                    )
         elif kind is types.FunctionType:
             self._function(value)
         elif kind is types.MethodType:
