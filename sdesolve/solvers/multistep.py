@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,15 +52,22 @@ def exponential_moments(eta: Tensor, count: int) -> Tensor:
     ``eta sum_j (-eta)^j m! / (m + j + 1)!``.
     """
     small = eta.abs() < 1.0
-    safe = torch.where(small, torch.ones_like(eta), eta)
-    by_parts, result = -torch.expm1(-eta), []
-    for m in range(count):
-        if m:
-            by_parts = 1.0 - m * by_parts / safe
-        term = eta / (m + 1)
-        series = term
-        for j in range(1, 25):
-            term = -term * eta / (m + j + 1)
-            series = series + term
-        result.append(torch.where(small, series, by_parts) if m else -torch.expm1(-eta))
-    return torch.stack(result, dim=1)
+    first = -torch.expm1(-eta)
+    large, near = torch.where(small, 1.0, eta), torch.where(small, eta, 0.0)
+    by_parts = [first]
+    for m in range(1, count):
+        by_parts.append(1.0 - m * by_parts[-1] / large)
+    series = (-near)[..., None] ** torch.arange(_TERMS) @ _series(count) * near[..., None]
+    result = torch.where(small[:, None], series.movedim(-1, 1), torch.stack(by_parts, dim=1))
+    result[:, 0] = first
+    return result
+
+
+_TERMS = 25
+
+
+@functools.cache
+def _series(count: int) -> Tensor:
+    """``m! / (m + j + 1)!`` for ``j < 25``: ``(25, count)``."""
+    rows = [[math.factorial(m) / math.factorial(m + j + 1) for m in range(count)] for j in range(_TERMS)]
+    return torch.tensor(rows, dtype=torch.float64)

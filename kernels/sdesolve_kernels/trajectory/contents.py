@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import itertools
 import random
 import sys
 import types
@@ -73,7 +74,8 @@ def _is_foreign(module: str | None) -> bool:
 @final
 class _Walk:
     def __init__(self, most_weights: int | None) -> None:
-        self._weights_left = most_weights
+        self._most_weights = most_weights
+        self._weights = 0
         self.key: list[Hashable] = []
         self.tensors: list[Tensor] = []
         self.complete = True
@@ -105,12 +107,9 @@ class _Walk:
         if isinstance(value, Tensor):
             key.append((kind, tuple(value.shape), value.dtype, value.device))
             self.tensors.append(value)
-            if self._weights_left is not None and isinstance(value, torch.nn.Parameter):
-                self._weights_left -= value.numel()
-                if self._weights_left < 0:
-                    raise Unsupported(
-                        "the functions hold a network whose layers run better as matrix products over the whole batch"
-                    )
+            if isinstance(value, torch.nn.Parameter):
+                self._weights += value.numel()
+                self._limit_weights(self._weights)
         elif kind is types.FunctionType:
             self._function(value)
         elif kind is types.MethodType:
@@ -226,8 +225,17 @@ class _Walk:
                 self.key.append(name)
                 self.visit(item)
 
+    def _limit_weights(self, weights: int) -> None:
+        if self._most_weights is not None and weights > self._most_weights:
+            raise Unsupported(
+                "the functions hold a network whose layers run better as matrix products over the whole batch"
+            )
+
     def _object(self, value: Any, kind: type) -> None:
         self.key.append(("object", kind))
+        if self._most_weights is not None and self._weights == 0 and isinstance(value, torch.nn.Module):
+            for weights in itertools.accumulate(p.numel() for p in value.parameters()):
+                self._limit_weights(weights)  # before a search through all its modules
         state = getattr(value, "__dict__", None)
         slots = list(_slots(kind))
         if state is None and not slots:
