@@ -53,7 +53,8 @@ _IN_PLACE = "of 8 us, 1.5 are the kernel and its call; the rest is Python that c
 _CHECKS = "a call spends most of its time on checks of its arguments, in Python, whatever the size"
 _SCAN = "XLA fuses the scan's body and draws its noise on all cores; what is left between us is the cost of a normal"
 _TRAINING = "eager keeps the noise of its perturbation, ours makes it twice; the gain is memory, 1 tensor instead of 6"
-_FEW = "with few paths the states of peers fit into a cache, as ours are in registers in any case"
+_NOISE = "our time is that of drawing the normals, the limit beside it"
+_FEW = f"{_NOISE}; with few paths the states of peers fit into a cache"
 
 
 def _goals() -> tuple[Goal, ...]:
@@ -74,7 +75,7 @@ def _goals() -> tuple[Goal, ...]:
         found.append(Goal(f"{case}, 1k elements: no more than eager", f"{case}, 1k float32", "torch", 1.0, why=why))
     found.append(Goal("dsm_loss and gradient: tensors held at the peak", "peak of dsm_loss", "sdesolve", most=2.0))
     for paths in (8192, 131_072):
-        name, few = f"linear, {paths} x 256", _FEW if paths == 8192 else ""
+        name, few = f"linear, {paths} x 256", _FEW if paths == 8192 else _NOISE
         for peer, least, why in (
             ("torch loop", 8.0, few), ("torchsde", 40.0, few),
             ("diffrax", 25.0, few), ("jax scan", 25.0, _SCAN),
