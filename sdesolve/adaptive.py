@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from sdesolve.checks import check_drift
 from sdesolve.saving import SaveAt, SavePlan
-from sdesolve.sde import AbstractSDE, per_sample
+from sdesolve.sde import AbstractPerSample, AbstractSDE, per_sample
 from sdesolve.solution import DivergenceError, Solution, Stats
 from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
+_FEW, _LEAST = 0.8, 16  # arrived samples leave where at most this share of at least so many is still going
 
 
 class Arrival(NamedTuple):
@@ -63,8 +64,8 @@ def integrate(
 ) -> Arrival:
     """Takes every sample from its ``t0`` to its ``t1``; both ``(batch,)``, float64.
 
-    Samples that have arrived stay in the batch, standing still: rows keep their places, so that a drift may know what
-    belongs to which (labels, say).
+    Samples that have arrived stand still in the batch until they are many, and then leave it, so that the drift is
+    evaluated on the others alone. Rows keep their places if the drift knows what belongs to which (labels, say).
 
     Raises:
         ValueError: tolerances below the resolution of the state's dtype.
@@ -83,27 +84,57 @@ def integrate(
     check_drift(slope, x, t)
     _refuse_nonfinite(slope, t)
     h = _first_step(drift, solver, x, slope, t, t1)
-    accepted, rejected = torch.zeros_like(t, dtype=torch.int64), torch.zeros_like(t, dtype=torch.int64)
-    starts, held = drift.calls, torch.zeros_like(t, dtype=torch.bool)  # held: the last attempt was rejected
+    none = torch.zeros_like(t, dtype=torch.int64)
+    batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none > 0, none, none)
+    whole, starts = batch, drift.calls
     with tqdm(disable=not progress, unit="attempt", leave=False) as bar:
-        while bool((active := t != t1).any()):
+        while going := int((active := batch.t != batch.t1).sum()):
+            if len(active) >= _LEAST and going <= _FEW * len(active):
+                those = batch.at(active.nonzero().squeeze(1))
+                if drift.narrow(those):
+                    whole, batch, active = whole.updated(batch), those, active[active]
+            rows, x, slope, t, t1, h, held, accepted, rejected = batch
             t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
             dt = t_next - t
             attempt = solver.attempt(drift, x, slope, t, dt)
             error = _norm(attempt.error, _scale(solver, torch.maximum(x.abs(), attempt.x.abs())))
             good = active & (error < 1.0)  # nan is not
-            _save(plan, solver, x, attempt, t, t_next, good)
-            x, slope, t = _chosen(good, attempt.x, x), _chosen(good, attempt.slopes[-1], slope), t_next.where(good, t)
-            accepted, rejected = accepted + good, rejected + (active & ~good)
-
+            _save(plan, solver, batch, attempt, t_next, good, len(whole.t))
             growth = (_SAFETY * error ** (-1.0 / solver.error_order)).nan_to_num(_SHRINK).clamp(_SHRINK, _GROW)
             h = (dt.abs() * torch.where(held | ~good, growth.clamp(max=1.0), growth)).where(active, h)
             held = active & ~good
+            x, slope, t = _chosen(good, attempt.x, x), _chosen(good, attempt.slopes[-1], slope), t_next.where(good, t)
+            accepted, rejected = accepted + good, rejected + held
             late = (accepted + rejected >= solver.max_steps) & (t != t1)
-            _refuse(solver, (held & (h < 10 * eps * t.abs())) | late, t, error)
+            _refuse(solver, (held & (h < 10 * eps * t.abs())) | late, rows, t, error)
             h = torch.maximum(h, 1e-15 * t.abs())  # a step that leaves t where it is would be repeated for ever
+            batch = _Samples(rows, x, slope, t, t1, h, held, accepted, rejected)
             bar.update()
+    _, x, *_, accepted, rejected = whole.updated(batch)
     return Arrival(x, accepted, rejected, starts + solver.evaluations * (accepted + rejected), drift.calls)
+
+
+class _Samples(NamedTuple):
+    """Where samples are, a row each; ``rows`` says which of the whole batch they are, ``held`` whose last attempt was
+    rejected."""
+
+    rows: Tensor
+    x: Tensor
+    slope: Tensor
+    t: Tensor
+    t1: Tensor
+    h: Tensor
+    held: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+    def at(self, index: Tensor) -> _Samples:
+        return _Samples(*(v.index_select(0, index) for v in self))
+
+    def updated(self, some: _Samples) -> _Samples:
+        if len(some.t) == len(self.t):
+            return some
+        return _Samples(*(v.index_copy(0, some.rows, w) for v, w in zip(self, some, strict=True)))
 
 
 @final
@@ -111,11 +142,42 @@ class _Drift:
     """``f(x, t)`` at float64 times, counted."""
 
     def __init__(self, sde: AbstractSDE) -> None:
-        self._sde, self.calls = sde, 0
+        self._whole = self._sde = sde
+        self._narrows = True
+        self.calls = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         return self._sde.drift(x, t.to(x.dtype))
+
+    def narrow(self, those: _Samples) -> bool:
+        """Goes on with some rows alone, if the slopes that they had in company are found again without it.
+
+        A drift that holds something for each row either refuses a smaller batch or finds other slopes, and so does
+        one that couples the samples. They agree to half of their digits where only rounding differs. One refusal is
+        enough: the drift is not asked again.
+        """
+        if not self._narrows:
+            return False
+        sde = self._whole.of_rows(those.rows) if isinstance(self._whole, AbstractPerSample) else self._whole
+        self.calls += 1
+        with torch.no_grad():
+            try:
+                alone = sde.drift(those.x, those.t.to(those.x.dtype))
+            except Exception:  # whatever a third party's drift raises on a batch of another size
+                alone = None
+        self._narrows = isinstance(alone, Tensor) and _same_slopes(alone, those.slope)
+        if self._narrows:
+            self._sde = sde
+        return self._narrows
+
+
+def _same_slopes(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    d = math.prod(b.shape[1:])
+    off, size = ((v.detach().double().reshape(len(b), d)).norm(dim=1) for v in (a - b, b))
+    return bool((off <= math.sqrt(torch.finfo(b.dtype).eps) * size).all())
 
 
 def _first_step(drift: _Drift, solver: AbstractAdaptive, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
@@ -146,15 +208,26 @@ def _chosen(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _save(
-    plan: SavePlan, solver: AbstractAdaptive, x: Tensor, attempt: Attempt, t: Tensor, t_next: Tensor, good: Tensor
+    plan: SavePlan,
+    solver: AbstractAdaptive,
+    batch: _Samples,
+    attempt: Attempt,
+    t_next: Tensor,
+    good: Tensor,
+    n: int,
 ) -> None:
-    """Keeps what the accepted steps reached or passed of the times in the plan."""
+    """Keeps what the accepted steps reached or passed of the times in the plan, for a whole batch of ``n``."""
+    t = batch.t
     for slot in (slot for slot, _ in plan.inside.get(0, ())):
         time = float(plan.ts[slot])
         here = good & (((t < time) & (time <= t_next)) | ((t_next <= time) & (time < t)))
         if bool(here.any()):
             theta = ((time - t) / (t_next - t)).where(here, 1.0)
-            plan.fill(slot, solver.between(x, attempt, t_next - t, theta), here)
+            x = solver.between(batch.x, attempt, t_next - t, theta)
+            if len(x) < n:
+                x = x.new_zeros(n, *x.shape[1:]).index_copy(0, batch.rows, x)
+                here = here.new_zeros(n).index_copy(0, batch.rows, here)
+            plan.fill(slot, x, here)
 
 
 def _refuse_nonfinite(slope: Tensor, t: Tensor) -> None:
@@ -170,12 +243,12 @@ def _refuse_nonfinite(slope: Tensor, t: Tensor) -> None:
         )
 
 
-def _refuse(solver: AbstractAdaptive, stuck: Tensor, t: Tensor, error: Tensor) -> None:
+def _refuse(solver: AbstractAdaptive, stuck: Tensor, rows: Tensor, t: Tensor, error: Tensor) -> None:
     if bool(stuck.any()):
         row = int(stuck.nonzero()[0])
         what = "it may be stiff or singular there" if math.isfinite(error[row]) else "its drift is not finite there"
         raise RuntimeError(
-            f"the equation of sample {row} cannot be taken further than t = {float(t[row]):.6g} in "
+            f"the equation of sample {int(rows[row])} cannot be taken further than t = {float(t[row]):.6g} in "
             f"max_steps={solver.max_steps} steps that its time can resolve ({int(stuck.sum()) - 1} more samples are "
             f"stuck): {what}, or the tolerances are too tight (rtol={solver.rtol:.3g}, atol={solver.atol:.3g})"
         )

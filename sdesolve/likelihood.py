@@ -19,7 +19,7 @@ from sdesolve.divergence import AbstractDivergence, ExactTrace, Hutchinson
 from sdesolve.quantisation import Quantisation
 from sdesolve.reverse import Score
 from sdesolve.sampling import check_same_process
-from sdesolve.sde import AbstractODE, per_sample
+from sdesolve.sde import AbstractODE, AbstractPerSample, per_sample
 from sdesolve.solution import Solution
 from sdesolve.solve import solve
 from sdesolve.solvers.adaptive import AbstractAdaptive
@@ -258,7 +258,7 @@ def decode(
 
 
 @final
-class _FlowWithDivergence(AbstractODE):
+class _FlowWithDivergence(AbstractODE, AbstractPerSample):
     """The probability flow on ``(batch, d + estimates)``: the state, then the integrals of ``-g^2 div score / 2``."""
 
     def __init__(
@@ -271,6 +271,10 @@ class _FlowWithDivergence(AbstractODE):
     ) -> None:
         self._process, self._score, self._divergence = process, score, divergence
         self._probes, self._shape = probes, shape
+
+    def of_rows(self, rows: Tensor) -> _FlowWithDivergence:
+        probes, shape = self._probes.index_select(1, rows), (len(rows), *self._shape[1:])
+        return _FlowWithDivergence(self._process, self._score, self._divergence, probes, shape)
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         d = math.prod(self._shape[1:])

@@ -97,6 +97,14 @@ def noise_shape(noise: Noise, x: Tensor, g: Tensor | None = None) -> tuple[int, 
     return tuple(x.shape[1:])
 
 
+class AbstractPerSample(AbstractSDE):
+    """An equation that holds something for each row of a batch, and can be written for some of the rows alone."""
+
+    @abc.abstractmethod
+    def of_rows(self, rows: Tensor) -> AbstractSDE:
+        """The equation of a batch that consists of ``rows``, their indices in this one's."""
+
+
 class AbstractLinearSDE(AbstractSDE):
     """``dX = f(t) X dt + g(t) dW``: Ito, additive noise, rates that depend on time alone.
 

@@ -22,7 +22,7 @@ class Stats:
         source: the generated kernel, if one ran.
         accepted: with an adaptive solver, steps that each sample took, ``(batch,)``; ``steps`` is the most of any.
         rejected: attempts that each threw away.
-        evaluations: of the drift on each sample's way; ``nfe`` counts those of the whole batch.
+        evaluations: of the drift on each sample's way; ``nfe`` counts calls, whatever their share of the batch.
     """
 
     solver: str

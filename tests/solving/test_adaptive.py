@@ -11,6 +11,7 @@ from scipy.integrate import solve_ivp
 
 from sdesolve import ODE, SDE, VP, DivergenceError, DormandPrince, Gaussian, GaussianMixture, sample, solve, tweedie
 from sdesolve.diffusions import EDM
+from sdesolve.sde import AbstractODE, per_sample
 
 DATA = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), 0.3)
 
@@ -88,6 +89,79 @@ def test_a_sample_does_not_depend_on_its_batch():
         solve(oscillator(), spoilt, 0.0, 1.0, solver=solver).x1[1:],
         solve(oscillator(), x0, 0.0, 1.0, solver=solver).x1[1:],
     )
+
+
+class Company(AbstractODE):
+    """An equation that writes down how large its batches are, or wants its batch whole."""
+
+    def __init__(self, drift, whole: int | None = None) -> None:
+        self._drift, self._whole, self.sizes = drift, whole, []
+
+    def drift(self, x, t):
+        if self._whole is not None and len(x) != self._whole:
+            raise IndexError("where are the others?")
+        self.sizes.append(len(x))
+        return self._drift(x, t)
+
+
+def bent(x, t):
+    """Takes the more steps the larger ``x`` is."""
+    return per_sample(torch.cos(3 * t), x) * x - x**3
+
+
+def hard_and_easy(n: int = 48) -> torch.Tensor:
+    """Every third sample starts where steps must be small."""
+    return start(n) * torch.where(torch.arange(n) % 3 == 1, 40.0, 1.0)[:, None]
+
+
+def test_samples_that_arrived_leave_the_batch():
+    """It changes nothing: states, those saved on the way, steps and gradients are what they are for a whole batch."""
+    x0, solver, found = hard_and_easy(), DormandPrince(1e-6, 1e-6), []
+    for whole in (None, len(x0)):
+        ode, leaf = Company(bent, whole), x0.clone().requires_grad_()
+        sol = solve(ode, leaf, 0.0, 1.0, solver=solver, save_at=[0.0, 0.3, 0.99, 1.0])
+        gradient = torch.autograd.grad(sol.xs.square().sum(), leaf)[0]
+        found.append((sol.x1, sol.xs, sol.stats.accepted, sol.stats.rejected, sol.stats.evaluations, gradient))
+        if whole is None:
+            assert min(ode.sizes) <= 16
+            assert sum(ode.sizes) < 0.75 * len(x0) * len(ode.sizes)
+            assert len(ode.sizes) == sol.stats.nfe > int(sol.stats.evaluations.max())
+        else:
+            assert set(ode.sizes) == {whole}
+    for left, stayed in zip(*found, strict=True):
+        assert torch.equal(left, stayed)
+
+
+RATES = torch.linspace(1.0, 3.0, 48, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize(
+    "drift",
+    [
+        lambda x, t: RATES * bent(x, t),
+        lambda x, t: RATES[: len(x)] * bent(x, t),
+        lambda x, t: bent(x, t) + 0.1 * x.mean(0),
+        lambda x, t: bent(x, t) * (1 + 1e-3 * x.shape[0]),
+        lambda x, t: bent(x, t)[: 48 if len(x) == 48 else 1],
+    ],
+    ids=["a parameter a row", "cut to the batch", "coupled", "of the batch's size", "of another shape"],
+)
+def test_rows_stay_where_the_drift_knows_them(drift):
+    x0, solver = hard_and_easy(), DormandPrince(1e-6, 1e-6)
+    ode = Company(drift)
+    free, tied = (solve(o, x0, 0.0, 1.0, solver=solver) for o in (ode, Company(drift, len(x0))))
+    assert torch.equal(free.x1, tied.x1)
+    assert torch.equal(free.stats.accepted, tied.stats.accepted)
+    assert sum(size < 48 for size in ode.sizes) <= 1  # it was asked once
+
+
+def test_a_sample_is_named_by_its_place_in_the_whole_batch():
+    x0 = torch.full((40,), 0.1, dtype=torch.float64)
+    x0[37] = 0.6  # 1 / (1 / 0.6 - t)
+    ode = Company(lambda x, t: x * x)
+    with pytest.raises(RuntimeError, match=r"equation of sample 37 cannot be taken further than t = 1.66667"):
+        solve(ode, x0, 0.0, 2.0, solver=DormandPrince())
+    assert ode.sizes[-1] == 1
 
 
 def test_each_sample_has_its_own_interval_and_direction():
