@@ -20,6 +20,7 @@ PROCESSES = {
     "subvp": sds.SubVP(),
     "ve": sds.VE(sigma_max=1000.0),
     "edm": sds.EDM(sigma_min=1e-3, sigma_max=1000.0),
+    "two functions": sds.LinearDiffusion(lambda t: (-9 * t * t).exp(), lambda t: (-torch.expm1(-18 * t * t)).sqrt()),
 }
 processes = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 X = DATA.sample(24, seed=1, dtype=torch.float64)
