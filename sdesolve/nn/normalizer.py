@@ -93,13 +93,18 @@ class Normalizer(nn.Module):
         """``log |dz / dx|`` of one state like those in ``x: (batch, *state)``: what densities of data gain, ``()``."""
         return -self.scale.log().expand(x.shape[1:]).sum()
 
+    @property
+    def bounded(self) -> bool:
+        """Whether data have a range."""
+        return math.isfinite(self.low) or math.isfinite(self.high)
+
     def check(self, x: Tensor) -> None:
         """Refuses data outside the range, where there is one; nan is left to others.
 
         Raises:
             ValueError: naming the range of ``x``.
         """
-        if math.isinf(self.low) and math.isinf(self.high):
+        if not self.bounded:
             return
         least, most = (float(v) for v in x.detach().aminmax())
         if least < self.low or most > self.high:
