@@ -218,7 +218,8 @@ class TrainingTimes:
         return self.process
 
     def __repr__(self) -> str:
-        return f"times={self.spread!r}, t_min={self.t_min}, t_max={self.t_max}, law={self.law!r}"
+        process = "" if self.process is None else f", process=<{self.process.identity()}>"
+        return f"times={self.spread!r}, t_min={self.t_min}, t_max={self.t_max}, law={self.law!r}{process}"
 
 
 def _independent(batch: int, seed: int, first: int, device: torch.device) -> Tensor:

@@ -218,7 +218,9 @@ class AbstractChain(abc.ABC):
         ).reshape(x.shape)  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(steps={self.steps})"
+        # Three levels tell schedules apart: a checkpoint is resumed only under the same text.
+        levels = [f"{float(self.sigma[k]):.6g}" for k in (1, (1 + self.steps) // 2, self.steps)]
+        return f"{type(self).__name__}(steps={self.steps}, sigma={' ... '.join(levels)})"
 
 
 @final

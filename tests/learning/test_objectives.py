@@ -1,5 +1,6 @@
 """Objectives against each other, by quadrature, and each against its formula with the noise made again."""
 
+import functools
 import math
 
 import pytest
@@ -272,6 +273,42 @@ def test_training_lowers_every_objective(objective):
     assert bool(result.losses.isfinite().all())
     assert float(objective(score, X0, seed=11).detach()) < before
     assert "0x" not in repr(objective)  # a checkpoint is resumed under the same text
+
+
+class Power:
+    def __call__(self, t, power=1.0):
+        return t**power
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight: sds.DenoisingScoreMatching(weight, process=PROCESS),
+        lambda weight: sds.ImplicitScoreMatching(noise=NOISE, weight=weight),
+        lambda weight: sds.ChainBound(CHAIN, variance=weight),
+    ],
+)
+def test_the_text_of_an_objective_is_the_same_in_every_process(make):
+    for weight in (Power(), functools.partial(Power(), power=2.0)):
+        assert repr(make(weight)).count("Power") == 1
+        assert "0x" not in repr(make(weight))
+    assert repr(make(functools.partial(Power(), power=2.0))) != repr(make(functools.partial(Power(), power=3.0)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (sds.SimpleChainLoss(sds.DDPM.linear(100)), sds.SimpleChainLoss(sds.DDPM.cosine(100))),
+        (sds.ChainBound(sds.SMLD.geometric(20)), sds.ChainBound(sds.SMLD.geometric(20, sigma_max=30.0))),
+        (sds.DenoisingScoreMatching(process=sds.VP()), sds.DenoisingScoreMatching(process=sds.VP(sds.CosineBeta()))),
+        (
+            sds.SlicedScoreMatching(noise=sds.TrainingTimes(sds.EDM())),
+            sds.SlicedScoreMatching(noise=sds.TrainingTimes(sds.EDM(sigma_max=10.0))),
+        ),
+    ],
+)
+def test_the_text_of_an_objective_tells_schedules_apart(one, other):
+    assert repr(one) != repr(other)
 
 
 @pytest.mark.parametrize(
