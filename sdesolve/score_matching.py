@@ -207,7 +207,8 @@ class ExplicitScoreMatching(Objective):
     same gradient in expectation (Vincent's identity) without the sum over the data, which costs ``n batch d`` here.
 
     Args:
-        data: the training data ``(n, *state)``, of which batches are taken.
+        data: the training data ``(n, *state)``, of which batches are taken, in the units of the score: if it has a
+            `Normalizer`, ``normalizer(data)``.
         noise: training times and process.
         weight: ``lambda(t)``; ``sigma(t)^2`` by default.
 

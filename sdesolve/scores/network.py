@@ -287,6 +287,12 @@ class NetworkScore(nn.Module):
     def _coefficients(self, x: Tensor, t: Tensor) -> Coefficients:
         if not x.is_floating_point():
             raise TypeError(f"a score needs a floating-point state, got {x.dtype}; convert it with .float()")
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            given = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else repr(t)
+            raise TypeError(
+                f"a NetworkScore needs times as a floating-point tensor, such as torch.tensor(0.5), got {given}. Steps "
+                "of a chain are for a ChainScore; chain.score_from(process, score) makes a score of them from this one"
+            )
         if x.ndim == 0 or (t.ndim != 0 and t.shape != x.shape[:1]):
             raise ValueError(
                 f"expected x of shape (batch, *state) and t of shape () or (batch,), got x {tuple(x.shape)} and t "

@@ -314,6 +314,11 @@ def test_the_text_of_an_objective_tells_schedules_apart(one, other):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            lambda: sds.SimpleChainLoss(CHAIN)(sds.NetworkScore(lambda x, t: x, sds.VP()), X0, seed=0),
+            TypeError,
+            "Steps of a chain are for a ChainScore",
+        ),
         (lambda: sds.NoiseLadder([]), ValueError, "a ladder needs positive finite times"),
         (lambda: sds.NoiseLadder([0.1, -1.0]), ValueError, "a ladder needs positive finite times"),
         (lambda: sds.DenoisingScoreMatching(law=sds.NoiseLadder([2.0]), process=PROCESS)(score_3d, X0, seed=0),
