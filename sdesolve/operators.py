@@ -151,7 +151,8 @@ class Mask(AbstractOperator):
         return zero.index_copy(1, self._seen.like(y), y).reshape(len(y), *self.state_shape)
 
     def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        return r / (c + s).unsqueeze(-1)
+        v = c + s
+        return r / (v.unsqueeze(-1) if v.ndim else v)  # a single number may stay on the host
 
 
 @final

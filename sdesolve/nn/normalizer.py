@@ -83,11 +83,11 @@ class Normalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Data ``(batch, *state)`` to unit scale, in their own dtype."""
-        return ((x - self.shift) / self.scale).to(x.dtype)
+        return ((x - self.shift.to(x.device)) / self.scale.to(x.device)).to(x.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
         """The data that `forward` maps to ``z``; samples of a model that was trained on ``z``, as data."""
-        return (z * self.scale + self.shift).to(z.dtype)
+        return (z * self.scale.to(z.device) + self.shift.to(z.device)).to(z.dtype)
 
     def log_determinant(self, x: Tensor) -> Tensor:
         """``log |dz / dx|`` of one state like those in ``x: (batch, *state)``: what densities of data gain, ``()``."""

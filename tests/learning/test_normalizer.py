@@ -29,6 +29,11 @@ def test_normalised_data_have_mean_zero_and_deviation_one(images, per, axes):
     torch.testing.assert_close(normalizer.log_determinant(images), expected)
 
 
+def test_data_on_another_device_are_mapped_there():
+    normalizer, x = Normalizer.fit(torch.randn(9, 2), "entry"), torch.empty(4, 2, device="meta")
+    assert normalizer(x).device == normalizer.inverse(x).device == x.device
+
+
 def test_what_never_varies_keeps_its_scale():
     x = torch.tensor([[1.0, 0.1], [3.0, 0.1]])
     normalizer = Normalizer.fit(x, "entry")
