@@ -17,6 +17,7 @@ DATA = sds.Gaussian(torch.zeros(D), FACTOR @ FACTOR.T + 0.2 * torch.eye(D, dtype
 MIXTURE = sds.GaussianMixture(torch.tensor([[-1.0, 0.4], [1.0, -0.4]]), 0.3)
 PROCESSES = {
     "vp": sds.VP(sds.LinearBeta(0.1, 40.0)),
+    "usual vp": sds.VP(),
     "subvp": sds.SubVP(),
     "ve": sds.VE(sigma_max=1000.0),
     "edm": sds.EDM(sigma_min=1e-3, sigma_max=1000.0),
