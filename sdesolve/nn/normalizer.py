@@ -107,7 +107,8 @@ class Normalizer(nn.Module):
         if not self.bounded:
             return
         least, most = (float(v) for v in x.detach().aminmax())
-        if least < self.low or most > self.high:
+        low, high = torch.tensor([self.low, self.high], dtype=x.dtype).tolist()  # ends as such data can have them
+        if least < low or most > high:
             raise ValueError(
                 f"the data must lie in [{self.low:g}, {self.high:g}], as this Normalizer was told; they reach from "
                 f"{least:g} to {most:g}"

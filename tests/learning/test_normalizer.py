@@ -45,6 +45,7 @@ def test_a_range_becomes_minus_one_to_one_and_nothing_else_is_taken():
     normalizer = Normalizer.range(0.0, 16.0)
     torch.testing.assert_close(normalizer(torch.tensor([[0.0, 16.0, 4.0]])), torch.tensor([[-1.0, 1.0, -0.5]]))
     normalizer.check(torch.tensor([0.0, 16.0, math.nan]))
+    Normalizer.range(-0.3, 0.1).check(torch.tensor([-0.3, 0.1]))  # in float32 a little beyond
     with pytest.raises(ValueError, match=r"must lie in \[0, 16\], .* they reach from -1 to 3"):
         normalizer.check(torch.tensor([[-1.0, 3.0]]))
     with pytest.raises(ValueError, match=r"they reach from 0 to 16.5"):
