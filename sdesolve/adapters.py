@@ -143,6 +143,9 @@ class ToTorchSDE(nn.Module):
     Additive noise that acts on each entry by itself is declared diagonal, which it is too: torchsde would want it as a
     matrix ``(batch, size, size)``. A method of torchsde's ``additive`` class is then not available for it.
 
+    Gradients flow to a network through ``sdeint``. ``sdeint_adjoint`` has to be told of its parameters:
+    ``adjoint_params=tuple(score.parameters())``.
+
     Args:
         sde: an SDE.
         x0: a state ``(batch, *state)`` to start from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import Any
 
@@ -22,3 +23,13 @@ def number(value: Any, name: str) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {kind_of(value)}")
     return float(value)
+
+
+def name_of(function: Any) -> str:
+    """What a function given by the user is called, in a text that is the same in every process: without addresses."""
+    if isinstance(function, functools.partial):
+        given = [repr(v) for v in function.args] + [f"{k}={v!r}" for k, v in function.keywords.items()]
+        return f"{name_of(function.func)}({', '.join(given)})"
+    kind = type(function)
+    own = kind.__qualname__ if kind.__repr__ is object.__repr__ else repr(function)
+    return str(getattr(function, "__qualname__", own))

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss
 from torch import Tensor
 
+from sdesolve.arguments import name_of
 from sdesolve.chains.base import AbstractChain, StepScore, Variance
 from sdesolve.chains.bound import prior_term, step_term
 from sdesolve.grids import whole_number
@@ -113,5 +114,5 @@ class ChainBound(Objective):
         return self._steps.draw(x0, seed, first_sample).to(x0.dtype)
 
     def __repr__(self) -> str:
-        variance = type(self._variance).__name__ if callable(self._variance) else repr(self._variance)
+        variance = name_of(self._variance) if callable(self._variance) else repr(self._variance)
         return f"ChainBound({self._steps.chain!r}, variance={variance}, bits={self._bits}, times={self._steps.name!r})"

@@ -110,16 +110,15 @@ def on_host(value: Tensor) -> Tensor:
 def fingerprint(module: nn.Module) -> dict[str, str]:
     """What must agree for weights to mean the same: names, shapes, dtypes, and for a `NetworkScore` its reading.
 
-    A process is known by its class and by its alpha and sigma at three times, so that one defined by two lambdas is
-    recognised as well.
+    A process is known by what it does (`AbstractDiffusion.identity`), and a `Normalizer` by the range that it was told:
+    its numbers come with the weights, so that another range than theirs would be checked from then on.
     """
     result = {name: f"{value.dtype} {list(value.shape)}" for name, value in module.state_dict().items()}
     if isinstance(module, NetworkScore):
-        process = module.process
-        times = [process.t_min, 0.5 * (process.t_min + process.t_max), process.t_max]
-        schedule = [f"{float(c(t)):.6g}" for t in times for c in (process.alpha, process.sigma)]
         result["(predicts)"] = f"{module.predicts}, sigma_data={module.sigma_data:g}"
-        result["(process)"] = f"{type(process).__name__} with alpha and sigma {', '.join(schedule)}"
+        result["(process)"] = module.process.identity()
+        if module.normalizer is not None and module.normalizer.bounded:
+            result["(range of data)"] = f"{module.normalizer.low:.6g} to {module.normalizer.high:.6g}"
     return result
 
 

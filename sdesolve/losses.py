@@ -12,6 +12,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss, perturb
 from torch import Tensor
 
+from sdesolve.arguments import name_of
 from sdesolve.brownian import Place
 from sdesolve.checks import check_drift
 from sdesolve.diffusions.base import AbstractDiffusion
@@ -173,7 +174,7 @@ class DenoisingScoreMatching(AbstractObjective):
         return self._times.draw(score, x0, seed=seed, first_sample=first_sample)
 
     def __repr__(self) -> str:
-        weighting = getattr(self._weighting, "__qualname__", repr(self._weighting))
+        weighting = repr(self._weighting) if isinstance(self._weighting, str) else name_of(self._weighting)
         more = f", sigma_data={self._weight.sigma_data}" if isinstance(self._weight, _Edm) else ""
         more += ", importance=True" if self._importance else ""
         more += ", antithetic=True" if self._antithetic else ""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import number
 from sdesolve.copies import Copies
 
 
@@ -151,7 +152,8 @@ class Mask(AbstractOperator):
         return zero.index_copy(1, self._seen.like(y), y).reshape(len(y), *self.state_shape)
 
     def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        return r / (c + s).unsqueeze(-1)
+        v = c + s
+        return r / (v.unsqueeze(-1) if v.ndim else v)  # a single number may stay on the host
 
 
 @final
@@ -278,8 +280,9 @@ def check_observation(operator: AbstractOperator, y: Tensor, *, single: bool = F
 
 def check_noise_std(noise_std: float, *, positive: bool = False) -> float:
     """Refuses a standard deviation that is negative or not finite, or 0 where it must be positive."""
-    if isinstance(noise_std, bool) or not isinstance(noise_std, int | float):
-        raise TypeError(f"noise_std must be a number, got {type(noise_std).__name__}")
+    if isinstance(noise_std, bool):
+        raise TypeError("noise_std must be a number, got bool")
+    noise_std = number(noise_std, "noise_std")
     if not (0.0 <= noise_std < math.inf):
         raise ValueError(f"noise_std is a standard deviation, finite and not negative; got {noise_std}")
     if positive and noise_std == 0:

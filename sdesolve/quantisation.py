@@ -106,9 +106,10 @@ class Quantisation:
             dtype=torch.float64, device=k.device,
         )  # fmt: skip
         x = (self.low + self.width * (k.double() + u.reshape(k.shape))).to(dtype)
-        # Rounding may reach the upper edge of a bin, which belongs to the next one.
-        edge = (self.low + self.width * (k.double() + 1.0)).to(dtype)
-        return torch.where(x < edge, x, torch.nextafter(edge, edge.new_tensor(-math.inf)))
+        # Rounding may leave the bin on either side; its upper edge belongs to the next one.
+        lower, upper = (self.low + self.width * (k.double() + edge) for edge in (0.0, 1.0))
+        x = torch.where(x.double() < lower, torch.nextafter(x, x.new_tensor(math.inf)), x)
+        return torch.where(x.double() >= upper, torch.nextafter(x, x.new_tensor(-math.inf)), x)
 
     def quantise(self, x: Tensor) -> Tensor:
         """The bin that each number lies in, int64; ``high`` itself counts to the last.
@@ -118,7 +119,7 @@ class Quantisation:
         """
         if not bool(((x >= self.low) & (x <= self.high)).all()):
             raise ValueError(f"data must lie in [{self.low}, {self.high}] to be quantised; clamp it or state its range")
-        return ((x.double() - self.low) / self.width).floor().long().clamp(max=self.levels - 1)
+        return ((x.double() - self.low) / self.width).floor().long().clamp(0, self.levels - 1)
 
     def bits_per_dimension(self, log_density: Tensor, dimension: int) -> Tensor:
         """Bits per dimension of the integers, from the log density in nats of dequantised ``x`` of ``dimension``."""

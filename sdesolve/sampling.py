@@ -15,8 +15,10 @@ from sdesolve.checks import check_drift
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.graphs import StraightSampler, captured
 from sdesolve.grids import whole_number
+from sdesolve.inverse.base import AbstractPosteriorScore
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import AbstractData, ExactScore
+from sdesolve.scores.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import Calculus, Noise, per_sample
 from sdesolve.solve import Backend, solve
@@ -146,12 +148,15 @@ def _check_model(process: AbstractDiffusion, score: Score) -> None:
 def check_same_process(process: AbstractDiffusion, score: Score) -> None:
     """Refuses a score that was made for other noise than that of ``process``, where it says what it was made for.
 
-    Processes are compared by their alpha and sigma, at the ends and in the middle of the working interval.
+    Scores within guidance and posterior scores are looked at too. Processes are compared by their alpha and sigma, at
+    the ends and in the middle of the working interval.
 
     Raises:
         ValueError: they differ by more than a thousandth.
     """
-    if not isinstance(score, NetworkScore | ExactScore) or score.process is process:
+    for inner in _scores_within(score):
+        check_same_process(process, inner)
+    if not isinstance(score, NetworkScore | ExactScore | AbstractPosteriorScore) or score.process is process:
         return
     theirs = score.process
     for t in (process.t_min, 0.5 * (process.t_min + process.t_max), process.t_max):
@@ -164,6 +169,12 @@ def check_same_process(process: AbstractDiffusion, score: Score) -> None:
                     f"{float(theirs.sigma(t)):.4g} and {float(process.sigma(t)):.4g}. Give score.process as the "
                     "process, or make the score for this one"
                 )
+
+
+def _scores_within(score: Score) -> tuple[Score, ...]:
+    if isinstance(score, ClassifierFreeGuidance):
+        return score.conditional, score.unconditional
+    return (score.score,) if isinstance(score, ClassifierGuidance | AbstractPosteriorScore) else ()
 
 
 def _shape(shape: object) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, perturb
 from torch import Tensor, nn
 
+from sdesolve.arguments import name_of
 from sdesolve.checks import check_drift
 from sdesolve.divergence import AbstractDivergence, ExactTrace, Hutchinson, ProbeLaw
 from sdesolve.losses import Objective, check_data
@@ -95,7 +96,7 @@ class _Noising:
         return _At(x, t, sigma.square() if self.weight is None else self.weight(t))
 
     def __repr__(self) -> str:
-        weight = getattr(self.weight, "__qualname__", repr(self.weight))
+        weight = None if self.weight is None else name_of(self.weight)
         return f"noise={None if self.noise is None else f'TrainingTimes({self.noise!r})'}, weight={weight}"
 
 
@@ -206,7 +207,8 @@ class ExplicitScoreMatching(Objective):
     same gradient in expectation (Vincent's identity) without the sum over the data, which costs ``n batch d`` here.
 
     Args:
-        data: the training data ``(n, *state)``, of which batches are taken.
+        data: the training data ``(n, *state)``, of which batches are taken, in the units of the score: if it has a
+            `Normalizer`, ``normalizer(data)``.
         noise: training times and process.
         weight: ``lambda(t)``; ``sigma(t)^2`` by default.
 

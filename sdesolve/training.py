@@ -162,13 +162,15 @@ def train(
         raise ValueError(f"decay={decay!r} is unknown; choose one of {', '.join(map(repr, _DECAYS))}")
     if isinstance(data, Tensor) and batch_size is None:
         batch_size = 256
-    batches = batches_of(data, batch_size, seed, labels, labelled=labelled)
+    batches = batches_of(data, batch_size, run.seed, labels, labelled=labelled)
     run.check(data, labels)
-    config = {
-        "loss": repr(loss), "data": repr(batches), "batch_size": batch_size, "lr": float(lr), "warmup": warmup,
-        "decay": decay, "weight_decay": float(weight_decay), "ema": ema if isinstance(ema, Sequence) else float(ema),
-        "clip": clip, "label_dropout": label_dropout, "accumulate": accumulate,
-        "autocast": None if autocast is None else str(autocast), "compile": compile, "seed": seed,
+    config = {  # numbers of Python alone: those of numpy are no JSON
+        "loss": repr(loss), "data": repr(batches), "batch_size": None if batch_size is None else int(batch_size),
+        "lr": float(lr), "warmup": warmup, "decay": decay, "weight_decay": float(weight_decay),
+        "ema": list(run.averages) if isinstance(ema, Sequence) else float(ema),
+        "clip": None if clip is None else float(clip), "label_dropout": None if label_dropout is None else dropped,
+        "accumulate": run.accumulate, "autocast": None if autocast is None else str(autocast),
+        "compile": bool(compile), "seed": run.seed,
     } | ({"steps": steps} if decay == "cosine" else {})  # fmt: skip
     file = _checkpoint_file(checkpoint)
     if file is not None and file.exists():

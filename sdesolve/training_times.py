@@ -207,9 +207,10 @@ class TrainingTimes:
     def process_of(self, score: Score) -> AbstractDiffusion:
         """The process of the score, or the one given."""
         if isinstance(score, NetworkScore):
-            if self.process is not None and self.process is not score.process:
+            ours, theirs = self.process, score.process
+            if not (ours is None or ours is theirs or ours.identity() == theirs.identity()):
                 raise ValueError("this loss was made for another process than the score's; leave its process= out")
-            return score.process
+            return theirs
         if self.process is None:
             raise TypeError(
                 f"a score of type {type(score).__name__} does not say which process it belongs to; give it to "
@@ -218,7 +219,8 @@ class TrainingTimes:
         return self.process
 
     def __repr__(self) -> str:
-        return f"times={self.spread!r}, t_min={self.t_min}, t_max={self.t_max}, law={self.law!r}"
+        process = "" if self.process is None else f", process=<{self.process.identity()}>"
+        return f"times={self.spread!r}, t_min={self.t_min}, t_max={self.t_max}, law={self.law!r}{process}"
 
 
 def _independent(batch: int, seed: int, first: int, device: torch.device) -> Tensor:

@@ -66,7 +66,12 @@ class AbstractChain(abc.ABC):
 
     @final
     def marginal(self, x0: Tensor, k: Tensor | int) -> Marginal:
-        """The law of ``x_k`` given ``x_0``: mean ``alpha_k x_0`` and standard deviation ``sigma_k``."""
+        """The law of ``x_k`` given ``x_0``: mean ``alpha_k x_0`` and standard deviation ``sigma_k``.
+
+        Raises:
+            ValueError: a step outside ``0 ... N``, if it is known on the host.
+        """
+        self._check_step(k, 0)
         return Marginal(self.at(self.alpha, k, x0) * x0, self.at(self.sigma, k, x0))
 
     @final
@@ -75,7 +80,11 @@ class AbstractChain(abc.ABC):
 
         ``mean = (alpha_{k-1} b_k^2 x_0 + a_k sigma_{k-1}^2 x_k) / sigma_k^2``,
         ``variance = b_k^2 sigma_{k-1}^2 / sigma_k^2``; at ``k = 1`` that is ``x_0``, without variance.
+
+        Raises:
+            ValueError: a step outside ``1 ... N``, if it is known on the host.
         """
+        self._check_step(k, 1)
         a, b, before = self.scale[1:], self.noise[1:], self.sigma[:-1]
         total = self.sigma[1:].square()
         k = torch.as_tensor(k) - 1
@@ -112,7 +121,12 @@ class AbstractChain(abc.ABC):
 
     @final
     def perturb(self, x0: Tensor, k: Tensor | int, *, seed: int, first_sample: int = 0, draw: int = 0) -> Tensor:
-        """Draws ``x_k`` given ``x_0`` at once; row ``i`` is a function of seed, ``draw`` and ``first_sample + i``."""
+        """Draws ``x_k`` given ``x_0`` at once; row ``i`` is a function of seed, ``draw`` and ``first_sample + i``.
+
+        Raises:
+            ValueError: a step outside ``0 ... N``, if it is known on the host.
+        """
+        self._check_step(k, 0)
         check_state(x0, tuple(x0.shape[1:]))
         alpha, sigma = (self.at(table, k, x0).reshape(-1).expand(len(x0)) for table in (self.alpha, self.sigma))
         return perturb(x0, alpha, sigma, seed=seed, stream=Stream.PERTURBATION, first_path=first_sample, step=draw)
@@ -210,6 +224,16 @@ class AbstractChain(abc.ABC):
         k = torch.as_tensor(k, device=x.device)
         return per_sample(table.to(x.device)[k].to(x.dtype), x)
 
+    def _check_step(self, k: Tensor | int, least: int) -> None:
+        """Tables would take -1 for their end. A step on a device is not looked at, which would mean to wait for it."""
+        if isinstance(k, Tensor) and (k.device.type != "cpu" or not k.numel()):
+            return
+        first, last = (int(v) for v in torch.as_tensor(k).aminmax())
+        if not least <= first <= last <= self.steps:
+            raise ValueError(
+                f"steps of this chain run from {least} to {self.steps}, got {first if first < least else last}"
+            )
+
     def _noise(self, x: Tensor, step: int, seed: int, first_path: int) -> Tensor:
         d = x.shape[1:].numel()
         return normal(
@@ -218,7 +242,9 @@ class AbstractChain(abc.ABC):
         ).reshape(x.shape)  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(steps={self.steps})"
+        # Three levels tell schedules apart: a checkpoint is resumed only under the same text.
+        levels = [f"{float(self.sigma[k]):.6g}" for k in (1, (1 + self.steps) // 2, self.steps)]
+        return f"{type(self).__name__}(steps={self.steps}, sigma={' ... '.join(levels)})"
 
 
 @final

@@ -101,6 +101,13 @@ class AbstractDiffusion(AbstractLinearSDE):
         return f"{type(self).__name__}({settings})"
 
     @final
+    def identity(self) -> str:
+        """The class, with alpha and sigma at three times: tells processes apart, also those made of two lambdas."""
+        times = (self.t_min, 0.5 * (self.t_min + self.t_max), self.t_max)
+        values = [f"{float(c(t)):.6g}" for t in times for c in (self.alpha, self.sigma)]
+        return f"{type(self).__name__} with alpha and sigma {', '.join(values)}"
+
+    @final
     def alpha(self, t: Tensor | float) -> Tensor:
         """``alpha(t)``, the scale of the data in ``x_t``; 1 at ``t = 0``."""
         return self.log_alpha(t).exp()

@@ -32,6 +32,9 @@ class BetaSchedule(abc.ABC):
     def time_at_integral(self, integral: Tensor) -> Tensor:
         """The inverse of `integral`: the time ``t >= 0`` with ``B(t)`` of this value."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
 
 @final
 class LinearBeta(BetaSchedule):

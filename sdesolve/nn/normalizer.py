@@ -83,15 +83,20 @@ class Normalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Data ``(batch, *state)`` to unit scale, in their own dtype."""
-        return ((x - self.shift) / self.scale).to(x.dtype)
+        return ((x - self.shift.to(x.device)) / self.scale.to(x.device)).to(x.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
         """The data that `forward` maps to ``z``; samples of a model that was trained on ``z``, as data."""
-        return (z * self.scale + self.shift).to(z.dtype)
+        return (z * self.scale.to(z.device) + self.shift.to(z.device)).to(z.dtype)
 
     def log_determinant(self, x: Tensor) -> Tensor:
         """``log |dz / dx|`` of one state like those in ``x: (batch, *state)``: what densities of data gain, ``()``."""
         return -self.scale.log().expand(x.shape[1:]).sum()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether data have a range."""
+        return math.isfinite(self.low) or math.isfinite(self.high)
 
     def check(self, x: Tensor) -> None:
         """Refuses data outside the range, where there is one; nan is left to others.
@@ -99,10 +104,11 @@ class Normalizer(nn.Module):
         Raises:
             ValueError: naming the range of ``x``.
         """
-        if math.isinf(self.low) and math.isinf(self.high):
+        if not self.bounded:
             return
         least, most = (float(v) for v in x.detach().aminmax())
-        if least < self.low or most > self.high:
+        low, high = torch.tensor([self.low, self.high], dtype=x.dtype).tolist()  # ends as such data can have them
+        if least < low or most > high:
             raise ValueError(
                 f"the data must lie in [{self.low:g}, {self.high:g}], as this Normalizer was told; they reach from "
                 f"{least:g} to {most:g}"

@@ -287,16 +287,23 @@ class NetworkScore(nn.Module):
     def _coefficients(self, x: Tensor, t: Tensor) -> Coefficients:
         if not x.is_floating_point():
             raise TypeError(f"a score needs a floating-point state, got {x.dtype}; convert it with .float()")
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            given = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else repr(t)
+            raise TypeError(
+                f"a NetworkScore needs times as a floating-point tensor, such as torch.tensor(0.5), got {given}. Steps "
+                "of a chain are for a ChainScore; chain.score_from(process, score) makes a score of them from this one"
+            )
         if x.ndim == 0 or (t.ndim != 0 and t.shape != x.shape[:1]):
             raise ValueError(
                 f"expected x of shape (batch, *state) and t of shape () or (batch,), got x {tuple(x.shape)} and t "
                 f"{tuple(t.shape)}"
             )
+        t = t if t.ndim == 0 else t.to(x.device)
         # alpha and sigma in the precision of the time, which a solver gives in float64, and only then in that of x.
         log_alpha, sigma = self.process.log_alpha(t), self.process.sigma(t)
         alpha, log_ratio = log_alpha.exp(), sigma.log() - log_alpha
         return Coefficients(
-            per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio.to(x.dtype).expand(len(x))
+            per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio.to(x).expand(len(x))
         )
 
     def _check_weights(self, x: Tensor, problem: RuntimeError) -> None:
@@ -317,7 +324,7 @@ class NetworkScore(nn.Module):
 
     def _call(self, x: Tensor, t: Tensor, c: Coefficients) -> Tensor:
         try:
-            F = self.net(*self._parameterization.inputs(x, t.to(x.dtype).expand(len(x)), c))
+            F = self.net(*self._parameterization.inputs(x, t.to(x).expand(len(x)), c))
         except RuntimeError as problem:
             self._check_weights(x, problem)
             raise

@@ -210,6 +210,14 @@ def test_a_network_of_noise_is_a_score():
         (lambda: DDPM.linear(30).sample(lambda x, k: x, (2, 1), variance="tiny", seed=0), ValueError, "'small', 'larg"),
         (lambda: DDPM.linear(30).sample(lambda x, k: x[:1], (2, 1), seed=0), ValueError, r"got torch.float32 \(1, 1\)"),
         (lambda: DDPM.linear(30).perturb(torch.ones(2, 1).long(), 3, seed=0), TypeError, "float32 or float64"),
+        (lambda: DDPM.linear(30).perturb(torch.ones(2, 1), -1, seed=0), ValueError, "run from 0 to 30, got -1"),
+        (lambda: DDPM.linear(30).marginal(torch.ones(2, 1), torch.tensor([1, 31])), ValueError, "0 to 30, got 31"),
+        (lambda: DDPM.linear(30).posterior(torch.ones(2, 1), torch.ones(2, 1), 0), ValueError, "1 to 30, got 0"),
+        (
+            lambda: DDPM.linear(30).sample(sds.NetworkScore(lambda x, t: x, sds.VP()), (2, 1), seed=0),
+            TypeError,
+            r"needs times as a floating.*got a tensor of torch.int64. Steps of a chain are for a ChainScore",
+        ),
         (
             lambda: SMLD.geometric(9, 0.1, 50.0).score_from(sds.EDM(sigma_max=10.0), torch.sub),
             ValueError,

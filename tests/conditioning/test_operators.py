@@ -49,6 +49,12 @@ def test_forward_and_adjoint_are_the_matrix_and_its_transpose(A):
 
 
 @cases
+def test_numbers_of_a_gram_solve_may_stay_on_the_host(A):
+    r = torch.empty(3, *A.observation_shape, device="meta")  # meta tensors refuse others as a GPU's do
+    assert A.solve_gram(r, torch.tensor(0.7), torch.tensor(0.1)).device == r.device
+
+
+@cases
 @pytest.mark.parametrize("s", [0.0, 0.3])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_gram_solve(A, s, per_sample):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -290,6 +291,12 @@ def test_conjugate_gradients_stop_at_what_is_not_positive():
 
 LAW, VP = sds.Gaussian(torch.zeros(3), 1.0), sds.VP()
 SCORE, MASK = LAW.score(VP), Mask(torch.tensor([True, False, True]))
+
+
+def test_noise_may_be_a_number_of_numpy():
+    x, y = torch.ones(5, 3), torch.ones(2)
+    ours, theirs = (PiGDM(SCORE, VP, MASK, y, noise)(x, 0.5) for noise in (0.25, np.float32(0.25)))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("method", [DPS, MMPS, PiGDM, Replacement])

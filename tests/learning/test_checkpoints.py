@@ -10,6 +10,7 @@ from sdesolve import checkpoints
 from sdesolve.checkpoints import load, save
 from sdesolve.diffusions import OU, VP, CosineBeta, LinearDiffusion
 from sdesolve.losses import DenoisingScoreMatching
+from sdesolve.nn import Normalizer
 from sdesolve.scores.network import NetworkScore
 from sdesolve.training import train
 
@@ -79,6 +80,18 @@ def test_another_score_is_refused_and_left_as_it_was(make_score, tmp_path, chang
     with pytest.raises(ValueError, match=message):
         load(other, tmp_path / "w")
     assert same(other, make_score(**change, seed=1))
+
+
+def test_a_normalizer_that_was_told_another_range_is_refused(make_score, tmp_path):
+    # shift and scale would come from the file, the range that data are held to would not
+    def ranged(high):
+        net = make_score().net
+        return NetworkScore(net, VP(), normalizer=Normalizer.range(0.0, high))
+
+    save(ranged(255.0), tmp_path / "w")
+    load(ranged(255.0), tmp_path / "w")
+    with pytest.raises(ValueError, match=r"\(range of data\): 0 to 255 in the file, 0 to 1 here"):
+        load(ranged(1.0), tmp_path / "w")
 
 
 def test_what_is_not_there_is_not_found(make_score, tmp_path):

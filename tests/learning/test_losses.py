@@ -323,6 +323,12 @@ def test_bad_settings_are_refused(make, error, message):
         make()
 
 
+def test_the_process_of_a_score_may_be_said_again():
+    score, x = NetworkScore(lambda x, t: x, VP()), torch.ones(4, 2)
+    again = DenoisingScoreMatching(process=VP())
+    torch.testing.assert_close(again(score, x, seed=0), DenoisingScoreMatching()(score, x, seed=0), rtol=0, atol=0)
+
+
 NETWORK, PLAIN = NetworkScore(lambda x, t: x, VP()), DenoisingScoreMatching(process=VP())
 
 

@@ -159,6 +159,13 @@ def test_times_reach_the_network_in_the_dtype_of_the_state_and_coefficients_in_t
     assert float(score(x, t)[0, 0]) == pytest.approx(float(exact), rel=2e-7)
 
 
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("t", [torch.tensor(0.5), torch.rand(4)])
+def test_a_time_on_the_host_goes_with_a_state_on_a_device(predicts, t):
+    score = NetworkScore(lambda x, t: x * t[:, None], VP(), predicts)  # meta tensors refuse others as a GPU's do
+    assert score(torch.empty(4, 3, device="meta"), t).device.type == "meta"
+
+
 def test_an_empty_batch_gives_an_empty_score():
     score = NetworkScore(lambda x, t: x, VP(), "edm")
     assert score(torch.empty(0, 3), torch.tensor(0.5)).shape == (0, 3)

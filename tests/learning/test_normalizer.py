@@ -29,6 +29,11 @@ def test_normalised_data_have_mean_zero_and_deviation_one(images, per, axes):
     torch.testing.assert_close(normalizer.log_determinant(images), expected)
 
 
+def test_data_on_another_device_are_mapped_there():
+    normalizer, x = Normalizer.fit(torch.randn(9, 2), "entry"), torch.empty(4, 2, device="meta")
+    assert normalizer(x).device == normalizer.inverse(x).device == x.device
+
+
 def test_what_never_varies_keeps_its_scale():
     x = torch.tensor([[1.0, 0.1], [3.0, 0.1]])
     normalizer = Normalizer.fit(x, "entry")
@@ -40,6 +45,7 @@ def test_a_range_becomes_minus_one_to_one_and_nothing_else_is_taken():
     normalizer = Normalizer.range(0.0, 16.0)
     torch.testing.assert_close(normalizer(torch.tensor([[0.0, 16.0, 4.0]])), torch.tensor([[-1.0, 1.0, -0.5]]))
     normalizer.check(torch.tensor([0.0, 16.0, math.nan]))
+    Normalizer.range(-0.3, 0.1).check(torch.tensor([-0.3, 0.1]))  # in float32 a little beyond
     with pytest.raises(ValueError, match=r"must lie in \[0, 16\], .* they reach from -1 to 3"):
         normalizer.check(torch.tensor([[-1.0, 3.0]]))
     with pytest.raises(ValueError, match=r"they reach from 0 to 16.5"):

@@ -1,5 +1,6 @@
 """Objectives against each other, by quadrature, and each against its formula with the noise made again."""
 
+import functools
 import math
 
 import pytest
@@ -274,9 +275,50 @@ def test_training_lowers_every_objective(objective):
     assert "0x" not in repr(objective)  # a checkpoint is resumed under the same text
 
 
+class Power:
+    def __call__(self, t, power=1.0):
+        return t**power
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight: sds.DenoisingScoreMatching(weight, process=PROCESS),
+        lambda weight: sds.ImplicitScoreMatching(noise=NOISE, weight=weight),
+        lambda weight: sds.ChainBound(CHAIN, variance=weight),
+    ],
+)
+def test_the_text_of_an_objective_is_the_same_in_every_process(make):
+    for weight in (Power(), functools.partial(Power(), power=2.0)):
+        assert repr(make(weight)).count("Power") == 1
+        assert "0x" not in repr(make(weight))
+    assert repr(make(functools.partial(Power(), power=2.0))) != repr(make(functools.partial(Power(), power=3.0)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (sds.SimpleChainLoss(sds.DDPM.linear(100)), sds.SimpleChainLoss(sds.DDPM.cosine(100))),
+        (sds.ChainBound(sds.SMLD.geometric(20)), sds.ChainBound(sds.SMLD.geometric(20, sigma_max=30.0))),
+        (sds.DenoisingScoreMatching(process=sds.VP()), sds.DenoisingScoreMatching(process=sds.VP(sds.CosineBeta()))),
+        (
+            sds.SlicedScoreMatching(noise=sds.TrainingTimes(sds.EDM())),
+            sds.SlicedScoreMatching(noise=sds.TrainingTimes(sds.EDM(sigma_max=10.0))),
+        ),
+    ],
+)
+def test_the_text_of_an_objective_tells_schedules_apart(one, other):
+    assert repr(one) != repr(other)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            lambda: sds.SimpleChainLoss(CHAIN)(sds.NetworkScore(lambda x, t: x, sds.VP()), X0, seed=0),
+            TypeError,
+            "Steps of a chain are for a ChainScore",
+        ),
         (lambda: sds.NoiseLadder([]), ValueError, "a ladder needs positive finite times"),
         (lambda: sds.NoiseLadder([0.1, -1.0]), ValueError, "a ladder needs positive finite times"),
         (lambda: sds.DenoisingScoreMatching(law=sds.NoiseLadder([2.0]), process=PROCESS)(score_3d, X0, seed=0),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -267,6 +268,21 @@ def test_metrics_see_the_average_in_evaluation_and_change_nothing(make_score, da
         run(make_score(), data, metrics=lambda s: 1.0, metrics_every=1)
     with pytest.raises(ValueError, match="metrics_every must be at least 1"):
         run(make_score(), data, metrics=metrics, metrics_every=0)
+
+
+def test_numbers_of_numpy_are_numbers(data, labels, tmp_path):
+    plain = {
+        "seed": 2, "batch_size": 16, "accumulate": 2, "lr": 0.5**6, "clip": 0.5, "label_dropout": 0.25,
+        "ema": [0.5, 0.75],
+    }  # fmt: skip
+    numpy = {name: np.asarray(value)[()] for name, value in plain.items()} | {
+        "ema": [np.float32(v) for v in (0.5, 0.75)]
+    }
+    ours, theirs = conditional(), conditional()
+    run(theirs, data, labels=labels, steps=5, **plain)
+    for steps in (3, 5):
+        run(ours, data, labels=labels, steps=steps, **numpy, checkpoint=tmp_path)
+    assert same(ours, theirs)
 
 
 def test_a_report_says_what_the_step_was(make_score, data):

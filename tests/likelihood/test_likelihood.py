@@ -17,9 +17,11 @@ DATA = sds.Gaussian(torch.zeros(D), FACTOR @ FACTOR.T + 0.2 * torch.eye(D, dtype
 MIXTURE = sds.GaussianMixture(torch.tensor([[-1.0, 0.4], [1.0, -0.4]]), 0.3)
 PROCESSES = {
     "vp": sds.VP(sds.LinearBeta(0.1, 40.0)),
+    "usual vp": sds.VP(),
     "subvp": sds.SubVP(),
     "ve": sds.VE(sigma_max=1000.0),
     "edm": sds.EDM(sigma_min=1e-3, sigma_max=1000.0),
+    "two functions": sds.LinearDiffusion(lambda t: (-9 * t * t).exp(), lambda t: (-torch.expm1(-18 * t * t)).sqrt()),
 }
 processes = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 X = DATA.sample(24, seed=1, dtype=torch.float64)

@@ -34,6 +34,11 @@ def test_any_number_of_levels():
     assert repr(Quantisation(4)) == "Quantisation(levels=16, low=-1.0, high=1.0)"
 
 
+def test_the_ends_of_a_range_are_in_it_as_their_dtype_has_them():
+    # in float32, -0.3 is a little less than in float64, and 0.1 a little more
+    assert Quantisation(3, -0.3, 0.1).quantise(torch.tensor([-0.3, 0.1])).tolist() == [0, 7]
+
+
 @pytest.mark.parametrize("levels", [3, 17, 1000, 2**16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 255.0), (100.0, 101.0)])
@@ -52,7 +57,9 @@ def test_values_are_on_their_levels_and_back(levels, low, high, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("bits", "low", "high"), [(8, -1.0, 1.0), (16, 0.0, 1.0), (4, 0.0, 16.0), (1, -3.0, 0.1)])
+@pytest.mark.parametrize(
+    ("bits", "low", "high"), [(8, -1.0, 1.0), (16, 0.0, 1.0), (4, 0.0, 16.0), (1, -3.0, 0.1), (16, 0.0, 0.1)]
+)
 def test_dequantised_integers_stay_in_their_bins(bits, low, high, dtype):
     q = Quantisation(bits, low, high)
     k = torch.arange(2**bits).reshape(-1, 2).repeat(max(1, 2000 // 2**bits), 1)

@@ -125,8 +125,18 @@ def test_a_score_of_the_wrong_shape_or_that_fails_is_named():
 def test_process_and_score_that_do_not_go_together():
     process, other = sds.VP(), sds.VP(sds.CosineBeta())
     network = sds.NetworkScore(sds.nn.MLP((2,), width=4, depth=0), other)
-    for score in (DATA.score(other), network):
-        with pytest.raises(ValueError, match=r"score was made for VP\(schedule=.* sigma .* Give score.process"):
+    exact, A = DATA.score(other), sds.operators.Matrix(torch.ones(1, 2))
+    wrapped = [
+        sds.ClassifierFreeGuidance(DATA.score(process), exact, scale=2.0),
+        sds.ClassifierGuidance(exact, lambda x, t: x, 1),
+        sds.inverse.MMPS(exact, process, A, torch.ones(1), 0.1),
+        sds.inverse.PiGDM(DATA.score(process), other, A, torch.ones(1), 0.1),
+        sds.inverse.DPS(sds.ClassifierFreeGuidance(network, network, scale=2.0), process, A, torch.ones(1), 0.1),
+    ]
+    for score in (exact, network, *wrapped):
+        with pytest.raises(
+            ValueError, match=r"score was made for VP\(schedule=CosineBeta\(s=0.008, .* sigma .* Give score.process"
+        ):
             sds.sample(process, score, (4, 2), steps=3, seed=0)
         with pytest.raises(ValueError, match=r"Give score\.process"):
             sds.log_likelihood(process, score, torch.zeros(2, 2))
