@@ -184,6 +184,28 @@ def test_equations_that_samplers_are_not_for():
         sds.solve(still.probability_flow(score), x0, 0.9, 0.1, 8, solver=sds.DPMSolverPP(2))
 
 
+@pytest.mark.parametrize("solver", [sds.DPMSolverPP(2), sds.EDMHeun(), sds.Heun(), sds.EulerMaruyama()], ids=repr)
+@pytest.mark.parametrize("process", [sds.VP(), sds.EDM(), sds.OU()], ids=lambda p: type(p).__name__)
+def test_solve_refuses_times_that_the_process_does_not_have(process, solver):
+    x0 = torch.ones(2, 3)
+    flow = process.probability_flow(DATA.score(process))
+    for times in ([0.5, -0.1], [1.1 * process.t_max, 0.5]):
+        with pytest.raises(ValueError, match=r"lie within \[0, t_max = .* include (-0.1|1.1|5.5|88);.*larger t_max"):
+            sds.solve(flow, x0, *times, 4, solver=solver)
+        with pytest.raises(ValueError, match=r"lie within \[0, t_max"):
+            sds.solve(flow, x0, *times, solver=sds.DormandPrince())
+        with pytest.raises(ValueError, match=r"lie within \[0, t_max"):
+            sds.solve(flow, x0, grid=torch.tensor([[1.0, times[0]], [0.4, times[1]]]), solver=solver)
+
+
+def test_a_grid_in_float32_may_start_where_t_max_is_rounded_to():
+    process = sds.EDM(sigma_max=80.3)
+    grid = torch.linspace(80.3, 0.1, 4)
+    assert float(grid[0]) > process.t_max
+    x = sds.sample(process, DATA.score(process), (2, 3), grid=grid, seed=0, solver=sds.DDIM())
+    assert bool(x.isfinite().all())
+
+
 @pytest.mark.parametrize("solver", SAMPLERS, ids=repr)
 def test_a_score_that_is_nan_is_named_with_its_time(solver):
     process = sds.VP()
