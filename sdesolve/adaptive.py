@@ -78,7 +78,7 @@ def integrate(
             f"rtol={solver.rtol:.3g} is below what {x.dtype} resolves: take at least {4 * eps:.2g}, or a float64 state"
         )
     drift = _Drift(sde)
-    t = t0.to(x.device)
+    t = t0.to(x.device).contiguous()  # forward differentiation by an expanded tensor fails
     t1 = t1.to(t)
     slope = drift(x, t)
     check_drift(slope, x, t)

@@ -91,6 +91,7 @@ class LinearDiffusion(AbstractDiffusion):
 
 
 def _value_and_slope(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    t = t.contiguous()  # an expanded time has no memory of its own for a tangent
     pair = torch.func.jvp(function, (t,), (torch.ones_like(t),))
     return pair[0], pair[1]
 
