@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve.arguments import number
 from sdesolve.grids import whole_number
 from sdesolve.sde import Noise, per_sample
 from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt, Slope
@@ -53,7 +54,7 @@ class DormandPrince(AbstractAdaptive):
 
     Raises:
         ValueError: a tolerance that is not positive and finite (``atol`` may be 0), or ``max_steps`` below 1.
-        TypeError: ``max_steps`` is not an integer.
+        TypeError: a tolerance that is not a number, or ``max_steps`` that is not an integer.
 
     Example:
         >>> sol = solve(process.probability_flow(score), x, process.t_max, process.t_min, solver=DormandPrince())
@@ -66,7 +67,7 @@ class DormandPrince(AbstractAdaptive):
     error_order = 5
 
     def __init__(self, rtol: float = 1e-5, atol: float = 1e-5, *, max_steps: int = 10_000) -> None:
-        if not (0.0 < rtol < math.inf and 0.0 <= atol < math.inf):
+        if not (0.0 < number(rtol, "rtol") < math.inf and 0.0 <= number(atol, "atol") < math.inf):
             raise ValueError(f"tolerances must be finite, rtol > 0 and atol >= 0, got rtol={rtol}, atol={atol}")
         self.rtol, self.atol = float(rtol), float(atol)
         self.max_steps = whole_number(max_steps, "max_steps", 1)

@@ -140,6 +140,26 @@ def test_bad_settings(make, message):
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sds.DDIM("half"), "eta must be a number, got 'half' of type str"),
+        (lambda: sds.EDMHeun("5"), "churn must be a number"),
+        (lambda: sds.EDMHeun(5.0, 3.0), r"churn_range must be two noise levels, \(lowest, highest\), got 3.0"),
+        (lambda: sds.DPM2(5.0, (0.0, None)), r"churn_range\[1\] must be a number, got None"),
+        (lambda: sds.DormandPrince("1e-5"), "rtol must be a number"),
+    ],
+)
+def test_settings_of_a_wrong_kind(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_churn_range_may_be_a_list():
+    assert sds.EDMHeun(5.0, [0.1, 3.0]) == sds.EDMHeun(5.0, (0.1, 3.0))
+    assert len({sds.EDMHeun(5.0, [0.1, 3.0]), sds.EDMHeun(5.0, (0.1, 3.0))}) == 1
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"solver": sds.DPMSolverPP(2), "stochasticity": 1.0}, "DPMSolverPP integrates ODEs.*stochasticity=0"),
