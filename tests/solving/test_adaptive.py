@@ -265,6 +265,34 @@ def test_what_cannot_be_solved():
         solve(ODE(lambda x, t: x * (0.5 - t).reshape(-1, 1).sqrt()), x0, 0.0, 1.0, solver=solver)
 
 
+@pytest.mark.parametrize(("n", "early"), [(40, 30), (16, 15)], ids=["of another size", "of a size that broadcasts"])
+def test_a_drift_that_knows_its_rows_later_alone(n, early):
+    """Guidance in an interval of time, say: while it is off, rows that arrived can leave, and then they cannot."""
+    rates, late = torch.linspace(1.0, 3.0, n, dtype=torch.float64)[:, None], []
+
+    def drift(x, t):
+        late.append(bool((t > 0.5).any()))
+        return -x * torch.where((t > 0.5)[:, None], rates, 1.0) if late[-1] else -x
+
+    x0, t1 = start(n), torch.full((n,), 0.2, dtype=torch.float64)
+    t1[early:] = 1.0
+    sol = solve(ODE(drift), x0, torch.zeros(n), t1, solver=DormandPrince(1e-9, 1e-9))
+    power = torch.where(t1[:, None] > 0.5, 0.5 + 0.5 * rates, t1[:, None])
+    torch.testing.assert_close(sol.x1, x0 * torch.exp(-power), rtol=0, atol=1e-6)
+    assert sol.stats.nfe == len(late)
+
+
+def test_an_error_of_the_drift_is_its_own():
+    def drift(x, t):
+        if bool((t > 0.5).any()):
+            raise LookupError("no such time")
+        return -x
+
+    t1 = torch.where(torch.arange(40) < 30, 0.2, 1.0)
+    with pytest.raises(LookupError, match="no such time"):
+        solve(ODE(drift), start(40), torch.zeros(40), t1, solver=DormandPrince())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_flow_of_ones_own_process(dtype):
     """Its rates are derivatives by the time, which all samples have in common at the start."""
