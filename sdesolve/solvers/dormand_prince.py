@@ -42,7 +42,8 @@ class DormandPrince(AbstractAdaptive):
     Order 5, six drift evaluations an attempted step, for ODEs such as the probability flow. Every sample of a batch has
     its own time, step size and decision to accept, so that its result does not depend on who is in the batch with it.
     Samples that have arrived leave the batch by and by, unless the drift holds something for each row, such as labels,
-    or couples them: then its slopes on a smaller batch, which are looked at first, are others or an error.
+    or couples them: then its slopes on a smaller batch, which are looked at first, are others or an error. What is not
+    seen is a drift that cuts what it holds to the batch, as in ``labels[:len(x)]``, and does not use it just then.
     Step sizes follow Hairer, Norsett and Wanner 1993 (section II.4): ``0.9 error^(-1/5)`` times the last one, within
     factors 0.2 and 10, and no growth right after a rejection. States between steps come from the fourth-order
     interpolant of their section II.6. Dormand and Prince 1980.
