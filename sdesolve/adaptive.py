@@ -78,7 +78,7 @@ def integrate(
             f"rtol={solver.rtol:.3g} is below what {x.dtype} resolves: take at least {4 * eps:.2g}, or a float64 state"
         )
     drift = _Drift(sde)
-    t = t0.to(x.device)
+    t = t0.to(x.device).contiguous()  # forward differentiation by an expanded tensor fails
     t1 = t1.to(t)
     slope = drift(x, t)
     check_drift(slope, x, t)
@@ -89,10 +89,10 @@ def integrate(
     whole, starts = batch, drift.calls
     with tqdm(disable=not progress, unit="attempt", leave=False) as bar:
         while going := int((active := batch.t != batch.t1).sum()):
-            if len(active) >= _LEAST and going <= _FEW * len(active):
-                those = batch.at(active.nonzero().squeeze(1))
-                if drift.narrow(those):
-                    whole, batch, active = whole.updated(batch), those, active[active]
+            if drift.narrows and len(active) >= _LEAST and going <= _FEW * len(active):
+                those, whole = batch.at(active.nonzero().squeeze(1)), whole.updated(batch)
+                if drift.narrow(those, whole):
+                    batch, active = those, active[active]
             rows, x, slope, t, t1, h, held, accepted, rejected = batch
             t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
             dt = t_next - t
@@ -143,33 +143,53 @@ class _Drift:
 
     def __init__(self, sde: AbstractSDE) -> None:
         self._whole = self._sde = sde
-        self._narrows = True
+        self.narrows = True
+        self._rows: Tensor | None = None
+        self._company: _Samples | None = None
         self.calls = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        if self._rows is not None:
+            alone = self._evaluated(self._sde, x, t) if self.narrows else None
+            if alone is not None and alone.shape == x.shape:
+                return alone
+            self.narrows = False
+            return self._among_all(x, t)
         self.calls += 1
         return self._sde.drift(x, t.to(x.dtype))
 
-    def narrow(self, those: _Samples) -> bool:
+    def narrow(self, those: _Samples, whole: _Samples) -> bool:
         """Goes on with some rows alone, if the slopes that they had in company are found again without it.
 
         A drift that holds something for each row either refuses a smaller batch or finds other slopes, and so does
         one that couples the samples. They agree to half of their digits where only rounding differs. One refusal is
-        enough: the drift is not asked again.
+        enough: the drift is not asked again. One that comes later, from a drift that uses what it holds at some times
+        only, brings those who left back.
         """
-        if not self._narrows:
-            return False
         sde = self._whole.of_rows(those.rows) if isinstance(self._whole, AbstractPerSample) else self._whole
-        self.calls += 1
         with torch.no_grad():
-            try:
-                alone = sde.drift(those.x, those.t.to(those.x.dtype))
-            except Exception:  # whatever a third party's drift raises on a batch of another size
-                alone = None
-        self._narrows = isinstance(alone, Tensor) and _same_slopes(alone, those.slope)
-        if self._narrows:
-            self._sde = sde
-        return self._narrows
+            alone = self._evaluated(sde, those.x, those.t)
+        self.narrows = alone is not None and _same_slopes(alone, those.slope)
+        if self.narrows:
+            self._sde, self._rows, self._company = sde, those.rows, whole
+        return self.narrows
+
+    def _evaluated(self, sde: AbstractSDE, x: Tensor, t: Tensor) -> Tensor | None:
+        self.calls += 1
+        try:
+            f = sde.drift(x, t.to(x.dtype))
+        except Exception:  # whatever a third party's drift raises on a batch of another size
+            return None
+        return f if isinstance(f, Tensor) else None
+
+    def _among_all(self, x: Tensor, t: Tensor) -> Tensor:
+        """The drift of the rows that are left, in the company of those that have arrived."""
+        assert self._rows is not None
+        assert self._company is not None
+        rows, (_, all_x, _, all_t, *_) = self._rows, self._company
+        self.calls += 1
+        all_x, all_t = all_x.index_copy(0, rows, x), all_t.index_copy(0, rows, t)
+        return self._whole.drift(all_x, all_t.to(x.dtype)).index_select(0, rows)
 
 
 def _same_slopes(a: Tensor, b: Tensor) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from sdesolve.arguments import kind_of
+from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
@@ -76,6 +78,19 @@ def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> N
         f"{sde.calculus} calculus it takes {_listed(noises)} noise; with {sde.noise} noise it takes "
         f"{_listed(calculi)} calculus"
     )
+
+
+def check_process_times(sde: AbstractSDE, times: Tensor) -> None:
+    """Refuses times at which the process that ``sde`` reverses is not defined; what float32 rounds is let pass."""
+    if not isinstance(sde, ReverseSDE | ProbabilityFlow) or not isinstance(sde.forward, AbstractDiffusion):
+        return
+    process = sde.forward
+    outside = (times < 0.0) | (times > process.t_max * (1.0 + 1e-6))
+    if bool(outside.any()):
+        raise ValueError(
+            f"times of {type(process).__name__} lie within [0, t_max = {process.t_max}], and these include "
+            f"{float(times[outside][0]):.6g}; leave such times out, or take a process with a larger t_max"
+        )
 
 
 def check_drift(f: Tensor, x: Tensor, t: Tensor, what: str = "drift") -> None:

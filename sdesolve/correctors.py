@@ -89,6 +89,8 @@ class LangevinCorrector(AbstractCorrector):
 
     Raises:
         ValueError: both or neither of ``snr`` and ``step_size``, one that is not positive, norms for a fixed step size.
+
+    Two correctors with the same settings are equal, as two solvers are.
     """
 
     def __init__(
@@ -112,6 +114,20 @@ class LangevinCorrector(AbstractCorrector):
         self.affine = fixed
         self._mode = "fixed" if fixed else str(self.norms)
         self._size = float(step_size or 0.0) if snr is None else (2.0 * snr**2 if fixed else float(snr))
+
+    def __repr__(self) -> str:
+        given = (f"{name}={value!r}" for name, value in self._settings().items() if value is not None)
+        return f"LangevinCorrector({', '.join(given)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LangevinCorrector) and self._settings() == other._settings()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._settings().values()))
+
+    def _settings(self) -> dict[str, object]:
+        norms = None if self.norms is None else str(self.norms)
+        return {"snr": self.snr, "norms": norms, "step_size": self.step_size, "scale": self.scale}
 
     def scales(self, process: AbstractDiffusion, times: Tensor) -> Tensor:
         c = torch.ones_like(times) if self.scale is None else torch.as_tensor(self.scale(times)).to(times)

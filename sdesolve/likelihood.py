@@ -162,7 +162,7 @@ def estimate_likelihood(
         divergence: `ExactTrace` for up to 64 dimensions by default, above that `Hutchinson`; or `HutchPP`.
         solver: of ODEs: `DormandPrince` by default, or `RK4` where ``steps`` or ``grid`` is given.
         steps: for a solver of fixed steps, their number on the process's own grid.
-        grid: explicit times from ``epsilon`` to ``t_max``, in either order, such as `grids.karras_noise` gives.
+        grid: explicit times from ``epsilon`` to ``t_max``, in either order, such as `grids.karras_sigma` gives.
         t_min: ``epsilon``; the process's own by default.
         ending: as above.
         seed: of probes and ``z``.

@@ -150,7 +150,12 @@ def observed(observable: Observable, x: Tensor) -> Tensor:
 
 
 def _hermite(sde: AbstractSDE, x: Tensor, x_next: Tensor, span: Span, theta: float) -> Tensor:
+    """The cubic through both states with both slopes; the quadratic without the last one where there is none.
+
+    A score that divides by the noise level has no value at the end of a grid that ends at clean data.
+    """
     f0, f1 = sde.drift(x, span.t0), sde.drift(x_next, span.t1)
     a, b = theta * (1 - theta) ** 2, theta**2 * (theta - 1)
     h = theta**2 * (3 - 2 * theta)
-    return x + h * (x_next - x) + span.dt * (a * f0 + b * f1)
+    cubic = x + h * (x_next - x) + span.dt * (a * f0 + b * f1)
+    return torch.where(cubic.isfinite(), cubic, x + theta**2 * (x_next - x) + theta * (1 - theta) * span.dt * f0)

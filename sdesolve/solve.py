@@ -11,7 +11,7 @@ from tqdm import tqdm
 from sdesolve import grids
 from sdesolve.adaptive import solve_adaptively
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
-from sdesolve.checks import all_finite, check_pair, check_state
+from sdesolve.checks import all_finite, check_pair, check_process_times, check_state
 from sdesolve.integration import Watched, stepwise
 from sdesolve.saving import Observable, SaveAt, SavePlan
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
@@ -78,7 +78,8 @@ def solve(
 
     Raises:
         ValueError: bad shapes, times, steps or grids, a diffusion that does not fit its noise type, or a solver that
-            does not converge for this calculus and noise type.
+            does not converge for this calculus and noise type; times of a reverse SDE or probability flow outside
+            the ``[0, t_max]`` of its process.
         TypeError: bad types or dtypes.
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
         RuntimeError: an adaptive solver cannot meet its tolerances.
@@ -99,8 +100,11 @@ def solve(
                 f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
                 "for states between; no steps, grid, observable, reduce or kernel backend"
             )
-        return solve_adaptively(sde, x0, _grid_of(t0, t1, 1, None, len(x0)), solver, save_at, progress=progress)
+        ends = _grid_of(t0, t1, 1, None, len(x0))
+        check_process_times(sde, ends)
+        return solve_adaptively(sde, x0, ends, solver, save_at, progress=progress)
     times = _grid_of(t0, t1, steps, grid, len(x0))
+    check_process_times(sde, times)
     random = sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
     noise = _noise_of(random, seed, noise, increments)
     for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):

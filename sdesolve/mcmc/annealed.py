@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.brownian import AbstractPaths, BrownianPath
-from sdesolve.checks import check_drift, check_state
+from sdesolve.checks import all_finite, check_drift, check_state
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import whole_number
 from sdesolve.mcmc.base import Convention, ConventionName, check_step_size
@@ -108,6 +109,7 @@ class AnnealedLangevin:
                 s = score(x, t)
                 if k == 0:
                     check_drift(s, x, t, "score")
+                    _check_first(s, float(t))
                 x = langevin_update(x, s, self.convention.step(size), draws, k)
                 k += 1
             if not bool(x.isfinite().all()):
@@ -135,3 +137,10 @@ class AnnealedLangevin:
                 f"starts at {float(self.sigmas[0]):.6g}"
             )
         return times
+
+
+def _check_first(s: Tensor, t: float) -> None:
+    if not all_finite(s):
+        row = int((~s.isfinite()).reshape(len(s), math.prod(s.shape[1:])).any(1).nonzero()[0])
+        message = f"the score is not finite at the start, t = {t:.6g}, for sample {row}"
+        raise DivergenceError(message, step=0, time=t, path=row)

@@ -13,7 +13,7 @@ from sdesolve.arguments import kind_of
 from sdesolve.brownian import BrownianPath
 from sdesolve.checks import check_state
 from sdesolve.grids import whole_number
-from sdesolve.mcmc.base import AbstractKernel, Function, Target
+from sdesolve.mcmc.base import AbstractKernel, Function, Target, Walker
 from sdesolve.solution import DivergenceError
 
 
@@ -73,7 +73,8 @@ def run_chain(
     Raises:
         ValueError: as `Target`; no energy for a kernel that needs one; a velocity for one that has none; bad shapes.
         TypeError: bad types or dtypes.
-        DivergenceError: a chain stopped being finite; says which and in which step.
+        DivergenceError: score or energy is not a number at the start, or a chain stopped being finite; says which chain
+            and in which step.
     """
     if not isinstance(kernel, AbstractKernel):
         raise TypeError(f"kernel must be a step such as Langevin(0.1), got {kind_of(kernel)}")
@@ -85,6 +86,7 @@ def run_chain(
         raise ValueError(f"{type(kernel).__name__} compares densities: give energy=, -log p(x) up to a constant")
     _check_velocity(kernel, velocity, x0)
     walker = kernel.start(target, x0, velocity, path)
+    _check_start(walker, path)
     saved = []
     for k in tqdm(range(steps), disable=not progress, unit="step", leave=False):
         walker = kernel.step(target, walker, k, path)
@@ -123,6 +125,24 @@ def _check_velocity(kernel: AbstractKernel, velocity: Tensor | None, x0: Tensor)
             f"velocity must be like x0, {tuple(x0.shape)} of {x0.dtype}; got {tuple(velocity.shape)} of "
             f"{velocity.dtype}"
         )
+
+
+def _check_start(walker: Walker, path: BrownianPath) -> None:
+    """Refuses a start that nothing leads away from: `MALA` would refuse every proposal without a word."""
+    n = len(walker.x)
+    bad = {"score": ~walker.score.reshape(n, math.prod(walker.x.shape[1:])).isfinite().all(1)}
+    if walker.log_density is not None:
+        bad["energy"] = walker.log_density.isnan()
+    for name, rows in bad.items():
+        if bool(rows.any()):
+            row = path.first_path + int(rows.nonzero()[0])
+            raise DivergenceError(
+                f"the {name} of chain {row} is not finite at its start, x0, and that of {int(rows.sum()) - 1} more: "
+                f"start where the law has its mass, or mend the function",
+                step=0,
+                time=math.nan,
+                path=row,
+            )
 
 
 def _report_divergence(

@@ -16,7 +16,7 @@ from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import whole_number
 from sdesolve.oracle.errors import measure
 from sdesolve.oracle.inputs import OracleNoise, Silence
-from sdesolve.oracle.samplers import Sampler, as_sampler
+from sdesolve.oracle.samplers import Sampler, checked_sampler
 from sdesolve.reverse import Score
 from sdesolve.scores.base import check_process
 from sdesolve.scores.gaussian import Gaussian
@@ -106,13 +106,11 @@ def convergence(
         >>> print(convergence(heun, VP(), Gaussian(torch.zeros(2), 0.25), [32, 64, 128]))
     """
     check_process(process)
-    if isinstance(sampler, type) or not (callable(sampler) or isinstance(sampler, AbstractSolver)):
-        raise TypeError(f"sampler must be a solver such as DDIM() or a function, got {kind_of(sampler)}")
+    name, sampler = name or _name(sampler), checked_sampler(sampler)
+    if not isinstance(data, Gaussian | GaussianMixture):
+        raise TypeError(f"data must be a Gaussian or a GaussianMixture, got {kind_of(data)}")
     if isinstance(nfes, int):
         raise TypeError(f"nfes must be increasing numbers of evaluations, such as [32, 64, 128], got {nfes}")
-    name = name or _name(sampler)
-    if isinstance(sampler, AbstractSolver):
-        sampler = as_sampler(sampler)
     make = process.time_grid if grid is None else grid
     wanted = [whole_number(n, "nfes", 1) for n in nfes]
     if not wanted or any(b <= a for a, b in itertools.pairwise(wanted)):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import check_grid
 from sdesolve.metrics import bures_wasserstein, gaussian_kl
@@ -14,7 +15,7 @@ from sdesolve.oracle.inputs import OracleNoise
 from sdesolve.oracle.moments import ChainMoments, affine_moments, chain_moments
 from sdesolve.oracle.particles import Measured
 from sdesolve.oracle.plane import variation_2d
-from sdesolve.oracle.samplers import Sampler, as_sampler
+from sdesolve.oracle.samplers import Sampler, as_sampler, checked_sampler
 from sdesolve.oracle.transport import wasserstein_to_mixture
 from sdesolve.scores.components import spectrum
 from sdesolve.scores.gaussian import Gaussian, Moments
@@ -75,15 +76,13 @@ def measure(
     denoise: bool = False,
 ) -> Measured:
     """`error`, of the same arguments, with its standard error: 0 where the value is exact or by quadrature."""
-    if isinstance(sampler, AbstractSolver):
-        sampler = as_sampler(sampler)
-    grid = check_grid(grid)
+    sampler, grid = checked_sampler(sampler), check_grid(grid)
     if isinstance(data, Gaussian):
         law = sampled_law(sampler, process, data, grid, prior=prior, denoise=denoise)
         target = true_law(process, data, grid, denoise=denoise)
         return Measured(float(bures_wasserstein(*law, *target) / total_variance(target).sqrt()))
     if not isinstance(data, GaussianMixture):
-        raise TypeError(f"data must be a Gaussian or a GaussianMixture, got {type(data).__name__}")
+        raise TypeError(f"data must be a Gaussian or a GaussianMixture, got {kind_of(data)}")
     d = data.means[0].numel()
     if d == 1:
         return wasserstein_to_mixture(sampler, process, data, grid, prior=prior, denoise=denoise)
@@ -130,8 +129,10 @@ def step_errors(
 
     Raises:
         ValueError: the chain is not affine.
-        TypeError: not such a solver.
+        TypeError: not such a solver, or other data.
     """
+    if not isinstance(data, Gaussian):
+        raise TypeError(f"laws at each step are known for Gaussian data, got {kind_of(data)}; error takes mixtures too")
     grid, start = check_grid(grid), _start(process, data, grid, prior=prior)
     sde = as_sampler(solver, stochasticity).equation(process, data.score(process))
     laws = chain_moments(sde, solver, grid, *start, diagonal=_elementwise(data), every_step=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import kind_of
 from sdesolve.brownian import AbstractNoise
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.inputs import Constant, Numbers, OracleNoise, Silence
@@ -43,7 +44,7 @@ class SolverSampler:
 
     def __init__(self, solver: AbstractSolver, stochasticity: float | None = None) -> None:
         if not isinstance(solver, AbstractSolver):
-            raise TypeError(f"solver must be a fixed-step solver such as EulerMaruyama(), got {solver!r}")
+            raise TypeError(f"solver must be a fixed-step solver such as EulerMaruyama(), got {kind_of(solver)}")
         if stochasticity is None:
             stochasticity = solver.stochasticity
         if stochasticity is None:
@@ -73,6 +74,19 @@ def as_sampler(solver: AbstractSolver, stochasticity: float | None = None) -> So
         TypeError: not such a solver.
     """
     return SolverSampler(solver, stochasticity)
+
+
+def checked_sampler(sampler: Sampler | AbstractSolver) -> Sampler:
+    """A solver as the sampler that it makes, and a function as it is.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(sampler, AbstractSolver):
+        return SolverSampler(sampler)
+    if isinstance(sampler, type) or not callable(sampler):
+        raise TypeError(f"sampler must be a solver such as DDIM() or a function, got {kind_of(sampler)}")
+    return sampler
 
 
 def is_deterministic(sampler: Sampler, process: AbstractDiffusion, data: GaussianMixture, grid: Tensor) -> bool:

@@ -24,7 +24,8 @@ class AbstractNoiseMultistep(AbstractTabulated):
 
     The flow of any linear diffusion is ``d(x/alpha) = e drho``, ``rho = sigma / alpha``; ``C_i`` integrate the
     polynomial through the ``e_i`` against ``drho``. One evaluation a step; order ``order``, given as many starting
-    values. The first steps have the order that the history allows, and a step to zero noise is Tweedie's formula.
+    values. The first steps have the order that the history allows: where they are not shorter than the others, the
+    first one's error shows as order 2 in all. A step to zero noise is Tweedie's formula.
     """
 
     supported = supports(ito=(Noise.NONE,))

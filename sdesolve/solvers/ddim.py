@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve.arguments import number
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.schedule import Schedule
@@ -29,7 +30,7 @@ class DDIM(AbstractSingleRow):
     evaluations = 1
 
     def __init__(self, eta: float = 0.0) -> None:
-        if not 0.0 <= eta <= 1.0:
+        if not 0.0 <= number(eta, "eta") <= 1.0:
             raise ValueError(f"eta scales the standard deviation of the noise and lies in [0, 1], got {eta}")
         self.eta = self.stochasticity = float(eta)
         self.supported = supports(ito=(Noise.ADDITIVE if eta else Noise.NONE,))

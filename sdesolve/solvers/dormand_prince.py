@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve.arguments import number
 from sdesolve.grids import whole_number
 from sdesolve.sde import Noise, per_sample
 from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt, Slope
@@ -41,7 +42,8 @@ class DormandPrince(AbstractAdaptive):
     Order 5, six drift evaluations an attempted step, for ODEs such as the probability flow. Every sample of a batch has
     its own time, step size and decision to accept, so that its result does not depend on who is in the batch with it.
     Samples that have arrived leave the batch by and by, unless the drift holds something for each row, such as labels,
-    or couples them: then its slopes on a smaller batch, which are looked at first, are others or an error.
+    or couples them: then its slopes on a smaller batch, which are looked at first, are others or an error. What is not
+    seen is a drift that cuts what it holds to the batch, as in ``labels[:len(x)]``, and does not use it just then.
     Step sizes follow Hairer, Norsett and Wanner 1993 (section II.4): ``0.9 error^(-1/5)`` times the last one, within
     factors 0.2 and 10, and no growth right after a rejection. States between steps come from the fourth-order
     interpolant of their section II.6. Dormand and Prince 1980.
@@ -53,7 +55,7 @@ class DormandPrince(AbstractAdaptive):
 
     Raises:
         ValueError: a tolerance that is not positive and finite (``atol`` may be 0), or ``max_steps`` below 1.
-        TypeError: ``max_steps`` is not an integer.
+        TypeError: a tolerance that is not a number, or ``max_steps`` that is not an integer.
 
     Example:
         >>> sol = solve(process.probability_flow(score), x, process.t_max, process.t_min, solver=DormandPrince())
@@ -66,7 +68,7 @@ class DormandPrince(AbstractAdaptive):
     error_order = 5
 
     def __init__(self, rtol: float = 1e-5, atol: float = 1e-5, *, max_steps: int = 10_000) -> None:
-        if not (0.0 < rtol < math.inf and 0.0 <= atol < math.inf):
+        if not (0.0 < number(rtol, "rtol") < math.inf and 0.0 <= number(atol, "atol") < math.inf):
             raise ValueError(f"tolerances must be finite, rtol > 0 and atol >= 0, got rtol={rtol}, atol={atol}")
         self.rtol, self.atol = float(rtol), float(atol)
         self.max_steps = whole_number(max_steps, "max_steps", 1)

@@ -10,6 +10,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from sdesolve.arguments import number
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.schedule import Schedule
@@ -106,6 +107,7 @@ class AbstractChurned(AbstractRungeKutta):
 
     Raises:
         ValueError: churn is negative or not finite, or its range is no interval; options of churn without churn.
+        TypeError: something that is no number, or a range that is not two of them.
     """
 
     evaluations = 2
@@ -115,15 +117,18 @@ class AbstractChurned(AbstractRungeKutta):
         self, churn: float = 0.0, churn_range: tuple[float, float] = (0.0, math.inf), churn_noise: float = 1.0
     ) -> None:
         name = type(self).__name__
-        if not 0.0 <= churn < math.inf:
+        if not 0.0 <= number(churn, "churn") < math.inf:
             raise ValueError(f"churn must be at least 0 and finite, got {churn}")
-        if not 0.0 <= churn_range[0] <= churn_range[1]:
+        if not isinstance(churn_range, Sequence) or len(churn_range) != 2:
+            raise TypeError(f"churn_range must be two noise levels, (lowest, highest), got {churn_range!r}")
+        if not 0.0 <= number(churn_range[0], "churn_range[0]") <= number(churn_range[1], "churn_range[1]"):
             raise ValueError(f"churn_range is the noise levels (lowest, highest) to churn at, got {churn_range}")
-        if not 0.0 < churn_noise < math.inf:
+        if not 0.0 < number(churn_noise, "churn_noise") < math.inf:
             raise ValueError(f"churn_noise must be positive and finite, got {churn_noise}")
         if not churn and (churn_range != (0.0, math.inf) or churn_noise != 1.0):
             raise ValueError(f"{name} without churn is deterministic: churn_range and churn_noise need churn > 0")
-        self.churn, self.churn_range, self.churn_noise = float(churn), churn_range, float(churn_noise)
+        self.churn, self.churn_range = float(churn), (float(churn_range[0]), float(churn_range[1]))
+        self.churn_noise = float(churn_noise)
         self.supported = supports(ito=(Noise.ADDITIVE if churn else Noise.NONE,))
         self.stochasticity = 1.0 if churn else 0.0
         self.weak_order, self.ode_order = (2.0, None) if churn else (None, 2)

@@ -23,7 +23,8 @@ class SASolver(AbstractPredictorCorrectorMultistep):
     order but at most 2, with an error that falls with the stochasticity. Without corrector, and on the flow,
     ``predictor=3`` is DPM-Solver++ of true third order. Xue et al. 2023, eq. 14 to 18 and algorithm 1.
 
-    The first steps have the order that the history allows.
+    The first steps have the order that the history allows: where they are not shorter than the others, the first one's
+    error shows as order 3 in all, or 2 without corrector.
 
     Args:
         predictor: order of the predictor, the number of values that it looks at: 1 to 3, or 4 without corrector.

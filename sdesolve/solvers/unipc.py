@@ -22,7 +22,8 @@ class UniPC(AbstractPredictorCorrectorMultistep):
     polynomials in the log-SNR exactly, but for the two cases in which the paper fixes a coefficient at 1/2, where
     ``B(h)`` is ``h`` (``"bh1"``) or ``e^h - 1`` (``"bh2"``). Zhao et al. 2023, algorithms 5 to 8.
 
-    The first steps have the order that the history allows.
+    The first steps have the order that the history allows: where they are not shorter than the others, the first one's
+    error shows as order 3 in all.
 
     Args:
         order: 1, 2 or 3.

@@ -216,6 +216,23 @@ def test_a_chain_that_diverges_says_where():
         mcmc.AnnealedLangevin([1.0, 0.1], 5.0, 50)(EDM(), lambda x, t: -(x**3), x0, seed=0)
 
 
+def test_a_start_without_score_or_energy_is_named():
+    x0 = torch.tensor([[1.0], [2.0]])
+
+    def lacking(x):
+        return torch.where(x > 1.5, math.nan, -x)
+
+    for kernel in (mcmc.Langevin(0.1), mcmc.BAOAB(0.1)):
+        with pytest.raises(DivergenceError, match="the score of chain 5 is not finite at its start") as caught:
+            run_chain(kernel, x0, 3, score=lacking, noise=BrownianPath(0, first_path=4))
+        assert (caught.value.path, caught.value.step) == (5, 0)
+    with pytest.raises(DivergenceError, match=r"the energy of chain 1 is not finite at its start.*of 0 more"):
+        run_chain(mcmc.MALA(0.1), x0, 3, score=lambda x: -x, energy=lambda x: lacking(x)[:, 0], seed=0)
+    with pytest.raises(DivergenceError, match="the score is not finite at the start, t = 1, for sample 1") as caught:
+        mcmc.AnnealedLangevin([1.0, 0.1], 1e-3, 2)(EDM(), lambda x, t: lacking(x), x0, seed=0)
+    assert (caught.value.path, caught.value.time) == (1, 1.0)
+
+
 X = torch.zeros(3, 1)
 ANNEALED = mcmc.AnnealedLangevin([1.0, 0.1], 1e-3, 2)
 

@@ -299,3 +299,16 @@ def test_bad_input(call, error, message):
 def test_predictors_cover_the_kinds_of_solver():
     tabulated = [p for p in PREDICTORS if isinstance(p, AbstractTabulated)]
     assert {p.memory > 0 for p in tabulated} == {True, False}
+
+
+def test_correctors_and_samplers_with_the_same_settings_are_equal():
+    """A captured sampler is found again by its solver."""
+    make = sds.LangevinCorrector
+    assert repr(make(0.16)) == "LangevinCorrector(snr=0.16, norms='level')"
+    assert repr(make(step_size=0.1)) == "LangevinCorrector(step_size=0.1)"
+    assert make(0.16) == make(0.16, "level") != make(0.16, "batch")
+    assert make(step_size=0.1) != make(step_size=0.2)
+    assert make(0.16, scale=torch.sin) != make(0.16)
+    one, other = (sds.PredictorCorrector(sds.Ancestral(), make(0.16), 2) for _ in range(2))
+    assert one == other
+    assert len({one, other}) == 1

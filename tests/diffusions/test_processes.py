@@ -252,3 +252,10 @@ def test_known_values():
     assert OU(rate=2.0, scale=3.0).prior.std == pytest.approx(1.5)
     assert float(EDM().sigma(3.0)) == 3.0
     assert float(VP().alpha(1.0)) ** 2 + float(VP().sigma(1.0)) ** 2 == pytest.approx(1.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("process", [straight(1.5), power(0.7, 2.0, 1.0)], ids=["straight", "power"])
+def test_rates_of_a_time_that_samples_share(process):
+    t = torch.tensor(0.4, dtype=torch.float64)
+    assert torch.equal(process.drift_rate(t.expand(3)), process.drift_rate(t).expand(3))
+    assert torch.equal(process.squared_diffusion(t.expand(3)), process.squared_diffusion(t).expand(3))

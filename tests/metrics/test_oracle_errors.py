@@ -266,6 +266,19 @@ GAUSSIAN, FOUR = sds.Gaussian(torch.zeros(2), 1.0), sds.Gaussian(torch.zeros(4),
         (lambda: oracle.convergence(heun, EDM, GAUSSIAN, [10, 10]), ValueError, "increasing"),
         (lambda: oracle.convergence(heun, EDM, GAUSSIAN, [1]), ValueError, "too few for one step"),
         (lambda: oracle.convergence(unused, EDM, GAUSSIAN, [10]), ValueError, "does it use its grid"),
+        (lambda: oracle.convergence(sds.DDIM(), EDM, 3, [10]), TypeError, "data must be a Gaussian or a Gaus.*got int"),
+        (lambda: oracle.convergence(sds.DDIM, EDM, GAUSSIAN, [10]), TypeError, "got the class DDIM; did you mean"),
+        (
+            lambda: oracle.error(sds.DDIM, EDM, GAUSSIAN, EDM.time_grid(4)),
+            TypeError,
+            "got the class DDIM; did you mean",
+        ),
+        (lambda: oracle.error(3, EDM, GAUSSIAN, EDM.time_grid(4)), TypeError, "sampler must be a solver.*got int"),
+        (
+            lambda: oracle.step_errors(sds.DDIM(), EDM, TWO_MODES, EDM.time_grid(4)),
+            TypeError,
+            "known for Gaussian data",
+        ),
     ],
 )
 def test_what_is_refused(call, error, message):

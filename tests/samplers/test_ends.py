@@ -140,6 +140,26 @@ def test_bad_settings(make, message):
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sds.DDIM("half"), "eta must be a number, got 'half' of type str"),
+        (lambda: sds.EDMHeun("5"), "churn must be a number"),
+        (lambda: sds.EDMHeun(5.0, 3.0), r"churn_range must be two noise levels, \(lowest, highest\), got 3.0"),
+        (lambda: sds.DPM2(5.0, (0.0, None)), r"churn_range\[1\] must be a number, got None"),
+        (lambda: sds.DormandPrince("1e-5"), "rtol must be a number"),
+    ],
+)
+def test_settings_of_a_wrong_kind(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_churn_range_may_be_a_list():
+    assert sds.EDMHeun(5.0, [0.1, 3.0]) == sds.EDMHeun(5.0, (0.1, 3.0))
+    assert len({sds.EDMHeun(5.0, [0.1, 3.0]), sds.EDMHeun(5.0, (0.1, 3.0))}) == 1
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"solver": sds.DPMSolverPP(2), "stochasticity": 1.0}, "DPMSolverPP integrates ODEs.*stochasticity=0"),
@@ -182,6 +202,49 @@ def test_equations_that_samplers_are_not_for():
     still = sds.LinearDiffusion(alpha=torch.ones_like, sigma=lambda t: torch.where(t < 0.5, t, 0.5 + 0 * t))
     with pytest.raises(ValueError, match=r"log-SNR does not change from t = 0.9 to 0.8"):
         sds.solve(still.probability_flow(score), x0, 0.9, 0.1, 8, solver=sds.DPMSolverPP(2))
+
+
+@pytest.mark.parametrize("solver", [sds.DPMSolverPP(2), sds.EDMHeun()], ids=repr)
+def test_states_inside_a_step_to_zero_noise(solver):
+    """A network's score, noise over noise level, does not exist at its end."""
+    process = sds.VP()
+    exact = DATA.score(process)
+    grid = sds.grids.with_zero(sds.grids.uniform_log_snr(process, 60, t1=0.01))
+
+    def score(x, t):
+        e = -process.sigma(t.clamp(min=1e-9)).to(x) * exact(x, t.clamp(min=1e-9))
+        return -e / process.sigma(t).to(x)
+
+    x0 = process.sample_prior((4, 3), seed=0, dtype=torch.float64)
+    flow = process.probability_flow(score)
+    sol = sds.solve(flow, x0, grid=grid, solver=solver, save_at=[0.01, 0.004, 0.0])
+    truth = DATA.flow(process)
+    inside, end = (
+        float((x - truth(sol.xs[0], 0.01, t)).abs().amax()) for x, t in zip(sol.xs[1:], (0.004, 1e-12), strict=True)
+    )
+    assert inside < 0.5 * end < 2e-3  # the step itself, Tweedie's formula, is off by more
+
+
+@pytest.mark.parametrize("solver", [sds.DPMSolverPP(2), sds.EDMHeun(), sds.Heun(), sds.EulerMaruyama()], ids=repr)
+@pytest.mark.parametrize("process", [sds.VP(), sds.EDM(), sds.OU()], ids=lambda p: type(p).__name__)
+def test_solve_refuses_times_that_the_process_does_not_have(process, solver):
+    x0 = torch.ones(2, 3)
+    flow = process.probability_flow(DATA.score(process))
+    for times in ([0.5, -0.1], [1.1 * process.t_max, 0.5]):
+        with pytest.raises(ValueError, match=r"lie within \[0, t_max = .* include (-0.1|1.1|5.5|88);.*larger t_max"):
+            sds.solve(flow, x0, *times, 4, solver=solver)
+        with pytest.raises(ValueError, match=r"lie within \[0, t_max"):
+            sds.solve(flow, x0, *times, solver=sds.DormandPrince())
+        with pytest.raises(ValueError, match=r"lie within \[0, t_max"):
+            sds.solve(flow, x0, grid=torch.tensor([[1.0, times[0]], [0.4, times[1]]]), solver=solver)
+
+
+def test_a_grid_in_float32_may_start_where_t_max_is_rounded_to():
+    process = sds.EDM(sigma_max=80.3)
+    grid = torch.linspace(80.3, 0.1, 4)
+    assert float(grid[0]) > process.t_max
+    x = sds.sample(process, DATA.score(process), (2, 3), grid=grid, seed=0, solver=sds.DDIM())
+    assert bool(x.isfinite().all())
 
 
 @pytest.mark.parametrize("solver", SAMPLERS, ids=repr)

@@ -122,3 +122,23 @@ def test_orders_that_show_on_a_narrow_span_alone(solver, stochasticity, order, d
     assert (solver.weak_order if stochasticity else solver.ode_order) == order
     fitted = fitted_order(solver, process, stochasticity, (128, 256, 512), data, narrow_grid)
     assert fitted == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        *((sds.DEIS(3), 2), (sds.LinearMultistep(4), 2), (sds.SASolver(3, 0), 2)),
+        *((sds.SASolver(3, 3), 3), (sds.UniPC(3), 3), (sds.DPMSolver(3), 3)),
+    ],
+    ids=repr,
+)
+def test_what_long_first_steps_leave_of_the_order(solver, order):
+    """Equal steps in the log-SNR: the first one, of order 1, has an error of second order, or of third if corrected."""
+    assert solver.ode_order >= order
+    data = sds.Gaussian(torch.tensor([0.7, -1.3]), torch.tensor([0.04, 1.44]))
+
+    def equal(process, steps):
+        return process.time_at_log_snr(torch.linspace(-1.0, 3.0, steps + 1, dtype=torch.float64))
+
+    fitted = fitted_order(solver, sds.VP(), 0.0, (256, 512), data, equal)
+    assert fitted == pytest.approx(order, abs=0.15)

@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from sdesolve import ODE, SDE, VP, DivergenceError, DormandPrince, Gaussian, GaussianMixture, sample, solve, tweedie
-from sdesolve.diffusions import EDM
+from sdesolve.diffusions import EDM, LinearDiffusion
 from sdesolve.sde import AbstractODE, per_sample
 
 DATA = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), 0.3)
@@ -263,6 +263,54 @@ def test_what_cannot_be_solved():
         solve(oscillator(), start(3), 0.0, 50.0, solver=DormandPrince(max_steps=7))
     with pytest.raises(RuntimeError, match=r"t = 0.5.*drift is not finite"):
         solve(ODE(lambda x, t: x * (0.5 - t).reshape(-1, 1).sqrt()), x0, 0.0, 1.0, solver=solver)
+
+
+@pytest.mark.parametrize(("n", "early"), [(40, 30), (16, 15)], ids=["of another size", "of a size that broadcasts"])
+def test_a_drift_that_knows_its_rows_later_alone(n, early):
+    """Guidance in an interval of time, say: while it is off, rows that arrived can leave, and then they cannot."""
+    rates, late = torch.linspace(1.0, 3.0, n, dtype=torch.float64)[:, None], []
+
+    def drift(x, t):
+        late.append(bool((t > 0.5).any()))
+        return -x * torch.where((t > 0.5)[:, None], rates, 1.0) if late[-1] else -x
+
+    x0, t1 = start(n), torch.full((n,), 0.2, dtype=torch.float64)
+    t1[early:] = 1.0
+    sol = solve(ODE(drift), x0, torch.zeros(n), t1, solver=DormandPrince(1e-9, 1e-9))
+    power = torch.where(t1[:, None] > 0.5, 0.5 + 0.5 * rates, t1[:, None])
+    torch.testing.assert_close(sol.x1, x0 * torch.exp(-power), rtol=0, atol=1e-6)
+    assert sol.stats.nfe == len(late)
+
+
+def test_an_error_of_the_drift_is_its_own():
+    def drift(x, t):
+        if bool((t > 0.5).any()):
+            raise LookupError("no such time")
+        return -x
+
+    t1 = torch.where(torch.arange(40) < 30, 0.2, 1.0)
+    with pytest.raises(LookupError, match="no such time"):
+        solve(ODE(drift), start(40), torch.zeros(40), t1, solver=DormandPrince())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_flow_of_ones_own_process(dtype):
+    """Its rates are derivatives by the time, which all samples have in common at the start."""
+    process = LinearDiffusion(lambda t: 1 - t, lambda t: t, t_max=0.99)
+    data = Gaussian(torch.tensor([1.0, -2.0]), torch.tensor([1.0, 0.04]))
+    x0 = process.sample_prior((5, 2), seed=0, dtype=dtype)
+    x = solve(process.probability_flow(data.score(process)), x0, 0.99, 1e-3, solver=DormandPrince(1e-6, 1e-7)).x1
+    (m0, v0), (m1, v1) = (data.moments(process, t) for t in (0.99, 1e-3))
+    torch.testing.assert_close(x.double(), m1 + (v1 / v0).sqrt() * (x0.double() - m0), rtol=0, atol=1e-4)
+
+
+def test_a_drift_may_differentiate_by_time():
+    def drift(x, t):
+        return per_sample(torch.func.jvp(torch.sin, (t,), (torch.ones_like(t),))[1], x).expand_as(x)
+
+    x0 = start(3)
+    x = solve(ODE(drift), x0, 0.0, 1.0, solver=DormandPrince(1e-9, 1e-9)).x1
+    torch.testing.assert_close(x, x0 + math.sin(1.0), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(
