@@ -11,12 +11,15 @@
     python -m benchmarks.compare A.json B.json --agree     # exits with 1 if ratios differ too far either way
 
 Files are those of ``pytest benchmarks --benchmark-json=``, of ``benchmarks/gpu.py`` and of ``--save``. A ratio is a
-contender's time over ours in the same round, so a ratio that falls is a regression, whoever got faster.
+contender's time over ours in the same round, so a ratio that falls is a regression, whoever got faster. What only the
+older file has is one too, unless ``--partial`` says that the newer run was to be shorter. Two machines are not compared
+(exit code 2, as for files that cannot be read), unless ``--across`` says that this is wanted.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -181,10 +184,23 @@ def changes(before: Report, after: Report, ratios_alone: bool = False) -> list[C
     return sorted(found, key=lambda change: change.factor)
 
 
-def _gone(before: Report, after: Report) -> list[str]:
-    """What was timed, and now is wrong."""
-    refused = {(r["problem"], r["contender"]) for r in after.refused if "problem" in r}
-    return [": ".join(key) for key in before.rows if key in refused]
+def _gone(before: Report, after: Report, partial: bool = False) -> list[str]:
+    """What was measured, and now is wrong, or is not there; with `partial` the former alone."""
+    refused = {(r["problem"], r["contender"]): r["why"] for r in after.refused if "problem" in r}
+    found = []
+    for problem, who in (*before.rows, *before.figures):
+        if (problem, who) in refused:
+            found.append(f"{problem}: {who}: {refused[problem, who]}")
+        elif not partial and (problem, who) not in after.rows.keys() | after.figures.keys():
+            found.append(f"{problem}: {who}: {after.missing.get(who, 'not in the newer file')}")
+    return found
+
+
+def _apart(before: Report, after: Report) -> list[str]:
+    """In what the machines of two reports differ, as far as both tell."""
+    names = ("processor", "cores", "cores_used", "torch_threads", "keeps_freed_memory")
+    pairs = ((name, before.machine.get(name), after.machine.get(name)) for name in names)
+    return [f"{name}: {a}, then {b}" for name, a, b in pairs if a is not None and b is not None and a != b]
 
 
 def _main(problem: str) -> bool:
@@ -206,13 +222,19 @@ def plot(report: Report, path: Path) -> None:
         }
         for suite, problems in report.suites().items()
     }
+    suites = {suite: shown for suite, problems in suites.items() if (shown := {p: c for p, c in problems.items() if c})}
+    if not suites:
+        raise ValueError("no ratio to draw: the file has none of a peer, or none of a problem that the picture shows")
     heights = [len(problems) + 1 for problems in suites.values()]
+    names = list(dict.fromkeys(n for problems in suites.values() for c in problems.values() for n in c))
+    legend = 0.22 * max(0, math.ceil(len(names) / 4) - 3)  # the first three lines fit into the inch that is there
     figure, axes = pyplot.subplots(
-        len(suites), figsize=(9, 0.28 * sum(heights) + 1), height_ratios=heights, sharex=True, squeeze=False,
+        len(suites), figsize=(9, 0.28 * sum(heights) + 1 + legend), height_ratios=heights, sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    names = list(dict.fromkeys(n for problems in suites.values() for c in problems.values() for n in c))
-    colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    # The first ten strong ones, then their pale ones; from the 21st on again.
+    pairs = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = dict(zip(names, itertools.cycle([*pairs[::2], *pairs[1::2]]), strict=False))
     for axis, (suite, problems) in zip(axes[:, 0], suites.items(), strict=True):
         for y, contenders in enumerate(problems.values()):
             for name, row in contenders.items():
@@ -231,7 +253,7 @@ def plot(report: Report, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 if something got worse than the limit allows."""
+    """The command line; 1 if something got worse than the limit allows, 2 if there is nothing to be said."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+", help="one result file, or the older and the newer")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
@@ -240,30 +262,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, metavar="FILE", help="the same in a smaller file")
     parser.add_argument("--limit", type=float, help=f"largest factor by which a ratio may fall; {_LIMIT} by default")
     parser.add_argument("--agree", action="store_true", help=f"either way, and {_AGREE} by default")
+    parser.add_argument("--partial", action="store_true", help="the newer file may lack what the older one has")
+    parser.add_argument("--across", action="store_true", help="compare files of different machines all the same")
     options = parser.parse_args(argv)
     if len(options.files) > 2:
         parser.error(f"one or two files, got {len(options.files)}")
-    limit = options.limit or (_AGREE if options.agree else _LIMIT)
+    if len(options.files) == 1 and (options.agree or options.limit is not None):
+        parser.error("--agree and --limit compare two files, got one")
+    limit = options.limit if options.limit is not None else _AGREE if options.agree else _LIMIT
     if not limit > 1:
         parser.error(f"--limit must be greater than 1, got {limit}")
-    reports = [load(path) for path in options.files]
-    if options.plot:
-        plot(reports[-1], options.plot)
-    if options.save:
-        reports[-1].save(options.save)
-    if options.into:
-        shown = f"\n\n![Time of each contender over ours]({options.plot})" if options.plot else ""
-        insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True) + shown)
+    try:
+        reports = [load(path) for path in options.files]
+        if len(reports) == 2 and not options.across and (apart := _apart(*reports)):
+            raise ValueError(f"two machines, whose ratios differ anyway ({'; '.join(apart)}); --across compares them")
+        if options.plot:
+            plot(reports[-1], options.plot)
+        if options.save:
+            reports[-1].save(options.save)
+        if options.into:
+            shown = f"\n\n![Time of each contender over ours]({options.plot})" if options.plot else ""
+            insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True) + shown)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if len(reports) == 1:
         print(markdown(reports[0]) if options.markdown else table(reports[0]))
         return 0
-    return _verdict(*reports, limit, options.agree)
+    return _verdict(*reports, limit, options.agree, options.partial)
 
 
-def _verdict(before: Report, after: Report, limit: float, both_ways: bool) -> int:
+def _verdict(before: Report, after: Report, limit: float, both_ways: bool, partial: bool) -> int:
     print(f"before: {_head(before.machine)}\nafter:  {_head(after.machine)}\n")
-    found, gone = changes(before, after, ratios_alone=both_ways), _gone(before, after)
-    bad = [c for c in found if c.factor < 1 / limit or (both_ways and c.factor > limit)]
+    found, gone = changes(before, after, ratios_alone=both_ways), _gone(before, after, partial)
+    bad = [c for c in found if not c.factor >= 1 / limit or (both_ways and c.factor > limit)]  # nan is bad
     print(f"{'better is more than 1':80}{'before':>10}{'after':>10}   factor")
     print("\n".join(map(str, found)))
     if found:

@@ -67,9 +67,18 @@ def load(path: Path) -> Report:
     """A result file.
 
     Raises:
-        ValueError: the file is of no kind known here.
+        OSError: it cannot be read.
+        ValueError: it is of no kind known here, or not whole.
     """
-    found = json.loads(path.read_text())
+    try:
+        return _report(json.loads(path.read_text()), path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON, or cut off: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} lacks parts of a result file: {type(error).__name__}: {error}") from error
+
+
+def _report(found: Any, path: Path) -> Report:
     if "infos" in found:
         report = Report.of(found["infos"], found["machine"], found["missing"], found["refused"])
         return dataclasses.replace(report, targets=found["targets"])
