@@ -31,6 +31,7 @@ __all__ = [
     "require",
     "row",
     "use_one_core",
+    "versions",
 ]
 
 BASELINE = "sdesolve"
@@ -204,17 +205,22 @@ def use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def describe() -> dict[str, Any]:
-    """Machine and versions, for the report."""
-    versions: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+    """Of the packages that take part; ``None`` for what is not there."""
+    found: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Machine and versions, for the report."""
     return {
         "processor": _processor(), "cores": os.cpu_count(), "cores_used": cores_used(),
         "torch_threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2), "python": sys.version.split()[0], "versions": versions,
+        "load_before": round(os.getloadavg()[0], 2), "python": sys.version.split()[0], "versions": versions(),
         "environment": {n: os.environ[n] for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ},
     }  # fmt: skip

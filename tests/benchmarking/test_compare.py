@@ -204,6 +204,15 @@ def test_a_report_from_a_gpu_has_the_same_rows(tmp_path):
     assert rows[GOAL, "torch loop"]["ratio"][1] == 9.0
 
 
+def test_goals_of_a_cpu_are_not_for_a_gpu(tmp_path):
+    file = tmp_path / "gpu.json"
+    target = {"target": "normal: write bandwidth", "got": 0.95, "verdict": "reached"}
+    found = {"machine": {"device": "a GPU", "stand_in": False}, "date": "2026-11-23", "targets": [target],
+             "measurements": [row("sdesolve", 1.0), row("torch loop", 9.0), row("diffrax", 9.0)]}  # fmt: skip
+    file.write_text(json.dumps(found))
+    assert compare.goals(report.load(file)) == [("normal: write bandwidth", "0.95", "reached")]
+
+
 def test_tables_go_between_markers(before, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- before.json -->\nstale\n<!-- /before.json -->\nbelow\n")
