@@ -82,6 +82,32 @@ def test_what_is_missing_or_fails_does_not_stop_the_others(problem):
         absent()
 
 
+@pytest.mark.parametrize("name", ["tired", "sdesolve"])
+def test_who_fails_after_its_check_does_not_stop_the_others(problem, name):
+    calls, released = iter(range(10)), []
+
+    def tired():
+        if next(calls) > 1:
+            raise RuntimeError("enough")
+        return chain()()
+
+    made = {"sdesolve": lambda: chain(), "right": lambda: chain(), name: lambda: tired}
+    release = {"release": lambda: released.append(True)}
+    found = compete(dataclasses.replace(problem, contenders=made, **release), **HASTE)
+    assert found[name].refused == "RuntimeError: enough"
+    assert (found["right"].timing is None) == (name == "sdesolve")
+    assert gc.get_freeze_count() == 0
+    assert released == [True]
+
+
+def test_a_name_that_nobody_has_is_refused(problem):
+    with pytest.raises(ValueError, match="no contender 'torch lop'; it has 'sdesolve', 'right'"):
+        compete(problem, {"torch lop"}, **HASTE)
+    nobody = dataclasses.replace(problem, contenders={"right": problem.contenders["right"]})
+    with pytest.raises(ValueError, match="no contender 'sdesolve'"):
+        compete(nobody, **HASTE)
+
+
 def test_a_limit_is_a_rate_of_which_ours_reaches_a_share(problem):
     limited = dataclasses.replace(problem, limits={"limit": registry.Limit(1.5, 12.0, "B")})
     timing_of = timing.Timing(seconds=[2.0, 4.0, 3.0], over_baseline=[0.2, 0.4, 0.3])
