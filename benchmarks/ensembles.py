@@ -165,7 +165,11 @@ def _torchsde(model: Model, x0: Tensor, params: Tensor | None, steps: int) -> Ca
 
     inner = _bound(model, x0, params)
     t0, t1 = model.span[0], model.until(steps)
-    sign = 1.0 if t1 > t0 else -1.0  # it goes forwards only: time is counted from the start
+    drift, diffusion = inner.drift, inner.diffusion
+    if t0 != 0 or t1 < t0:  # it goes forwards only: time is counted from the start, which costs others nothing
+        sign = 1.0 if t1 > t0 else -1.0
+        drift = lambda x, t: sign * inner.drift(x, t0 + sign * t)  # noqa: E731
+        diffusion = lambda x, t: inner.diffusion(x, t0 + sign * t)  # noqa: E731
     general = inner.noise is Noise.GENERAL
     g0 = inner.diffusion(x0, torch.tensor(t0, dtype=x0.dtype, device=x0.device))
 
@@ -173,10 +177,10 @@ def _torchsde(model: Model, x0: Tensor, params: Tensor | None, steps: int) -> Ca
         noise_type, sde_type = "general" if general else "diagonal", "ito"
 
         def f(self, t: Tensor, y: Tensor) -> Tensor:
-            return sign * inner.drift(y, t0 + sign * t)
+            return drift(y, t)
 
         def g(self, t: Tensor, y: Tensor) -> Tensor:
-            made: Tensor = inner.diffusion(y, t0 + sign * t)
+            made = diffusion(y, t)
             return made if general else made.expand_as(y)
 
     sde, end = Equation(), abs(t1 - t0)

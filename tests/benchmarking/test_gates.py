@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from benchmarks import ensembles, ops, registry, timing
+from benchmarks import ensembles, generative, ops, registry, timing
 from benchmarks.figures import FIGURES
 from benchmarks.gpu_ops import states
 from benchmarks.models import MODELS
@@ -135,6 +135,22 @@ def test_stored_moments_are_those_of_the_models(name, steps):
     reference = ensembles._reference(name, steps, width)
     assert ensembles.off(x.double(), reference, steps, 1e-7) is None
     assert ensembles.off(1.2 * x.double(), reference, steps, 1e-7) is not None
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("DDIM", 20), ("DPM-Solver++ 2M", 20), ("ancestral", 50)])
+def test_what_is_timed_of_a_sampler_is_what_is_checked(kind, steps):
+    """A call that draws nothing, too little, or the start alone, under a name that is known and one that is not."""
+    made = generative._sampler(kind, steps, CPU)
+    right = made.contenders["sdesolve"]()
+    drawn = right()
+    wrong = {
+        "nothing": torch.zeros_like(drawn), "the start": torch.randn_like(drawn), "half": drawn[:8],
+        "a little": 0.8 * drawn, "nan": math.nan * drawn,
+    }  # fmt: skip
+    for name in ("sdesolve", "somebody else's"):
+        assert made.check(name, right) is None
+        for label, result in wrong.items():
+            assert made.check(name, lambda result=result: result) is not None, label
 
 
 def test_the_law_of_a_step_is_told_from_others():
