@@ -50,6 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("benchmarks need pytest-benchmark; pip install 'sdesolve[bench]' has it, and the peers")
     config.stash[_ARENA] = Arena(config)
 
 
@@ -77,11 +79,13 @@ def outcomes(request: pytest.FixtureRequest, problem: str) -> dict[str, Outcome]
     return request.config.stash[_ARENA](problems()[problem], chosen)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info |= config.stash[_ARENA].machine
     del machine_info["node"]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     arena = config.stash[_ARENA]
     output_json |= {"missing": arena.missing, "refused": arena.refused}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +259,18 @@ def test_every_goal_belongs_to_something_in_the_quick_suite():
         assert isinstance(found, Problem)
         assert goal.contender in found.contenders, goal
         assert goal.contender in ("sdesolve", *found.quick), goal
+
+
+def test_the_example_for_contributors_runs(capsys):
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    hasty = code.replace("compete(problem, names)", "compete(problem, names, rounds=2, most=2)")
+    assert hasty != code
+    exec(compile(hasty, "CONTRIBUTING.md", "exec"), {})
+    shown = capsys.readouterr().out
+    for line in ("  linear, 16 x 256 ", "      mine ", "      torch loop ", "  distance, 65536 x 32 ", "      one draw "):
+        assert f"\n{line}" in shown, line
+    assert "NOT TIMED, as its result is wrong: distance, 65536 x 32 by squares: the mean distance" in shown
 
 
 def test_threads_are_put_back(problem):
