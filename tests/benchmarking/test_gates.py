@@ -126,6 +126,23 @@ def test_the_real_contenders_pass_their_gate():
     made.release()
 
 
+@pytest.mark.parametrize("name", ["linear", "mixture"])
+def test_torchsde_runs_as_its_documentation_says_is_fastest(name, monkeypatch):
+    """Its Brownian motion told the step and with a cache without bound; an equation that goes forwards as it stands."""
+    torchsde = pytest.importorskip("torchsde")
+    made, interval, solve = [], torchsde.BrownianInterval, torchsde.sdeint
+    monkeypatch.setattr(torchsde, "BrownianInterval", lambda *a, **k: made.append(k) or interval(*a, **k))
+    monkeypatch.setattr(torchsde, "sdeint", lambda sde, *a, **k: made.append((sde, k)) or solve(sde, *a, **k))
+    problem = ensembles.ensemble(name, 64, 8, CPU)
+    problem.contenders["torchsde"]()()
+    told, (sde, options) = made
+    assert told["dt"] == options["dt"] == pytest.approx((1.0 if name == "linear" else 0.999) / 8)
+    assert told["cache_size"] is None
+    x, t, model = torch.rand(64, 2), torch.tensor(0.25), MODELS[name]
+    right = model.sde(CPU).drift(x, t) if name == "linear" else -model.sde(CPU).drift(x, 1 - t)
+    assert torch.equal(sde.f(t, x), right)
+
+
 @pytest.mark.parametrize(("name", "steps"), ensembles.REFERENCED)
 def test_stored_moments_are_those_of_the_models(name, steps):
     """The plain loop, on other noise than the table's; and states that are a little off."""
@@ -268,7 +285,7 @@ def test_the_example_for_contributors_runs(capsys):
     assert hasty != code
     exec(compile(hasty, "CONTRIBUTING.md", "exec"), {})
     shown = capsys.readouterr().out
-    for line in ("  linear, 16 x 256 ", "      mine ", "      torch loop ", "  distance, 65536 x 32 ", "      one draw "):
+    for line in ("  linear, 16 x 256 ", "      mine ", "      torch loop ", "  distance, ", "      one draw "):
         assert f"\n{line}" in shown, line
     assert "NOT TIMED, as its result is wrong: distance, 65536 x 32 by squares: the mean distance" in shown
 
