@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.report import OURS, Record, Report, load
 
-__all__ = ["Change", "changes", "goals", "insert", "main", "markdown", "plot", "table"]
+__all__ = ["Change", "changes", "goals", "head", "insert", "main", "markdown", "plot", "table"]
 
 _LIMIT, _AGREE = 1.25, 1.15
 
@@ -36,7 +36,8 @@ def _kept_on_fewer(machine: Record) -> bool:
     return bool(machine.get("cores_used")) and machine["cores_used"] < machine["cores"]
 
 
-def _head(machine: Record) -> str:
+def head(machine: Record) -> str:
+    """A line: date, processor, cores and threads, load, versions."""
     names = ", ".join(f"{name} {v}" for name, v in machine.get("versions", {}).items() if v)
     threads = f", torch on {machine['torch_threads']} threads" if machine.get("torch_threads") else ""
     cores = f", {machine['cores_used']} of {machine['cores']} cores" if _kept_on_fewer(machine) else ""
@@ -61,7 +62,7 @@ def _limit(row: Record) -> str:
 
 def table(report: Report) -> str:
     """For a terminal: rows, figures, what is missing or refused, goals."""
-    lines = [_head(report.machine)]
+    lines = [head(report.machine)]
     for suite, problems in report.suites().items():
         lines += ["", f"{suite}"]
         for problem, contenders in problems.items():
@@ -87,7 +88,7 @@ def _refused(r: Record) -> str:
 
 def markdown(report: Report, brief: bool = False) -> str:
     """Goals, a table for each suite, figures; or of the suites those alone whose problems are whole computations."""
-    lines = [f"{_head(report.machine)}.", "", "| goal | got | |", "|---|---|---|"]
+    lines = [f"{head(report.machine)}.", "", "| goal | got | |", "|---|---|---|"]
     lines += [f"| {text} | {got} | {verdict} |" for text, got, verdict in goals(report)]
     for suite, problems in report.suites().items():
         if brief and suite not in ("ensembles", "generative", "problems"):
@@ -154,7 +155,10 @@ def goals(report: Report) -> list[tuple[str, str, str]]:
             wanted = f"at least {goal.least:g}"
         missed = f"missed, {wanted}" + (f": {goal.why}" if goal.why else "")
         verdict = "not measured" if got is None else "met" if met else missed
-        found.append((goal.text, "-" if got is None else f"{got:.3g}", verdict))
+        rounded = "-" if got is None else f"{got:.3g}"
+        if got is not None and not met and float(rounded) in (goal.most, goal.least):
+            rounded = f"{got:.4g}"
+        found.append((goal.text, rounded, verdict))
     return found
 
 
@@ -293,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verdict(before: Report, after: Report, limit: float, both_ways: bool, partial: bool) -> int:
-    print(f"before: {_head(before.machine)}\nafter:  {_head(after.machine)}\n")
+    print(f"before: {head(before.machine)}\nafter:  {head(after.machine)}\n")
     found, gone = changes(before, after, ratios_alone=both_ways), _gone(before, after, partial)
     bad = [c for c in found if not c.factor >= 1 / limit or (both_ways and c.factor > limit)]  # nan is bad
     print(f"{'better is more than 1':80}{'before':>10}{'after':>10}   factor")

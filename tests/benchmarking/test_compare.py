@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, report, scaling
+from benchmarks import compare, gpu_targets, report, scaling
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 GOAL = "linear, 8192 x 256"
 
 
@@ -227,6 +228,42 @@ def test_tables_go_between_markers(before, tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(before), "--into", str(page)])
     assert "must hold" in capsys.readouterr().err
+
+
+def block(name):
+    """Of the README, between the markers of a name."""
+    return (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+
+
+def test_the_tables_that_are_shown_are_those_of_the_files():
+    """What `make bench-record` writes; by the commands in the heads of `compare` and `scaling`, without measuring."""
+    kept = report.load(RESULTS / "cpu.json")
+    whole, short = compare.markdown(kept), compare.markdown(kept, brief=True)
+    assert (RESULTS / "cpu.md").read_text() == f"{whole}\n"
+    assert block("cpu.json") == f"{short}\n\n![Time of each contender over ours](assets/ratios.png)".strip()
+    found = json.loads((RESULTS / "scaling_cpu.json").read_text())
+    assert block("scaling_cpu.json") == scaling.markdown(found, Path("assets/scaling.png")).strip()
+    if not (RESULTS / "gpu.json").exists():
+        shown = block("gpu.json").splitlines()
+        for target in gpu_targets.judge([], [], stand_in=False):
+            assert f"| {target['target']}, at least {target['wanted']:g} | - | not measured yet |" in shown
+
+
+def test_what_is_missed_has_a_reason():
+    for text, got, verdict in compare.goals(report.load(RESULTS / "cpu.json")):
+        if verdict != "met":
+            assert verdict.startswith("missed, at ")
+            assert ": " in verdict, text
+            assert got not in verdict.split(":")[0].split(), f"{text}: {got} looks as if it were met"
+
+
+def test_scaling_is_drawn_again_without_measuring(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "sweep", None)
+    file = tmp_path / "scaling_cpu.json"
+    file.write_text((RESULTS / "scaling_cpu.json").read_text())
+    scaling.main(["--redraw", "--json", str(file), "--plot", str(tmp_path / "scaling.png")])
+    assert "peak memory" in capsys.readouterr().out
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
 def test_another_file_is_refused(tmp_path):
