@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sdesolve as sds
 from benchmarks import ensembles, generative, ops, registry, timing
 from benchmarks.figures import FIGURES
 from benchmarks.gpu_ops import states
@@ -124,6 +125,42 @@ def test_the_real_contenders_pass_their_gate():
     for name in ("sdesolve", "sdesolve eager", "torch loop"):
         assert made.check(name, made.contenders[name]()) is None
     made.release()
+
+
+@pytest.mark.parametrize(("name", "paths", "steps"), [("linear", 8192, 64), ("linear", 16, 64), ("stress", 6720, 200)])
+def test_noise_that_is_small_beside_the_mean_has_to_be_there(name, paths, steps):
+    """Averages of x and x^2 do not see it: it is 1% of the linear equation's mean, and less than a sweep's spread."""
+    made, model = ensembles.ensemble(name, paths, steps, CPU), MODELS[name]
+
+    def noisy(scale):
+        torch.manual_seed(1)
+        if name == "stress":
+            params = model.params(paths, CPU) * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, scale])
+            return ensembles.plain_loop(model, model.start(paths, CPU), params, steps, lambda f: f)()
+        sde = sds.SDE(model.sde(CPU).drift, lambda x, t: scale * 0.01 * x, noise="diagonal")
+        other = dataclasses.replace(model, sde=lambda device: sde, steps=steps)
+        return ensembles.plain_loop(other, model.start(paths, CPU), None, steps, lambda f: f)()
+
+    assert made.check("right", lambda: noisy(1.0)) is None
+    for scale in (0.0,) if paths == 16 else (0.0, 0.7, 1.4):
+        assert made.check("wrong", lambda scale=scale: noisy(scale)) is not None, scale
+    made.release()
+
+
+def test_another_draw_of_the_same_laws_is_not_told_from_them():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-3, 3, 5000)[:, None]
+    one, other, third = (scale * torch.randn(5000, 2, generator=generator) + 1 / scale for _ in range(3))
+    assert ensembles.unlike(third, one, other) is None
+    for wrong in (
+        one,
+        other,
+        1 / scale.expand(-1, 2),
+        third + scale,
+        1.5 * (third - 1 / scale) + 1 / scale,
+        one * math.nan,
+    ):
+        assert ensembles.unlike(wrong, one, other) is not None
 
 
 @pytest.mark.parametrize("name", ["linear", "mixture"])
