@@ -57,7 +57,10 @@ def _cell(row: Record) -> str:
 
 
 def _limit(row: Record) -> str:
-    return f"{row['limit'] / 1e9:.3g} G{row['limit_unit']}" if "limit" in row else "it"
+    if "limit" not in row:
+        return "it"
+    thousands = min(3, max(0, math.floor(math.log10(row["limit"]) / 3)))
+    return f"{row['limit'] / 1000**thousands:.3g} {('', 'k', 'M', 'G')[thousands]}{row['limit_unit']}"
 
 
 def table(report: Report) -> str:
@@ -137,7 +140,10 @@ def goals(report: Report) -> list[tuple[str, str, str]]:
         return []
     from benchmarks.suite import GOALS  # it takes a second: torch and all problems
 
-    found = [(t["target"], "-" if t["got"] is None else f"{t['got']:.3g}", t["verdict"]) for t in report.targets]
+    found = [
+        (f"{t['target']}, at least {t['wanted']:g}", "-" if t["got"] is None else f"{t['got']:.3g}", t["verdict"])
+        for t in report.targets
+    ]
     if "stand_in" in report.machine:
         return found
     problems = {problem for problem, _ in report.rows} | {name for name, _ in report.figures}

@@ -5,8 +5,12 @@ Equations are written once more in ``jax.numpy``, on one path: ``drift(x, t, p)`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+# Before its first import, or it takes three quarters of a GPU's memory, which torch needs too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import diffrax
 import jax

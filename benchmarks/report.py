@@ -101,7 +101,11 @@ def _report(found: Any, path: Path) -> Report:
     if "measurements" in found:
         machine = found["machine"] | {"date": found["date"], "processor": found["machine"].get("device", "?")}
         infos = [record for m in found["measurements"] for record in (m, *_from_device(m))]
-        report = Report.of(infos, machine, found.get("missing_peers", {}), found.get("refused", []))
+        missing = dict(found.get("missing_peers", {}))
+        missing |= {n: s["status"] for n, s in found.get("sections", {}).items() if s["status"] != "done"}
+        if found.get("dropped"):
+            missing["sections"] = f"no time was left for {'; '.join(found['dropped'])}"
+        report = Report.of(infos, machine, missing, found.get("refused", []))
         return dataclasses.replace(report, targets=found.get("targets", []))
     raise ValueError(f"{path} is not from pytest --benchmark-json, benchmarks/gpu.py or benchmarks.compare --save")
 

@@ -207,11 +207,34 @@ def test_a_report_from_a_gpu_has_the_same_rows(tmp_path):
 
 def test_goals_of_a_cpu_are_not_for_a_gpu(tmp_path):
     file = tmp_path / "gpu.json"
-    target = {"target": "normal: write bandwidth", "got": 0.95, "verdict": "reached"}
+    target = {"target": "normal: write bandwidth", "wanted": 0.9, "got": 0.95, "verdict": "reached"}
     found = {"machine": {"device": "a GPU", "stand_in": False}, "date": "2026-11-23", "targets": [target],
              "measurements": [row("sdesolve", 1.0), row("torch loop", 9.0), row("diffrax", 9.0)]}  # fmt: skip
     file.write_text(json.dumps(found))
-    assert compare.goals(report.load(file)) == [("normal: write bandwidth", "0.95", "reached")]
+    assert compare.goals(report.load(file)) == [("normal: write bandwidth, at least 0.9", "0.95", "reached")]
+
+
+def test_what_a_gpu_run_had_no_time_for_is_named(tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    sections = {"checks": {"status": "done"}, "sampler": {"status": "failed"}, "scaling": {"status": "running"}}
+    found = {"machine": {"device": "a GPU", "stand_in": False}, "date": "2026-11-23", "targets": [], "sections": sections,
+             "measurements": [row("torch loop", 9.0)], "dropped": ["large, 1024 MiB, float32", "trajectories"],
+             "missing_peers": {"diffrax": "not installed: diffrax"}}  # fmt: skip
+    file.write_text(json.dumps(found))
+    for options in ([], ["--markdown"]):
+        assert compare.main([str(file), *options]) == 0
+        shown = capsys.readouterr().out.lower()
+        for what in ("diffrax (not installed: diffrax)", "sampler (failed)", "scaling (running)",
+                     "sections (no time was left for large, 1024 mib, float32; trajectories)"):  # fmt: skip
+            assert f"missing: {what}" in shown
+
+
+@pytest.mark.parametrize(
+    ("limit", "shown"),
+    [(2.5e9, "2.5 Gnormals/s"), (27.4e6, "27.4 Mnormals/s"), (4087.0, "4.09 knormals/s"), (0.5, "0.5 normals/s")],
+)
+def test_limits_have_the_prefix_that_fits(limit, shown):
+    assert compare._limit({"limit": limit, "limit_unit": "normals/s"}) == shown
 
 
 def test_tables_go_between_markers(before, tmp_path, capsys):
