@@ -217,8 +217,9 @@ def test_goals_of_a_cpu_are_not_for_a_gpu(tmp_path):
 def test_what_a_gpu_run_had_no_time_for_is_named(tmp_path, capsys):
     file = tmp_path / "gpu.json"
     sections = {"checks": {"status": "done"}, "sampler": {"status": "failed"}, "scaling": {"status": "running"}}
-    found = {"machine": {"device": "a GPU", "stand_in": False}, "date": "2026-11-23", "targets": [], "sections": sections,
-             "measurements": [row("torch loop", 9.0)], "dropped": ["large, 1024 MiB, float32", "trajectories"],
+    found = {"machine": {"device": "a GPU", "stand_in": False}, "date": "2026-11-23", "targets": [],
+             "sections": sections, "measurements": [row("torch loop", 9.0)],
+             "dropped": ["large, 1024 MiB, float32", "trajectories"],
              "missing_peers": {"diffrax": "not installed: diffrax"}}  # fmt: skip
     file.write_text(json.dumps(found))
     for options in ([], ["--markdown"]):
