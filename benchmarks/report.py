@@ -85,17 +85,11 @@ def _report(found: Any, path: Path) -> Report:
     if "benchmarks" in found:
         infos = [b["extra_info"] for b in found["benchmarks"]]
         kept = (
-            "processor",
-            "cores",
-            "cores_used",
-            "keeps_freed_memory",
-            "torch_threads",
-            "load_before",
-            "python",
-            "versions",
+            *("processor", "cores", "cores_used", "keeps_freed_memory", "torch_threads", "python", "versions"),
             "environment",
         )
         machine = {name: found["machine_info"].get(name) for name in kept}
+        machine["load_before"] = found.get("load_before")
         machine |= {"date": found["datetime"][:10], "commit": found["commit_info"].get("id", "")[:9]}
         return Report.of(infos, machine, found.get("missing", {}), found.get("refused", []))
     if "measurements" in found:
