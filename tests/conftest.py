@@ -34,6 +34,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[NOT_RUN] = [item.name for item in left_out]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session.config.workeroutput["not_run"] = session.config.stash.get(NOT_RUN, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """A worker of pytest-xdist is done. Each of them collects everything, so that any one knows what was left out."""
+    if error is None:
+        node.config.stash[NOT_RUN] = node.workeroutput["not_run"]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         names = ", ".join(config.stash.get(NOT_RUN, [])) or "none of those chosen"

@@ -312,7 +312,9 @@ def test_fits_find_cost_slope_and_knee():
 def test_the_suite_runs_and_leaves_a_file(tmp_path):
     """Rounds shared by contenders, times told to pytest-benchmark, what is missing or wrong in the file."""
     out = tmp_path / "out.json"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    # pytest-benchmark times nothing in what it takes for a worker of pytest-xdist
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "benchmarks/test_suite.py", "--hasty", "-q", "-p", "no:cacheprovider",
                "-k", "(normal and 1024 and x and 2 and float32 and not 4096)", f"--benchmark-json={out}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -184,12 +184,12 @@ def test_probes_go_with_their_samples_when_others_have_arrived(law):
 
     x = torch.cat([X, 30 * X[:8]])
     how = {"divergence": law, "seed": 6, "ending": "density"}
-    ours = estimate_likelihood(VP, score, x, solver=sds.DormandPrince(1e-9, 1e-9), t_min=1e-2, **how)
+    ours = estimate_likelihood(VP, score, x, solver=sds.DormandPrince(1e-7, 1e-7), t_min=1e-2, **how)
     assert sum(size < len(x) for size in sizes) > 6  # one that found other slopes would be the last
-    grid = sds.grids.uniform_log_snr(VP, 400, t1=1e-2)
+    grid = sds.grids.uniform_log_snr(VP, 200, t1=1e-2)
     fixed = estimate_likelihood(VP, score, x, solver=sds.RK4(), grid=grid, **how)
-    torch.testing.assert_close(ours.log_prob, fixed.log_prob, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(ours.standard_error, fixed.standard_error, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.log_prob, fixed.log_prob, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours.standard_error, fixed.standard_error, rtol=1e-4, atol=1e-4)
 
 
 @processes
