@@ -11,12 +11,15 @@
     python -m benchmarks.compare A.json B.json --agree     # exits with 1 if ratios differ too far either way
 
 Files are those of ``pytest benchmarks --benchmark-json=``, of ``benchmarks/gpu.py`` and of ``--save``. A ratio is a
-contender's time over ours in the same round, so a ratio that falls is a regression, whoever got faster.
+contender's time over ours in the same round, so a ratio that falls is a regression, whoever got faster. What only the
+older file has is one too, unless ``--partial`` says that the newer run was to be shorter. Two machines are not compared
+(exit code 2, as for files that cannot be read), unless ``--across`` says that this is wanted.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.report import OURS, Record, Report, load
 
-__all__ = ["Change", "changes", "goals", "insert", "main", "markdown", "plot", "table"]
+__all__ = ["Change", "changes", "goals", "head", "insert", "main", "markdown", "plot", "table"]
 
 _LIMIT, _AGREE = 1.25, 1.15
 
@@ -33,9 +36,9 @@ def _kept_on_fewer(machine: Record) -> bool:
     return bool(machine.get("cores_used")) and machine["cores_used"] < machine["cores"]
 
 
-def _head(machine: Record) -> str:
-    versions = machine.get("versions") or {n: machine[n] for n in ("torch", "triton", "numba") if n in machine}
-    names = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
+def head(machine: Record) -> str:
+    """A line: date, processor, cores and threads, load, versions."""
+    names = ", ".join(f"{name} {v}" for name, v in machine.get("versions", {}).items() if v)
     threads = f", torch on {machine['torch_threads']} threads" if machine.get("torch_threads") else ""
     cores = f", {machine['cores_used']} of {machine['cores']} cores" if _kept_on_fewer(machine) else ""
     load = f", load {machine['load_before']} before the run" if machine.get("load_before") is not None else ""
@@ -54,12 +57,15 @@ def _cell(row: Record) -> str:
 
 
 def _limit(row: Record) -> str:
-    return f"{row['limit'] / 1e9:.3g} G{row['limit_unit']}" if "limit" in row else "it"
+    if "limit" not in row:
+        return "it"
+    thousands = min(3, max(0, math.floor(math.log10(row["limit"]) / 3)))
+    return f"{row['limit'] / 1000**thousands:.3g} {('', 'k', 'M', 'G')[thousands]}{row['limit_unit']}"
 
 
 def table(report: Report) -> str:
     """For a terminal: rows, figures, what is missing or refused, goals."""
-    lines = [_head(report.machine)]
+    lines = [head(report.machine)]
     for suite, problems in report.suites().items():
         lines += ["", f"{suite}"]
         for problem, contenders in problems.items():
@@ -85,7 +91,7 @@ def _refused(r: Record) -> str:
 
 def markdown(report: Report, brief: bool = False) -> str:
     """Goals, a table for each suite, figures; or of the suites those alone whose problems are whole computations."""
-    lines = [f"{_head(report.machine)}.", "", "| goal | got | |", "|---|---|---|"]
+    lines = [f"{head(report.machine)}.", "", "| goal | got | |", "|---|---|---|"]
     lines += [f"| {text} | {got} | {verdict} |" for text, got, verdict in goals(report)]
     for suite, problems in report.suites().items():
         if brief and suite not in ("ensembles", "generative", "problems"):
@@ -128,13 +134,18 @@ def _brief(row: Record | None) -> str:
 def goals(report: Report) -> list[tuple[str, str, str]]:
     """Each goal whose problem took part: what is wanted, what was found, and the verdict.
 
-    None for a process that was kept from some of the machine's cores.
+    None for a process that was kept from some of the machine's cores; a run of `gpu` has judged goals of its own.
     """
     if _kept_on_fewer(report.machine):
         return []
+    found = [
+        (f"{t['target']}, at least {t['wanted']:g}", "-" if t["got"] is None else f"{t['got']:.3g}", t["verdict"])
+        for t in report.targets
+    ]
+    if "stand_in" in report.machine:
+        return found
     from benchmarks.suite import GOALS  # it takes a second: torch and all problems
 
-    found = [(t["target"], "-" if t["got"] is None else f"{t['got']:.3g}", t["verdict"]) for t in report.targets]
     problems = {problem for problem, _ in report.rows} | {name for name, _ in report.figures}
     for goal in GOALS:
         if goal.problem not in problems:
@@ -150,7 +161,10 @@ def goals(report: Report) -> list[tuple[str, str, str]]:
             wanted = f"at least {goal.least:g}"
         missed = f"missed, {wanted}" + (f": {goal.why}" if goal.why else "")
         verdict = "not measured" if got is None else "met" if met else missed
-        found.append((goal.text, "-" if got is None else f"{got:.3g}", verdict))
+        rounded = "-" if got is None else f"{got:.3g}"
+        if got is not None and not met and float(rounded) in (goal.most, goal.least):
+            rounded = f"{got:.4g}"
+        found.append((goal.text, rounded, verdict))
     return found
 
 
@@ -181,10 +195,23 @@ def changes(before: Report, after: Report, ratios_alone: bool = False) -> list[C
     return sorted(found, key=lambda change: change.factor)
 
 
-def _gone(before: Report, after: Report) -> list[str]:
-    """What was timed, and now is wrong."""
-    refused = {(r["problem"], r["contender"]) for r in after.refused if "problem" in r}
-    return [": ".join(key) for key in before.rows if key in refused]
+def _gone(before: Report, after: Report, partial: bool = False) -> list[str]:
+    """What was measured, and now is wrong, or is not there; with `partial` the former alone."""
+    refused = {(r["problem"], r["contender"]): r["why"] for r in after.refused if "problem" in r}
+    found = []
+    for problem, who in (*before.rows, *before.figures):
+        if (problem, who) in refused:
+            found.append(f"{problem}: {who}: {refused[problem, who]}")
+        elif not partial and (problem, who) not in after.rows.keys() | after.figures.keys():
+            found.append(f"{problem}: {who}: {after.missing.get(who, 'not in the newer file')}")
+    return found
+
+
+def _apart(before: Report, after: Report) -> list[str]:
+    """In what the machines of two reports differ, as far as both tell."""
+    names = ("processor", "cores", "cores_used", "torch_threads", "keeps_freed_memory")
+    pairs = ((name, before.machine.get(name), after.machine.get(name)) for name in names)
+    return [f"{name}: {a}, then {b}" for name, a, b in pairs if a is not None and b is not None and a != b]
 
 
 def _main(problem: str) -> bool:
@@ -206,13 +233,19 @@ def plot(report: Report, path: Path) -> None:
         }
         for suite, problems in report.suites().items()
     }
+    suites = {suite: shown for suite, problems in suites.items() if (shown := {p: c for p, c in problems.items() if c})}
+    if not suites:
+        raise ValueError("no ratio to draw: the file has none of a peer, or none of a problem that the picture shows")
     heights = [len(problems) + 1 for problems in suites.values()]
+    names = list(dict.fromkeys(n for problems in suites.values() for c in problems.values() for n in c))
+    legend = 0.22 * max(0, math.ceil(len(names) / 4) - 3)  # the first three lines fit into the inch that is there
     figure, axes = pyplot.subplots(
-        len(suites), figsize=(9, 0.28 * sum(heights) + 1), height_ratios=heights, sharex=True, squeeze=False,
+        len(suites), figsize=(9, 0.28 * sum(heights) + 1 + legend), height_ratios=heights, sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    names = list(dict.fromkeys(n for problems in suites.values() for c in problems.values() for n in c))
-    colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    # The first ten strong ones, then their pale ones; from the 21st on again.
+    pairs = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = dict(zip(names, itertools.cycle([*pairs[::2], *pairs[1::2]]), strict=False))
     for axis, (suite, problems) in zip(axes[:, 0], suites.items(), strict=True):
         for y, contenders in enumerate(problems.values()):
             for name, row in contenders.items():
@@ -231,7 +264,7 @@ def plot(report: Report, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 if something got worse than the limit allows."""
+    """The command line; 1 if something got worse than the limit allows, 2 if there is nothing to be said."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+", help="one result file, or the older and the newer")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
@@ -240,30 +273,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, metavar="FILE", help="the same in a smaller file")
     parser.add_argument("--limit", type=float, help=f"largest factor by which a ratio may fall; {_LIMIT} by default")
     parser.add_argument("--agree", action="store_true", help=f"either way, and {_AGREE} by default")
+    parser.add_argument("--partial", action="store_true", help="the newer file may lack what the older one has")
+    parser.add_argument("--across", action="store_true", help="compare files of different machines all the same")
     options = parser.parse_args(argv)
     if len(options.files) > 2:
         parser.error(f"one or two files, got {len(options.files)}")
-    limit = options.limit or (_AGREE if options.agree else _LIMIT)
+    if len(options.files) == 1 and (options.agree or options.limit is not None):
+        parser.error("--agree and --limit compare two files, got one")
+    limit = options.limit if options.limit is not None else _AGREE if options.agree else _LIMIT
     if not limit > 1:
         parser.error(f"--limit must be greater than 1, got {limit}")
-    reports = [load(path) for path in options.files]
-    if options.plot:
-        plot(reports[-1], options.plot)
-    if options.save:
-        reports[-1].save(options.save)
-    if options.into:
-        shown = f"\n\n![Time of each contender over ours]({options.plot})" if options.plot else ""
-        insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True) + shown)
+    try:
+        reports = [load(path) for path in options.files]
+        if len(reports) == 2 and not options.across and (apart := _apart(*reports)):
+            raise ValueError(f"two machines, whose ratios differ anyway ({'; '.join(apart)}); --across compares them")
+        if options.plot:
+            plot(reports[-1], options.plot)
+        if options.save:
+            reports[-1].save(options.save)
+        if options.into:
+            shown = f"\n\n![Time of each contender over ours]({options.plot})" if options.plot else ""
+            insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True) + shown)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if len(reports) == 1:
         print(markdown(reports[0]) if options.markdown else table(reports[0]))
         return 0
-    return _verdict(*reports, limit, options.agree)
+    return _verdict(*reports, limit, options.agree, options.partial)
 
 
-def _verdict(before: Report, after: Report, limit: float, both_ways: bool) -> int:
-    print(f"before: {_head(before.machine)}\nafter:  {_head(after.machine)}\n")
-    found, gone = changes(before, after, ratios_alone=both_ways), _gone(before, after)
-    bad = [c for c in found if c.factor < 1 / limit or (both_ways and c.factor > limit)]
+def _verdict(before: Report, after: Report, limit: float, both_ways: bool, partial: bool) -> int:
+    print(f"before: {head(before.machine)}\nafter:  {head(after.machine)}\n")
+    found, gone = changes(before, after, ratios_alone=both_ways), _gone(before, after, partial)
+    bad = [c for c in found if not c.factor >= 1 / limit or (both_ways and c.factor > limit)]  # nan is bad
     print(f"{'better is more than 1':80}{'before':>10}{'after':>10}   factor")
     print("\n".join(map(str, found)))
     if found:

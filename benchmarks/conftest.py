@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import Any
 
 import pytest
@@ -50,6 +52,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("benchmarks need pytest-benchmark; pip install 'sdesolve[bench]' has it, and the peers")
+    # `--benchmark-compare` warns of another machine, at this point; an error, as warnings are here, would end the run.
+    category = importlib.import_module("pytest_benchmark.logger").PytestBenchmarkWarning
+    warnings.filterwarnings("default", category=category)
     config.stash[_ARENA] = Arena(config)
 
 
@@ -77,14 +84,18 @@ def outcomes(request: pytest.FixtureRequest, problem: str) -> dict[str, Outcome]
     return request.config.stash[_ARENA](problems()[problem], chosen)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info |= config.stash[_ARENA].machine
-    del machine_info["node"]
+    del machine_info["node"], machine_info["load_before"]  # or no two runs are of one machine
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     arena = config.stash[_ARENA]
-    output_json |= {"missing": arena.missing, "refused": arena.refused}
+    output_json |= {
+        "missing": arena.missing, "refused": arena.refused, "load_before": arena.machine["load_before"],
+    }  # fmt: skip
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

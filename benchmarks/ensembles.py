@@ -23,7 +23,7 @@ from benchmarks.registry import BASELINE, Build, Call, Limit, Problem, require
 from benchmarks.timing import THREADED
 from sdesolve.sde import AbstractSDE, Noise
 
-__all__ = ["REFERENCES", "Reference", "ensemble", "ensembles", "plain_loop", "statistics_of", "tensor_of"]
+__all__ = ["REFERENCES", "Reference", "ensemble", "ensembles", "plain_loop", "statistics_of", "tensor_of", "unlike"]
 
 REFERENCES = Path(__file__).parent / "results" / "references.json"
 _MOST_CAPTURED = 4096  # steps in a CUDA graph, of some launches each
@@ -49,19 +49,41 @@ def statistics_of(x: Tensor) -> Tensor:
 
 
 def off(x: Tensor, reference: Reference, steps: int, eps: float) -> str | None:
-    """What is wrong with last states: averages further than five standard errors, and rounding, from their values."""
+    """What is wrong with last states: averages further than five standard errors, and rounding, from their values.
+
+    Those of ``x``, of ``x^2``, and of ``(x - mean)^2``, where noise shows that is small beside the mean. The last one's
+    standard error comes from the states themselves: it vanishes with the noise, so that none at all is never right.
+    """
     if not bool(x.isfinite().all()):
         return "not finite"
-    mean = statistics_of(x).mean(0)
-    allowed = 5 * reference.deviation * (1 / len(x) + 1 / reference.paths) ** 0.5
-    allowed = allowed + 4 * eps * steps**0.5 * (reference.value.abs() + reference.deviation)
-    error = (mean - reference.value).abs() / allowed
+    width, share = x.shape[1], (1 / len(x) + 1 / reference.paths) ** 0.5
+    mean, square = reference.value[:width], reference.value[width:]
+    rounding = 4 * eps * steps**0.5 * (reference.value.abs() + reference.deviation)
+    error = (statistics_of(x).mean(0) - reference.value).abs() / (5 * reference.deviation * share + rounding)
+    apart, spread = (x - mean).square(), square - mean.square()
+    slack = rounding[:width] * (2 * spread.abs().sqrt() + rounding[:width])
+    few = 1 + 100 / len(x)  # of few states the standard error itself is uncertain
+    beside = (apart.mean(0) - spread).abs() / (5 * few * apart.std(0) * share + slack)
+    error = torch.cat([error, beside])
     if float(error.max()) <= 1:
         return None
     worst = int(error.argmax())
-    width = x.shape[1]
-    which = f"x{worst % width}{'^2' if worst >= width else ''}"
+    which = ("x{}", "x{}^2", "(x{} - mean)^2")[worst // width].format(worst % width)
     return f"the mean of {which} is {5 * float(error[worst]):.1f} standard errors off"
+
+
+def unlike(x: Tensor, one: Tensor, other: Tensor) -> str | None:
+    """What tells last states from one more draw, path by path, of the laws of which `one` and `other` are draws.
+
+    If the three are alike, each is as often nearer to `one` as the other is: a fair coin for every path, whatever the
+    law, so parameters may differ from path to path.
+    """
+    for i in range(x.shape[1]):
+        nearer = (x[:, i] - one[:, i]).abs() < (other[:, i] - one[:, i]).abs()
+        score = float(nearer.double().mean() - 0.5) * 2 * len(x) ** 0.5
+        if not abs(score) <= 5:
+            return f"x{i} is nearer to another run, or further from it, than chance allows: {score:.1f} standard errors"
+    return None
 
 
 def _chain(mean: float, square: float, fourth: float, width: int) -> Reference:
@@ -165,7 +187,11 @@ def _torchsde(model: Model, x0: Tensor, params: Tensor | None, steps: int) -> Ca
 
     inner = _bound(model, x0, params)
     t0, t1 = model.span[0], model.until(steps)
-    sign = 1.0 if t1 > t0 else -1.0  # it goes forwards only: time is counted from the start
+    drift, diffusion = inner.drift, inner.diffusion
+    if t0 != 0 or t1 < t0:  # it goes forwards only: time is counted from the start, which costs others nothing
+        sign = 1.0 if t1 > t0 else -1.0
+        drift = lambda x, t: sign * inner.drift(x, t0 + sign * t)  # noqa: E731
+        diffusion = lambda x, t: inner.diffusion(x, t0 + sign * t)  # noqa: E731
     general = inner.noise is Noise.GENERAL
     g0 = inner.diffusion(x0, torch.tensor(t0, dtype=x0.dtype, device=x0.device))
 
@@ -173,20 +199,23 @@ def _torchsde(model: Model, x0: Tensor, params: Tensor | None, steps: int) -> Ca
         noise_type, sde_type = "general" if general else "diagonal", "ito"
 
         def f(self, t: Tensor, y: Tensor) -> Tensor:
-            return sign * inner.drift(y, t0 + sign * t)
+            return drift(y, t)
 
         def g(self, t: Tensor, y: Tensor) -> Tensor:
-            made: Tensor = inner.diffusion(y, t0 + sign * t)
+            made = diffusion(y, t)
             return made if general else made.expand_as(y)
 
-    sde, end = Equation(), abs(t1 - t0)
-    ts = torch.tensor([0.0, end], device=x0.device)
+    sde, ts = Equation(), torch.tensor([0.0, abs(t1 - t0)], device=x0.device)
+    end = float(ts[-1])  # as it is rounded, or the last query lies beyond the interval
     size = (len(x0), g0.shape[-1] if general else x0.shape[1])
 
     @torch.no_grad()
     def run() -> Tensor:
-        # A step for each interval asked for, and no cache of intervals to come back to: its quickest settings.
-        bm = torchsde.BrownianInterval(0.0, end, size=size, dtype=x0.dtype, device=x0.device, cache_size=None)
+        # Told the step, and with a cache without bound, as its documentation advises for speed: without the former
+        # its tree of intervals grows into a chain, and a run takes 1.3 to 3 times as long.
+        bm = torchsde.BrownianInterval(
+            0.0, end, size=size, dtype=x0.dtype, device=x0.device, dt=end / steps, cache_size=None
+        )
         last: Tensor = torchsde.sdeint(sde, x0, ts, bm=bm, method="euler", dt=end / steps)[-1]
         return last
 
@@ -255,12 +284,27 @@ def ensemble(
 
         return build
 
+    @functools.cache
+    def pair() -> tuple[Tensor, Tensor]:
+        """Two runs of the plain loop in float64: a sweep's own spread hides the noise from averages."""
+        x0, params = (None if v is None else v.cpu().double() for v in start())
+        assert x0 is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            one, other = (plain_loop(model, x0, params, steps, lambda f: f)() for _ in range(2))
+        return one, other
+
+    def release() -> None:
+        start.cache_clear()
+        pair.cache_clear()
+
     def check(contender: str, call: Call) -> str | None:
         del contender
         x = tensor_of(call())
         if x.shape != (paths, start()[0].shape[1]):
             return f"shape {tuple(x.shape)}, expected {(paths, start()[0].shape[1])}"
-        return off(x, _reference(name, steps, x.shape[1]), steps, torch.finfo(torch.float32).eps)
+        wrong = off(x, _reference(name, steps, x.shape[1]), steps, torch.finfo(torch.float32).eps)
+        return wrong or (unlike(x, *pair()) if model.params is not None else None)
 
     components = name in ("linear", "geometric", "ou")
     count = model.start(1, device).shape[1]
@@ -276,7 +320,7 @@ def ensemble(
     return Problem(
         f"{label}, {paths} x {steps}", "ensembles", "component-step" if components else "path-step",
         paths * steps * (count if components else 1), contenders, check, limits, None, quick,
-        {**THREADED, "rounds": 5, "seconds": 8.0, **(timing or {})}, start.cache_clear,
+        {**THREADED, "rounds": 5, "seconds": 8.0, **(timing or {})}, release,
     )  # fmt: skip
 
 

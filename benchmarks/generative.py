@@ -228,10 +228,26 @@ def _sampler(kind: str, steps: int, device: torch.device) -> Problem:
 
         return run
 
+    def unchecked() -> float:
+        """The deviation in which a network ends that finds no noise, as a fresh one: its last layer is 0."""
+        alpha, sigma = process.alpha(grid), process.sigma(grid)
+        variance = 1 / alpha[0] ** 2
+        if kind == "ancestral":  # a step's noise, which all later ones take for data
+            fresh = sigma[:-1] ** 2 - (alpha[:-1] / alpha[1:] * sigma[1:]) ** 2
+            variance += (fresh * (sigma[1:] / sigma[:-1] / alpha[1:]) ** 2).sum()
+        return float(variance) ** 0.5
+
     def check(name: str, call: Call) -> str | None:
-        """The same code on a network that is exact for a Gaussian, whose law it has to end in, but for its own bias."""
-        if call().shape != _SHAPE:
-            return "wrong shape"
+        """The very call on its fresh network; then the same code on a network that is exact for a Gaussian, whose law
+        it has to end in, but for its own bias. Of contenders that are not known here, the former alone.
+        """
+        x, expected = call(), unchecked()
+        if x.shape != _SHAPE:
+            return f"shape {tuple(x.shape)}, expected {_SHAPE}"
+        if not abs(float(x.std()) / expected - 1) <= 0.1:  # chains of a thousand times end 3% further out
+            return f"a network of zeros leads to a deviation of {float(x.std()):.4g}, {expected:.4g} expected"
+        if name not in contenders:
+            return None
         few = (4096, 4)
         if name == "diffusers":
 

@@ -9,7 +9,8 @@ and the same code on a machine without one, in a minute::
     PYTHONPATH=.:kernels python benchmarks/gpu.py --device cpu --quick --out cpu.json
 
 A kernel is timed in a dtype only if every check of it in that dtype held; the rest goes on. The report is written every
-few seconds, so a run that is killed keeps what it had; a section that fails leaves its traceback. Sizes are measured
+few seconds, so a run that is killed keeps what it had; a section that fails leaves its traceback. The exit code is 1 if
+anything of ours was wrong or failed, and 0 if all there was time for is right, goals reached or not. Sizes are measured
 from the most to the least telling, and what does not fit into ``--budget-seconds`` is dropped and named.
 
 Needs torch, numpy and Triton; samplers, trajectories, the suite's problems and their scaling also what sdesolve
@@ -272,5 +273,14 @@ def _trajectories(run: Run, where: Any) -> Iterator[Record]:
     return trajectories(where, run.options.quick, run.options.tiny, run.report["refused"])
 
 
+def _ends_well(report: Record) -> bool:
+    from benchmarks.gpu_targets import failures
+
+    found = failures(report)
+    for failure in found:
+        print(f"FAILED: {failure}", flush=True)
+    return not found
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(not _ends_well(main()))

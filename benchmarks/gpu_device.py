@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import gc
-import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.registry import versions
+
 __all__ = ["Cpu", "Cuda", "Machine", "machine"]
 
 _WARM_UPS = 3
@@ -26,13 +27,6 @@ _FLUSH_BYTES = 256 << 20  # five times the second-level cache of an H100
 _CYCLES_A_SECOND = 2.0e9  # upper end of the clocks of the chips in question: a spin is then not too short
 _LONGEST_SPIN = 20e-3
 _SMI = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperature.gpu,pstate"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 class Machine(abc.ABC):
@@ -75,13 +69,12 @@ class Machine(abc.ABC):
 
     def describe(self) -> dict[str, Any]:
         """Versions, hardware and clocks, for the report's head."""
-        packages = ("torch", "triton", "numpy", "numba")
         return {
             "stand_in": self.stand_in,
             **self.hardware(),
             "python": sys.version.split()[0],
             "platform": platform.platform(),
-            **{name: _version(name) for name in packages},
+            "versions": versions(),
             "clocks": self.clocks(),
         }
 

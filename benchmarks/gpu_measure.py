@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import timing
 from benchmarks.gpu_checks import name_of, value_check
 from benchmarks.gpu_device import Machine
 from benchmarks.gpu_ops import CASES, STREAM, Case, states
@@ -32,8 +33,8 @@ class Size(NamedTuple):
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    """Median and quartiles, by name."""
+    low, middle, high = timing.quartiles(values)
     return {"median": middle, "lower": low, "upper": high}
 
 

@@ -27,19 +27,14 @@ def contests(machine: Machine, quick: bool, tiny: bool) -> Iterator[tuple[Proble
         yield ensemble("linear", 256, 8, device), {"sdesolve eager", "torch loop"}
         return
     if quick:  # of each kind one, and of its contenders those that compile nothing
-        yield ensemble("linear", 256, 8, device), _plain(ensemble("linear", 256, 8, device))
-        for problem in generative(device):
-            if problem.name.startswith(("likelihood", "DDIM", "training")):
-                yield problem, _plain(problem)
+        some = (p for p in generative(device) if p.name.startswith(("likelihood", "DDIM", "training")))
+        for problem in (ensemble("linear", 256, 8, device), *some):
+            yield problem, set(problem.contenders) - {"torch.compile", "jax scan", "diffrax"}
         return
     yield ensemble("linear", _MANY, 256, device), {"torch loop", "limit: noise"}
     for problem in (*ensembles(device), *generative(device)):
         compiled = problem.name.startswith(("linear, 131072", "training"))  # half a minute each
         yield problem, set(problem.contenders) - (set() if compiled else {"torch.compile"})
-
-
-def _plain(problem: Problem) -> set[str]:
-    return {name for name in problem.contenders if name not in ("torch.compile", "jax scan", "diffrax")}
 
 
 def contest(

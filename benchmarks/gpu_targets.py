@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["judge", "table"]
+__all__ = ["failures", "judge", "table"]
 
 Record = dict[str, Any]
 
@@ -69,6 +69,19 @@ def judge(measurements: list[Record], refused: list[Record], stand_in: bool) -> 
         rows.append({"target": target.text, "wanted": target.wanted, "got": got, "worst_size": worst,
                      "by_size": values, "verdict": verdict})  # fmt: skip
     return rows
+
+
+def failures(report: Record) -> list[str]:
+    """What was wrong or did not end: checks, sections, and results of ours. A peer that fails is no failure of ours."""
+    checks = report["checks"]
+    found = [f"{name}: {gate['why']}" for name, gate in checks.get("gates", {}).items() if not gate["open"]]
+    found += [f"check of {f['kernel']} {f['dtype']}: {f['name']}" for f in checks.get("failures", [])]
+    found += [f"{e['suite']} {e['kernel']} {e['dtype']} ended early" for e in checks.get("errors", [])]
+    found += [f"section {name}" for name, s in report["sections"].items() if s["status"] in ("failed", "running")]
+    found += [f"{m['section']}: {m['check']}" for m in report["measurements"] if not m.get("ok", True)]
+    found += [f"{r['problem']} by {r['contender']}: {r['why']}" for r in report["refused"]
+              if r.get("contender", "").startswith("sdesolve")]  # fmt: skip
+    return found
 
 
 def _number(value: float | None, digits: str = ".3g") -> str:

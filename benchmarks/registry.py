@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 
-from benchmarks.timing import Timing, interleave, quartiles
+from benchmarks.timing import FailedCall, Timing, interleave, quartiles
 
 __all__ = [
     "BASELINE",
@@ -31,6 +31,7 @@ __all__ = [
     "require",
     "row",
     "use_one_core",
+    "versions",
 ]
 
 BASELINE = "sdesolve"
@@ -125,11 +126,21 @@ def compete(
         names: contenders; all by default. The baseline and the limits always take part.
         synchronize: as for `interleave`.
         timing: options of `interleave`, above those of the problem.
+
+    Raises:
+        ValueError: the problem lacks one of the names, or the baseline.
     """
     wanted = {BASELINE, *problem.limits, *(problem.contenders if names is None else names)}
+    if unknown := wanted - problem.contenders.keys():
+        raise ValueError(
+            f"{problem.name!r} has no contender {', '.join(map(repr, sorted(unknown)))}; "
+            f"it has {', '.join(map(repr, problem.contenders))}"
+        )
     outcomes: dict[str, Outcome] = {}
     calls: dict[str, Call] = {}
-    with _threads(problem.threads):
+    options: dict[str, Any] = {"warm": True, **problem.timing, **timing}
+    with _threads(problem.threads), contextlib.ExitStack() as afterwards:
+        afterwards.callback(problem.release)
         for name, build in problem.contenders.items():
             if name not in wanted:
                 continue
@@ -144,19 +155,24 @@ def compete(
                 outcomes[name] = Outcome(missing=str(missing))
                 continue
             except Exception as error:  # of a peer, perhaps; the others go on
-                wrong = f"{type(error).__name__}: {error}"[:500]
+                wrong = _what(error)
             if wrong is None:
                 calls[name] = call
             else:
                 outcomes[name] = Outcome(refused=wrong)
-        if BASELINE in calls:
-            options: dict[str, Any] = {"warm": True, **problem.timing, **timing}
-            times = interleave(calls, baseline=BASELINE, synchronize=synchronize, **options)
-            outcomes |= {name: Outcome(timing=t) for name, t in times.items()}
-        else:
-            outcomes |= {name: Outcome(refused=f"no {BASELINE} to compare with") for name in calls}
-        problem.release()
-    return outcomes
+        while BASELINE in calls:
+            try:
+                times = interleave(calls, baseline=BASELINE, synchronize=synchronize, **options)
+            except FailedCall as failed:  # after its check; the others begin again without it
+                del calls[failed.name]
+                outcomes[failed.name] = Outcome(refused=_what(failed.error))
+            else:
+                return outcomes | {name: Outcome(timing=t) for name, t in times.items()}
+    return outcomes | {name: Outcome(refused=f"no {BASELINE} to compare with") for name in calls}
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def row(problem: Problem, name: str, timing: Timing) -> dict[str, Any]:
@@ -204,17 +220,22 @@ def use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def describe() -> dict[str, Any]:
-    """Machine and versions, for the report."""
-    versions: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+    """Of the packages that take part; ``None`` for what is not there."""
+    found: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Machine and versions, for the report."""
     return {
         "processor": _processor(), "cores": os.cpu_count(), "cores_used": cores_used(),
         "torch_threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2), "python": sys.version.split()[0], "versions": versions,
+        "load_before": round(os.getloadavg()[0], 2), "python": sys.version.split()[0], "versions": versions(),
         "environment": {n: os.environ[n] for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ},
     }  # fmt: skip

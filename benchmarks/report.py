@@ -67,32 +67,39 @@ def load(path: Path) -> Report:
     """A result file.
 
     Raises:
-        ValueError: the file is of no kind known here.
+        OSError: it cannot be read.
+        ValueError: it is of no kind known here, or not whole.
     """
-    found = json.loads(path.read_text())
+    try:
+        return _report(json.loads(path.read_text()), path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON, or cut off: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} lacks parts of a result file: {type(error).__name__}: {error}") from error
+
+
+def _report(found: Any, path: Path) -> Report:
     if "infos" in found:
         report = Report.of(found["infos"], found["machine"], found["missing"], found["refused"])
         return dataclasses.replace(report, targets=found["targets"])
     if "benchmarks" in found:
         infos = [b["extra_info"] for b in found["benchmarks"]]
         kept = (
-            "processor",
-            "cores",
-            "cores_used",
-            "keeps_freed_memory",
-            "torch_threads",
-            "load_before",
-            "python",
-            "versions",
+            *("processor", "cores", "cores_used", "keeps_freed_memory", "torch_threads", "python", "versions"),
             "environment",
         )
         machine = {name: found["machine_info"].get(name) for name in kept}
+        machine["load_before"] = found.get("load_before")
         machine |= {"date": found["datetime"][:10], "commit": found["commit_info"].get("id", "")[:9]}
         return Report.of(infos, machine, found.get("missing", {}), found.get("refused", []))
     if "measurements" in found:
         machine = found["machine"] | {"date": found["date"], "processor": found["machine"].get("device", "?")}
         infos = [record for m in found["measurements"] for record in (m, *_from_device(m))]
-        report = Report.of(infos, machine, found.get("missing_peers", {}), found.get("refused", []))
+        missing = dict(found.get("missing_peers", {}))
+        missing |= {n: s["status"] for n, s in found.get("sections", {}).items() if s["status"] != "done"}
+        if found.get("dropped"):
+            missing["sections"] = f"no time was left for {'; '.join(found['dropped'])}"
+        report = Report.of(infos, machine, missing, found.get("refused", []))
         return dataclasses.replace(report, targets=found.get("targets", []))
     raise ValueError(f"{path} is not from pytest --benchmark-json, benchmarks/gpu.py or benchmarks.compare --save")
 

@@ -1,8 +1,9 @@
 """Cost and memory against paths, steps, dimension and threads: slopes, and where fixed costs stop mattering.
 
 ``python -m benchmarks.scaling`` (three minutes; ``--quick`` for tiny sizes) writes ``assets/scaling.png`` and
-``benchmarks/results/scaling_cpu.json``. Times are fitted by ``T = fixed + each n``, least squares of relative errors;
-the slope is that of log T over the larger half of the points; the knee is ``fixed / each``, where both terms are alike.
+``benchmarks/results/scaling_cpu.json``; with ``--redraw`` it measures nothing and draws what that file holds. Times are
+fitted by ``T = fixed + each n``, least squares of relative errors; the slope is that of log T over the larger half of
+the points; the knee, a dashed line, is ``fixed / each``, where both terms are alike.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.compare import insert
+from benchmarks.compare import head, insert
 from benchmarks.ensembles import ensemble
 from benchmarks.figures import peak_of
 from benchmarks.registry import BASELINE, Missing, describe
@@ -194,9 +195,11 @@ def summary(records: list[Record], held: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def markdown(records: list[Record], held: list[Record], plot: Path) -> str:
-    """For a README: the picture, fits and memory."""
-    lines = [f"![Cost and memory against paths, steps, dimension and threads]({plot})", "",
+def markdown(found: Record, plot: Path) -> str:
+    """For a README: machine, picture, fits and memory."""
+    records, held = found["times"], found["memory"]
+    lines = [f"{head(found['machine'] | {'date': found['date']})}.", "",
+             f"![Cost and memory against paths, steps, dimension and threads]({plot})", "",
              "| axis | by | from, to | s | slope | fixed, us | knee |", "|---" * 7 + "|"]  # fmt: skip
     for r in records:
         f = Fit(**r["fit"]) if "fit" in r else None
@@ -217,16 +220,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "scaling_cpu.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "assets" / "scaling.png")
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the tables between this file's markers")
+    parser.add_argument("--redraw", action="store_true", help="from the JSON file as it is, without measuring")
     options = parser.parse_args(argv)
-    machine = {**describe(), "keeps_freed_memory": keep_memory()}
-    records = list(sweep(torch.device("cpu"), options.quick))
-    held = list(memory(options.quick)) if os.path.exists("/proc/self/clear_refs") else []
-    found = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "times": records, "memory": held}
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
-    picture(records, held, options.plot)
-    print(summary(records, held))
+    if not options.redraw:
+        machine = {**describe(), "keeps_freed_memory": keep_memory()}
+        records = list(sweep(torch.device("cpu"), options.quick))
+        held = list(memory(options.quick)) if os.path.exists("/proc/self/clear_refs") else []
+        measured = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "times": records, "memory": held}
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+    found = json.loads(options.json.read_text())
+    picture(found["times"], found["memory"], options.plot)
+    print(summary(found["times"], found["memory"]))
     if options.into:
-        insert(options.into, options.json.name, markdown(records, held, options.plot.relative_to(ROOT)))
+        insert(options.into, options.json.name, markdown(found, options.plot.resolve().relative_to(ROOT)))
 
 
 if __name__ == "__main__":

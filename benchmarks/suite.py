@@ -53,6 +53,7 @@ _IN_PLACE = "of 8 us, 1.5 are the kernel and its call; the rest is Python that c
 _CHECKS = "a call spends most of its time on checks of its arguments, in Python, whatever the size"
 _SCAN = "XLA fuses the scan's body and draws its noise on all cores; what is left between us is the cost of a normal"
 _TRAINING = "eager keeps the noise of its perturbation, ours makes it twice; the gain is memory, 1 tensor instead of 6"
+_CACHES = "Python that runs right after a network finds the caches full"
 _NOISE = "our time is that of drawing the normals, the limit beside it"
 _FEW = f"{_NOISE}; with few paths the states of peers fit into a cache"
 
@@ -97,7 +98,7 @@ def _goals() -> tuple[Goal, ...]:
         Goal("first call of a later process: s", "first call", "sdesolve, kernel on disk", most=0.2),
         Goal("solve over its kernel, 1M paths", "solve over its kernel", "sdesolve", most=1.2),
         *(
-            Goal(f"{who} over its network, 64 images", "sampler over its network", who, most=1.03)
+            Goal(f"{who} over its network, 64 images", "sampler over its network", who, most=1.03, why=_CACHES)
             for who in SAMPLERS_BESIDE_A_NETWORK
         ),
         Goal("import sdesolve over import torch", "import over torch's", "sdesolve", most=1.2),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["THREADED", "Quartiles", "Timing", "interleave", "keep_memory", "quartiles"]
+__all__ = ["THREADED", "FailedCall", "Quartiles", "Timing", "interleave", "keep_memory", "quartiles"]
 
 Quartiles = tuple[float, float, float]
 
@@ -40,6 +41,14 @@ class Timing:
         """Relative standard error of `ratio`, from the quartiles: 1.25 sd / sqrt(rounds), sd = (q3 - q1) / 1.35."""
         low, middle, high = quartiles(self.over_baseline)
         return 0.93 * (high - low) / (middle * math.sqrt(len(self.over_baseline)))
+
+
+class FailedCall(Exception):
+    """What a callable raised in its turn, and whose."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"{name}: {error}")
+        self.name, self.error = name, error
 
 
 def quartiles(values: list[float]) -> Quartiles:
@@ -98,6 +107,7 @@ def interleave(
         synchronize: Called before each reading of the clock, for work that a device finishes later.
 
     Raises:
+        FailedCall: a callable raised.
         ValueError: `baseline` is not among the callables, or there are fewer than two rounds.
     """
     if baseline not in callables:
@@ -105,41 +115,54 @@ def interleave(
     if not 2 <= rounds <= most:
         raise ValueError(f"rounds must be at least 2 and at most most={most}, got {rounds}")
 
-    def once(call: Callable[[], object], repeats: int, leading: int) -> float:
+    def once(name: str, repeats: int, leading: int) -> float:
+        call = callables[name]
         gc.collect()  # what the one before left in cycles
         time.sleep(settle)
-        for _ in range(leading):
-            call()
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        synchronize()
-        return (time.perf_counter() - start) / repeats
+        try:
+            for _ in range(leading):
+                call()
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            synchronize()
+            return (time.perf_counter() - start) / repeats
+        except Exception as error:
+            raise FailedCall(name, error) from error
 
     for call in () if warm else callables.values():
         call()  # compilation and first touches
-    gc.collect()
-    gc.freeze()  # a full collection goes through torch's two hundred thousand objects, in whoever's turn it is
-    first = {name: once(call, 1, 1 if lead else 0) for name, call in callables.items()}
-    least = max(min_seconds, share * max(first.values()))
-    repeats = {name: max(1, math.ceil(least / max(t, 1e-9))) for name, t in first.items()}
-    leading = {name: 0 if t > 10 * lead else math.ceil(lead / max(t, 1e-9)) for name, t in first.items()}
     times: dict[str, list[float]] = {name: [] for name in callables}
     names = list(callables)
     found: dict[str, Timing] = {}
-    start = time.perf_counter()
-    for turn in range(most):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append(once(callables[name], repeats[name], leading[name]))
-        if turn + 1 >= rounds:
-            found = {name: Timing(v, _over(v, times[baseline])) for name, v in times.items()}
-            precise = all(t.ratio_error() <= precision for t in found.values())
-            if precise or time.perf_counter() - start > seconds:
-                break
-    gc.unfreeze()
+    with _frozen():
+        first = {name: once(name, 1, 1 if lead else 0) for name in names}
+        least = max(min_seconds, share * max(first.values()))
+        repeats = {name: max(1, math.ceil(least / max(t, 1e-9))) for name, t in first.items()}
+        leading = {name: 0 if t > 10 * lead else math.ceil(lead / max(t, 1e-9)) for name, t in first.items()}
+        start = time.perf_counter()
+        for turn in range(most):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                times[name].append(once(name, repeats[name], leading[name]))
+            if turn + 1 >= rounds:
+                found = {name: Timing(v, _over(v, times[baseline])) for name, v in times.items()}
+                precise = all(t.ratio_error() <= precision for t in found.values())
+                if precise or time.perf_counter() - start > seconds:
+                    break
     return found
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """A full collection would go through torch's two hundred thousand objects, in whoever's turn it is."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _over(values: list[float], baseline: list[float]) -> list[float]:

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick", "--tiny"]
     command += ["--spoil", SPOILED, "--date", "2000-01-02", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(out.read_text()), done.stdout
 
 
@@ -46,7 +46,8 @@ def test_the_report_is_whole(run):
     assert report["dropped"] == []
     assert report["date"] == "2000-01-02"
     assert report["machine"]["stand_in"] is True
-    assert report["machine"]["torch"] == torch.__version__
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert {"jax", "diffrax", "torchsde", "diffusers", "numba"} <= report["machine"]["versions"].keys()
     assert {s["status"] for s in report["sections"].values()} == {"done"}
     assert not report["checks"]["errors"]
     seen = {m["section"] for m in report["measurements"]}
@@ -69,6 +70,26 @@ def test_a_kernel_whose_checks_fail_is_not_timed(run):
     assert timed == {"normal", "euler_maruyama_step", "linear_step", "langevin_step", "dsm_loss"}
     assert {r["case"] for r in report["refused"]} == {SPOILED}
     assert f"closed: {SPOILED} float32" in output
+    failed = [line for line in output.splitlines() if line.startswith("FAILED: ")]
+    assert failed
+    assert all(SPOILED in line for line in failed)
+
+
+def test_a_run_ends_well_if_nothing_of_ours_is_wrong(run, harness):
+    report, _ = run
+    right = {**report, "checks": {"gates": {"perturb float32": {"open": True, "why": None}}}, "refused": []}
+    assert harness.targets.failures(right) == []
+    by_peer = {"problem": "p", "case": "p", "contender": "torchsde", "dtype": "float32", "why": "RuntimeError"}
+    assert harness.targets.failures({**right, "refused": [by_peer]}) == []
+    error = {"suite": "op", "kernel": "normal", "dtype": "float32", "error": "worker ended with 1"}
+    for wrong in (
+        {"refused": [{**by_peer, "contender": "sdesolve"}]},
+        {"sections": {"sampler": {"status": "failed"}}},
+        {"measurements": [{"section": "sampler", "check": "never waits", "ok": False, "problem": "it waits"}]},
+        {"checks": {"errors": [error]}},
+        {"checks": {"gates": {"normal float32": {"open": False, "why": "not checked"}}}},
+    ):
+        assert len(harness.targets.failures({**right, **wrong})) == 1, wrong
 
 
 def wrapped(ours, s, *, step=0, **where):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ensembles, ops, registry, timing
+import sdesolve as sds
+from benchmarks import ensembles, generative, ops, registry, timing
 from benchmarks.figures import FIGURES
 from benchmarks.gpu_ops import states
 from benchmarks.models import MODELS
@@ -82,6 +85,32 @@ def test_what_is_missing_or_fails_does_not_stop_the_others(problem):
         absent()
 
 
+@pytest.mark.parametrize("name", ["tired", "sdesolve"])
+def test_who_fails_after_its_check_does_not_stop_the_others(problem, name):
+    calls, released = iter(range(10)), []
+
+    def tired():
+        if next(calls) > 1:
+            raise RuntimeError("enough")
+        return chain()()
+
+    made = {"sdesolve": lambda: chain(), "right": lambda: chain(), name: lambda: tired}
+    release = {"release": lambda: released.append(True)}
+    found = compete(dataclasses.replace(problem, contenders=made, **release), **HASTE)
+    assert found[name].refused == "RuntimeError: enough"
+    assert (found["right"].timing is None) == (name == "sdesolve")
+    assert gc.get_freeze_count() == 0
+    assert released == [True]
+
+
+def test_a_name_that_nobody_has_is_refused(problem):
+    with pytest.raises(ValueError, match="no contender 'torch lop'; it has 'sdesolve', 'right'"):
+        compete(problem, {"torch lop"}, **HASTE)
+    nobody = dataclasses.replace(problem, contenders={"right": problem.contenders["right"]})
+    with pytest.raises(ValueError, match="no contender 'sdesolve'"):
+        compete(nobody, **HASTE)
+
+
 def test_a_limit_is_a_rate_of_which_ours_reaches_a_share(problem):
     limited = dataclasses.replace(problem, limits={"limit": registry.Limit(1.5, 12.0, "B")})
     timing_of = timing.Timing(seconds=[2.0, 4.0, 3.0], over_baseline=[0.2, 0.4, 0.3])
@@ -98,6 +127,59 @@ def test_the_real_contenders_pass_their_gate():
     made.release()
 
 
+@pytest.mark.parametrize(("name", "paths", "steps"), [("linear", 8192, 64), ("linear", 16, 64), ("stress", 6720, 200)])
+def test_noise_that_is_small_beside_the_mean_has_to_be_there(name, paths, steps):
+    """Averages of x and x^2 do not see it: it is 1% of the linear equation's mean, and less than a sweep's spread."""
+    made, model = ensembles.ensemble(name, paths, steps, CPU), MODELS[name]
+
+    def noisy(scale):
+        torch.manual_seed(1)
+        if name == "stress":
+            params = model.params(paths, CPU) * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, scale])
+            return ensembles.plain_loop(model, model.start(paths, CPU), params, steps, lambda f: f)()
+        sde = sds.SDE(model.sde(CPU).drift, lambda x, t: scale * 0.01 * x, noise="diagonal")
+        other = dataclasses.replace(model, sde=lambda device: sde, steps=steps)
+        return ensembles.plain_loop(other, model.start(paths, CPU), None, steps, lambda f: f)()
+
+    assert made.check("right", lambda: noisy(1.0)) is None
+    for scale in (0.0,) if paths == 16 else (0.0, 0.7, 1.4):
+        assert made.check("wrong", lambda scale=scale: noisy(scale)) is not None, scale
+    made.release()
+
+
+def test_another_draw_of_the_same_laws_is_not_told_from_them():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-3, 3, 5000)[:, None]
+    one, other, third = (scale * torch.randn(5000, 2, generator=generator) + 1 / scale for _ in range(3))
+    assert ensembles.unlike(third, one, other) is None
+    for wrong in (
+        one,
+        other,
+        1 / scale.expand(-1, 2),
+        third + scale,
+        1.5 * (third - 1 / scale) + 1 / scale,
+        one * math.nan,
+    ):
+        assert ensembles.unlike(wrong, one, other) is not None
+
+
+@pytest.mark.parametrize("name", ["linear", "mixture"])
+def test_torchsde_runs_as_its_documentation_says_is_fastest(name, monkeypatch):
+    """Its Brownian motion told the step and with a cache without bound; an equation that goes forwards as it stands."""
+    torchsde = pytest.importorskip("torchsde")
+    made, interval, solve = [], torchsde.BrownianInterval, torchsde.sdeint
+    monkeypatch.setattr(torchsde, "BrownianInterval", lambda *a, **k: made.append(k) or interval(*a, **k))
+    monkeypatch.setattr(torchsde, "sdeint", lambda sde, *a, **k: made.append((sde, k)) or solve(sde, *a, **k))
+    problem = ensembles.ensemble(name, 64, 8, CPU)
+    problem.contenders["torchsde"]()()
+    told, (sde, options) = made
+    assert told["dt"] == options["dt"] == pytest.approx((1.0 if name == "linear" else 0.999) / 8)
+    assert told["cache_size"] is None
+    x, t, model = torch.rand(64, 2), torch.tensor(0.25), MODELS[name]
+    right = model.sde(CPU).drift(x, t) if name == "linear" else -model.sde(CPU).drift(x, 1 - t)
+    assert torch.equal(sde.f(t, x), right)
+
+
 @pytest.mark.parametrize(("name", "steps"), ensembles.REFERENCED)
 def test_stored_moments_are_those_of_the_models(name, steps):
     """The plain loop, on other noise than the table's; and states that are a little off."""
@@ -109,6 +191,22 @@ def test_stored_moments_are_those_of_the_models(name, steps):
     reference = ensembles._reference(name, steps, width)
     assert ensembles.off(x.double(), reference, steps, 1e-7) is None
     assert ensembles.off(1.2 * x.double(), reference, steps, 1e-7) is not None
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("DDIM", 20), ("DPM-Solver++ 2M", 20), ("ancestral", 50)])
+def test_what_is_timed_of_a_sampler_is_what_is_checked(kind, steps):
+    """A call that draws nothing, too little, or the start alone, under a name that is known and one that is not."""
+    made = generative._sampler(kind, steps, CPU)
+    right = made.contenders["sdesolve"]()
+    drawn = right()
+    wrong = {
+        "nothing": torch.zeros_like(drawn), "the start": torch.randn_like(drawn), "half": drawn[:8],
+        "a little": 0.8 * drawn, "nan": math.nan * drawn,
+    }  # fmt: skip
+    for name in ("sdesolve", "somebody else's"):
+        assert made.check(name, right) is None
+        for label, result in wrong.items():
+            assert made.check(name, lambda result=result: result) is not None, label
 
 
 def test_the_law_of_a_step_is_told_from_others():
@@ -215,6 +313,18 @@ def test_every_goal_belongs_to_something_in_the_quick_suite():
         assert isinstance(found, Problem)
         assert goal.contender in found.contenders, goal
         assert goal.contender in ("sdesolve", *found.quick), goal
+
+
+def test_the_example_for_contributors_runs(capsys):
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    hasty = code.replace("compete(problem, names)", "compete(problem, names, rounds=2, most=2)")
+    assert hasty != code
+    exec(compile(hasty, "CONTRIBUTING.md", "exec"), {})
+    shown = capsys.readouterr().out
+    for line in ("  linear, 16 x 256 ", "      mine ", "      torch loop ", "  distance, ", "      one draw "):
+        assert f"\n{line}" in shown, line
+    assert "NOT TIMED, as its result is wrong: distance, 65536 x 32 by squares: the mean distance" in shown
 
 
 def test_threads_are_put_back(problem):
