@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal, final
 
 import torch
@@ -101,13 +102,14 @@ def log_likelihood(
     grid: Tensor | None = None,
     t_min: float | None = None,
     ending: Ending = "decoder",
+    prior: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     first_sample: int = 0,
 ) -> Float[Tensor, " batch"]:
     """Log-likelihood in nats of the data ``x``, ``(batch,)``: `estimate_likelihood` without standard errors."""
     return estimate_likelihood(
         process, score, x, divergence=divergence, solver=solver, steps=steps, grid=grid, t_min=t_min, ending=ending,
-        seed=seed, first_sample=first_sample,
+        prior=prior, seed=seed, first_sample=first_sample,
     ).log_prob  # fmt: skip
 
 
@@ -122,6 +124,7 @@ def estimate_likelihood(
     grid: Tensor | None = None,
     t_min: float | None = None,
     ending: Ending = "decoder",
+    prior: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     first_sample: int = 0,
 ) -> Likelihood:
@@ -137,7 +140,9 @@ def estimate_likelihood(
 
     This is the density of the model, which starts at its `AbstractDiffusion.prior`. The law of ``x_T`` differs from
     that by about ``alpha_T mean / sigma_T`` and ``(alpha_T / sigma_T)^2 cov`` in each dimension: on the default `VP`
-    0.007 nats a dimension where the data has mean 1, and 2e-5 where it is centred.
+    0.007 nats a dimension where the data has mean 1, and 2e-5 where it is centred. With ``prior`` it is the density of
+    a model that starts elsewhere; with the exact law of ``x_T``, known for an exact score, it is that of the data:
+    ``prior=lambda x: score.log_prob(x, process.t_max)``.
 
     The flow has to stop at ``epsilon > 0``, where there still is noise, and the data has none. ``ending`` says what
     is done about it:
@@ -165,13 +170,14 @@ def estimate_likelihood(
         grid: explicit times from ``epsilon`` to ``t_max``, in either order, such as `grids.karras_sigma` gives.
         t_min: ``epsilon``; the process's own by default.
         ending: as above.
+        prior: ``log p(x_T)`` of ``(batch, *state)``, ``(batch,)``; that of the process's own prior by default.
         seed: of probes and ``z``.
         first_sample: number of the first row: rows are functions of seed and number alone.
 
     Raises:
         ValueError: times that do not go from ``epsilon > 0`` to ``t_max``, data that is not finite or not on the values
             of the `Quantisation`, an unknown ending, a solver that is not for ODEs, steps for an adaptive solver or
-            none for another.
+            none for another, a ``prior`` of another shape.
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
@@ -187,6 +193,8 @@ def estimate_likelihood(
     elif not isinstance(divergence, AbstractDivergence):
         raise TypeError(f"divergence must be ExactTrace(), Hutchinson() or HutchPP(), got {divergence!r}")
     times, solver = _way(process, solver, steps, grid, t_min)
+    if prior is not None and not callable(prior):
+        raise TypeError(f"prior must be a function of x_T, such as Gaussian(...).log_prob, got {kind_of(prior)}")
     with torch.no_grad():
         eps = times[0].to(dtype=x.dtype, device=x.device)
         x_eps, added = x, x.new_zeros(len(x))
@@ -213,7 +221,8 @@ def estimate_likelihood(
         y = solution.x1
         latent = y[:, :d].reshape(x.shape)
         stretch = d * float(process.log_alpha(times[-1]) - process.log_alpha(times[0]))
-        each = y[:, d:] + (process.prior.log_prob(latent) + stretch + added).unsqueeze(1)
+        log_p = process.prior.log_prob(latent) if prior is None else _log_prob(prior, latent)
+        each = y[:, d:] + (log_p + stretch + added).unsqueeze(1)
         exact = isinstance(divergence, ExactTrace)
         count = each.shape[1]
         error = torch.zeros_like(each[:, 0]) if exact else _standard_error(each)
@@ -294,6 +303,16 @@ def _integrate(
     if isinstance(solver, AbstractAdaptive):
         return solve(ode, x, times[0], times[-1], solver=solver, backend=backend)
     return solve(ode, x, grid=times, solver=solver, backend=backend)
+
+
+def _log_prob(prior: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    log_p = prior(x)
+    if not isinstance(log_p, Tensor) or log_p.shape != x.shape[:1]:
+        got = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
+        raise ValueError(
+            f"prior must return a log density for each sample, ({len(x)},), got {got}; is it summed over the state?"
+        )
+    return log_p.to(x)
 
 
 def _standard_error(each: Tensor) -> Tensor:

@@ -39,6 +39,28 @@ def test_a_gaussian_has_its_log_likelihood(process):
     assert float(noisy.standard_error.abs().max()) == 0.0
 
 
+def cosine(t):
+    return torch.cos(1.5 * t)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [sds.VP(), sds.SubVP(), sds.VE(), sds.EDM(), sds.OU(), sds.LinearDiffusion(cosine, lambda t: torch.sin(1.5 * t))],
+    ids=["vp", "subvp", "ve", "edm", "ou", "own"],
+)
+def test_with_the_law_of_its_end_any_process_gives_any_gaussian(process):
+    """Far from centred, on processes that end far from their prior."""
+    law = sds.Gaussian(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.5, 0.4, 0.1]))
+    x, score = law.sample(24, seed=3, dtype=torch.float64), law.score(process)
+    eps = 1e-3 if isinstance(process, sds.EDM) else 1e-5
+    bare, exact = (
+        log_likelihood(process, score, x, t_min=eps, solver=sds.DormandPrince(1e-7, 1e-7), **options) - law.log_prob(x)
+        for options in ({}, {"prior": lambda x: score.log_prob(x, process.t_max)})
+    )
+    assert float(exact.abs().max()) < 1e-4 * 3
+    assert float(bare.abs().max()) > 5 * float(exact.abs().max())
+
+
 @processes
 def test_a_mixture_has_its_log_likelihood(process):
     x, score = MIXTURE.sample(12, seed=2, dtype=torch.float64), MIXTURE.score(process)
@@ -241,6 +263,8 @@ SCORE = DATA.score(VP)
         ({"grid": torch.tensor([0.1, 1.0]), "steps": 3}, ValueError, "not both"),
         ({"x": torch.ones(2, D).long()}, TypeError, "float32 or float64"),
         ({"x": torch.full((2, D), math.nan)}, ValueError, "x must be finite"),
+        ({"prior": sds.Gaussian(torch.zeros(D), 1.0)}, TypeError, "prior must be a function of x_T.*got Gaussian"),
+        ({"prior": torch.distributions.Normal(0.0, 1.0).log_prob}, ValueError, r"\(24,\), got \(24, 6\); is it summed"),
         ({"process": "vp"}, TypeError, "process must be a linear diffusion"),
         ({"score": lambda x, t: x[:, :1]}, ValueError, "score must return the shape of the state"),
     ],
