@@ -11,7 +11,7 @@ demo: $(STAMP)
 
 # Two processes of one thread each: a parallel loop of two threads waits for whichever core is busy with something else.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

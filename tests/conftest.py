@@ -35,8 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        session.config.workeroutput["not_run"] = session.config.stash.get(NOT_RUN, [])
+    output = getattr(session.config, "workeroutput", None)  # where this is a worker of pytest-xdist
+    if output is not None:
+        output["not_run"] = session.config.stash.get(NOT_RUN, [])
 
 
 @pytest.hookimpl(optionalhook=True)
