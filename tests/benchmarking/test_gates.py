@@ -228,6 +228,17 @@ def test_the_law_of_a_step_is_told_from_others():
         assert ops.same_law(result, first, second, inputs) is not None, name
 
 
+def test_noise_of_uneven_size_is_not_taken_for_correlated():
+    s = states((64, 512), torch.float32, CPU)
+    g = s.g**3
+    first, second, *others = (
+        s.x + g * torch.randn(64, 512, generator=torch.Generator().manual_seed(seed)) for seed in range(22)
+    )
+    for other in others:
+        assert ops.same_law(other, first, second, (s.x, s.f, g)) is None
+    assert "input g" in ops.same_law(others[0] + 0.3 * g, first, second, (s.x, s.f, g))
+
+
 def test_ratios_are_taken_within_a_round(monkeypatch):
     """A machine that gets ten times slower from round to round changes times and no ratio."""
     clock = [0.0]
