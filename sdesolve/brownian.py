@@ -107,10 +107,10 @@ class BrownianPath(AbstractPaths):
 
     Args:
         seed: in [0, 2^64).
-        first_path: path index of row 0, so that a shard can ask for its own rows.
+        first_path: path index of row 0, below 2^64, so that a shard can ask for its own rows.
         first_step: step index that counts as 0, so that an integration can go on where another stopped.
         substeps: how many fine increments make one step.
-        stream: which of the independent noise streams (`sdesolve_kernels.Stream`).
+        stream: which of the independent noise streams (`sdesolve_kernels.Stream`), in [0, 256).
         kind: of increments, ``normal``, ``two-point`` or ``three-point``.
 
     Raises:
@@ -126,10 +126,16 @@ class BrownianPath(AbstractPaths):
     kind: Increments = "normal"
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("first_path", 0), ("first_step", 0), ("substeps", 1), ("stream", 0)):
-            whole_number(getattr(self, name), name, least)
-        if self.seed >= 2**64:
-            raise ValueError(f"seed must be below 2^64, got {self.seed}")
+        for name, least, most in (
+            *(("seed", 0, 2**64), ("first_path", 0, 2**64), ("first_step", 0, 2**58), ("substeps", 1, 2**58)),
+            ("stream", 0, 2**8),
+        ):
+            given = getattr(self, name)
+            value = whole_number(given, name, least)
+            if value >= most:
+                raise ValueError(f"{name} must be below 2^{most.bit_length() - 1}, got {value}")
+            if not isinstance(given, int):  # numbers of NumPy and torch wrap when they are added up
+                object.__setattr__(self, name, value)
         if self.kind not in get_args(Increments):
             raise ValueError(
                 f"increments must be one of {', '.join(map(repr, get_args(Increments)))}, got {self.kind!r}"

@@ -238,7 +238,7 @@ def _observe(task: Task) -> Callable[[Tensor], Tensor] | None:
 def _run(task: Task, kernel: _Kernel, held: Contents, recipe: Recipe) -> Fused:
     plan, rows = task.plan, recipe.numbers
     places = [
-        (path.seed, int(path.stream), path.first_path, path.first_step * (m // draws))
+        _place(path, path.first_step * (m // draws), len(task.x0), m * (len(task.times) - 1))
         for (path, draws), m in zip(recipe.sources, kernel.normals, strict=True)
     ]
     captured = kernel.captured if kernel.where is None else tuple(held.tensors[i] for i in kernel.where)
@@ -263,6 +263,18 @@ def _run(task: Task, kernel: _Kernel, held: Contents, recipe: Recipe) -> Fused:
     xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(task.x0), *shape)
     xs = xs if order == list(range(len(xs))) else xs[order]
     return Fused(saved.x1, xs, None, evaluations, kernel.trajectory.source)
+
+
+def _place(path: BrownianPath, offset: int, batch: int, count: int) -> tuple[int, int, int, int]:
+    """Where ``count`` numbers of each of ``batch`` paths begin; refused where they would wrap and repeat others."""
+    if path.first_path + batch > 1 << 64:
+        raise ValueError(f"first_path + batch must be at most 2^64, got {path.first_path} + {batch}")
+    if offset + count > 1 << 58:
+        raise ValueError(
+            f"a path has 2^58 numbers, and these steps end at number {offset + count}; begin at a smaller first_step, "
+            "with another seed"
+        )
+    return path.seed, int(path.stream), path.first_path, offset
 
 
 def _around(plan: SavePlan) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +50,27 @@ def test_coarse_increments_are_sums_of_fine_ones(seed, substeps, shape):
     dW = coarse.increments(sds.grids.uniform(0, 1, 4), shape, dtype=torch.float64)
     dw = fine.increments(sds.grids.uniform(0, 1, 4 * substeps), shape, dtype=torch.float64)
     torch.testing.assert_close(dW, dw.reshape(4, substeps, *shape).sum(1), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, torch.tensor])
+def test_integers_of_other_libraries_are_the_same_coordinates(kind):
+    """As they came, a uint8 wrapped at 256 and led to another path."""
+    where = {"first_path": 250, "first_step": 200, "substeps": 3}
+    path = sds.BrownianPath(kind(7), **{name: kind(value) for name, value in where.items()})
+    assert path == sds.BrownianPath(7, **where)
+    assert path.rows(kind(10)).first_path == 260
+    grid = sds.grids.uniform(0, 1, 3)
+    assert torch.equal(path.increments(grid, (2, 3)), sds.BrownianPath(7, **where).increments(grid, (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("seed", 2**64), ("first_path", 2**64), ("first_step", 2**58), ("substeps", 2**58), ("stream", 256)],
+)
+def test_coordinates_that_no_number_has_are_refused_at_once(name, most):
+    sds.BrownianPath(**{"seed": 0, name: most - 1})
+    with pytest.raises(ValueError, match=rf"{name} must be below 2\^{most.bit_length() - 1}, got {most}"):
+        sds.BrownianPath(**{"seed": 0, name: most})
 
 
 def test_the_sum_over_substeps_has_the_same_bits_for_every_batch():

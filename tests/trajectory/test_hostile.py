@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -197,3 +198,21 @@ def test_what_is_too_large_is_refused_and_remembered(interpreted):
         assert reason in solve(sds.ODE(f), "auto", x0).stats.reason
     assert calls == [2] * 6
     assert interpreted.made == 0
+
+
+@pytest.mark.parametrize("backend", ["fused", "kernel", "eager"])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"first_path": 2**64 - 11}, r"at most 2\^64, got 18446744073709551605 \+ 12"),
+        ({"first_step": 2**58 // 3 - 2}, r"2\^58"),
+    ],
+    ids=["paths", "steps"],
+)
+def test_noise_beyond_the_last_coordinate_is_refused(where, message, backend):
+    """The kernel's 64-bit integers would wrap and repeat the noise of other paths and steps."""
+    last = {name: value - 1 for name, value in where.items()}
+    run = functools.partial(sds.solve, sds.SDE(lambda x, t: x, diffusion), X0, 0.0, 1.0, 3, solver=sds.EulerMaruyama())
+    run(noise=sds.BrownianPath(1, **last), backend=backend)
+    with pytest.raises(ValueError, match=message):
+        run(noise=sds.BrownianPath(1, **where), backend=backend)
