@@ -287,12 +287,13 @@ class _FlowWithDivergence(AbstractODE, AbstractPerSample):
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         d = math.prod(self._shape[1:])
-        flat = x[:, :d].detach()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # in inference mode nothing would have a divergence
+            x, t, probes = (v.clone() if v.is_inference() else v for v in (x, t, self._probes))
+            flat = x[:, :d].detach()
             state = flat.reshape(self._shape).requires_grad_()
             s = self._score(state, t)
             check_drift(s, state, t, "score")
-            trace = self._divergence(s, state, self._probes).detach()
+            trace = self._divergence(s, state, probes).detach()
         f, g2 = (per_sample(c.to(x), flat) for c in (self._process.drift_rate(t), self._process.squared_diffusion(t)))
         return torch.cat([f * flat - 0.5 * g2 * s.detach().reshape(flat.shape), -0.5 * g2 * trace], dim=1)
 

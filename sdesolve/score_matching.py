@@ -248,7 +248,8 @@ class ExplicitScoreMatching(Objective):
 def _field(score: Score, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The score under autograd, the leaf it is a function of, and whether gradients of it are wanted."""
     trained = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # in inference mode nothing would have a divergence
+        x, t = (v.clone() if v.is_inference() else v for v in (x, t))
         x = x.detach().requires_grad_()
         s = score(x, t)
         check_drift(s, x, t, "score")

@@ -84,8 +84,8 @@ class Target:
         if self._score is not None:
             s = self._score(x)
         else:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(self._energies(leaf).sum(), leaf)
             s = -gradient
         check_drift(s, x, x.new_zeros(()), "score")

@@ -150,6 +150,10 @@ def test_the_score_comes_from_the_energy_if_it_is_not_given():
     by_score = run_chain(mcmc.Langevin(0.1), x0, 5, score=lambda x: (0.5 - x) / 2, seed=0)
     torch.testing.assert_close(by_energy.x, by_score.x, rtol=1e-12, atol=1e-12)
     assert by_energy.nfe == by_score.nfe == 6
+    with torch.inference_mode():
+        assert torch.equal(
+            run_chain(mcmc.Langevin(0.1), x0, 5, energy=lambda x: -law.log_prob(x), seed=0).x, by_energy.x
+        )
 
 
 @pytest.mark.parametrize(

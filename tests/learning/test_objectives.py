@@ -259,8 +259,9 @@ def test_the_mean_and_its_gradient_are_those_of_the_samples(objective):
     assert sum(float(g.abs().max()) > 0 for g in gradients[0][1:]) >= 3  # a divergence does not see the last bias
     halves = [objective(score, X0[k : k + 16], seed=3, first_sample=k) for k in (0, 16)]
     torch.testing.assert_close(sum(halves) / 2, gradients[0][0])
-    with torch.no_grad():
-        torch.testing.assert_close(objective(score, X0, seed=3), gradients[0][0].detach())
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(objective(score, X0, seed=3), gradients[0][0].detach())
 
 
 @pytest.mark.parametrize("objective", objectives(), ids=lambda o: type(o).__name__)

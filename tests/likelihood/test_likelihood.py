@@ -39,6 +39,19 @@ def test_a_gaussian_has_its_log_likelihood(process):
     assert float(noisy.standard_error.abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("divergence", [ExactTrace(), Hutchinson(2), HutchPP(1, 2)], ids=repr)
+def test_inference_mode_changes_nothing(divergence):
+    """Autograd records nothing there: every field had the divergence 0."""
+
+    def found():
+        score = DATA.score(VP)
+        return estimate_likelihood(VP, score, X[:5], divergence=divergence, steps=5, seed=1).log_prob
+
+    with torch.inference_mode():
+        inside = found()
+    assert torch.equal(inside, found())
+
+
 def cosine(t):
     return torch.cos(1.5 * t)
 
