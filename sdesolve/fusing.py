@@ -14,6 +14,7 @@ from typing import final
 
 import torch
 from sdesolve_kernels.dispatch import backend_for
+from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
     Contents,
@@ -28,7 +29,6 @@ from sdesolve_kernels.trajectory import (
     trace,
 )
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sdesolve.brownian import BrownianPath
 from sdesolve.recipes import Recipe, Task, increment_shapes, recipe_for
@@ -102,6 +102,8 @@ def fuse(task: Task) -> Fused | str:
         return str(problem)
     if _wants_gradient(task.x0, *held.tensors):
         return _NO_GRADIENT
+    if has_tangent(task.x0, *held.tensors):
+        return _TRANSFORMED
     recipe = recipe_for(task, task.solver)
     if isinstance(recipe, str):
         return recipe
@@ -110,12 +112,15 @@ def fuse(task: Task) -> Fused | str:
         return kernel
     if _wants_gradient(*kernel.captured):
         return _NO_GRADIENT
+    if has_tangent(*kernel.captured):
+        return _TRANSFORMED
     try:
         return _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
     except Unsupported as problem:
         return str(problem)
 
 
+_TRANSFORMED = "it takes part in a torch.func transform or in forward-mode differentiation"
 _NO_GRADIENT = "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
 
 
@@ -147,8 +152,8 @@ def _obstacle(task: Task) -> str:
         return "the batch is empty"
     if type(task.x0) not in (Tensor, torch.nn.Parameter):
         return f"the state is a {type(task.x0).__name__}"
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "it takes part in a torch.func transform or in forward-mode differentiation"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _TRANSFORMED
     if task.equation.noise is not Noise.NONE and not (isinstance(noise, BrownianPath) and noise.substeps == 1):
         return "increments are coarse, or come from a noise of another class than BrownianPath"
     name = backend_for("trajectory", task.x0.device)

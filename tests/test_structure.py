@@ -23,7 +23,14 @@ PUBLIC = [
 # A module may import from its own layer and from layers to its left. `reverse` stands left of `diffusions` because a
 # process makes its own reversal, which needs nothing of the process but drift and diffusion.
 LAYERS = [
-    {"sdesolve_kernels", "sdesolve.arguments", "sdesolve.grids", "sdesolve.sde", "sdesolve.copies"},
+    {
+        "sdesolve_kernels",
+        "sdesolve.arguments",
+        "sdesolve.grids",
+        "sdesolve.sde",
+        "sdesolve.copies",
+        "sdesolve.forward_mode",
+    },
     {"sdesolve.reverse", "sdesolve.brownian"},
     {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.operators"},
     {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors", "sdesolve.inverse"},

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["PLACE", "Op", "Route", "define", "define_out", "launch_place", "read", "recording", "route", "tensor_of"]
+__all__ = [
+    "PLACE",
+    "Op",
+    "Route",
+    "define",
+    "define_out",
+    "has_tangent",
+    "launch_place",
+    "read",
+    "recording",
+    "route",
+    "tensor_of",
+]
 
 # How every schema says where the noise is; see `checks.place`.
 PLACE = (
@@ -44,9 +56,17 @@ def route(*tensors: Any) -> Route:
         # Asking a float or None whether it is a tensor takes three times as long as looking its type up.
         if type(t) not in _PLAIN and isinstance(t, Tensor):
             return Route.REGISTERED
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if torch._C._functorch.peek_interpreter_stack() is not None or has_tangent(*tensors):
         return Route.TRANSFORMED
     return Route.PLAIN
+
+
+def has_tangent(*tensors: Any) -> bool:
+    """Whether one of these is differentiated forward. That somebody does so may be another thread's business."""
+    level = forward_ad._current_level
+    return level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t, level=level).tangent is not None for t in tensors
+    )
 
 
 def launch_place(place: tuple[Any, ...]) -> dict[str, Any]:
@@ -76,7 +96,7 @@ def recording(*tensors: Any) -> bool:
 
 def tensor_of(c: Any) -> Tensor:
     """A coefficient as the schemas have it: a number becomes a 0-d float64 tensor, which loses nothing."""
-    return c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64)
+    return c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device="cpu")
 
 
 def _refuse_vmap(name: str) -> Callable[..., Any]:

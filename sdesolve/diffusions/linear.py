@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_times, inverse_log_snr
+from sdesolve.forward_mode import jvp
 
 
 @final
@@ -73,7 +74,7 @@ class LinearDiffusion(AbstractDiffusion):
         return grids.uniform(self.t_max, self.t_min, steps)
 
     def _check(self) -> None:
-        t = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
+        t = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64, device="cpu")
         for name, function in (("alpha", self._alpha), ("sigma", self._sigma)):
             if not callable(function):
                 raise TypeError(f"{name} must be a function of a tensor of times, got {type(function).__name__}")
@@ -92,8 +93,7 @@ class LinearDiffusion(AbstractDiffusion):
 
 def _value_and_slope(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     t = t.contiguous()  # an expanded time has no memory of its own for a tangent
-    pair = torch.func.jvp(function, (t,), (torch.ones_like(t),))
-    return pair[0], pair[1]
+    return jvp(function, t, torch.ones_like(t))
 
 
 def _first_failure(good: Tensor, t: Tensor, values: Tensor, rule: str) -> None:

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve.forward_mode import jvp
 from sdesolve.sde import AbstractSDE, Calculus, Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
@@ -50,9 +51,9 @@ def diffusion_and_derivative(sde: AbstractSDE, x: Tensor, t: Tensor) -> tuple[Te
 
     if sde.noise is Noise.SCALAR:
         g = g_of(x)
-        return g, torch.func.jvp(g_of, (x,), (g.clone(),))[1]
+        return g, jvp(g_of, x, g.clone())[1]
     # Own-component diffusion: the Jacobian is diagonal, so one derivative along (1, ..., 1) gives all of it.
-    g_and_slope = torch.func.jvp(g_of, (x,), (torch.ones_like(x),))
+    g_and_slope = jvp(g_of, x, torch.ones_like(x))
     return g_and_slope[0], g_and_slope[0] * g_and_slope[1]
 
 
@@ -69,8 +70,8 @@ def check_own_component(sde: AbstractSDE, x: Tensor, t: Tensor) -> None:
         return per_sample(sde.diffusion(y, t), y).expand_as(y)
 
     v = torch.sin(1.0 + torch.arange(x.numel(), dtype=x.dtype, device=x.device) * 2.3).reshape(x.shape)
-    along_ones = torch.func.jvp(g_of, (x,), (torch.ones_like(x),))[1]
-    along_v = torch.func.jvp(g_of, (x,), (v,))[1]
+    along_ones = jvp(g_of, x, torch.ones_like(x))[1]
+    along_v = jvp(g_of, x, v)[1]
     excess = (along_v - v * along_ones).abs()
     scale = torch.maximum(along_v.abs(), along_ones.abs())
     if bool((excess > torch.finfo(x.dtype).eps ** 0.5 * (scale + scale.mean())).any()):
