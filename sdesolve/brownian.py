@@ -72,7 +72,7 @@ class AbstractPaths(AbstractNoise):
 
 def unit_normals(noise: AbstractNoise, k: int, x: Tensor) -> Tensor:
     """Draw ``k`` of ``noise``: standard normals like ``x``."""
-    times = torch.tensor([k, k + 1], dtype=torch.float64)
+    times = torch.tensor([k, k + 1], dtype=torch.float64, device="cpu")
     return noise.increments(times, tuple(x.shape), step=k, dtype=x.dtype, device=x.device)[0]
 
 
@@ -189,7 +189,7 @@ class BrownianPath(AbstractPaths):
         device: torch.device | str | None = None,
     ) -> Tensor:
         batch, *channels = shape
-        dt = torch.as_tensor(times, dtype=torch.float64).diff(dim=0).abs() / self.substeps
+        dt = torch.as_tensor(times, dtype=torch.float64, device="cpu").diff(dim=0).abs() / self.substeps
         z = self._normals(step, len(dt), batch, math.prod(channels), dtype, device)
         scale = dt.sqrt().to(dtype=dtype, device=z.device)
         return z.reshape(len(dt), *shape) * scale.reshape(*scale.shape, *(1,) * (len(shape) + 1 - scale.ndim))

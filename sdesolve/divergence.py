@@ -160,7 +160,7 @@ def _transposed(s: Tensor, x: Tensor, v: Tensor, create_graph: bool) -> Tensor:
 
 
 def _draw(count: int, law: str, x: Tensor, seed: int, first_path: int) -> Tensor:
-    times = torch.arange(count + 1, dtype=torch.float64)
+    times = torch.arange(count + 1, dtype=torch.float64, device="cpu")
     source = BrownianPath(seed, first_path, stream=Stream.PROBES, kind=_KINDS[law])
     return source.increments(times, (len(x), _dimension(x)), dtype=x.dtype, device=x.device)
 

@@ -351,7 +351,7 @@ def _way(
         first = process.t_min if t_min is None else float(t_min)
         if not 0.0 < first < process.t_max:
             raise ValueError(f"t_min must lie in (0, t_max = {process.t_max}), got {first}")
-        return torch.tensor([first, process.t_max], dtype=torch.float64), solver
+        return torch.tensor([first, process.t_max], dtype=torch.float64, device="cpu"), solver
     if t_min is not None:
         raise ValueError("a grid says where it stops; give t_min or grid, not both")
     times = grids.check_grid(grid)

@@ -189,7 +189,7 @@ def _times(
     if isinstance(solver, AbstractAdaptive):
         if steps is not None or grid is not None:
             raise ValueError(f"{type(solver).__name__} chooses its own steps: leave out steps and grid")
-        return torch.tensor([process.t_max, process.t_min], dtype=torch.float64)
+        return torch.tensor([process.t_max, process.t_min], dtype=torch.float64, device="cpu")
     if isinstance(solver, PredictorCorrector):
         solver = solver.predictor
     if (steps is None) == (grid is None):
@@ -211,4 +211,4 @@ def _path(seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
     if noise is not None:
         return noise
-    return BrownianPath(int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if seed is None else seed)
+    return BrownianPath(int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed)

@@ -61,7 +61,7 @@ class SavePlan:
             for slot, k in enumerate(wanted):
                 self.on_grid[k].append(slot)
         else:
-            self.ts = torch.as_tensor(save_at, dtype=torch.float64).cpu()
+            self.ts = torch.as_tensor(save_at, dtype=torch.float64, device="cpu")
             self._place(grid)
         self._states = [None] * len(self.ts)
         self._variances = [None] * len(self.ts)

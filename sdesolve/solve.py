@@ -202,7 +202,7 @@ def _grid_of(
 
 def _time(t: float | Tensor, name: str) -> Tensor:
     try:
-        return torch.as_tensor(t, dtype=torch.float64).cpu()
+        return torch.as_tensor(t, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number or a tensor (batch,) of times, got {t!r}") from None
 
@@ -219,5 +219,5 @@ def _noise_of(
             raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
         return noise
     if seed is None:
-        seed = 0 if not random else int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+        seed = 0 if not random else int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
     return BrownianPath(seed, kind=increments or "normal")

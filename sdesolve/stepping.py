@@ -159,7 +159,7 @@ class TorchTableStepper(AbstractStepper):
         self._first, draws = first, self._table.draws
         if draws:
             # Steps of unit length, so that increments are standard normals.
-            unit = torch.arange((len(times) - 1) * draws + 1, dtype=torch.float64)
+            unit = torch.arange((len(times) - 1) * draws + 1, dtype=torch.float64, device="cpu")
             self._normals = self._noise.increments(
                 unit, tuple(self._x0.shape), step=first * draws, dtype=self._x0.dtype, device=self._x0.device
             )

@@ -79,7 +79,7 @@ class LogNormalNoise(TimeLaw):
         return torch.lerp(log_t[k - 1], log_t[k], share).exp()
 
     def density(self, t: Tensor, process: AbstractDiffusion, t_min: float, t_max: float) -> Tensor:
-        ends = torch.tensor([t_min, t_max], dtype=torch.float64)
+        ends = torch.tensor([t_min, t_max], dtype=torch.float64, device="cpu")
         share = torch.special.ndtr((-0.5 * process.log_snr(ends) - self.mean) / self.std).diff()
         z = (-0.5 * process.log_snr(t) - self.mean) / self.std
         return (

@@ -53,7 +53,7 @@ class AnnealedLangevin:
         *,
         convention: ConventionName = "half",
     ) -> None:
-        self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         if self.sigmas.ndim != 1 or len(self.sigmas) == 0 or not bool((self.sigmas > 0).all()):
             raise ValueError(f"sigmas must be noise levels, (L,) positive numbers, got {self.sigmas.tolist()}")
         if not bool((self.sigmas.diff() < 0).all()):
@@ -99,7 +99,9 @@ class AnnealedLangevin:
         check_state(x0)
         times = self._times(process).to(x0)
         if noise is None:
-            noise = BrownianPath(int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if seed is None else seed)
+            noise = BrownianPath(
+                int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed
+            )
         elif seed is not None:
             raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
         draws = noise.correctors(1)

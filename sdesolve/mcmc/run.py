@@ -108,7 +108,9 @@ def _path(seed: int | None, noise: BrownianPath | None) -> BrownianPath:
     if seed is not None and noise is not None:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
     if noise is None:
-        noise = BrownianPath(int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if seed is None else seed)
+        noise = BrownianPath(
+            int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed
+        )
     if not isinstance(noise, BrownianPath):
         raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
     return noise.correctors(1)

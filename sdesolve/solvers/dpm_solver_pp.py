@@ -72,7 +72,7 @@ def _expansion(p: Schedule, order: int) -> Tensor:
 
     def weights(at: Tensor, order: int) -> Tensor:
         I0, I1, I2 = exponential_moments(eta[at], 3).unbind(1)
-        D = torch.eye(order, dtype=torch.float64).reshape(order, order, *(1,) * (h.ndim))
+        D = torch.eye(order, dtype=torch.float64, device="cpu").reshape(order, order, *(1,) * (h.ndim))
         w = I0 * D[0]
         if order > 1:
             r0 = h[at - 1] / h[at]

@@ -46,7 +46,7 @@ class AbstractDataMidpoint(AbstractTabulated):
         before, ahead = -a2 * b1 / here.alpha, b / middle.alpha
         half = torch.stack([a1 + b1 / here.alpha, b1 * here.sigma.square() / here.alpha, c1], dim=1)
         rest = torch.stack([a2 + ahead, before, before * here.sigma.square(), ahead * middle.sigma.square(), c2], dim=1)
-        skipped = torch.zeros(len(times) - 1, 2, dtype=torch.bool)
+        skipped = torch.zeros(len(times) - 1, 2, dtype=torch.bool, device="cpu")
         if p.ends_clean:
             scale = end.alpha[-1] / here.alpha[-1]
             half[-1], rest[-1] = 0.0, 0.0

@@ -19,7 +19,7 @@ def by_order(orders: Tensor, like: Tensor, width: int, weights: Callable[[Tensor
         width: number of columns.
         weights: from indices ``(n,)`` of the steps of one order, and that order, to ``(n, columns[, batch])``.
     """
-    w = torch.zeros(len(orders), width, *like.shape[1:], dtype=torch.float64)
+    w = torch.zeros(len(orders), width, *like.shape[1:], dtype=torch.float64, device="cpu")
     for p in orders.unique().tolist():
         at = (orders == p).nonzero()[:, 0]
         some = weights(at, p)
@@ -57,7 +57,7 @@ def exponential_moments(eta: Tensor, count: int) -> Tensor:
     by_parts = [first]
     for m in range(1, count):
         by_parts.append(1.0 - m * by_parts[-1] / large)
-    series = (-near)[..., None] ** torch.arange(_TERMS) @ _series(count) * near[..., None]
+    series = (-near)[..., None] ** torch.arange(_TERMS, device="cpu") @ _series(count) * near[..., None]
     result = torch.where(small[:, None], series.movedim(-1, 1), torch.stack(by_parts, dim=1))
     result[:, 0] = first
     return result
@@ -70,4 +70,4 @@ _TERMS = 25
 def _series(count: int) -> Tensor:
     """``m! / (m + j + 1)!`` for ``j < 25``: ``(25, count)``."""
     rows = [[math.factorial(m) / math.factorial(m + j + 1) for m in range(count)] for j in range(_TERMS)]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")

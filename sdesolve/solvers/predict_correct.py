@@ -31,7 +31,7 @@ class AbstractPredictorCorrectorMultistep(AbstractDataMultistep):
 
     @final
     def weights(self, schedule: Schedule, a: Tensor) -> Tensor:
-        b = torch.zeros(len(a), self.memory + 1, *a.shape[1:], dtype=torch.float64)
+        b = torch.zeros(len(a), self.memory + 1, *a.shape[1:], dtype=torch.float64, device="cpu")
         w, v = self.predicting(schedule), self.correcting(schedule)
         b[:, : w.shape[1]] += w
         if v is not None:

@@ -52,7 +52,7 @@ class AbstractRungeKutta(AbstractTabulated):
             rows.append(torch.stack([alpha / start.alpha, *b, torch.zeros_like(alpha)], dim=1))
             points.append(stage.end)
         t = torch.stack([point.times for point in points[:-1]], dim=1)
-        skipped = torch.zeros(t.shape[:2], dtype=torch.bool)
+        skipped = torch.zeros(t.shape[:2], dtype=torch.bool, device="cpu")
         if p.ends_clean:
             # Stages inside the last step are not needed; they stay finite for those who cannot leave them out.
             for row in rows:

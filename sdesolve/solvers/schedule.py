@@ -99,7 +99,7 @@ class Schedule:
                 f"a multistep scheme of order {order} needs the values of {order} steps, and this grid has "
                 f"{len(self.times) - 1}: take more steps or a lower order"
             )
-        orders = torch.arange(1, len(self.times)).clamp(max=order)
+        orders = torch.arange(1, len(self.times), device="cpu").clamp(max=order)
         if self.ends_clean:
             orders[-1] = 1
         return orders

@@ -97,7 +97,7 @@ class AbstractTabulated(AbstractSolver):
 
 def none_skipped(times: Tensor, evaluations: int) -> Tensor:
     """`Table.skipped` of a scheme that makes every evaluation of every step."""
-    return torch.zeros(len(times) - 1, evaluations, dtype=torch.bool)
+    return torch.zeros(len(times) - 1, evaluations, dtype=torch.bool, device="cpu")
 
 
 def row_step(

@@ -66,7 +66,7 @@ def number_or_rows(c: Any) -> Any:
 
 def rows_of(c: Any, x: Tensor) -> Tensor:
     """A coefficient in the compute dtype, to be multiplied by others of ``()`` or ``(batch,)``."""
-    return torch.as_tensor(c, dtype=compute_dtype(x.dtype))
+    return torch.as_tensor(c, dtype=compute_dtype(x.dtype), device=x.device)
 
 
 class Operands:

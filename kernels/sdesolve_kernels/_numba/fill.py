@@ -43,7 +43,7 @@ def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, off
     if out.numel() == 0:
         return
     if out.dtype in (torch.float16, torch.bfloat16):
-        wide = torch.empty(out.shape, dtype=torch.float32)
+        wide = torch.empty(out.shape, dtype=torch.float32, device="cpu")
         fill(kind, wide, seed=seed, stream=stream, first_path=first_path, offset=offset)
         out.copy_(wide)
         return

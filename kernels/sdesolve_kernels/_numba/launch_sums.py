@@ -58,7 +58,7 @@ def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None,
     rows = score.shape[0]
     m = score.numel() // rows
     each = int(mode == "sample")
-    partial = torch.empty(2, rows if each and m <= TILE else unit_count(rows, m), dtype=torch.float64)
+    partial = torch.empty(2, rows if each and m <= TILE else unit_count(rows, m), dtype=torch.float64, device="cpu")
     score_at, noise_at = partial.data_ptr(), 0 if mode == "dimension" else partial[1].data_ptr()
     addresses = score.data_ptr(), 0 if kept is None else kept.data_ptr(), score_at, noise_at
     run(norms(NAMES[score.dtype]), (*addresses, each, *place(where, m)), rows, m)
@@ -95,7 +95,7 @@ def dsm_loss(
     operands = Operands(output if gradient is None else gradient)
     sums = rows * -(-m // TILE)
     # A thousand sums fit into the scratch memory, and an allocation costs 1 us.
-    partial = torch.empty(sums, dtype=torch.float64) if sums > SUMS else None
+    partial = torch.empty(sums, dtype=torch.float64, device="cpu") if sums > SUMS else None
     partial_at = scratch.address + SCRATCH - 8 * SUMS if partial is None else partial.data_ptr()
     weights = operands.coefficient(weight)
     # A call that takes all units finishes; several calls leave that to one more.

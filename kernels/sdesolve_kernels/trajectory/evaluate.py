@@ -59,7 +59,9 @@ def evaluate(
     for e in topological(roots):
         match e.op:
             case "const":
-                value: Any = torch.tensor(e.data, dtype=torch.bool if e.dtype == "bool" else torch.float64)
+                value: Any = torch.tensor(
+                    e.data, dtype=torch.bool if e.dtype == "bool" else torch.float64, device="cpu"
+                )
             case "time":
                 value = _rounded(times[e.data], e)
             case "row":
@@ -80,7 +82,8 @@ def evaluate(
             case "product":
                 matrix, parameter = e.data, parameters[e.data.parameter]
                 assert parameter is not None
-                i, j = torch.arange(matrix.rows)[:, None], torch.arange(matrix.columns)
+                i = torch.arange(matrix.rows, device="cpu")[:, None]
+                j = torch.arange(matrix.columns, device="cpu")
                 vector = torch.stack(torch.broadcast_tensors(*(values[a.number] for a in e.args)))
                 value = parameter[matrix.entry(i, j)] @ vector
             case "sum":

@@ -122,16 +122,16 @@ class NumbaTrajectory(AbstractTrajectory):
         table, uniforms = tables(plan, launch)
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
         x1 = torch.empty_like(x0)
-        saves = torch.tensor([*launch.saves, -1], dtype=torch.int64)
+        saves = torch.tensor([*launch.saves, -1], dtype=torch.int64, device="cpu")
         slots = len(launch.saves)
         states = moments = None
         if slots and launch.moments:
-            moments = torch.empty(slots, blocks, 2, kernel.width, dtype=torch.float64)
+            moments = torch.empty(slots, blocks, 2, kernel.width, dtype=torch.float64, device="cpu")
         elif slots:
-            states = torch.empty(slots, batch, kernel.width, dtype=x0.dtype)
+            states = torch.empty(slots, batch, kernel.width, dtype=x0.dtype, device="cpu")
         places = [part if part < 2**63 else part - 2**64 for place in launch.places for part in place]
-        noise = torch.tensor([*places, 0], dtype=torch.int64)
-        pointers = torch.tensor([*(c.data_ptr() for c in captured), 0], dtype=torch.int64)
+        noise = torch.tensor([*places, 0], dtype=torch.int64, device="cpu")
+        pointers = torch.tensor([*(c.data_ptr() for c in captured), 0], dtype=torch.int64, device="cpu")
         arguments = torch.tensor(
             [
                 x0.data_ptr(),
@@ -148,11 +148,12 @@ class NumbaTrajectory(AbstractTrajectory):
                 pointers.data_ptr(),
             ],
             dtype=torch.int64,
+            device="cpu",
         )
         entry, address = self._entry, arguments.data_ptr()
 
         def work(start: int, stop: int) -> None:
-            scratch = torch.empty(kernel.scratch + 64, dtype=torch.uint8)
+            scratch = torch.empty(kernel.scratch + 64, dtype=torch.uint8, device="cpu")
             entry(address, -(-scratch.data_ptr() // 64) * 64, start, stop)
 
         cost = (
@@ -166,7 +167,7 @@ def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
     """Columns for every step, ``(steps, columns)``, and uniforms, in the dtype of the state, on the host."""
     dtype = plan.program.signature.dtype
     if not (plan.columns or plan.uniforms):
-        empty = torch.empty(0, dtype=dtype)
+        empty = torch.empty(0, dtype=dtype, device="cpu")
         return empty, empty
     dt = launch.times.diff()
     times = {"t0": launch.times[:-1], "t1": launch.times[1:], "dt": dt, "scale": dt.abs().sqrt()}
@@ -179,8 +180,8 @@ def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
         # Torch might multiply in an order in which nothing overflows.
         raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
     n = len(plan.columns)
-    table = torch.stack(values[:n], 1).to(dtype) if n else torch.empty(0, dtype=dtype)
-    uniforms = torch.stack(values[n:]).to(dtype) if plan.uniforms else torch.empty(0, dtype=dtype)
+    table = torch.stack(values[:n], 1).to(dtype) if n else torch.empty(0, dtype=dtype, device="cpu")
+    uniforms = torch.stack(values[n:]).to(dtype) if plan.uniforms else torch.empty(0, dtype=dtype, device="cpu")
     return table, uniforms
 
 

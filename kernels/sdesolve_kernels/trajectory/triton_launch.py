@@ -52,7 +52,7 @@ class TritonTrajectory(AbstractTrajectory):
         saves: Tensor | None = None
         saved: Tensor | None = None
         if slots:
-            saves = torch.tensor(launch.saves, dtype=torch.int64).to(device, non_blocking=True)
+            saves = torch.tensor(launch.saves, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
             programs = -(-batch // kernel.shape.lanes)
             size, dtype = ((programs, 2), torch.float64) if moments else ((batch,), x0.dtype)
             saved = torch.empty(slots, *size, kernel.width, dtype=dtype, device=device)
