@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import torch
@@ -20,10 +21,8 @@ def test_derivatives_of_two_threads_do_not_meet():
 
     def derivative(first):
         def function(x):
-            try:
+            with contextlib.suppress(threading.BrokenBarrierError):
                 inside.wait(0.2)
-            except threading.BrokenBarrierError:
-                pass
             if not first:
                 left.wait(0.2)
             return x * x
