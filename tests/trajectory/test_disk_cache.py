@@ -85,6 +85,18 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert blocked.read_text() == ""
 
 
+def test_a_user_without_a_home_has_no_folder(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SDESOLVE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    sde = sds.SDE(lambda x, t: torch.cos(x) * 1.1875, lambda x, t: 0.3 * x)
+    sol = sds.solve(sde, torch.ones(5, 2), 0.0, 1.0, 7, solver=sds.EulerMaruyama(), seed=3)
+    assert sol.stats.backend == "fused", sol.stats.reason
+
+
 @pytest.mark.parametrize("damage", [b"", b"short", bytes(100)])
 def test_a_file_that_is_not_whole_is_no_code(tmp_path, damage):
     (tmp_path / "x.o").write_bytes(damage)

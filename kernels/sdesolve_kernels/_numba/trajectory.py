@@ -27,13 +27,18 @@ _TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, c
 _engines: list[Any] = []  # own the code they loaded
 
 
-def cache_folder() -> Path:
-    """Where object code is kept: ``SDESOLVE_CACHE``, or a folder in the user's cache."""
+def cache_folder() -> Path | None:
+    """Where object code is kept: ``SDESOLVE_CACHE``, or a folder in the user's cache; nowhere for users without one."""
     chosen = os.environ.get("SDESOLVE_CACHE")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
-    return Path(base) / "sdesolve"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "sdesolve"
+    try:
+        return Path.home() / ".cache" / "sdesolve"
+    except RuntimeError:  # no HOME, and a user that the system does not know, as in some containers
+        return None
 
 
 @functools.lru_cache(maxsize=256)
@@ -43,7 +48,10 @@ def load(source: str) -> Entry:
 
     _initialise(llvm)
     key = _key(source, llvm)
-    path = cache_folder() / f"{key}.o"
+    folder = cache_folder()
+    if folder is None:
+        return _loaded(_compiled(source, key, llvm), llvm)
+    path = folder / f"{key}.o"
     code = _read(path)
     if code is None:
         code = _compiled(source, key, llvm)
