@@ -158,6 +158,14 @@ class Integration:
         for name, value in values.items():
             if bool(value.isinf().any()):
                 return f"the {name} returned inf for a state of size {size}, which overflowed; take smaller steps"
+        dt = float(span.dt.abs().max())
+        scales = {"drift": dt, "diffusion": math.sqrt(dt)}
+        reach = sum(float(value.abs().max()) * scales[name] for name, value in values.items() if value.numel())
+        if float(x.abs().max()) + reach < torch.finfo(x.dtype).max ** 0.25:
+            return (
+                f"drift and diffusion are finite for a state of size {size}, and far from an overflow; the solver uses "
+                "them elsewhere in the step too, or (Milstein) the derivative of the diffusion, which have no value"
+            )
         return f"the state, of size {size}, overflowed; take smaller steps"
 
 

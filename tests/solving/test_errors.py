@@ -252,6 +252,13 @@ def test_overflow_is_told_from_nan():
     assert not bool(sds.solve(stiff, X0, 0.0, 1.0, 20, solver=EM, check_finite=False).x1.isfinite().all())
 
 
+def test_a_derivative_that_is_infinite_is_no_overflow():
+    """Milstein on a square root, from its zero: smaller steps would not help."""
+    root = sds.SDE(lambda x, t: 1 - x, lambda x, t: x.clamp(min=0).sqrt())
+    with pytest.raises(sds.DivergenceError, match=r"step 0 of 4.*\(Milstein\) the derivative of the diffusion"):
+        sds.solve(root, torch.zeros(3, 2), 0.0, 1.0, 4, solver=sds.Milstein(), seed=1)
+
+
 def test_sde_with_multiplicative_noise_is_not_reversed():
     with pytest.raises(ValueError, match="only SDEs with additive noise can be reversed here, this one has diagonal"):
         sds.ReverseSDE(GBM, lambda x, t: x)
