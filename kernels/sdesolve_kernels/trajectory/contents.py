@@ -133,7 +133,7 @@ class _Walk:
             self._extras(value, kind)
         elif issubclass(kind, set | frozenset):
             key.append((kind, frozenset(value)))
-            self.complete &= all(type(item) in _VALUES or type(item) is float for item in value)
+            self.complete &= _is_value(frozenset(value))
         elif issubclass(kind, float | int | str | bytes | complex) and not isinstance(value, enum.Enum | np.generic):
             key.append((kind, repr(next(b for b in _PLAIN if issubclass(kind, b))(value))))
             self._extras(value, kind)
@@ -250,6 +250,13 @@ class _Walk:
             if hasattr(value, name):
                 self.key.append(name)
                 self.visit(getattr(value, name))
+
+
+def _is_value(item: object) -> bool:
+    """Whether equal objects of this kind are the same to any function, whatever they hold."""
+    if type(item) in (tuple, frozenset):
+        return all(_is_value(part) for part in item)  # type: ignore[attr-defined]  # a tuple or a frozenset
+    return type(item) in _VALUES or type(item) is float or isinstance(item, enum.Enum)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
