@@ -37,7 +37,7 @@ class DiffusersNet(LabelledNetwork):
 
     Raises:
         TypeError: ``model`` is not a module, or a count is not an integer.
-        ValueError: a count out of range.
+        ValueError: a count out of range, or more classes than the model has embeddings for.
     """
 
     def __init__(
@@ -53,6 +53,12 @@ class DiffusersNet(LabelledNetwork):
             raise TypeError(f"model must be a module, such as a UNet2DModel; got {type(model).__name__}")
         self.model, self.steps = model, whole_number(steps, "steps", 1)
         self.classes = whole_number(classes, "classes", 0)
+        embedding = getattr(model, "class_embedding", None)
+        if classes and isinstance(embedding, nn.Embedding) and embedding.num_embeddings <= classes:
+            raise ValueError(
+                f"classes={classes} and the null class need {classes + 1} embeddings, and this model has "
+                f"{embedding.num_embeddings}: make it with num_class_embeds={classes + 1}"
+            )
         self._timestep = timestep
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:

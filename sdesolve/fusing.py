@@ -55,6 +55,7 @@ class Fused:
         variances: with moments.
         evaluations: of the drift, saving included.
         source: of the kernel.
+        anew: why the functions are traced in each call; empty where the kernel is kept.
     """
 
     x1: Tensor
@@ -62,6 +63,7 @@ class Fused:
     variances: Tensor | None
     evaluations: int
     source: str
+    anew: str = ""
 
 
 @final
@@ -115,9 +117,12 @@ def fuse(task: Task) -> Fused | str:
     if has_tangent(*kernel.captured):
         return _TRANSFORMED
     try:
-        return _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
+        done = _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
     except Unsupported as problem:
         return str(problem)
+    if isinstance(done, Fused) and kernel.where is None:
+        return dataclasses.replace(done, anew=held.opaque or "a tensor that is made as they run")
+    return done
 
 
 _TRANSFORMED = "it takes part in a torch.func transform or in forward-mode differentiation"

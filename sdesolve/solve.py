@@ -133,7 +133,8 @@ def solve(
                 steps=len(times) - 1,
                 nfe=fused.evaluations,
                 backend="fused",
-                reason="the whole trajectory is one generated kernel",
+                reason="the whole trajectory is one generated kernel"
+                + (f", traced in each call, as the functions hold {fused.anew}" if fused.anew else ""),
                 seed=seed_used,
                 source=fused.source,
             )

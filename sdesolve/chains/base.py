@@ -268,7 +268,16 @@ class ChainScore(nn.Module):
         self.net, self.chain = net, chain
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
-        """``grad log q(x_k)`` at ``x: (batch, *state)``, ``k: (batch,)``."""
+        """``grad log q(x_k)`` at ``x: (batch, *state)``, ``k: (batch,)``.
+
+        Raises:
+            TypeError: ``k`` is not whole.
+        """
+        if k.is_floating_point():
+            raise TypeError(
+                f"a ChainScore takes steps of its chain, whole numbers from 1 to {self.chain.steps}, got a tensor of "
+                f"{k.dtype}; a score at times is a NetworkScore"
+            )
         return -evaluated(self.net, x, k.to(x.dtype)) / self.chain.at(self.chain.sigma, k, x)
 
 

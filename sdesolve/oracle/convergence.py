@@ -111,6 +111,11 @@ def convergence(
         raise TypeError(f"data must be a Gaussian or a GaussianMixture, got {kind_of(data)}")
     if isinstance(nfes, int):
         raise TypeError(f"nfes must be increasing numbers of evaluations, such as [32, 64, 128], got {nfes}")
+    if grid is not None and not callable(grid):
+        raise TypeError(
+            f"grid must be a function from a number of steps to times, such as lambda n: karras_sigma(process, n), "
+            f"got {kind_of(grid)}; for one grid there is oracle.error"
+        )
     make = process.time_grid if grid is None else grid
     wanted = [whole_number(n, "nfes", 1) for n in nfes]
     if not wanted or any(b <= a for a, b in itertools.pairwise(wanted)):

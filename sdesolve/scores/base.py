@@ -141,8 +141,14 @@ def coefficients(process: AbstractDiffusion, x: Tensor, t: Tensor | float) -> tu
 
     Raises:
         ValueError: ``t`` is neither ``()`` nor ``(batch,)``.
+        TypeError: ``t`` holds a whole number for each sample.
     """
     t = as_time(t)
+    if t.ndim == 1 and not t.is_floating_point():
+        raise TypeError(
+            f"times of samples must be a floating-point tensor, got {t.dtype}: are they steps of a chain? "
+            "chain.score_from(process, score) makes a score of steps from this one"
+        )
     if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != x.shape[0]):
         raise ValueError(f"t must be a number or one time per sample, ({x.shape[0]},), got shape {tuple(t.shape)}")
     alpha, sigma = process.alpha(t), process.sigma(t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, final
 
 from torch import Tensor
 
@@ -50,6 +50,10 @@ class AbstractAdaptive(abc.ABC):
     rtol: float
     atol: float
     max_steps: int
+
+    @final
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rtol={self.rtol:g}, atol={self.atol:g}, max_steps={self.max_steps})"
 
     @abc.abstractmethod
     def attempt(self, drift: Slope, x: Tensor, slope: Tensor, t: Tensor, dt: Tensor) -> Attempt:

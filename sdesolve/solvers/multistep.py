@@ -32,13 +32,19 @@ def earlier(u: Tensor, at: Tensor, count: int) -> Tensor:
     return torch.stack([u[at - i] for i in range(count)], dim=1)
 
 
-def interpolation_weights(nodes: Tensor, moments: Tensor) -> Tensor:
+def interpolation_weights(nodes: Tensor, moments: Tensor, counts: Tensor | None = None) -> Tensor:
     """``b_i`` with ``sum_i b_i nodes_i^m = moments_m`` for ``m = 0 ... p - 1``.
 
     The integral, against a weight that has these moments, of the polynomial through values at the nodes. Both arguments
-    and the result are ``(n, p[, batch])``.
+    and the result are ``(n, p[, batch])``. With ``counts: (n,)`` only so many of the first nodes of each row are looked
+    at, and the other ``b_i`` are 0.
     """
-    V = torch.stack([nodes**m for m in range(nodes.shape[1])], dim=1)
+    width = nodes.shape[1]
+    V = torch.stack([nodes**m for m in range(width)], dim=1)
+    if counts is not None:
+        used = (torch.arange(width) < counts[:, None]).reshape(len(counts), width, *(1,) * (nodes.ndim - 2))
+        eye = torch.eye(width, dtype=V.dtype).reshape(width, width, *(1,) * (nodes.ndim - 2))
+        V, moments = torch.where(used[:, None] & used[:, :, None], V, eye), torch.where(used, moments, 0.0)
     if nodes.ndim == 2:
         return torch.linalg.solve(V, moments)
     V, m = V.movedim(-1, 1), moments.movedim(-1, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.solvers.data_prediction import AbstractDataMultistep
-from sdesolve.solvers.multistep import earlier, exponential_moments, interpolation_weights
+from sdesolve.solvers.multistep import exponential_moments, interpolation_weights
 from sdesolve.solvers.schedule import Schedule
 
 
@@ -42,11 +42,13 @@ class AbstractPredictorCorrectorMultistep(AbstractDataMultistep):
         return b
 
 
-def exact_weights(p: Schedule, at: Tensor, order: int, *, corrects: bool) -> Tensor:
-    """Weights of the polynomial in the log-SNR through ``order`` values and, to correct, the one ahead."""
-    h = p.h[at]
-    nodes = (earlier(p.lam, at, order) - p.lam[at][:, None]) / h[:, None]
+def exact_weights(p: Schedule, orders: Tensor, *, corrects: bool) -> Tensor:
+    """Weights of the polynomials in the log-SNR through as many values as ``orders: (steps,)`` say and, to correct, the
+    one ahead: ``(steps, columns[, batch])``, 0 beyond the order of each step."""
+    steps, count = torch.arange(len(orders)), int(orders.max())
+    before = (steps[:, None] - torch.arange(count)).clamp(min=0)
+    nodes = (p.lam[before] - p.lam[:-1, None]) / p.h[:, None]
     if corrects:
-        nodes = torch.cat([torch.ones_like(nodes[:, :1]), nodes], dim=1)
-    moments = exponential_moments((1.0 + p.stochasticity**2) * h, nodes.shape[1])
-    return p.alpha[at + 1][:, None] * interpolation_weights(nodes, moments)
+        nodes, orders = torch.cat([torch.ones_like(nodes[:, :1]), nodes], dim=1), orders + 1
+    moments = exponential_moments((1.0 + p.stochasticity**2) * p.h, nodes.shape[1])
+    return p.alpha[1:, None] * interpolation_weights(nodes, moments, orders)

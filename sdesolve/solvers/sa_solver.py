@@ -9,7 +9,6 @@ from torch import Tensor
 from sdesolve.grids import whole_number
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
-from sdesolve.solvers.multistep import by_order
 from sdesolve.solvers.predict_correct import AbstractPredictorCorrectorMultistep, exact_weights
 from sdesolve.solvers.schedule import Schedule, check_order
 
@@ -46,11 +45,7 @@ class SASolver(AbstractPredictorCorrectorMultistep):
         self.weak_order = min(2.0, self.ode_order)
 
     def predicting(self, p: Schedule) -> Tensor:
-        orders = p.orders(self.predictor)
-        return by_order(orders, p.h, self.predictor, lambda at, k: exact_weights(p, at, k, corrects=False))
+        return exact_weights(p, p.orders(self.predictor), corrects=False)
 
     def correcting(self, p: Schedule) -> Tensor | None:
-        if not self.corrector:
-            return None
-        orders = p.orders(self.corrector)
-        return by_order(orders, p.h, self.corrector + 1, lambda at, k: exact_weights(p, at, k, corrects=True))
+        return exact_weights(p, p.orders(self.corrector), corrects=True) if self.corrector else None

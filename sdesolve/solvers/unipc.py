@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
-from sdesolve.solvers.multistep import by_order
 from sdesolve.solvers.predict_correct import AbstractPredictorCorrectorMultistep, exact_weights
 from sdesolve.solvers.schedule import Schedule, check_order
 
@@ -42,26 +41,19 @@ class UniPC(AbstractPredictorCorrectorMultistep):
         self.memory, self.ode_order = order, order + 1
 
     def predicting(self, p: Schedule) -> Tensor:
-        B = self._B(p)
-
-        def weights(at: Tensor, order: int) -> Tensor:
-            if order != 2:
-                return exact_weights(p, at, order, corrects=False)
-            I0, half_slope = -torch.expm1(-p.h[at]), 0.5 * B[at] * p.h[at] / p.h[at - 1]
-            return p.alpha[at + 1][:, None] * torch.stack([I0 + half_slope, -half_slope], dim=1)
-
-        return by_order(p.orders(self.order), p.h, self.order, weights)
+        orders = p.orders(self.order)
+        w, at = exact_weights(p, orders, corrects=False), (orders == 2).nonzero()[:, 0]
+        if len(at):
+            I0, half_slope = -torch.expm1(-p.h[at]), 0.5 * self._B(p)[at] * p.h[at] / p.h[at - 1]
+            w[at, :2] = p.alpha[at + 1][:, None] * torch.stack([I0 + half_slope, -half_slope], dim=1)
+        return w
 
     def correcting(self, p: Schedule) -> Tensor | None:
-        B = self._B(p)
-
-        def weights(at: Tensor, order: int) -> Tensor:
-            if order != 1:
-                return exact_weights(p, at, order, corrects=True)
-            half = 0.5 * B[at]
-            return p.alpha[at + 1][:, None] * torch.stack([half, -torch.expm1(-p.h[at]) - half], dim=1)
-
-        return by_order(p.orders(self.order), p.h, self.order + 1, weights)
+        orders = p.orders(self.order)
+        w, at = exact_weights(p, orders, corrects=True), (orders == 1).nonzero()[:, 0]
+        half = 0.5 * self._B(p)[at]
+        w[at, :2] = p.alpha[at + 1][:, None] * torch.stack([half, -torch.expm1(-p.h[at]) - half], dim=1)
+        return w
 
     def _B(self, p: Schedule) -> Tensor:
         return p.h if self.variant == "bh1" else -torch.expm1(-p.h)

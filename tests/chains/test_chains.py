@@ -214,6 +214,16 @@ def test_a_network_of_noise_is_a_score():
         (lambda: DDPM.linear(30).marginal(torch.ones(2, 1), torch.tensor([1, 31])), ValueError, "0 to 30, got 31"),
         (lambda: DDPM.linear(30).posterior(torch.ones(2, 1), torch.ones(2, 1), 0), ValueError, "1 to 30, got 0"),
         (
+            lambda: DDPM.linear(30).sample(sds.Gaussian(torch.zeros(1), 1.0).score(sds.VP()), (2, 1), seed=0),
+            TypeError,
+            r"times of samples must be a floating-point tensor, got torch.int64: are they steps of a chain\?",
+        ),
+        (
+            lambda: ChainScore(torch.mul, DDPM.linear(30))(torch.ones(2, 1), torch.tensor([0.1, 0.2])),
+            TypeError,
+            "takes steps of its chain, whole numbers from 1 to 30, got a tensor of torch.float32",
+        ),
+        (
             lambda: DDPM.linear(30).sample(sds.NetworkScore(lambda x, t: x, sds.VP()), (2, 1), seed=0),
             TypeError,
             r"needs times as a floating.*got a tensor of torch.int64. Steps of a chain are for a ChainScore",

@@ -195,6 +195,8 @@ def test_what_is_not_of_diffusers_is_refused(diffusers):
         DiffusersNet(lambda x, t: x)
     with pytest.raises(TypeError, match="a tensor called sample, got Tensor; a module that returns a tensor needs no"):
         DiffusersNet(sds.nn.MLP(2))(torch.ones(3, 2), torch.ones(3))
+    with pytest.raises(ValueError, match="need 11 embeddings, and this model has 10: make it with num"):
+        DiffusersNet(small_unet(diffusers, num_class_embeds=10), classes=10)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         DiffusersNet(torch.nn.Identity(), steps=0)
     with pytest.raises(ValueError, match="wrapped without classes and takes no label"):

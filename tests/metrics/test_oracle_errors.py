@@ -267,6 +267,11 @@ GAUSSIAN, FOUR = sds.Gaussian(torch.zeros(2), 1.0), sds.Gaussian(torch.zeros(4),
         (lambda: oracle.convergence(heun, EDM, GAUSSIAN, [1]), ValueError, "too few for one step"),
         (lambda: oracle.convergence(unused, EDM, GAUSSIAN, [10]), ValueError, "does it use its grid"),
         (lambda: oracle.convergence(sds.DDIM(), EDM, 3, [10]), TypeError, "data must be a Gaussian or a Gaus.*got int"),
+        (
+            lambda: oracle.convergence(sds.DDIM(), EDM, GAUSSIAN, [10], grid=torch.tensor([1.0, 0.1])),
+            TypeError,
+            "grid must be a function from a number of steps to times.*got Tensor",
+        ),
         (lambda: oracle.convergence(sds.DDIM, EDM, GAUSSIAN, [10]), TypeError, "got the class DDIM; did you mean"),
         (
             lambda: oracle.error(sds.DDIM, EDM, GAUSSIAN, EDM.time_grid(4)),

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdesolve as sds
 from sdesolve.graphs import StraightSampler
+from sdesolve.sde import Noise
 from sdesolve.solvers.tabulated import row_step
 
 DATA = sds.Gaussian(torch.tensor([0.5, -0.5, 0.0]), torch.tensor([1.0, 0.3, 2.0]))
@@ -94,6 +95,21 @@ def test_a_whole_trajectory_in_one_kernel(solver):
     a = sds.solve(sde, x0, grid=grid, solver=solver, seed=0, backend="fused")
     b = sds.solve(sde, x0, grid=grid, solver=solver, seed=0, backend="eager")
     torch.testing.assert_close(a.x1, b.x1, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [*SAMPLERS, sds.EulerMaruyama(), sds.Heun()], ids=repr)
+def test_a_kernel_is_found_again(solver, monkeypatch):
+    """For an equation made anew, and another seed: to trace it once more would take longer than many a run."""
+    process = sds.VP()
+
+    def run(seed):
+        sde = equation(process, solver)
+        return sds.solve(sde, torch.ones(2, 3), grid=process.time_grid(4), solver=solver, seed=seed, backend="fused")
+
+    first = run(0)
+    monkeypatch.setattr("sdesolve.fusing._build", lambda *_: pytest.fail("the kernel is made again"))
+    assert torch.equal(run(0).x1, first.x1)
+    assert torch.equal(run(1).x1, first.x1) is (equation(process, solver).noise is Noise.NONE)
 
 
 @pytest.mark.parametrize("process", PROCESSES[-4:], ids=lambda p: type(p).__name__)

@@ -252,6 +252,10 @@ def test_sampling_by_the_adaptive_flow():
             sample(process, score, (6, 2), solver=DormandPrince(), seed=0, **options)
 
 
+def test_it_says_what_it_is():
+    assert repr(DormandPrince(1e-3, max_steps=50)) == "DormandPrince(rtol=0.001, atol=1e-05, max_steps=50)"
+
+
 def test_what_cannot_be_solved():
     x0, solver = torch.ones(3, 1, dtype=torch.float64), DormandPrince()
     with pytest.raises(DivergenceError, match="not finite at the start, t = 0, for sample 1 and 0 more") as caught:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import dataclasses
 import enum
 import functools
+import operator
 import random
+import re
 import sys
+import threading
 import types
+import typing
 import weakref
 
 import numpy as np
@@ -72,6 +77,23 @@ class Switch(enum.Enum):
     ON = 1
 
 
+@dataclasses.dataclass
+class Settings:
+    rate: float = 1.0
+    names: tuple[str, ...] = ("a",)
+    more: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Pair(typing.NamedTuple):
+    rate: float
+    other: float
+
+
+class Locked:
+    def __init__(self):
+        self.lock, self.again, self.rate = threading.Lock(), threading.RLock(), 1.0
+
+
 @functools.lru_cache
 def cached():
     return RATE
@@ -120,6 +142,8 @@ GENERATOR, PYTHONS, CLASSES, NAMESPACE = (
     types.SimpleNamespace(rate=1.0),
 )
 RATES, GET, LAYER, WEAK = Rates(), HELD.get, torch.nn.Linear(2, 2), weakref.ref(OBJECT)
+SETTINGS, PAIRS, SLICES, LOCKED = Settings(), [Pair(1.0, 2.0)], [slice(0, 1)], Locked()
+GETTERS, PATTERNS, PAIRED = [operator.itemgetter("rate")], [re.compile("a")], {(Switch.ON, 1.0)}
 VIEW, LARGE = types.MappingProxyType(HELD), np.zeros(100_000)
 usermodule = types.ModuleType("usermodule")
 usermodule.inner = types.ModuleType("usermodule.inner")
@@ -133,7 +157,23 @@ def set_rate(value):
     RATE = value
 
 
+# What a researcher's code is full of: looked into to the end, so that a kernel is found again.
+SEEN_THROUGH = {
+    "dataclass": (lambda x, t: x * SETTINGS.rate, lambda: setattr(SETTINGS, "rate", 2.0)),
+    "field of a dataclass": (lambda x, t: x * SETTINGS.more["a"], lambda: SETTINGS.more.update(a=2.0)),
+    "named tuple": (lambda x, t: x * PAIRS[0].rate, lambda: PAIRS.__setitem__(0, Pair(2.0, 2.0))),
+    "slice": (lambda x, t: x[SLICES[0]], lambda: SLICES.__setitem__(0, slice(0, 2))),
+    "view of a dictionary": (lambda x, t: x * VIEW["rate"], lambda: HELD.update(rate=5.0)),
+    "getter of an item": (
+        lambda x, t: x * GETTERS[0](HELD),
+        lambda: GETTERS.__setitem__(0, operator.itemgetter("other")),
+    ),
+    "pattern": (lambda x, t: x * bool(PATTERNS[0].match("a")), lambda: PATTERNS.__setitem__(0, re.compile("b"))),
+    "beside locks": (lambda x, t: x * LOCKED.rate, lambda: setattr(LOCKED, "rate", 2.0)),
+    "set of pairs": (lambda x, t: x * len(PAIRED), lambda: PAIRED.add((Switch.ON, 2.0))),
+}
 CASES = {
+    **SEEN_THROUGH,
     "global": (lambda x, t: x * RATE, lambda: set_rate(2.0)),
     "through a helper": (lambda x, t: helper(x), lambda: set_rate(2.0)),
     "inside a nested function": (lambda x, t: (lambda: x * RATE)(), lambda: set_rate(2.0)),
@@ -147,7 +187,6 @@ CASES = {
     "class method": (lambda x, t: x * RATES.of_class(), lambda: HELD.update(rate=2.0)),
     "dictionary": (lambda x, t: x * HELD["rate"], lambda: HELD.update(rate=3.0)),
     "method of a dictionary": (lambda x, t: x * GET("rate"), lambda: HELD.update(rate=4.0)),
-    "view of a dictionary": (lambda x, t: x * VIEW["rate"], lambda: HELD.update(rate=5.0)),
     "list": (lambda x, t: x * LIST[0], lambda: LIST.append(2.0)),
     "partial": (PARTIAL, lambda: LIST.append(2.0)),
     "attribute": (lambda x, t: x * OBJECT.rate, lambda: setattr(OBJECT, "rate", 2.0)),
@@ -201,6 +240,26 @@ def test_changes_are_seen(function, change):
     change()
     after = contents(function)
     assert after.key != before.key or not (before.complete and after.complete)
+
+
+@pytest.mark.parametrize("function", [case[0] for case in SEEN_THROUGH.values()], ids=list(SEEN_THROUGH))
+def test_common_holders_are_looked_into_to_the_end(function):
+    held = contents(function)
+    assert held.complete
+    assert contents(function).key == held.key
+
+
+def test_a_kernel_that_cannot_be_kept_says_so():
+    generator, rate = torch.Generator(), torch.ones(1)
+
+    def solved(drift):
+        sde = sds.SDE(drift, lambda x, t: 0.1 * x)
+        return sds.solve(sde, torch.ones(2, 1), 0.0, 1.0, 2, solver=sds.EulerMaruyama(), seed=0, backend="fused").stats
+
+    assert solved(lambda x, t: -rate * x).reason == "the whole trajectory is one generated kernel"
+    assert solved(lambda x, t: x if generator is None else -x).reason.endswith("hold an object of torch._C.Generator")
+    assert solved(lambda x, t: x * len(globals())).reason.endswith("hold globals, which reaches everything")
+    assert solved(lambda x, t: x * (torch.arange(2.0) @ torch.ones(2))).reason.endswith("is one generated kernel")
 
 
 def test_a_cell_and_a_redefined_function_are_seen(both, difference, interpreted):

@@ -13,11 +13,14 @@ import dataclasses
 import enum
 import functools
 import itertools
+import operator
 import random
+import re
 import sys
+import threading
 import types
 from collections.abc import Hashable, Iterator
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -30,6 +33,22 @@ __all__ = ["Contents", "contents"]
 _MOST = 20_000  # objects looked at
 _SMALL = 1 << 16  # bytes of a numpy array compared by value
 _VALUES = (bool, int, str, bytes, complex, type(None), type(Ellipsis), torch.dtype, torch.device, range)
+# Taken for what they are: nothing in them changes that a step's numbers depend on.
+_SETTLED = (enum.Enum, types.CodeType, types.BuiltinFunctionType, types.ModuleType, re.Pattern)
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+
+
+class _Named(NamedTuple):
+    field: int
+
+
+# What a class holds to find parts of its instances, which are looked into as such.
+_FIXED = (
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+    types.WrapperDescriptorType,
+    type(vars(_Named)["field"]),
+)
 _PLAIN = (float, int, str, bytes, complex)
 # Names of what can reach values that no name in the code tells of.
 _BEYOND = frozenset(("globals", "locals", "vars", "eval", "exec", "__import__", "import_module", "environ", "getenv"))
@@ -45,12 +64,17 @@ class Contents:
     Attributes:
         key: equal for two walks that found the same values, and tensors of the same shapes.
         tensors: found on the way, each once.
-        complete: whether everything could be looked into; if not, the key cannot be trusted.
+        opaque: what could not be looked into, so that the key cannot be trusted; empty if there is nothing of the kind.
     """
 
     key: tuple[Hashable, ...]
     tensors: tuple[Tensor, ...]
-    complete: bool
+    opaque: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything could be looked into."""
+        return not self.opaque
 
 
 def contents(*roots: object, most_weights: int | None = None) -> Contents:
@@ -63,7 +87,7 @@ def contents(*roots: object, most_weights: int | None = None) -> Contents:
     walk = _Walk(most_weights)
     for root in roots:
         walk.visit(root)
-    return Contents(tuple(walk.key), tuple(walk.tensors), walk.complete)
+    return Contents(tuple(walk.key), tuple(walk.tensors), walk.opaque)
 
 
 def _is_foreign(module: str | None) -> bool:
@@ -78,7 +102,7 @@ class _Walk:
         self._weights = 0
         self.key: list[Hashable] = []
         self.tensors: list[Tensor] = []
-        self.complete = True
+        self.opaque = ""
         self._seen: dict[int, int] = {}
         self._alive: list[object] = []  # so that no identity is used twice
 
@@ -96,7 +120,7 @@ class _Walk:
             key.append(("again", known))
             return
         if len(self._seen) > _MOST:
-            self.complete = False
+            self.opaque = f"more than {_MOST} objects"
             return
         self._seen[id(value)] = len(self._seen)
         self._alive.append(value)
@@ -120,7 +144,7 @@ class _Walk:
             key.append("partial")
             for part in (value.func, value.args, value.keywords):
                 self.visit(part)
-        elif issubclass(kind, dict):
+        elif issubclass(kind, dict | types.MappingProxyType):
             key.append((kind, len(value)))
             for name, item in value.items():
                 self.visit(name)
@@ -131,9 +155,17 @@ class _Walk:
             for item in value:
                 self.visit(item)
             self._extras(value, kind)
+        elif kind is slice:
+            key.append("slice")
+            for part in (value.start, value.stop, value.step):
+                self.visit(part)
+        elif kind in (operator.itemgetter, operator.attrgetter, operator.methodcaller):
+            key.append(kind)
+            self.visit(value.__reduce__()[1])
         elif issubclass(kind, set | frozenset):
             key.append((kind, frozenset(value)))
-            self.complete &= all(type(item) in _VALUES or type(item) is float for item in value)
+            if not _is_value(frozenset(value)):
+                self.opaque = "a set of objects"
         elif issubclass(kind, float | int | str | bytes | complex) and not isinstance(value, enum.Enum | np.generic):
             key.append((kind, repr(next(b for b in _PLAIN if issubclass(kind, b))(value))))
             self._extras(value, kind)
@@ -143,10 +175,10 @@ class _Walk:
             key.append((kind, repr(value.bit_generator.state)))
         elif isinstance(value, np.ndarray | np.generic):
             if value.nbytes > _SMALL or value.dtype.hasobject:
-                self.complete = False
+                self.opaque = "a large array of numpy"
             else:
                 key.append((kind, value.shape, value.dtype, value.tobytes()))
-        elif isinstance(value, enum.Enum | types.CodeType | types.BuiltinFunctionType | types.ModuleType):
+        elif isinstance(value, _SETTLED) or kind in _LOCKS:
             key.append(("is", value))
             owner = getattr(value, "__self__", None)
             if not isinstance(owner, types.ModuleType | type):
@@ -179,7 +211,7 @@ class _Walk:
     def _globals(self, function: types.FunctionType) -> None:
         names = set(_names(function.__code__))
         if not names.isdisjoint(_BEYOND):
-            self.complete = False
+            self.opaque = f"{min(names & _BEYOND)}, which reaches everything"
         for name in sorted(names & function.__globals__.keys()):
             self.key.append(name)
             self._named(function.__globals__[name], names)
@@ -210,9 +242,7 @@ class _Walk:
                     value = value.fget
                 if isinstance(value, functools.cached_property):
                     value = value.func
-                if isinstance(
-                    value, types.MemberDescriptorType | types.GetSetDescriptorType | types.WrapperDescriptorType
-                ):
+                if isinstance(value, _FIXED):
                     continue
                 self.key.append(name)
                 self.visit(value)
@@ -240,7 +270,7 @@ class _Walk:
         slots = list(_slots(kind))
         if state is None and not slots:
             if kind.__module__ not in ("_abc", "builtins") or kind.__name__ not in ("_abc_data", "object"):
-                self.complete = False
+                self.opaque = f"an object of {kind.__module__}.{kind.__qualname__}"
             return
         self._class(kind)
         for name, item in (state or {}).items():
@@ -250,6 +280,13 @@ class _Walk:
             if hasattr(value, name):
                 self.key.append(name)
                 self.visit(getattr(value, name))
+
+
+def _is_value(item: object) -> bool:
+    """Whether equal objects of this kind are the same to any function, whatever they hold."""
+    if type(item) in (tuple, frozenset):
+        return all(_is_value(part) for part in item)  # type: ignore[attr-defined]  # a tuple or a frozenset
+    return type(item) in _VALUES or type(item) is float or isinstance(item, enum.Enum)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
