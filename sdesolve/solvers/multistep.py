@@ -42,8 +42,10 @@ def interpolation_weights(nodes: Tensor, moments: Tensor, counts: Tensor | None 
     width = nodes.shape[1]
     V = torch.stack([nodes**m for m in range(width)], dim=1)
     if counts is not None:
-        used = (torch.arange(width) < counts[:, None]).reshape(len(counts), width, *(1,) * (nodes.ndim - 2))
-        eye = torch.eye(width, dtype=V.dtype).reshape(width, width, *(1,) * (nodes.ndim - 2))
+        used = (torch.arange(width, device="cpu") < counts[:, None]).reshape(
+            len(counts), width, *(1,) * (nodes.ndim - 2)
+        )
+        eye = torch.eye(width, dtype=V.dtype, device="cpu").reshape(width, width, *(1,) * (nodes.ndim - 2))
         V, moments = torch.where(used[:, None] & used[:, :, None], V, eye), torch.where(used, moments, 0.0)
     if nodes.ndim == 2:
         return torch.linalg.solve(V, moments)

@@ -45,8 +45,8 @@ class AbstractPredictorCorrectorMultistep(AbstractDataMultistep):
 def exact_weights(p: Schedule, orders: Tensor, *, corrects: bool) -> Tensor:
     """Weights of the polynomials in the log-SNR through as many values as ``orders: (steps,)`` say and, to correct, the
     one ahead: ``(steps, columns[, batch])``, 0 beyond the order of each step."""
-    steps, count = torch.arange(len(orders)), int(orders.max())
-    before = (steps[:, None] - torch.arange(count)).clamp(min=0)
+    steps, count = torch.arange(len(orders), device="cpu"), int(orders.max())
+    before = (steps[:, None] - torch.arange(count, device="cpu")).clamp(min=0)
     nodes = (p.lam[before] - p.lam[:-1, None]) / p.h[:, None]
     if corrects:
         nodes, orders = torch.cat([torch.ones_like(nodes[:, :1]), nodes], dim=1), orders + 1
