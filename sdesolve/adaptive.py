@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdesolve.checks import check_drift
+from sdesolve.checks import check_drift, unchanged
 from sdesolve.saving import SaveAt, SavePlan
 from sdesolve.sde import AbstractPerSample, AbstractSDE, per_sample
 from sdesolve.solution import DivergenceError, Solution, Stats
@@ -80,7 +80,7 @@ def integrate(
     drift = _Drift(sde)
     t = t0.to(x.device).contiguous()  # forward differentiation by an expanded tensor fails
     t1 = t1.to(t)
-    slope = drift(x, t)
+    slope = unchanged(drift, x, t, "drift")
     check_drift(slope, x, t)
     _refuse_nonfinite(slope, t)
     h = _first_step(drift, solver, x, slope, t, t1)

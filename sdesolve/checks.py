@@ -10,7 +10,7 @@ from torch import Tensor
 from sdesolve.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Noise
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
@@ -91,6 +91,15 @@ def check_process_times(sde: AbstractSDE, times: Tensor) -> None:
             f"times of {type(process).__name__} lie within [0, t_max = {process.t_max}], and these include "
             f"{float(times[outside][0]):.6g}; leave such times out, or take a process with a larger t_max"
         )
+
+
+def unchanged(function: Field, x: Tensor, t: Tensor, what: str) -> Tensor:
+    """``function(x, t)``, refused if it writes into the state: the solver, and the user's ``x0``, go on with that."""
+    before = None if x.is_inference() else x._version
+    value = function(x, t)
+    if before is not None and x._version != before:
+        raise ValueError(f"the {what} changed the state that it was given; let it work on a copy, such as x.clone()")
+    return value
 
 
 def check_drift(f: Tensor, x: Tensor, t: Tensor, what: str = "drift") -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath
-from sdesolve.checks import check_diffusion, check_drift
+from sdesolve.checks import check_diffusion, check_drift, unchanged
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, is_matrix, noise_shape
 from sdesolve.solution import DivergenceError
 from sdesolve.solvers.base import AbstractSolver, Span
@@ -62,9 +62,10 @@ class Watched(AbstractSDE):
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += 1
-        f = self._sde.drift(x, t)
-        if self.checking:
-            check_drift(f, x, t)
+        if not self.checking:
+            return self._sde.drift(x, t)
+        f = unchanged(self._sde.drift, x, t, "drift")
+        check_drift(f, x, t)
         return f
 
     def field(self, x: Tensor, t: Tensor) -> Tensor:
@@ -72,15 +73,17 @@ class Watched(AbstractSDE):
         if not isinstance(self._sde, AbstractSemilinear):
             raise TypeError(f"{type(self._sde).__name__} has no field")
         self.evaluations += 1
-        s = self._sde.field(x, t)
-        if self.checking:
-            check_drift(s, x, t, "score")
+        if not self.checking:
+            return self._sde.field(x, t)
+        s = unchanged(self._sde.field, x, t, "score")
+        check_drift(s, x, t, "score")
         return s
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        g = self._sde.diffusion(x, t)
-        if self.checking:
-            check_diffusion(g, x, self.noise)
+        if not self.checking:
+            return self._sde.diffusion(x, t)
+        g = unchanged(self._sde.diffusion, x, t, "diffusion")
+        check_diffusion(g, x, self.noise)
         return g
 
 

@@ -346,6 +346,11 @@ def test_a_drift_may_differentiate_by_time():
         (lambda: DormandPrince(max_steps=0), ValueError, "max_steps must be at least 1"),
         (lambda: DormandPrince(max_steps=1.5), TypeError, "must be an integer"),
         (
+            lambda: solve(ODE(lambda x, t: x.neg_()), start(1), 0.0, 1.0, solver=DormandPrince()),
+            ValueError,
+            "drift changed the state",
+        ),
+        (
             lambda: solve(ODE(lambda x, t: x[:, :1]), start(1), 0.0, 1.0, solver=DormandPrince()),
             ValueError,
             "drift must return",

@@ -171,6 +171,8 @@ def test_diffusions_that_do_not_fit_their_noise_type(noise, g, message):
         (lambda x, t: 1.0, lambda x, t: x, TypeError, "drift must return a tensor.*got float"),
         (lambda x, t: x, lambda x, t: x.double(), TypeError, "diffusion returned torch.float64"),
         (lambda x, t: x, lambda x, t: None, TypeError, "diffusion must return a tensor, got NoneType"),
+        (lambda x, t: x.mul_(-1), lambda x, t: x, ValueError, "drift changed the state that it was given; .*x.clone"),
+        (lambda x, t: -x, lambda x, t: x.mul_(2), ValueError, "diffusion changed the state that it was given"),
         (lambda x, t: x.to("meta"), lambda x, t: x, ValueError, "drift returned a tensor on meta, the state is on cpu"),
     ],
 )
