@@ -125,7 +125,7 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 
 def _right_for_batch(task: Task, kernel: _Kernel, recipe: Recipe) -> str:
     """Why a kernel is not right for a batch of this size; empty if it is."""
-    kind = batch_kind(len(task.x0))
+    kind = batch_kind(len(task.x0), task.x0[0].numel())
     if kind not in kernel.batches:
         before = task.watched.evaluations
         try:

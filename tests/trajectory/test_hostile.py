@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -60,6 +61,24 @@ def test_values_read_in_python(f, interpreted):
     assert "test_hostile.py" in refused(f, "reads the value of a tensor")
 
 
+def halved_in_place(x, t):
+    y = x * 2
+    y[:5] = 0
+    return y
+
+
+def one_in_place(x, t):
+    y = x * 2
+    y += (torch.arange(len(x)) == 5)[:, None]
+    return y
+
+
+def part_in_place(x, t):
+    y = (x * 2).T
+    y.narrow(1, 0, min(5, len(x))).zero_()
+    return y.T
+
+
 COUPLED = {
     "mean": lambda x, t: x - x.mean(0),
     "mean, kept": lambda x, t: x - x.mean(0, keepdim=True),
@@ -86,6 +105,9 @@ PLACED = {
     "all but a few": lambda x, t: x - x[5:].sum(0),
     "one of the first": lambda x, t: torch.cat([x[:5], -x[5:]]),
     "eye": lambda x, t: x * torch.eye(len(x))[0][:, None],
+    "first few in place": halved_in_place,
+    "one in place": one_in_place,
+    "first few of a transpose in place": part_in_place,
 }
 
 
@@ -106,6 +128,20 @@ def test_a_step_that_changes_with_the_size_of_the_batch_is_right_for_every_size(
     for n in (2, size, 3, size):
         x0 = torch.ones(n, 2, dtype=torch.float64)
         torch.testing.assert_close(solve(f, "auto", x0).x1, solve(f, "eager", x0).x1)
+
+
+FAR = {
+    "place": lambda n: lambda x, t: torch.where(torch.arange(len(x))[:, None] < n, x, -x),
+    "parts": lambda n: lambda x, t: torch.cat([x[:n], -x[n:]]),
+    "size": lambda n: lambda x, t: x if len(x) > n else -x,
+}
+
+
+@pytest.mark.parametrize(("shape", "n"), [((4001, 2), 2000), ((1021, 300), 500)])
+@pytest.mark.parametrize("f", list(FAR.values()), ids=list(FAR))
+def test_places_far_into_a_batch(f, shape, n, interpreted):
+    """Also where the rows that are told apart are too many, or too long, to be done one by one."""
+    refused(f(n), "not treated alike", torch.linspace(-1.0, 1.0, math.prod(shape), dtype=torch.float64).reshape(shape))
 
 
 WRONG = {

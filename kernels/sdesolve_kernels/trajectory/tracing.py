@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from sdesolve_kernels.trajectory.alike import mapped, repeated
+from sdesolve_kernels.trajectory.alike import mapped, overwritten, repeated
 from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
 
@@ -303,10 +303,14 @@ class Tracer(TorchDispatchMode):
             raise Unsupported(
                 "it changes a tensor in place that it was given or that lives outside it; write x = x + 1, not x += 1"
             )
-        target.elements[...] = cast(self.graph, value.elements, dtype_name(target.dtype))
+        elements = cast(self.graph, value.elements, dtype_name(target.dtype))
+        if not overwritten(target.elements, elements):
+            raise Unsupported(NOT_ALIKE)
+        target.elements[...] = elements
 
 
 READS = "it reads the value of a tensor in Python ({}); write it with torch operations, torch.where for a choice"
+NOT_ALIKE = "its rows are not treated alike: it depends on a path's place in the batch, or on its size"
 _MOST_READ = 4096  # entries of an index that lives outside
 _MOST_INPUTS = 1 << 16  # entries of tensors that all paths share; a larger network runs better as matrix products
 _MOST_EXPRESSIONS = 400_000
