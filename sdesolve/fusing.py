@@ -25,6 +25,7 @@ from sdesolve_kernels.trajectory import (
     check_batch,
     compile_trajectory,
     contents,
+    settled,
     trace,
 )
 from torch import Tensor
@@ -105,15 +106,16 @@ def fuse(task: Task) -> Fused | str:
     recipe = recipe_for(task, task.solver)
     if isinstance(recipe, str):
         return recipe
-    kernel = _kernel_for(task, held, recipe)
-    if isinstance(kernel, str):
-        return kernel
-    if _wants_gradient(*kernel.captured):
-        return _NO_GRADIENT
-    try:
-        return _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
-    except Unsupported as problem:
-        return str(problem)
+    with settled():
+        kernel = _kernel_for(task, held, recipe)
+        if isinstance(kernel, str):
+            return kernel
+        if _wants_gradient(*kernel.captured):
+            return _NO_GRADIENT
+        try:
+            return _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
+        except Unsupported as problem:
+            return str(problem)
 
 
 _NO_GRADIENT = "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"

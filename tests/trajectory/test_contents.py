@@ -7,6 +7,7 @@ import collections
 import contextvars
 import enum
 import functools
+import pathlib
 import random
 import sys
 import types
@@ -54,6 +55,23 @@ class Slotted:
     __slots__ = ("rate",)
 
 
+class Private:
+    __slots__ = ("__rate",)
+
+    def __init__(self):
+        self.set(1.0)
+
+    def set(self, rate):
+        self.__rate = rate
+
+    def rate(self):
+        return self.__rate
+
+
+class Partial(functools.partial):
+    pass
+
+
 class Rates:
     @property
     def of_global(self):
@@ -70,6 +88,31 @@ class Rates:
 
 class Switch(enum.Enum):
     ON = 1
+
+    @property
+    def of_global(self):
+        return RATE
+
+
+class Setting(enum.Enum):
+    HELD = types.SimpleNamespace(rate=1.0)
+
+
+def through(held):
+    return lambda x, t: x * held.rate
+
+
+def switched(held):
+    return lambda x, t: x * held.of_global
+
+
+def set_to(held):
+    return lambda x, t: x * held.value.rate
+
+
+@functools.wraps(torch.nn.functional.softplus)
+def wrapping(x, t):
+    return x * RATE
 
 
 @functools.lru_cache
@@ -120,9 +163,13 @@ GENERATOR, PYTHONS, CLASSES, NAMESPACE = (
     types.SimpleNamespace(rate=1.0),
 )
 RATES, GET, LAYER, WEAK = Rates(), HELD.get, torch.nn.Linear(2, 2), weakref.ref(OBJECT)
+PRIVATE, WEIGHT, KEY = Private(), torch.ones(2), "rate"
+WEIGHT.rate = 1.0
+PARTIAL_SUBCLASS = Partial(lambda a, x, t: x * a[0], LIST)
 VIEW, LARGE = types.MappingProxyType(HELD), np.zeros(100_000)
 usermodule = types.ModuleType("usermodule")
 usermodule.inner = types.ModuleType("usermodule.inner")
+HOLDER, PATH, SYSTEM = types.SimpleNamespace(module=usermodule), pathlib.Path(__file__), random.SystemRandom()
 SLOTTED.rate = with_attribute.rate = usermodule.rate = usermodule.inner.rate = ITEMS.rate = ENTRIES.rate = 1.0
 PARTIAL, MAPPED = functools.partial(lambda a, x, t: x * a[0], LIST), torch.vmap(lambda y: y * RATE)
 GRADIENT = torch.func.grad(lambda y: (y * RATE).sum())
@@ -179,6 +226,17 @@ CASES = {
     "context variable": (lambda x, t: x * VARIABLE.get(), lambda: VARIABLE.set(2.0)),
     "numpy's generator": (lambda x, t: x * GENERATOR.random(), lambda: GENERATOR.random()),
     "Python's generator": (lambda x, t: x * PYTHONS.random(), lambda: PYTHONS.random()),
+    "module in a cell": (through(usermodule), lambda: setattr(usermodule, "rate", 5.0)),
+    "module as an attribute": (lambda x, t: x * HOLDER.module.rate, lambda: setattr(usermodule, "rate", 6.0)),
+    "module by a name that is held": (lambda x, t: x * getattr(usermodule, KEY), lambda: setattr(usermodule, KEY, 7.0)),
+    "private slot": (lambda x, t: x * PRIVATE.rate(), lambda: PRIVATE.set(2.0)),
+    "attribute of a tensor": (lambda x, t: x * WEIGHT.rate, lambda: setattr(WEIGHT, "rate", 2.0)),
+    "property of an enumeration": (switched(Switch.ON), lambda: set_rate(2.0)),
+    "value of an enumeration": (set_to(Setting.HELD), lambda: setattr(Setting.HELD.value, "rate", 2.0)),
+    "subclass of partial": (PARTIAL_SUBCLASS, lambda: LIST.append(2.0)),
+    "function with another's name": (wrapping, lambda: set_rate(2.0)),
+    "file": (lambda x, t: x * float(PATH.read_text()), lambda: None),
+    "system's generator": (lambda x, t: x * SYSTEM.random(), lambda: None),
     "default": (with_default, lambda: with_default.__defaults__[0].__setitem__(0, 2.0)),
     "keyword default": (with_default, lambda: with_default.__kwdefaults__.update(b=2.0)),
     "attribute of a function": (with_attribute, lambda: setattr(with_attribute, "rate", 2.0)),

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.tracing import Unsupported
+from sdesolve_kernels.trajectory.tracing import Traced, Unsupported
 
 __all__ = ["Contents", "contents"]
 
@@ -33,6 +33,7 @@ _VALUES = (bool, int, str, bytes, complex, type(None), type(Ellipsis), torch.dty
 _PLAIN = (float, int, str, bytes, complex)
 # Names of what can reach values that no name in the code tells of.
 _BEYOND = frozenset(("globals", "locals", "vars", "eval", "exec", "__import__", "import_module", "environ", "getenv"))
+_FILES = frozenset(("open", "read_text", "read_bytes", "load", "loadtxt", "genfromtxt", "fromfile"))
 _OURS = frozenset(("torch", "numpy", "sdesolve", "sdesolve_kernels", "scipy", "jaxtyping", "builtins", "typing"))
 _FOREIGN = frozenset(sys.stdlib_module_names) | _OURS
 
@@ -63,6 +64,7 @@ def contents(*roots: object, most_weights: int | None = None) -> Contents:
     walk = _Walk(most_weights)
     for root in roots:
         walk.visit(root)
+    walk.modules()
     return Contents(tuple(walk.key), tuple(walk.tensors), walk.complete)
 
 
@@ -80,6 +82,8 @@ class _Walk:
         self.tensors: list[Tensor] = []
         self.complete = True
         self._seen: dict[int, int] = {}
+        self._names: set[str] = set()
+        self._modules: list[types.ModuleType] = []
         self._alive: list[object] = []  # so that no identity is used twice
 
     def visit(self, value: Any) -> None:
@@ -90,6 +94,8 @@ class _Walk:
             return
         if kind in _VALUES:
             key.append((kind, value))
+            if kind is str:
+                self._names.add(value)
             return
         known = self._seen.get(id(value))
         if known is not None:
@@ -107,6 +113,8 @@ class _Walk:
         if isinstance(value, Tensor):
             key.append((kind, tuple(value.shape), value.dtype, value.device))
             self.tensors.append(value)
+            if not isinstance(value, Traced):
+                self._extras(value, kind)
             if isinstance(value, torch.nn.Parameter):
                 self._weights += value.numel()
                 self._limit_weights(self._weights)
@@ -116,10 +124,11 @@ class _Walk:
             key.append("method")
             self.visit(value.__func__)
             self.visit(value.__self__)
-        elif kind is functools.partial:
-            key.append("partial")
+        elif isinstance(value, functools.partial):
+            key.append(("partial", kind))
             for part in (value.func, value.args, value.keywords):
                 self.visit(part)
+            self._extras(value, kind)
         elif issubclass(kind, dict):
             key.append((kind, len(value)))
             for name, item in value.items():
@@ -137,7 +146,14 @@ class _Walk:
         elif issubclass(kind, float | int | str | bytes | complex) and not isinstance(value, enum.Enum | np.generic):
             key.append((kind, repr(next(b for b in _PLAIN if issubclass(kind, b))(value))))
             self._extras(value, kind)
-        elif isinstance(value, random.Random):
+        elif isinstance(value, enum.Enum):
+            key.append(("is", value))
+            self._extras(value, kind)
+        elif isinstance(value, types.ModuleType):
+            key.append(("is", value))
+            if not _is_foreign(value.__name__):
+                self._modules.append(value)
+        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             key.append((kind, value.getstate()))
         elif isinstance(value, np.random.Generator):
             key.append((kind, repr(value.bit_generator.state)))
@@ -146,7 +162,7 @@ class _Walk:
                 self.complete = False
             else:
                 key.append((kind, value.shape, value.dtype, value.tobytes()))
-        elif isinstance(value, enum.Enum | types.CodeType | types.BuiltinFunctionType | types.ModuleType):
+        elif isinstance(value, types.CodeType | types.BuiltinFunctionType):
             key.append(("is", value))
             owner = getattr(value, "__self__", None)
             if not isinstance(owner, types.ModuleType | type):
@@ -161,7 +177,8 @@ class _Walk:
 
     def _function(self, function: types.FunctionType) -> None:
         self.key.append(("function", function.__code__))
-        if _is_foreign(function.__module__) and not function.__closure__:
+        module = function.__globals__.get("__name__")  # `functools.wraps` changes __module__
+        if _is_foreign(module) and not function.__closure__:
             return
         for cell in function.__closure__ or ():
             try:
@@ -173,12 +190,22 @@ class _Walk:
         for name, item in vars(function).items():
             self.key.append(name)
             self.visit(item)
-        if not _is_foreign(function.__module__):
+        if not _is_foreign(module):
             self._globals(function)
+
+    def modules(self) -> None:
+        """What names of any function stand for in modules that were met as values: in a cell, as an attribute."""
+        found: set[tuple[int, str]] = set()
+        while new := [(m, n) for m in self._modules for n in self._names & vars(m).keys() if (id(m), n) not in found]:
+            for module, name in sorted(new, key=lambda pair: pair[1]):
+                found.add((id(module), name))
+                self.key.append(name)
+                self.visit(vars(module)[name])
 
     def _globals(self, function: types.FunctionType) -> None:
         names = set(_names(function.__code__))
-        if not names.isdisjoint(_BEYOND):
+        self._names |= names
+        if not names.isdisjoint(_BEYOND | _FILES):
             self.complete = False
         for name in sorted(names & function.__globals__.keys()):
             self.key.append(name)
@@ -191,6 +218,8 @@ class _Walk:
         if not isinstance(value, types.ModuleType):
             self.visit(value)
         elif not _is_foreign(value.__name__) and value not in inside:
+            if "getattr" in names:
+                self._modules.append(value)
             for name in sorted(names & vars(value).keys()):
                 self.key.append(name)
                 self._named(vars(value)[name], names, (*inside, value))
@@ -238,6 +267,8 @@ class _Walk:
                 self._limit_weights(weights)  # before a search through all its modules
         state = getattr(value, "__dict__", None)
         slots = list(_slots(kind))
+        if isinstance(value, random.SystemRandom):
+            self.complete = False
         if state is None and not slots:
             if kind.__module__ not in ("_abc", "builtins") or kind.__name__ not in ("_abc_data", "object"):
                 self.complete = False
@@ -246,10 +277,12 @@ class _Walk:
         for name, item in (state or {}).items():
             self.key.append(name)
             self.visit(item)
-        for name in slots:
-            if hasattr(value, name):
-                self.key.append(name)
-                self.visit(getattr(value, name))
+        for slot in slots:
+            self.key.append(slot.__name__)
+            try:
+                self.visit(slot.__get__(value))
+            except AttributeError:
+                self.key.append("empty slot")
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -265,7 +298,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield constant
 
 
-def _slots(kind: type) -> Iterator[str]:
+def _slots(kind: type) -> Iterator[types.MemberDescriptorType]:
     for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        yield from ((slots,) if isinstance(slots, str) else slots)
+        if "__slots__" in vars(base):
+            yield from (a for a in vars(base).values() if isinstance(a, types.MemberDescriptorType))

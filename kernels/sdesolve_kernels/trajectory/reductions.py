@@ -29,9 +29,7 @@ def _reduced(
 ) -> np.ndarray:
     """``fold`` over the given axes."""
     (elements,), same = thin(elements)
-    if any(
-        i - elements.ndim == axis for i in axes for axis, _ in same
-    ):  # a sum over the batch is long, whatever its rows are
+    if any(i - elements.ndim in dict(same) for i in axes):  # a sum over the batch is long, whatever its rows are
         elements, same = spread(elements, same), ()
     kept = [i for i in range(elements.ndim) if i not in axes]
     moved = elements.transpose(kept + list(axes)).reshape(*(elements.shape[i] for i in kept), -1)
