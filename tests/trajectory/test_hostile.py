@@ -185,9 +185,10 @@ def test_infinities_appear_where_eager_has_them(both, difference, interpreted):
             assert difference(fused.x1[finite], eager.x1[finite]) < 64 * torch.finfo(torch.float32).eps
 
 
-def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(both, difference, interpreted):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(dtype, both, difference, interpreted):
     """A time that is a grid point only up to rounding, in the precision of the state."""
-    x0 = torch.ones(2, 1)
+    x0 = torch.ones(2, 1, dtype=dtype)
     for end, steps in itertools.product((0.3, 0.7, 0.9, 1.1), (3, 7, 9, 10)):
         for k in range(1, steps, 2):
             at, h = end * k / steps, end / steps
@@ -195,8 +196,13 @@ def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(both, differe
             def f(x, t, at=at, h=h):
                 return torch.where(t < at, x, -x) + torch.where(t == at, x, 0 * x) + torch.floor(t / h) * x
 
-            fused, eager = both(sds.ODE(f), x0, 0.0, end, steps)
-            assert difference(fused.x1, eager.x1) < 1e-5, (end, steps, k)
+            def g(x, t, at=at, h=h):
+                waves = t % h + t // h + torch.fmod(t, at) + torch.floor((t - at) / h) + ((t / h) % 2 < 1)
+                return x * (waves + torch.where(t - h > at - h, 1.0, 0.0) + (t * 3 - at * 3 >= 0)).to(x.dtype)
+
+            for drift in (f, g):
+                fused, eager = both(sds.ODE(drift), x0, 0.0, end, steps)
+                assert difference(fused.x1, eager.x1) < 1e-5, (end, steps, k)
         fused, eager = both(
             sds.ODE(lambda x, t, end=end: torch.sqrt(end - t) * x), x0, 0.0, end, steps, solver=sds.RK4()
         )
