@@ -129,6 +129,26 @@ def test_in_place_changes_of_inputs_are_refused_and_of_temporaries_kept(both, di
     assert difference(fused.x1, eager.x1) < 1e-14
 
 
+def copied(x, t):
+    y = x * 2
+    y.T.contiguous().zero_()
+    return y
+
+
+def aliased(x, t):
+    y = x * 2
+    (+y).mul_(2)
+    return y
+
+
+def test_inference_mode_shows_operations_that_are_taken_apart_elsewhere(both, difference, interpreted):
+    for f in (copied, aliased):
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                fused, eager = both(sds.SDE(f, diffusion), X0)
+                assert difference(fused.x1, eager.x1) < 1e-14
+
+
 def test_what_a_function_keeps_of_its_first_call(difference, interpreted):
     """A table made when it is needed is an ordinary one afterwards, and other traces make nothing else of it."""
     weights = torch.linspace(0.5, 2.0, 9, dtype=torch.float64).reshape(3, 3)
