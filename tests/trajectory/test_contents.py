@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import datetime
 import enum
 import functools
 import pathlib
@@ -69,6 +70,10 @@ class Private:
 
 
 class Partial(functools.partial):
+    pass
+
+
+class Day(datetime.date):
     pass
 
 
@@ -165,6 +170,8 @@ GENERATOR, PYTHONS, CLASSES, NAMESPACE = (
 RATES, GET, LAYER, WEAK = Rates(), HELD.get, torch.nn.Linear(2, 2), weakref.ref(OBJECT)
 PRIVATE, WEIGHT, KEY = Private(), torch.ones(2), "rate"
 WEIGHT.rate = 1.0
+WEAK_VALUES, OF_META, DAYS = weakref.WeakValueDictionary(a=OBJECT), WithMeta(), [Day(2000, 1, 1)]
+COMPLEX, ONES = [complex(1.0, -0.0)], [frozenset({1})]
 PARTIAL_SUBCLASS = Partial(lambda a, x, t: x * a[0], LIST)
 VIEW, LARGE = types.MappingProxyType(HELD), np.zeros(100_000)
 usermodule = types.ModuleType("usermodule")
@@ -236,6 +243,11 @@ CASES = {
     "subclass of partial": (PARTIAL_SUBCLASS, lambda: LIST.append(2.0)),
     "function with another's name": (wrapping, lambda: set_rate(2.0)),
     "file": (lambda x, t: x * float(PATH.read_text()), lambda: None),
+    "weak values": (lambda x, t: x * WEAK_VALUES["a"].rate, lambda: setattr(OBJECT, "rate", 4.0)),
+    "metaclass of an instance": (lambda x, t: x * type(OF_META).rate, lambda: setattr(Meta, "rate", 4.0)),
+    "subclass of a date": (lambda x, t: x * DAYS[0].day, lambda: DAYS.__setitem__(0, Day(2000, 1, 2))),
+    "sign of a zero": (lambda x, t: x * COMPLEX[0], lambda: COMPLEX.__setitem__(0, complex(1.0, 0.0))),
+    "type in a set": (lambda x, t: x * next(iter(ONES[0])), lambda: ONES.__setitem__(0, frozenset({1.0}))),
     "system's generator": (lambda x, t: x * SYSTEM.random(), lambda: None),
     "default": (with_default, lambda: with_default.__defaults__[0].__setitem__(0, 2.0)),
     "keyword default": (with_default, lambda: with_default.__kwdefaults__.update(b=2.0)),

@@ -29,7 +29,8 @@ __all__ = ["Contents", "contents"]
 
 _MOST = 20_000  # objects looked at
 _SMALL = 1 << 16  # bytes of a numpy array compared by value
-_VALUES = (bool, int, str, bytes, complex, type(None), type(Ellipsis), torch.dtype, torch.device, range)
+_VALUES = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, range)
+_MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _PLAIN = (float, int, str, bytes, complex)
 # Names of what can reach values that no name in the code tells of.
 _BEYOND = frozenset(("globals", "locals", "vars", "eval", "exec", "__import__", "import_module", "environ", "getenv"))
@@ -92,6 +93,9 @@ class _Walk:
         if kind is float:
             key.append((float, value, str(value)) if value == 0 or value != value else (float, value))
             return
+        if kind is complex:
+            key.append((complex, repr(value)))
+            return
         if kind in _VALUES:
             key.append((kind, value))
             if kind is str:
@@ -141,7 +145,7 @@ class _Walk:
                 self.visit(item)
             self._extras(value, kind)
         elif issubclass(kind, set | frozenset):
-            key.append((kind, frozenset(value)))
+            key.append((kind, frozenset((type(item), item) for item in value)))  # 1 is 1.0 and True
             self.complete &= all(type(item) in _VALUES or type(item) is float for item in value)
         elif issubclass(kind, float | int | str | bytes | complex) and not isinstance(value, enum.Enum | np.generic):
             key.append((kind, repr(next(b for b in _PLAIN if issubclass(kind, b))(value))))
@@ -267,13 +271,16 @@ class _Walk:
                 self._limit_weights(weights)  # before a search through all its modules
         state = getattr(value, "__dict__", None)
         slots = list(_slots(kind))
-        if isinstance(value, random.SystemRandom):
-            self.complete = False
+        own = [base for base in kind.__mro__ if base not in (object, types.SimpleNamespace)]
+        if isinstance(value, random.SystemRandom) or not all(base.__flags__ & _MADE_IN_PYTHON for base in own):
+            self.complete = False  # it holds what no attribute tells of: a date, a weak reference
         if state is None and not slots:
             if kind.__module__ not in ("_abc", "builtins") or kind.__name__ not in ("_abc_data", "object"):
                 self.complete = False
             return
         self._class(kind)
+        if type(kind) is not type:
+            self.visit(type(kind))
         for name, item in (state or {}).items():
             self.key.append(name)
             self.visit(item)
