@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import dataclasses
 import datetime
 import enum
 import functools
@@ -12,6 +13,7 @@ import pathlib
 import random
 import sys
 import types
+import typing
 import weakref
 
 import numpy as np
@@ -281,6 +283,22 @@ def test_a_cell_and_a_redefined_function_are_seen(both, difference, interpreted)
             fused, eager = both(sds.SDE(f, lambda x, t: 0.1 * x), x0)
             assert difference(fused.x1, eager.x1) < 1e-14
     assert interpreted.made == 6
+
+
+@dataclasses.dataclass
+class Parameters:
+    rate: float = 1.0
+    others: dict = dataclasses.field(default_factory=dict)
+
+
+class Pair(typing.NamedTuple):
+    rate: float = 1.0
+
+
+@pytest.mark.parametrize("held", [Parameters(), Pair(), Switch.ON], ids=lambda held: type(held).__name__)
+def test_records_are_looked_into_whole(held):
+    """So that a kernel of a function that holds one is kept."""
+    assert contents(lambda x, t: x * held.rate).complete
 
 
 def test_tensors_are_found_once_and_by_shape():

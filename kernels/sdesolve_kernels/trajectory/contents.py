@@ -30,6 +30,12 @@ __all__ = ["Contents", "contents"]
 _MOST = 20_000  # objects looked at
 _SMALL = 1 << 16  # bytes of a numpy array compared by value
 _VALUES = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, range)
+_FIELDS = (
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+    types.WrapperDescriptorType,
+    type(vars(collections.namedtuple("_Pair", "first"))["first"]),
+)
 _MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _PLAIN = (float, int, str, bytes, complex)
 # Names of what can reach values that no name in the code tells of.
@@ -139,6 +145,9 @@ class _Walk:
                 self.visit(name)
                 self.visit(item)
             self._extras(value, kind)
+        elif kind is types.MappingProxyType:
+            key.append("view")
+            self.visit(dict(value))
         elif issubclass(kind, list | tuple | collections.deque):
             key.append((kind, len(value)))
             for item in value:
@@ -243,9 +252,7 @@ class _Walk:
                     value = value.fget
                 if isinstance(value, functools.cached_property):
                     value = value.func
-                if isinstance(
-                    value, types.MemberDescriptorType | types.GetSetDescriptorType | types.WrapperDescriptorType
-                ):
+                if isinstance(value, _FIELDS):
                     continue
                 self.key.append(name)
                 self.visit(value)
