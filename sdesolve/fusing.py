@@ -26,6 +26,7 @@ from sdesolve_kernels.trajectory import (
     check_batch,
     compile_trajectory,
     contents,
+    settled,
     trace,
 )
 from torch import Tensor
@@ -109,17 +110,18 @@ def fuse(task: Task) -> Fused | str:
     recipe = recipe_for(task, task.solver)
     if isinstance(recipe, str):
         return recipe
-    kernel = _kernel_for(task, held, recipe)
-    if isinstance(kernel, str):
-        return kernel
-    if _wants_gradient(*kernel.captured):
-        return _NO_GRADIENT
-    if has_tangent(*kernel.captured):
-        return _TRANSFORMED
-    try:
-        done = _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
-    except Unsupported as problem:
-        return str(problem)
+    with settled():
+        kernel = _kernel_for(task, held, recipe)
+        if isinstance(kernel, str):
+            return kernel
+        if _wants_gradient(*kernel.captured):
+            return _NO_GRADIENT
+        if has_tangent(*kernel.captured):
+            return _TRANSFORMED
+        try:
+            done = _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
+        except Unsupported as problem:
+            return str(problem)
     if isinstance(done, Fused) and kernel.where is None:
         return dataclasses.replace(done, anew=held.opaque or "a tensor that is made as they run")
     return done
@@ -135,7 +137,7 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 
 def _right_for_batch(task: Task, kernel: _Kernel, recipe: Recipe) -> str:
     """Why a kernel is not right for a batch of this size; empty if it is."""
-    kind = batch_kind(len(task.x0))
+    kind = batch_kind(len(task.x0), task.x0[0].numel())
     if kind not in kernel.batches:
         before = task.watched.evaluations
         try:

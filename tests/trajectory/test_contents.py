@@ -6,9 +6,11 @@ import array
 import collections
 import contextvars
 import dataclasses
+import datetime
 import enum
 import functools
 import operator
+import pathlib
 import random
 import re
 import sys
@@ -23,6 +25,7 @@ import torch
 from sdesolve_kernels.trajectory import Unsupported, contents
 
 import sdesolve as sds
+from sdesolve.sde import Noise
 
 RATE = 1.0
 
@@ -59,6 +62,27 @@ class Slotted:
     __slots__ = ("rate",)
 
 
+class Private:
+    __slots__ = ("__rate",)
+
+    def __init__(self):
+        self.set(1.0)
+
+    def set(self, rate):
+        self.__rate = rate
+
+    def rate(self):
+        return self.__rate
+
+
+class Partial(functools.partial):
+    pass
+
+
+class Day(datetime.date):
+    pass
+
+
 class Rates:
     @property
     def of_global(self):
@@ -75,6 +99,31 @@ class Rates:
 
 class Switch(enum.Enum):
     ON = 1
+
+    @property
+    def of_global(self):
+        return RATE
+
+
+class Setting(enum.Enum):
+    HELD = types.SimpleNamespace(rate=1.0)
+
+
+def through(held):
+    return lambda x, t: x * held.rate
+
+
+def switched(held):
+    return lambda x, t: x * held.of_global
+
+
+def set_to(held):
+    return lambda x, t: x * held.value.rate
+
+
+@functools.wraps(torch.nn.functional.softplus)
+def wrapping(x, t):
+    return x * RATE
 
 
 @dataclasses.dataclass
@@ -143,10 +192,16 @@ GENERATOR, PYTHONS, CLASSES, NAMESPACE = (
 )
 RATES, GET, LAYER, WEAK = Rates(), HELD.get, torch.nn.Linear(2, 2), weakref.ref(OBJECT)
 SETTINGS, PAIRS, SLICES, LOCKED = Settings(), [Pair(1.0, 2.0)], [slice(0, 1)], Locked()
-GETTERS, PATTERNS, PAIRED = [operator.itemgetter("rate")], [re.compile("a")], {(Switch.ON, 1.0)}
+GETTERS, PATTERNS, PAIRED = [operator.itemgetter("rate")], [re.compile("a")], {(Noise.NONE, 1.0)}
+PRIVATE, WEIGHT, KEY = Private(), torch.ones(2), "rate"
+WEIGHT.rate = 1.0
+WEAK_VALUES, OF_META, DAYS = weakref.WeakValueDictionary(a=OBJECT), WithMeta(), [Day(2000, 1, 1)]
+COMPLEX, ONES = [complex(1.0, -0.0)], [frozenset({1})]
+PARTIAL_SUBCLASS = Partial(lambda a, x, t: x * a[0], LIST)
 VIEW, LARGE = types.MappingProxyType(HELD), np.zeros(100_000)
 usermodule = types.ModuleType("usermodule")
 usermodule.inner = types.ModuleType("usermodule.inner")
+HOLDER, PATH, SYSTEM = types.SimpleNamespace(module=usermodule), pathlib.Path(__file__), random.SystemRandom()
 SLOTTED.rate = with_attribute.rate = usermodule.rate = usermodule.inner.rate = ITEMS.rate = ENTRIES.rate = 1.0
 PARTIAL, MAPPED = functools.partial(lambda a, x, t: x * a[0], LIST), torch.vmap(lambda y: y * RATE)
 GRADIENT = torch.func.grad(lambda y: (y * RATE).sum())
@@ -170,7 +225,8 @@ SEEN_THROUGH = {
     ),
     "pattern": (lambda x, t: x * bool(PATTERNS[0].match("a")), lambda: PATTERNS.__setitem__(0, re.compile("b"))),
     "beside locks": (lambda x, t: x * LOCKED.rate, lambda: setattr(LOCKED, "rate", 2.0)),
-    "set of pairs": (lambda x, t: x * len(PAIRED), lambda: PAIRED.add((Switch.ON, 2.0))),
+    "enumeration": (lambda x, t: x * bool(Switch.ON), lambda: setattr(Switch, "rate", 4.0)),
+    "set of pairs": (lambda x, t: x * len(PAIRED), lambda: PAIRED.add((Noise.NONE, 2.0))),
 }
 CASES = {
     **SEEN_THROUGH,
@@ -218,6 +274,22 @@ CASES = {
     "context variable": (lambda x, t: x * VARIABLE.get(), lambda: VARIABLE.set(2.0)),
     "numpy's generator": (lambda x, t: x * GENERATOR.random(), lambda: GENERATOR.random()),
     "Python's generator": (lambda x, t: x * PYTHONS.random(), lambda: PYTHONS.random()),
+    "module in a cell": (through(usermodule), lambda: setattr(usermodule, "rate", 5.0)),
+    "module as an attribute": (lambda x, t: x * HOLDER.module.rate, lambda: setattr(usermodule, "rate", 6.0)),
+    "module by a name that is held": (lambda x, t: x * getattr(usermodule, KEY), lambda: setattr(usermodule, KEY, 7.0)),
+    "private slot": (lambda x, t: x * PRIVATE.rate(), lambda: PRIVATE.set(2.0)),
+    "attribute of a tensor": (lambda x, t: x * WEIGHT.rate, lambda: setattr(WEIGHT, "rate", 2.0)),
+    "property of an enumeration": (switched(Switch.ON), lambda: set_rate(2.0)),
+    "value of an enumeration": (set_to(Setting.HELD), lambda: setattr(Setting.HELD.value, "rate", 2.0)),
+    "subclass of partial": (PARTIAL_SUBCLASS, lambda: LIST.append(2.0)),
+    "function with another's name": (wrapping, lambda: set_rate(2.0)),
+    "file": (lambda x, t: x * float(PATH.read_text()), lambda: None),
+    "weak values": (lambda x, t: x * WEAK_VALUES["a"].rate, lambda: setattr(OBJECT, "rate", 4.0)),
+    "metaclass of an instance": (lambda x, t: x * type(OF_META).rate, lambda: setattr(Meta, "rate", 4.0)),
+    "subclass of a date": (lambda x, t: x * DAYS[0].day, lambda: DAYS.__setitem__(0, Day(2000, 1, 2))),
+    "sign of a zero": (lambda x, t: x * COMPLEX[0], lambda: COMPLEX.__setitem__(0, complex(1.0, 0.0))),
+    "type in a set": (lambda x, t: x * next(iter(ONES[0])), lambda: ONES.__setitem__(0, frozenset({1.0}))),
+    "system's generator": (lambda x, t: x * SYSTEM.random(), lambda: None),
     "default": (with_default, lambda: with_default.__defaults__[0].__setitem__(0, 2.0)),
     "keyword default": (with_default, lambda: with_default.__kwdefaults__.update(b=2.0)),
     "attribute of a function": (with_attribute, lambda: setattr(with_attribute, "rate", 2.0)),
@@ -258,7 +330,7 @@ def test_a_kernel_that_cannot_be_kept_says_so():
 
     assert solved(lambda x, t: -rate * x).reason == "the whole trajectory is one generated kernel"
     assert solved(lambda x, t: x if generator is None else -x).reason.endswith("hold an object of torch._C.Generator")
-    assert solved(lambda x, t: x * len(globals())).reason.endswith("hold globals, which reaches everything")
+    assert solved(lambda x, t: x * len(globals())).reason.endswith("hold globals, which reaches beyond them")
     assert solved(lambda x, t: x * (torch.arange(2.0) @ torch.ones(2))).reason.endswith("is one generated kernel")
 
 

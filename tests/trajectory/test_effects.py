@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 
@@ -126,3 +127,52 @@ def test_in_place_changes_of_inputs_are_refused_and_of_temporaries_kept(both, di
 
     fused, eager = both(sds.SDE(own, diffusion), X0)
     assert difference(fused.x1, eager.x1) < 1e-14
+
+
+def copied(x, t):
+    y = x * 2
+    y.T.contiguous().zero_()
+    return y
+
+
+def aliased(x, t):
+    y = x * 2
+    (+y).mul_(2)
+    return y
+
+
+def test_inference_mode_shows_operations_that_are_taken_apart_elsewhere(difference, interpreted):
+    for f in (copied, aliased):
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert difference(solve(f, "auto").x1, solve(f, "eager").x1) < 1e-14
+
+
+def test_what_a_function_keeps_of_its_first_call(difference, interpreted):
+    """A table made when it is needed is an ordinary one afterwards, and other traces make nothing else of it."""
+    weights = torch.linspace(0.5, 2.0, 9, dtype=torch.float64).reshape(3, 3)
+    for make in (lambda: torch.arange(3, dtype=torch.float64), lambda: weights @ weights.T, lambda: weights[0]):
+        for kept in ({}, functools.lru_cache(make)):
+
+            def f(x, t, kept=kept, make=make):
+                if callable(kept):
+                    return -(x * kept() if kept().ndim == 1 else x @ kept())
+                if "table" not in kept:
+                    kept["table"] = make()
+                return -(x * kept["table"] if kept["table"].ndim == 1 else x @ kept["table"])
+
+            results = [solve(f, backend) for backend in ("auto", "eager", "auto")]
+            assert difference(results[0].x1, results[1].x1) < 1e-14
+            assert difference(results[2].x1, results[1].x1) < 1e-14
+            table = kept() if callable(kept) else kept["table"]
+            assert type(table) is torch.Tensor
+            assert torch.equal(table, make())
+
+
+def test_sparse_tensors_are_refused(interpreted):
+    def f(x, t, sparse=torch.eye(3, dtype=torch.float64).to_sparse()):  # noqa: B008
+        return (sparse @ x.T).T
+
+    with pytest.raises(ValueError, match="sparse"):
+        solve(f, "fused")
+    torch.testing.assert_close(solve(f, "auto").x1, solve(f, "eager").x1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -61,6 +62,24 @@ def test_values_read_in_python(f, interpreted):
     assert "test_hostile.py" in refused(f, "reads the value of a tensor")
 
 
+def halved_in_place(x, t):
+    y = x * 2
+    y[:5] = 0
+    return y
+
+
+def one_in_place(x, t):
+    y = x * 2
+    y += (torch.arange(len(x)) == 5)[:, None]
+    return y
+
+
+def part_in_place(x, t):
+    y = (x * 2).T
+    y.narrow(1, 0, min(5, len(x))).zero_()
+    return y.T
+
+
 COUPLED = {
     "mean": lambda x, t: x - x.mean(0),
     "mean, kept": lambda x, t: x - x.mean(0, keepdim=True),
@@ -87,6 +106,9 @@ PLACED = {
     "all but a few": lambda x, t: x - x[5:].sum(0),
     "one of the first": lambda x, t: torch.cat([x[:5], -x[5:]]),
     "eye": lambda x, t: x * torch.eye(len(x))[0][:, None],
+    "first few in place": halved_in_place,
+    "one in place": one_in_place,
+    "first few of a transpose in place": part_in_place,
 }
 
 
@@ -107,6 +129,20 @@ def test_a_step_that_changes_with_the_size_of_the_batch_is_right_for_every_size(
     for n in (2, size, 3, size):
         x0 = torch.ones(n, 2, dtype=torch.float64)
         torch.testing.assert_close(solve(f, "auto", x0).x1, solve(f, "eager", x0).x1)
+
+
+FAR = {
+    "place": lambda n: lambda x, t: torch.where(torch.arange(len(x))[:, None] < n, x, -x),
+    "parts": lambda n: lambda x, t: torch.cat([x[:n], -x[n:]]),
+    "size": lambda n: lambda x, t: x if len(x) > n else -x,
+}
+
+
+@pytest.mark.parametrize(("shape", "n"), [((4001, 2), 2000), ((1021, 300), 500)])
+@pytest.mark.parametrize("f", list(FAR.values()), ids=list(FAR))
+def test_places_far_into_a_batch(f, shape, n, interpreted):
+    """Also where the rows that are told apart are too many, or too long, to be done one by one."""
+    refused(f(n), "not treated alike", torch.linspace(-1.0, 1.0, math.prod(shape), dtype=torch.float64).reshape(shape))
 
 
 WRONG = {
@@ -150,9 +186,10 @@ def test_infinities_appear_where_eager_has_them(both, difference, interpreted):
             assert difference(fused.x1[finite], eager.x1[finite]) < 64 * torch.finfo(torch.float32).eps
 
 
-def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(both, difference, interpreted):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(dtype, both, difference, interpreted):
     """A time that is a grid point only up to rounding, in the precision of the state."""
-    x0 = torch.ones(2, 1)
+    x0 = torch.ones(2, 1, dtype=dtype)
     for end, steps in itertools.product((0.3, 0.7, 0.9, 1.1), (3, 7, 9, 10)):
         for k in range(1, steps, 2):
             at, h = end * k / steps, end / steps
@@ -160,8 +197,13 @@ def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(both, differe
             def f(x, t, at=at, h=h):
                 return torch.where(t < at, x, -x) + torch.where(t == at, x, 0 * x) + torch.floor(t / h) * x
 
-            fused, eager = both(sds.ODE(f), x0, 0.0, end, steps)
-            assert difference(fused.x1, eager.x1) < 1e-5, (end, steps, k)
+            def g(x, t, at=at, h=h):
+                waves = t % h + t // h + torch.fmod(t, at) + torch.floor((t - at) / h) + ((t / h) % 2 < 1)
+                return x * (waves + torch.where(t - h > at - h, 1.0, 0.0) + (t * 3 - at * 3 >= 0)).to(x.dtype)
+
+            for drift in (f, g):
+                fused, eager = both(sds.ODE(drift), x0, 0.0, end, steps)
+                assert difference(fused.x1, eager.x1) < 1e-5, (end, steps, k)
         fused, eager = both(
             sds.ODE(lambda x, t, end=end: torch.sqrt(end - t) * x), x0, 0.0, end, steps, solver=sds.RK4()
         )

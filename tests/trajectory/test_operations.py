@@ -140,9 +140,24 @@ def test_remainders_of_quotients_that_round_to_whole_numbers(dtype):
     whole = (b * torch.arange(-40, 41, dtype=dtype)).reshape(-1)
     a = torch.cat([whole, whole.nextafter(whole + 1), whole.nextafter(whole - 1)])
     x = torch.stack([a, b.expand(4, 81).reshape(-1).repeat(3)], 1)
-    texts = ["torch.fmod(x[:, 0], x[:, 1])", "torch.remainder(x[:, 0], x[:, 1])"]
+    texts = [
+        "torch.fmod(x[:, 0], x[:, 1])",
+        "torch.remainder(x[:, 0], x[:, 1])",
+        "x[:, 0] // x[:, 1]",
+        "x[:, 0] // 0.1",
+    ]
+    texts += ["x[:, 0] // x[:, 1]", "x[:, 0] // 0.1", "(x[:, 0] / 0.1).floor()"]
+    texts += ["torch.div(x[:, 0], 0.3, rounding_mode='trunc')", "(x[:, 0] * 0.1).ceil()"]
     for text, f, value in observed([function(text) for text in texts], x, texts):
         assert (value[:, 0] - f(x)).abs().max() < 8 * torch.finfo(dtype).eps, text
+
+
+def test_signs_of_zero_and_dtypes_of_norms(interpreted, difference):
+    x = torch.tensor([[0.0, -0.0, 3.0, -4.0]])
+    texts = ["1 / (0 - x)", "(0 - x).atan2(x * 0 - 1)", "x // 0", "x // torch.inf", "-x // torch.inf"]
+    texts += ["torch.linalg.vector_norm(1e30 * x, dim=1, dtype=torch.float64) * 1e-30"]
+    for text, f, value in observed([function(text) for text in texts], x, texts):
+        assert difference(value, rows(f(x)).float()) < 1e-6, text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from sdesolve_kernels.trajectory.contents import Contents as Contents
 from sdesolve_kernels.trajectory.contents import contents as contents
+from sdesolve_kernels.trajectory.kept import settled as settled
 from sdesolve_kernels.trajectory.launch import AbstractTrajectory as AbstractTrajectory
 from sdesolve_kernels.trajectory.launch import Launch as Launch
 from sdesolve_kernels.trajectory.launch import compile_trajectory as compile_trajectory

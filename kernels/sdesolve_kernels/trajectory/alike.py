@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TooMuchWork", "alike_rows", "mapped", "repeated", "spread", "thin", "thin_axis"]
+__all__ = ["TooMuchWork", "alike_rows", "mapped", "overwritten", "repeated", "spread", "thin", "thin_axis"]
 
+Axes = tuple[tuple[int, int], ...]  # from the last, and their lengths
 _FEW = 8  # rows that are done one by one
 _MOST_WORK = 200_000  # operations on single elements
 _rows: contextvars.ContextVar[int] = contextvars.ContextVar("rows", default=0)
@@ -22,7 +23,15 @@ _work: contextvars.ContextVar[list[int]] = contextvars.ContextVar("work")
 
 
 class TooMuchWork(Exception):
-    """Rows turned out not to be alike, and there are too many to do one by one."""
+    """There are too many elements to do one by one.
+
+    Attributes:
+        told_apart: whether rows turned out not to be alike, rather than to be hidden in a longer axis.
+    """
+
+    def __init__(self, told_apart: bool) -> None:
+        super().__init__()
+        self.told_apart = told_apart
 
 
 @contextlib.contextmanager
@@ -48,35 +57,46 @@ def _same_along(a: np.ndarray, axis: int) -> bool:
     return bool((a == first).all())
 
 
-def thin(*arrays: np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
-    """The arrays with one row for those that are alike in all of them, and the axes (from the last) of such rows."""
+def overwritten(target: np.ndarray, value: np.ndarray) -> bool:
+    """Whether rows in the memory of one are all given the same: other changes in place would reach them all."""
+    rows = _rows.get()
+    value = np.broadcast_to(value, target.shape)
+    return not rows or all(
+        n < 2 or stride or (n == rows and _same_along(value, axis))
+        for axis, (n, stride) in enumerate(zip(target.shape, target.strides, strict=True))
+    )
+
+
+def thin(*arrays: np.ndarray) -> tuple[tuple[np.ndarray, ...], Axes]:
+    """The arrays with one row for those that are alike in all of them; the axes (from the last) of such rows."""
     rows = _rows.get()
     if not rows:
         return arrays, ()
     axes = []
     for axis in range(-max(a.ndim for a in arrays), 0):
-        wide = [a for a in arrays if a.ndim >= -axis and a.shape[axis] == rows]
-        if wide and all(_same_along(a, axis) for a in wide):
-            axes.append(axis)
-    for axis in axes:
-        arrays = tuple(a.take([0], axis) if a.ndim >= -axis and a.shape[axis] == rows else a for a in arrays)
+        wide = [a for a in arrays if a.ndim >= -axis and a.shape[axis] > 1]
+        # Part of the rows, too, may lie in the memory of one.
+        if wide and all(a.strides[axis] == 0 or (a.shape[axis] == rows and _same_along(a, axis)) for a in wide):
+            axes.append((axis, wide[0].shape[axis]))
+    for axis, _ in axes:
+        arrays = tuple(a.take([0], axis) if a.ndim >= -axis and a.shape[axis] > 1 else a for a in arrays)
     return arrays, tuple(axes)
 
 
-def spread(a: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+def spread(a: np.ndarray, axes: Axes) -> np.ndarray:
     """Undoes `thin`, in the memory of one row."""
     if not axes:
         return a
     shape, strides = list(a.shape), list(a.strides)
-    for axis in axes:
-        shape[axis], strides[axis] = _rows.get(), 0
+    for axis, n in axes:
+        shape[axis], strides[axis] = n, 0
     return np.lib.stride_tricks.as_strided(a, shape, strides)
 
 
-def thin_axis(axis: int, *arrays: np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
+def thin_axis(axis: int, *arrays: np.ndarray) -> tuple[tuple[np.ndarray, ...], Axes]:
     """`thin` along one axis from the last, which all of the arrays have."""
     if all(a.shape[axis] == _rows.get() and _same_along(a, axis) for a in arrays):
-        return tuple(a.take([0], axis) for a in arrays), (axis,)
+        return tuple(a.take([0], axis) for a in arrays), ((axis, _rows.get()),)
     return arrays, ()
 
 
@@ -92,5 +112,5 @@ def mapped(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
         work = _work.get()
         work[0] += out.size
         if work[0] > _MOST_WORK:
-            raise TooMuchWork
+            raise TooMuchWork(told_apart=any(_rows.get() in a.shape for a in small))
     return spread(out, axes)

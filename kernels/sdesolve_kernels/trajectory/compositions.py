@@ -90,8 +90,11 @@ def rounded(tracer: Tracer, func: Any, a: Traced, *, decimals: int = 0) -> Trace
 
 
 # Remainders ------------------------------------------------------------------------------------------------------
-def _fmod(g: Graph, a: Expression, b: Expression) -> Expression:
-    """``a - b trunc(a / b)``, of the sign of ``a``; one step mends a quotient that was rounded up to a whole number."""
+def fmod_by_steps(g: Graph, a: Expression, b: Expression) -> Expression:
+    """``a - b trunc(a / b)``, of the sign of ``a``; one step mends a quotient that was rounded up to a whole number.
+
+    Exact where ``a - q b`` is one fused multiply-add.
+    """
     zero = number(g, 0.0, a)
     size, step = g.op("abs", a), g.op("abs", b)
     left = g.op("sub", size, g.op("mul", g.op("trunc", g.op("div", size, step)), step))
@@ -100,6 +103,10 @@ def _fmod(g: Graph, a: Expression, b: Expression) -> Expression:
     small = g.op("and", g.op("lt", size, step), g.op("eq", step, number(g, float("inf"), a)))
     left = g.op("where", small, size, left)
     return g.op("where", g.op("lt", a, zero), g.op("neg", left), left)
+
+
+def _fmod(g: Graph, a: Expression, b: Expression) -> Expression:
+    return g.op("fmod", a, b)
 
 
 def _remainder(g: Graph, a: Expression, b: Expression) -> Expression:

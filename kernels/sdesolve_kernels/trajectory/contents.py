@@ -20,38 +20,33 @@ import sys
 import threading
 import types
 from collections.abc import Hashable, Iterator
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.tracing import Unsupported
+from sdesolve_kernels.trajectory.tracing import Traced, Unsupported
 
 __all__ = ["Contents", "contents"]
 
 _MOST = 20_000  # objects looked at
 _SMALL = 1 << 16  # bytes of a numpy array compared by value
-_VALUES = (bool, int, str, bytes, complex, type(None), type(Ellipsis), torch.dtype, torch.device, range)
+_VALUES = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, range)
 # Taken for what they are: nothing in them changes that a step's numbers depend on.
-_SETTLED = (enum.Enum, types.CodeType, types.BuiltinFunctionType, types.ModuleType, re.Pattern)
-_LOCKS = (type(threading.Lock()), type(threading.RLock()))
-
-
-class _Named(NamedTuple):
-    field: int
-
-
+_SETTLED = (types.CodeType, types.BuiltinFunctionType, re.Pattern, type(threading.Lock()), type(threading.RLock()))
 # What a class holds to find parts of its instances, which are looked into as such.
-_FIXED = (
+_FIELDS = (
     types.MemberDescriptorType,
     types.GetSetDescriptorType,
     types.WrapperDescriptorType,
-    type(vars(_Named)["field"]),
+    type(vars(collections.namedtuple("_Pair", "first"))["first"]),
 )
+_MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _PLAIN = (float, int, str, bytes, complex)
 # Names of what can reach values that no name in the code tells of.
 _BEYOND = frozenset(("globals", "locals", "vars", "eval", "exec", "__import__", "import_module", "environ", "getenv"))
+_FILES = frozenset(("open", "read_text", "read_bytes", "load", "loadtxt", "genfromtxt", "fromfile"))
 _OURS = frozenset(("torch", "numpy", "sdesolve", "sdesolve_kernels", "scipy", "jaxtyping", "builtins", "typing"))
 _FOREIGN = frozenset(sys.stdlib_module_names) | _OURS
 
@@ -87,6 +82,7 @@ def contents(*roots: object, most_weights: int | None = None) -> Contents:
     walk = _Walk(most_weights)
     for root in roots:
         walk.visit(root)
+    walk.modules()
     return Contents(tuple(walk.key), tuple(walk.tensors), walk.opaque)
 
 
@@ -104,6 +100,8 @@ class _Walk:
         self.tensors: list[Tensor] = []
         self.opaque = ""
         self._seen: dict[int, int] = {}
+        self._names: set[str] = set()
+        self._modules: list[types.ModuleType] = []
         self._alive: list[object] = []  # so that no identity is used twice
 
     def visit(self, value: Any) -> None:
@@ -112,8 +110,13 @@ class _Walk:
         if kind is float:
             key.append((float, value, str(value)) if value == 0 or value != value else (float, value))
             return
+        if kind is complex:
+            key.append((complex, repr(value)))
+            return
         if kind in _VALUES:
             key.append((kind, value))
+            if kind is str:
+                self._names.add(value)
             return
         known = self._seen.get(id(value))
         if known is not None:
@@ -131,6 +134,8 @@ class _Walk:
         if isinstance(value, Tensor):
             key.append((kind, tuple(value.shape), value.dtype, value.device))
             self.tensors.append(value)
+            if not isinstance(value, Traced):
+                self._extras(value, kind)
             if isinstance(value, torch.nn.Parameter):
                 self._weights += value.numel()
                 self._limit_weights(self._weights)
@@ -140,16 +145,20 @@ class _Walk:
             key.append("method")
             self.visit(value.__func__)
             self.visit(value.__self__)
-        elif kind is functools.partial:
-            key.append("partial")
+        elif isinstance(value, functools.partial):
+            key.append(("partial", kind))
             for part in (value.func, value.args, value.keywords):
                 self.visit(part)
+            self._extras(value, kind)
         elif issubclass(kind, dict | types.MappingProxyType):
             key.append((kind, len(value)))
             for name, item in value.items():
                 self.visit(name)
                 self.visit(item)
             self._extras(value, kind)
+        elif kind is types.MappingProxyType:
+            key.append("view")
+            self.visit(dict(value))
         elif issubclass(kind, list | tuple | collections.deque):
             key.append((kind, len(value)))
             for item in value:
@@ -163,13 +172,21 @@ class _Walk:
             key.append(kind)
             self.visit(value.__reduce__()[1])
         elif issubclass(kind, set | frozenset):
-            key.append((kind, frozenset(value)))
-            if not _is_value(frozenset(value)):
+            if _is_value(frozenset(value)):
+                key.append((kind, _typed(frozenset(value))))
+            else:
                 self.opaque = "a set of objects"
         elif issubclass(kind, float | int | str | bytes | complex) and not isinstance(value, enum.Enum | np.generic):
             key.append((kind, repr(next(b for b in _PLAIN if issubclass(kind, b))(value))))
             self._extras(value, kind)
-        elif isinstance(value, random.Random):
+        elif isinstance(value, enum.Enum):
+            key.append(("is", value))
+            self._extras(value, kind)
+        elif isinstance(value, types.ModuleType):
+            key.append(("is", value))
+            if not _is_foreign(value.__name__):
+                self._modules.append(value)
+        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             key.append((kind, value.getstate()))
         elif isinstance(value, np.random.Generator):
             key.append((kind, repr(value.bit_generator.state)))
@@ -178,7 +195,7 @@ class _Walk:
                 self.opaque = "a large array of numpy"
             else:
                 key.append((kind, value.shape, value.dtype, value.tobytes()))
-        elif isinstance(value, _SETTLED) or kind in _LOCKS:
+        elif isinstance(value, _SETTLED):
             key.append(("is", value))
             owner = getattr(value, "__self__", None)
             if not isinstance(owner, types.ModuleType | type):
@@ -193,7 +210,8 @@ class _Walk:
 
     def _function(self, function: types.FunctionType) -> None:
         self.key.append(("function", function.__code__))
-        if _is_foreign(function.__module__) and not function.__closure__:
+        module = function.__globals__.get("__name__")  # `functools.wraps` changes __module__
+        if _is_foreign(module) and not function.__closure__:
             return
         for cell in function.__closure__ or ():
             try:
@@ -205,13 +223,23 @@ class _Walk:
         for name, item in vars(function).items():
             self.key.append(name)
             self.visit(item)
-        if not _is_foreign(function.__module__):
+        if not _is_foreign(module):
             self._globals(function)
+
+    def modules(self) -> None:
+        """What names of any function stand for in modules that were met as values: in a cell, as an attribute."""
+        found: set[tuple[int, str]] = set()
+        while new := [(m, n) for m in self._modules for n in self._names & vars(m).keys() if (id(m), n) not in found]:
+            for module, name in sorted(new, key=lambda pair: pair[1]):
+                found.add((id(module), name))
+                self.key.append(name)
+                self.visit(vars(module)[name])
 
     def _globals(self, function: types.FunctionType) -> None:
         names = set(_names(function.__code__))
-        if not names.isdisjoint(_BEYOND):
-            self.opaque = f"{min(names & _BEYOND)}, which reaches everything"
+        self._names |= names
+        if not names.isdisjoint(_BEYOND | _FILES):
+            self.opaque = f"{min(names & (_BEYOND | _FILES))}, which reaches beyond them"
         for name in sorted(names & function.__globals__.keys()):
             self.key.append(name)
             self._named(function.__globals__[name], names)
@@ -223,6 +251,8 @@ class _Walk:
         if not isinstance(value, types.ModuleType):
             self.visit(value)
         elif not _is_foreign(value.__name__) and value not in inside:
+            if "getattr" in names:
+                self._modules.append(value)
             for name in sorted(names & vars(value).keys()):
                 self.key.append(name)
                 self._named(vars(value)[name], names, (*inside, value))
@@ -242,7 +272,7 @@ class _Walk:
                     value = value.fget
                 if isinstance(value, functools.cached_property):
                     value = value.func
-                if isinstance(value, _FIXED):
+                if isinstance(value, _FIELDS):
                     continue
                 self.key.append(name)
                 self.visit(value)
@@ -268,25 +298,39 @@ class _Walk:
                 self._limit_weights(weights)  # before a search through all its modules
         state = getattr(value, "__dict__", None)
         slots = list(_slots(kind))
+        own = [base for base in kind.__mro__ if base not in (object, types.SimpleNamespace)]
+        if isinstance(value, random.SystemRandom) or not all(base.__flags__ & _MADE_IN_PYTHON for base in own):
+            self.opaque = f"an object of {kind.__module__}.{kind.__qualname__}"  # such as a date, a weak reference
         if state is None and not slots:
             if kind.__module__ not in ("_abc", "builtins") or kind.__name__ not in ("_abc_data", "object"):
                 self.opaque = f"an object of {kind.__module__}.{kind.__qualname__}"
             return
         self._class(kind)
+        if type(kind) is not type:
+            self.visit(type(kind))
         for name, item in (state or {}).items():
             self.key.append(name)
             self.visit(item)
-        for name in slots:
-            if hasattr(value, name):
-                self.key.append(name)
-                self.visit(getattr(value, name))
+        for slot in slots:
+            self.key.append(slot.__name__)
+            try:
+                self.visit(slot.__get__(value))
+            except AttributeError:
+                self.key.append("empty slot")
 
 
 def _is_value(item: object) -> bool:
-    """Whether equal objects of this kind are the same to any function, whatever they hold."""
+    """Whether equal objects of this kind are the same to any function, but for what `_typed` tells apart."""
     if type(item) in (tuple, frozenset):
         return all(_is_value(part) for part in item)  # type: ignore[attr-defined]  # a tuple or a frozenset
-    return type(item) in _VALUES or type(item) is float or isinstance(item, enum.Enum)
+    ours = isinstance(item, enum.Enum) and _is_foreign(type(item).__module__)
+    return type(item) in _VALUES or type(item) is float or ours
+
+
+def _typed(item: Hashable) -> Hashable:
+    """Tells 1 from 1.0 and from True."""
+    kind = type(item)
+    return (kind, kind(_typed(part) for part in item)) if kind in (tuple, frozenset) else (kind, item)  # type: ignore[attr-defined]
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -302,7 +346,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield constant
 
 
-def _slots(kind: type) -> Iterator[str]:
+def _slots(kind: type) -> Iterator[types.MemberDescriptorType]:
     for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        yield from ((slots,) if isinstance(slots, str) else slots)
+        if "__slots__" in vars(base):
+            yield from (a for a in vars(base).values() if isinstance(a, types.MemberDescriptorType))

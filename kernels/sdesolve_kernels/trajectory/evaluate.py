@@ -1,8 +1,8 @@
 """Values of expressions that do not depend on a path, for all steps at once.
 
 Arithmetic is done in float64, from the same numbers that torch starts from: times are rounded to the precision of the
-state, as its functions see them, and so is whatever a comparison or a rounding to whole numbers looks at. Else a switch
-at ``t < 0.3`` could fall into another step than it does in torch.
+state, as its functions see them, and what a comparison or a rounding to whole numbers looks at is computed in that
+precision from there on. Else a switch at ``t - 0.1 < 0.3`` could fall into another step than it does in torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sdesolve_kernels.trajectory.expressions import F32, Expression, topological
 
 __all__ = ["evaluate"]
 
-_JUMPS = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "floor", "ceil", "trunc", "round", "sign"))
+_JUMPS = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "floor", "ceil", "trunc", "round", "sign", "fmod"))
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
@@ -25,6 +25,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mul": torch.mul,
     "div": torch.div,
     "pow": torch.pow,
+    "fmod": torch.fmod,
     "min": torch.minimum,
     "max": torch.maximum,
     "and": torch.logical_and,
@@ -56,7 +57,14 @@ def evaluate(
         ``(steps,)`` for what depends on time, ``()`` for what does not; float64, or bool.
     """
     values: dict[int, Any] = {}
-    for e in topological(roots):
+    order = topological(roots)
+    # In float32, of what jumps depend on.
+    seen: dict[int, Tensor] = {e.number: torch.empty(0) for e in _looked_at(order)}
+
+    def look(a: Expression) -> Tensor:
+        return seen[a.number].double() if a.number in seen else values[a.number]
+
+    for e in order:
         match e.op:
             case "const":
                 value: Any = torch.tensor(
@@ -72,11 +80,11 @@ def evaluate(
                 assert parameter is not None
                 value = parameter[e.data[1]]
             case "cast":
-                value = values[e.args[0].number]
+                value = look(e.args[0])
                 if value.dtype == torch.bool or e.dtype == "bool":
                     value = value.to(torch.bool if e.dtype == "bool" else torch.float64)
                 elif e.dtype == "int64":
-                    value = _rounded(value, e.args[0]).trunc()
+                    value = value.trunc()
                 else:
                     value = _rounded(value, e)
             case "product":
@@ -91,12 +99,22 @@ def evaluate(
             case "element":
                 value = values[e.args[0].number][e.data]
             case name:
-                arguments = [values[a.number] for a in e.args]
-                if name in _JUMPS:
-                    arguments = [_rounded(v, a) for v, a in zip(arguments, e.args, strict=True)]
-                value = _FUNCTIONS[name](*arguments)
+                value = _FUNCTIONS[name](*(look(a) if name in _JUMPS else values[a.number] for a in e.args))
         values[e.number] = value
+        if e.number in seen:
+            own = e.op in _FUNCTIONS
+            seen[e.number] = _FUNCTIONS[e.op](*(seen.get(a.number, values[a.number]) for a in e.args)) if own else value
+            seen[e.number] = seen[e.number].float()
     return [values[e.number] for e in roots]
+
+
+def _looked_at(order: Sequence[Expression]) -> list[Expression]:
+    """Numbers in float32 that a comparison or a rounding to whole numbers depends on."""
+    found: set[int] = set()
+    for e in reversed(order):
+        if e.op in _JUMPS or e.op == "cast" or e.number in found:
+            found.update(a.number for a in e.args)
+    return [e for e in order if e.number in found and e.dtype == F32]
 
 
 def _rounded(value: Tensor, e: Expression) -> Tensor:

@@ -82,6 +82,7 @@ _FOLD: dict[str, Callable[..., float]] = {
     "div": np.divide,
     "pow": np.power,
     "atan2": np.arctan2,
+    "fmod": np.fmod,
     "min": np.minimum,
     "max": np.maximum,
     "lt": lambda a, b: a < b,
@@ -208,7 +209,7 @@ class Graph:
                 return self.op("sub", b, a.args[0])
             case "sub" if _is(b, 0):
                 return a
-            case "sub" if _is(a, 0):
+            case "sub" if _is(a, 0) and (dtype == I64 or math.copysign(1.0, a.data) < 0):  # 0 - 0 is 0, not -0
                 return self.op("neg", b)
             case "sub" if b.op == "neg":
                 return self.op("add", a, b.args[0])

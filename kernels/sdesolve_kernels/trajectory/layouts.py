@@ -78,17 +78,17 @@ def slice_(e: np.ndarray, dim: int = 0, start: int | None = None, end: int | Non
     return e[(slice(None),) * (dim % e.ndim) + (slice(start, end, step),)]
 
 
-@view("alias", "detach", "lift_fresh", "view_of")
+@view("alias", "detach", "lift_fresh", "view_of", "positive")
 def alias(e: np.ndarray) -> np.ndarray:
     return e[...]
 
 
 @view("contiguous")
 def contiguous(e: np.ndarray, **_: Any) -> np.ndarray:
-    return e
+    return e if e.flags.c_contiguous else e.copy()
 
 
-@view("clone", "lift_fresh_copy", "_conj", "positive")
+@view("clone", "lift_fresh_copy", "_conj")
 def clone(e: np.ndarray, **_: Any) -> np.ndarray:
     return e.copy()
 

@@ -144,6 +144,17 @@ def whole_quotient(g: Graph, a: Expression, b: Expression, down: bool) -> Expres
     return g.const(a.data // b.data if down else q if (a.data < 0) == (b.data < 0) else -q, I64)
 
 
+def _floored(g: Graph, a: Expression, b: Expression) -> Expression:
+    """``a / b`` rounded down, from the remainder: 1 // 0.1 is 9, for 0.1 is a little more than a tenth."""
+    zero, one, left = number(g, 0, a), number(g, 1, a), g.op("fmod", a, b)
+    q = g.op("div", g.op("sub", a, left), b)
+    other_side = g.op("ne", g.op("lt", b, zero), g.op("lt", left, zero))
+    q = g.op("where", g.op("and", g.op("ne", left, zero), other_side), g.op("sub", q, one), q)
+    down = g.op("floor", q)
+    down = g.op("where", g.op("gt", g.op("sub", q, down), number(g, 0.5, a)), g.op("add", down, one), down)
+    return g.op("where", g.op("eq", b, zero), g.op("div", a, b), down)
+
+
 @handles("div", "true_divide")
 def div(tracer: Tracer, func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Traced:
     """Division, true or rounded."""
@@ -155,6 +166,8 @@ def div(tracer: Tracer, func: Any, a: Any, b: Any, *, rounding_mode: str | None 
     def divide(x: Expression, y: Expression) -> Expression:
         if name == I64:
             return whole_quotient(tracer.graph, x, y, rounding_mode == "floor")
+        if rounding == "floor":
+            return _floored(tracer.graph, x, y)
         q = tracer.graph.op("div", x, y)
         return tracer.graph.op(rounding, q) if rounding else q
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import final
 
+from sdesolve_kernels.trajectory.compositions import fmod_by_steps
 from sdesolve_kernels.trajectory.expressions import PATH, STATE, TIME, Expression, Graph, topological
 from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.program import Program
@@ -57,7 +58,8 @@ def plan(program: Program) -> Plan:
     outer = _Hoisted(graph, "column", "uniform")
     roots = outer.replaced(roots)
     inner = _Hoisted(graph, "invariant", "invariant")
-    roots = inner.replaced(roots)
+    roots = _without_fmod(graph, inner.replaced(roots))
+    inner.fixed = _without_fmod(graph, inner.fixed)
     n = len(program.states)
     matrices = dict.fromkeys(e.data for e in topological([*roots, *inner.made]) if e.op == "product")
     return Plan(
@@ -69,6 +71,15 @@ def plan(program: Program) -> Plan:
         tuple(roots[n:]),
         tuple(matrices),
     )
+
+
+def _without_fmod(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
+    """What kernels have no function for, in terms of what they have."""
+    new: dict[int, Expression] = {}
+    for e in topological(roots):
+        args = [new[a.number] for a in e.args]
+        new[e.number] = fmod_by_steps(graph, *args) if e.op == "fmod" else graph.with_args(e, args) if args else e
+    return [new[e.number] for e in roots]
 
 
 @final

@@ -18,7 +18,17 @@ from sdesolve_kernels.trajectory import compositions, layouts, matrices, reducti
 from sdesolve_kernels.trajectory.alike import TooMuchWork, alike_rows, thin_axis
 from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
 from sdesolve_kernels.trajectory.operations import HANDLERS
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unread, Unsupported, cast, dtype_name, filled, user_line
+from sdesolve_kernels.trajectory.tracing import (
+    NOT_ALIKE,
+    Traced,
+    Tracer,
+    Unread,
+    Unsupported,
+    cast,
+    dtype_name,
+    filled,
+    user_line,
+)
 
 __all__ = ["Inputs", "Program", "Signature", "batch_kind", "check_batch", "trace", "traced_shape"]
 
@@ -27,8 +37,8 @@ _REGISTERED = (compositions, layouts, matrices, reductions)  # importing them ad
 
 _LARGEST_PROGRAM = 40_000
 _LARGEST_STATE = 8192
-_MOST_ROWS = 1021  # of the batch that a program is checked for; a prime, so that few axes are as long by chance
-_NOT_ALIKE = "its rows are not treated alike: it depends on a path's place in the batch, or on its size"
+# Of the batch that a program is checked for, by the size of a state; primes, so that few axes are as long by chance.
+_MOST_ROWS, _MOST_SMALL_ROWS, _MOST_NUMBERS = 1021, 65_521, 1 << 18
 
 
 @final
@@ -139,21 +149,23 @@ def check_batch(program: Program, step: Step, observe: Observe | None, batch: in
     Raises:
         Unsupported: it is another program for a batch of this size, or in some of its rows.
     """
-    rows = batch_kind(batch)
+    rows = batch_kind(batch, math.prod(program.signature.states[0]))
     signature = dataclasses.replace(program.signature, batch=batch)
     try:
         with alike_rows(rows):
             (after, observed, _), _ = _rows(program.graph, step, signature, observe, program.split, rows, alike=True)
-    except TooMuchWork:
+    except TooMuchWork as problem:
+        if problem.told_apart:
+            raise Unsupported(NOT_ALIKE) from problem
         return
     own, seen = list(program.states), list(program.observed)
     if any(e != own for e in after) or any(e != seen for e in observed):
-        raise Unsupported(_NOT_ALIKE)
+        raise Unsupported(NOT_ALIKE)
 
 
-def batch_kind(batch: int) -> int:
-    """Batches of one kind need one `check_batch`."""
-    return min(batch, _MOST_ROWS)
+def batch_kind(batch: int, size: int) -> int:
+    """Batches of one kind, of states of ``size`` numbers, need one `check_batch`."""
+    return min(batch, max(_MOST_ROWS, min(_MOST_SMALL_ROWS, _MOST_NUMBERS // size)))
 
 
 def _kinds_of_rows(results: Sequence[Traced]) -> int:
@@ -195,7 +207,7 @@ def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: b
     own = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[0])]
     seen = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[1])]
     if any(e != own[0] for e in own) or any(e != seen[0] for e in seen):
-        raise Unsupported(_NOT_ALIKE)
+        raise Unsupported(NOT_ALIKE)
     shape = first[2]
     return Program(
         signature,

@@ -48,10 +48,14 @@ def _products(graph: Graph, roots: list[Expression]) -> list[Expression]:
     for e in order:
         if e.op == "state" or any(a.number in moved for a in e.args):
             moved.add(e.number)
+    rounded: set[int] = set()  # to whole numbers: the last place of what that is done to matters
+    for e in reversed(order):
+        if e.op in ("floor", "ceil", "trunc", "round", "fmod") or e.number in rounded:
+            rounded.update(a.number for a in e.args)
     new: dict[int, Expression] = {}
     for e in order:
         made = graph.with_args(e, [new[a.number] for a in e.args]) if e.args else e
-        if e.op in ("mul", "div") and e.dtype in _FLOATS and e.depends & STATE:
+        if e.op in ("mul", "div") and e.dtype in _FLOATS and e.depends & STATE and e.number not in rounded:
             made = _product(graph, e, new, uses, moved) or made
         new[e.number] = made
     return [new[e.number] for e in roots]

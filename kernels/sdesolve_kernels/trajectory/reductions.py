@@ -29,7 +29,7 @@ def _reduced(
 ) -> np.ndarray:
     """``fold`` over the given axes."""
     (elements,), same = thin(elements)
-    if any(i - elements.ndim in same for i in axes):  # a sum over the batch is long, whatever its rows are
+    if any(i - elements.ndim in dict(same) for i in axes):  # a sum over the batch is long, whatever its rows are
         elements, same = spread(elements, same), ()
     kept = [i for i in range(elements.ndim) if i not in axes]
     moved = elements.transpose(kept + list(axes)).reshape(*(elements.shape[i] for i in kept), -1)
@@ -161,16 +161,18 @@ def vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Traced:
-    g, name, axes = tracer.graph, dtype_name(a.dtype), _axes(a, dim)
-    size = mapped(lambda e: g.op("abs", e), a.elements)
+    dtype = dtype or a.dtype
+    g, name, axes = tracer.graph, dtype_name(dtype), _axes(a, dim)
+    elements = cast(g, a.elements, name)
+    size = mapped(lambda e: g.op("abs", e), elements)
     if ord in (float("inf"), float("-inf")):
         out = _reduced(size, axes, keepdim, _chain(tracer, "max" if ord > 0 else "min", 0.0, name))
     elif ord == 2:
-        squares = mapped(lambda e: g.op("mul", e, e), a.elements)
+        squares = mapped(lambda e: g.op("mul", e, e), elements)
         out = mapped(lambda e: g.op("sqrt", e), _reduced(squares, axes, keepdim, _chain(tracer, "add", 0.0, name)))
     elif ord == 0:
         zero = g.const(0.0, name)
-        present = mapped(lambda e: g.cast(g.op("ne", e, zero), name), a.elements)
+        present = mapped(lambda e: g.cast(g.op("ne", e, zero), name), elements)
         out = _reduced(present, axes, keepdim, _chain(tracer, "add", 0.0, name))
     elif ord == 1:
         out = _reduced(size, axes, keepdim, _chain(tracer, "add", 0.0, name))
@@ -179,7 +181,7 @@ def vector_norm(
         powers = mapped(lambda e: g.op("pow", e, power), size)
         total = _reduced(powers, axes, keepdim, _chain(tracer, "add", 0.0, name))
         out = mapped(lambda e: g.op("pow", e, root), total)
-    return tracer.traced(out, a.dtype)
+    return tracer.traced(out, dtype)
 
 
 @handles("cumsum", "cumprod")

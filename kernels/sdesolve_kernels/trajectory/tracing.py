@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from sdesolve_kernels.trajectory.alike import mapped, repeated
+from sdesolve_kernels.trajectory.alike import mapped, overwritten, repeated
 from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
+from sdesolve_kernels.trajectory.kept import note
 
 __all__ = ["Traced", "Tracer", "Unsupported", "dtype_name"]
 
@@ -76,6 +77,7 @@ class Traced(Tensor):
             cls, elements.shape, strides=tracer.strides(elements), dtype=dtype, device=tracer.device
         )
         made.elements, made.tracer = elements, tracer
+        note(made)
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -231,13 +233,26 @@ class Tracer(TorchDispatchMode):
             parameters = [c.double() if c is not None and c.is_floating_point() else c for c in tensors]
             return [v.item() for v in evaluate(flat, {}, None, parameters)]
 
+    def forget(self) -> None:
+        """Lets go of the traced form of tensors from outside."""
+        self._inputs.clear()
+
     def known(self, tensor: Tensor) -> Traced:
         """The tensor as a traced one."""
         if isinstance(tensor, Traced):
-            return tensor
+            return tensor if tensor.tracer is self else self._of_another_call(tensor)
         if tensor.device.type == "meta":
             raise Unsupported("it uses a tensor on the meta device")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise Unsupported("it uses a sparse or nested tensor")
         return self.input(tensor, by_path=self._by_path and tensor.ndim > 0 and len(tensor) == self._batch)
+
+    def _of_another_call(self, tensor: Traced) -> Traced:
+        """What a function made when it was traced before, and kept; other traces have other expressions."""
+        if any(e is None or e.op != "const" for e in tensor.elements.flat):
+            raise Unsupported("it keeps what it computes in one call for the next")
+        made = mapped(lambda e: self.graph.const(e.data, e.dtype), tensor.elements)
+        return self.traced(made, tensor.dtype)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operation."""
@@ -303,10 +318,14 @@ class Tracer(TorchDispatchMode):
             raise Unsupported(
                 "it changes a tensor in place that it was given or that lives outside it; write x = x + 1, not x += 1"
             )
-        target.elements[...] = cast(self.graph, value.elements, dtype_name(target.dtype))
+        elements = cast(self.graph, value.elements, dtype_name(target.dtype))
+        if not overwritten(target.elements, elements):
+            raise Unsupported(NOT_ALIKE)
+        target.elements[...] = elements
 
 
 READS = "it reads the value of a tensor in Python ({}); write it with torch operations, torch.where for a choice"
+NOT_ALIKE = "its rows are not treated alike: it depends on a path's place in the batch, or on its size"
 _MOST_READ = 4096  # entries of an index that lives outside
 _MOST_INPUTS = 1 << 16  # entries of tensors that all paths share; a larger network runs better as matrix products
 _MOST_EXPRESSIONS = 400_000
