@@ -130,6 +130,7 @@ def wrapping(x, t):
 class Settings:
     rate: float = 1.0
     names: tuple[str, ...] = ("a",)
+    most: float | None = None
     more: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -319,6 +320,13 @@ def test_common_holders_are_looked_into_to_the_end(function):
     held = contents(function)
     assert held.complete
     assert contents(function).key == held.key
+
+
+def test_what_is_nested_too_deeply_is_not_followed():
+    held = [1.0]
+    for _ in range(5000):
+        held = [held]
+    assert contents(lambda x, t: x if held else -x).opaque == "more than 100 objects within one another"
 
 
 def test_a_kernel_that_cannot_be_kept_says_so():

@@ -31,10 +31,14 @@ from sdesolve_kernels.trajectory.tracing import Traced, Unsupported
 __all__ = ["Contents", "contents"]
 
 _MOST = 20_000  # objects looked at
+_DEEPEST = 100  # objects within one another
 _SMALL = 1 << 16  # bytes of a numpy array compared by value
 _VALUES = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, range)
 # Taken for what they are: nothing in them changes that a step's numbers depend on.
-_SETTLED = (types.CodeType, types.BuiltinFunctionType, re.Pattern, type(threading.Lock()), type(threading.RLock()))
+_SETTLED = (
+    types.CodeType, types.BuiltinFunctionType, types.UnionType, types.GenericAlias, re.Pattern, type(threading.Lock()),
+    type(threading.RLock()),
+)  # fmt: skip
 # What a class holds to find parts of its instances, which are looked into as such.
 _FIELDS = (
     types.MemberDescriptorType,
@@ -82,7 +86,8 @@ def contents(*roots: object, most_weights: int | None = None) -> Contents:
     walk = _Walk(most_weights)
     for root in roots:
         walk.visit(root)
-    walk.modules()
+    if not walk.opaque:
+        walk.modules()
     return Contents(tuple(walk.key), tuple(walk.tensors), walk.opaque)
 
 
@@ -95,7 +100,7 @@ def _is_foreign(module: str | None) -> bool:
 class _Walk:
     def __init__(self, most_weights: int | None) -> None:
         self._most_weights = most_weights
-        self._weights = 0
+        self._weights = self._depth = 0
         self.key: list[Hashable] = []
         self.tensors: list[Tensor] = []
         self.opaque = ""
@@ -127,7 +132,12 @@ class _Walk:
             return
         self._seen[id(value)] = len(self._seen)
         self._alive.append(value)
+        if self._depth == _DEEPEST:
+            self.opaque = f"more than {_DEEPEST} objects within one another"
+            return
+        self._depth += 1
         self._look_into(value, kind)
+        self._depth -= 1
 
     def _look_into(self, value: Any, kind: type) -> None:
         key = self.key
