@@ -130,8 +130,10 @@ def wrapping(x, t):
 class Settings:
     rate: float = 1.0
     names: tuple[str, ...] = ("a",)
-    most: float | None = None
     more: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+Annotated = dataclasses.make_dataclass("Annotated", [("rate", float | None, 1.0), ("names", list[str] | None, None)])
 
 
 class Pair(typing.NamedTuple):
@@ -192,6 +194,7 @@ GENERATOR, PYTHONS, CLASSES, NAMESPACE = (
     types.SimpleNamespace(rate=1.0),
 )
 RATES, GET, LAYER, WEAK = Rates(), HELD.get, torch.nn.Linear(2, 2), weakref.ref(OBJECT)
+ANNOTATED = Annotated()
 SETTINGS, PAIRS, SLICES, LOCKED = Settings(), [Pair(1.0, 2.0)], [slice(0, 1)], Locked()
 GETTERS, PATTERNS, PAIRED = [operator.itemgetter("rate")], [re.compile("a")], {(Noise.NONE, 1.0)}
 PRIVATE, WEIGHT, KEY = Private(), torch.ones(2), "rate"
@@ -217,6 +220,7 @@ def set_rate(value):
 SEEN_THROUGH = {
     "dataclass": (lambda x, t: x * SETTINGS.rate, lambda: setattr(SETTINGS, "rate", 2.0)),
     "field of a dataclass": (lambda x, t: x * SETTINGS.more["a"], lambda: SETTINGS.more.update(a=2.0)),
+    "dataclass with annotations": (lambda x, t: x * ANNOTATED.rate, lambda: setattr(ANNOTATED, "rate", 2.0)),
     "named tuple": (lambda x, t: x * PAIRS[0].rate, lambda: PAIRS.__setitem__(0, Pair(2.0, 2.0))),
     "slice": (lambda x, t: x[SLICES[0]], lambda: SLICES.__setitem__(0, slice(0, 2))),
     "view of a dictionary": (lambda x, t: x * VIEW["rate"], lambda: HELD.update(rate=5.0)),
