@@ -174,6 +174,8 @@ class _Walk:
             for item in value:
                 self.visit(item)
             self._extras(value, kind)
+        elif _is_our_enum(value):
+            key.append(("is", value))
         elif kind is slice:
             key.append("slice")
             for part in (value.start, value.stop, value.step):
@@ -329,12 +331,15 @@ class _Walk:
                 self.key.append("empty slot")
 
 
+def _is_our_enum(item: object) -> bool:
+    return isinstance(item, enum.Enum) and _is_foreign(type(item).__module__)
+
+
 def _is_value(item: object) -> bool:
     """Whether equal objects of this kind are the same to any function, but for what `_typed` tells apart."""
     if type(item) in (tuple, frozenset):
         return all(_is_value(part) for part in item)  # type: ignore[attr-defined]  # a tuple or a frozenset
-    ours = isinstance(item, enum.Enum) and _is_foreign(type(item).__module__)
-    return type(item) in _VALUES or type(item) is float or ours
+    return type(item) in _VALUES or type(item) is float or _is_our_enum(item)
 
 
 def _typed(item: Hashable) -> Hashable:
