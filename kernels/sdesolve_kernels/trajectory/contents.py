@@ -160,7 +160,7 @@ class _Walk:
             for part in (value.func, value.args, value.keywords):
                 self.visit(part)
             self._extras(value, kind)
-        elif issubclass(kind, dict | types.MappingProxyType):
+        elif issubclass(kind, dict):
             key.append((kind, len(value)))
             for name, item in value.items():
                 self.visit(name)
