@@ -12,7 +12,7 @@ from torch import Tensor
 import sdesolve as sds
 from benchmarks.gpu_device import Machine
 from benchmarks.gpu_measure import quartiles, rounds
-from sdesolve.graphs import CapturedSampler, StraightSampler
+from sdesolve.integrate.cuda_graph import CapturedSampler, StraightSampler
 
 __all__ = ["sampler"]
 

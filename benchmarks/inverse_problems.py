@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sdesolve as sds
 from sdesolve.inverse import DPS, MMPS, PiGDM, Replacement
-from sdesolve.operators import AbstractOperator, Blur, ChannelMixing, Mask
+from sdesolve.inverse.operators import AbstractOperator, Blur, ChannelMixing, Mask
 
 TABLE = Path(__file__).parent / "results" / "inverse_problems.json"
 PROCESS = sds.VP()

@@ -27,8 +27,8 @@ from sdesolve_kernels import normal
 from torch import Tensor
 
 import sdesolve as sds
-from sdesolve.losses import LogNormalNoise
 from sdesolve.scores.base import AbstractData
+from sdesolve.training.losses import LogNormalNoise
 
 RESULTS = Path(__file__).parent / "results"
 PROCESS = sds.VP()

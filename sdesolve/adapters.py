@@ -13,9 +13,9 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.brownian import AbstractNoise
-from sdesolve.checks import check_diffusion, check_drift, check_state
-from sdesolve.grids import whole_number
+from sdesolve.integrate.checks import check_diffusion, check_drift, check_state
 from sdesolve.nn.labels import LabelledNetwork
 from sdesolve.sde import AbstractSDE, Calculus, Noise, is_matrix, per_sample
 

@@ -11,7 +11,7 @@ import torch
 from sdesolve_kernels import Stream, normal, words
 from torch import Tensor
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 
 Increments = Literal["normal", "two-point", "three-point"]
 

@@ -7,11 +7,12 @@ whatever the precision of the state (adding up ``dt`` in float32 gives 1001 step
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from sdesolve._internal.arguments import whole_number
 
 
 def uniform(t0: float, t1: float, steps: int) -> Tensor:
@@ -213,20 +214,6 @@ def with_zero(grid: Tensor) -> Tensor:
     if not bool((grid[-1] > 0).all() & (grid[0] > grid[-1]).all()):
         raise ValueError(f"0 can end a grid of decreasing positive times, not one from {grid[0]} to {grid[-1]}")
     return torch.cat([grid, torch.zeros_like(grid[:1])])
-
-
-def whole_number(value: Any, name: str, minimum: int) -> int:
-    """``value`` as a Python integer of at least ``minimum``; refuses floats and booleans."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        hint = f"; write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}{hint}") from None
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    return number
 
 
 def check_grid(grid: Tensor) -> Tensor:

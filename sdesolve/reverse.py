@@ -7,7 +7,7 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from sdesolve.arguments import kind_of, number
+from sdesolve._internal.arguments import kind_of, number
 from sdesolve.sde import (
     AbstractLinearSDE,
     AbstractODE,

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve.brownian import AbstractNoise, BrownianPath
-from sdesolve.checks import check_drift
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.graphs import StraightSampler, captured
-from sdesolve.grids import whole_number
+from sdesolve.integrate.checks import check_drift
+from sdesolve.integrate.cuda_graph import StraightSampler, captured
+from sdesolve.integrate.solve import Backend, solve
 from sdesolve.inverse.base import AbstractPosteriorScore
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import AbstractData, ExactScore
 from sdesolve.scores.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import Calculus, Noise, per_sample
-from sdesolve.solve import Backend, solve
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
@@ -71,7 +70,7 @@ def sample(
         backend: as for `solve`.
         progress: show a progress bar.
         cuda_graph: capture the whole sampler as a CUDA graph at the first call with these arguments, and replay it
-            with the new seed at later ones (`graphs.CapturedSampler`). The state is then not checked for nan.
+            with the new seed at later ones (`integrate.cuda_graph.CapturedSampler`). The state is then not checked for nan.
 
     Raises:
         ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease; a score of another process.

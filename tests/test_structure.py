@@ -20,31 +20,16 @@ PUBLIC = [
     *("Gaussian", "GaussianMixture", "NetworkScore", "DenoisingScoreMatching", "train"),
     *("EnergyScore", "ClassifierGuidance", "ClassifierFreeGuidance", "drop_labels"),
 ]
-# A module may import from its own layer and from layers to its left. `reverse` stands left of `diffusions` because a
-# process makes its own reversal, which needs nothing of the process but drift and diffusion.
+# A module may import from its own layer and from layers to its left; a folder is one layer but for the modules named.
+# `reverse` stands left of `diffusions` because a process makes its own reversal, which needs nothing of the process but
+# drift and diffusion.
 LAYERS = [
-    {
-        "sdesolve_kernels",
-        "sdesolve.arguments",
-        "sdesolve.grids",
-        "sdesolve.sde",
-        "sdesolve.copies",
-        "sdesolve.forward_mode",
-    },
+    {"sdesolve_kernels", "sdesolve._internal", "sdesolve.grids", "sdesolve.sde"},
     {"sdesolve.reverse", "sdesolve.brownian"},
-    {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.operators"},
-    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.correctors", "sdesolve.inverse"},
-    {"sdesolve.checks", "sdesolve.solution", "sdesolve.divergence", "sdesolve.quantisation", "sdesolve.chains"},
-    {
-        "sdesolve.saving",
-        "sdesolve.stepping",
-        "sdesolve.recipes",
-        "sdesolve.fusing",
-        "sdesolve.integration",
-        "sdesolve.adaptive",
-        "sdesolve.mcmc",
-    },
-    {"sdesolve.solve", "sdesolve.graphs"},
+    {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.inverse.operators"},
+    {"sdesolve.scores", "sdesolve.solvers", "sdesolve.inverse"},
+    {"sdesolve.chains", "sdesolve.likelihood.trace_estimators", "sdesolve.likelihood.quantisation"},
+    {"sdesolve.integrate", "sdesolve.mcmc"},
     {
         "sdesolve.sampling",
         "sdesolve.oracle",
@@ -53,18 +38,14 @@ LAYERS = [
         "sdesolve.likelihood",
         "sdesolve.adapters",
     },
-    {"sdesolve.training_times"},
-    {"sdesolve.losses", "sdesolve.batches", "sdesolve.checkpoints"},
-    {"sdesolve.score_matching", "sdesolve.chain_objectives"},
-    {"sdesolve.training", "sdesolve.runs"},
+    {"sdesolve.training"},
 ]
 
 
 def layer_of(module: str) -> int | None:
-    for rank, names in enumerate(LAYERS):
-        if any(module == n or module.startswith(n + ".") for n in names):
-            return rank
-    return None
+    ranks = {n: rank for rank, names in enumerate(LAYERS) for n in names}
+    named = [n for n in ranks if module == n or module.startswith(n + ".")]
+    return ranks[max(named, key=len)] if named else None
 
 
 def imports_of(path: Path) -> set[str]:

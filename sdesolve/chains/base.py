@@ -11,8 +11,8 @@ import torch
 from sdesolve_kernels import Stream, normal, perturb
 from torch import Tensor, nn
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.diffusions.base import AbstractDiffusion, Marginal, Prior
-from sdesolve.grids import whole_number
 from sdesolve.reverse import Score, evaluated
 from sdesolve.scores.base import AbstractData, check_state, flat
 from sdesolve.sde import per_sample

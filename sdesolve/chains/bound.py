@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sdesolve.chains.base import AbstractChain, StepScore, Variance
-from sdesolve.quantisation import Quantisation, discretised_gaussian_log_prob
+from sdesolve.likelihood.quantisation import Quantisation, discretised_gaussian_log_prob
 from sdesolve.reverse import evaluated
 from sdesolve.scores.base import check_state
 

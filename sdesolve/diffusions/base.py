@@ -10,7 +10,7 @@ import torch
 from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
-from sdesolve.arguments import number
+from sdesolve._internal.arguments import number
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.sde import AbstractLinearSDE, per_sample
 

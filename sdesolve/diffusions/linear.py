@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
+from sdesolve._internal.forward_mode import jvp
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_times, inverse_log_snr
-from sdesolve.forward_mode import jvp
 
 
 @final

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_positive, check_times
 
 

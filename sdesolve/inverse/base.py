@@ -8,9 +8,9 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from sdesolve.copies import Copies
+from sdesolve._internal.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
-from sdesolve.operators import AbstractOperator, check_noise_std, check_observation
+from sdesolve.inverse.operators import AbstractOperator, check_noise_std, check_observation
 from sdesolve.reverse import Score, evaluated
 from sdesolve.sde import per_sample
 

@@ -9,10 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.grids import whole_number
 from sdesolve.inverse.base import AbstractPosteriorScore
-from sdesolve.operators import AbstractOperator
+from sdesolve.inverse.operators import AbstractOperator
 from sdesolve.reverse import Score
 from sdesolve.sde import per_sample
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.inverse.base import AbstractPosteriorScore
-from sdesolve.operators import AbstractOperator, check_noise_std
+from sdesolve.inverse.operators import AbstractOperator, check_noise_std
 from sdesolve.reverse import Score
 
 

@@ -9,14 +9,14 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.brownian import AbstractPaths, BrownianPath
-from sdesolve.checks import all_finite, check_drift, check_state
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.grids import whole_number
+from sdesolve.integrate.checks import all_finite, check_drift, check_state
+from sdesolve.integrate.solution import DivergenceError
 from sdesolve.mcmc.base import Convention, ConventionName, check_step_size
 from sdesolve.mcmc.overdamped import langevin_update
 from sdesolve.reverse import Score
-from sdesolve.solution import DivergenceError
 
 
 @final

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise
-from sdesolve.checks import check_drift
+from sdesolve.integrate.checks import check_drift
 
 Function = Callable[[Tensor], Tensor]
 

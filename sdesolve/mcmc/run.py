@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve.brownian import BrownianPath
-from sdesolve.checks import check_state
-from sdesolve.grids import whole_number
+from sdesolve.integrate.checks import check_state
+from sdesolve.integrate.solution import DivergenceError
 from sdesolve.mcmc.base import AbstractKernel, Function, Target, Walker
-from sdesolve.solution import DivergenceError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 from sdesolve.metrics.samples import flat_pair, samples
 
 

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.layers import ModulatedBlock, zeroed
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 
 
 @final

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork
 from sdesolve.nn.layers import zeroed

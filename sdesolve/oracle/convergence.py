@@ -11,9 +11,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.grids import whole_number
 from sdesolve.oracle.errors import measure
 from sdesolve.oracle.inputs import OracleNoise, Silence
 from sdesolve.oracle.samplers import Sampler, checked_sampler

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.grids import check_grid
 from sdesolve.metrics import bures_wasserstein, gaussian_kl

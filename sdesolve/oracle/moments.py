@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sdesolve.grids import check_grid
+from sdesolve.integrate.save_at import SaveAt
+from sdesolve.integrate.solve import solve
 from sdesolve.oracle.inputs import OracleNoise, Silence, UnitInputs
-from sdesolve.saving import SaveAt
 from sdesolve.scores.components import real, spectrum
 from sdesolve.sde import AbstractSDE, Noise, is_matrix
-from sdesolve.solve import solve
 from sdesolve.solvers.base import AbstractSolver
 
 # Rows go through in blocks of so many elements, which stay in cache and below the size at which torch starts threads:

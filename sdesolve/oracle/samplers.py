@@ -8,14 +8,14 @@ from typing import NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of
 from sdesolve.brownian import AbstractNoise
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.integrate.solve import solve
 from sdesolve.oracle.inputs import Constant, Numbers, OracleNoise, Silence
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.mixture import GaussianMixture
 from sdesolve.sde import Calculus, Noise
-from sdesolve.solve import solve
 from sdesolve.solvers.base import AbstractSolver
 
 _SAME = 1e-9  # of the size of the states

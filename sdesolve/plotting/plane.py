@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 from sdesolve.plotting.style import COLOURS, INK
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.scores.components import STATE_DTYPES
 from sdesolve.sde import State, Time

@@ -8,9 +8,9 @@ import torch
 from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
-from sdesolve.grids import whole_number
-from sdesolve.operators import AbstractOperator
+from sdesolve.inverse.operators import AbstractOperator
 from sdesolve.scores.base import AbstractData, check_process, check_state, coefficients, flat
 from sdesolve.scores.components import Components, Constants, colour, covariance_form, real, spectrum
 from sdesolve.scores.posterior import condition

@@ -10,10 +10,9 @@ import torch
 from sdesolve_kernels import Stream, perturb, uniform
 from torch import Tensor, nn
 
-from sdesolve.arguments import number
-from sdesolve.copies import Copies
+from sdesolve._internal.arguments import number, whole_number
+from sdesolve._internal.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
-from sdesolve.grids import whole_number
 from sdesolve.nn.labels import check_labels, labels_for
 from sdesolve.reverse import Score
 from sdesolve.scores.base import check_process

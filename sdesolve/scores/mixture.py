@@ -9,8 +9,8 @@ import torch
 from sdesolve_kernels import Stream, normal, uniform
 from torch import Tensor
 
-from sdesolve.grids import whole_number
-from sdesolve.operators import AbstractOperator
+from sdesolve._internal.arguments import whole_number
+from sdesolve.inverse.operators import AbstractOperator
 from sdesolve.scores.base import AbstractData
 from sdesolve.scores.components import Components, Constants, Spectrum, colour, matrix_spectra, real
 from sdesolve.scores.posterior import condition

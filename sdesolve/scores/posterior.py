@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdesolve.operators import AbstractOperator, as_operator, check_noise_std, check_observation
+from sdesolve.inverse.operators import AbstractOperator, as_operator, check_noise_std, check_observation
 
 
 class Conditioned(NamedTuple):

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from sdesolve.arguments import number
+from sdesolve._internal.arguments import number
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.schedule import Schedule

@@ -7,8 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from sdesolve.arguments import number
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import number, whole_number
 from sdesolve.sde import Noise, per_sample
 from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt, Slope
 from sdesolve.solvers.base import supports

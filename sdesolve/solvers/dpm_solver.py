@@ -7,8 +7,8 @@ from typing import final
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.multistep import exponential_moments
-from sdesolve.solvers.runge_kutta import AbstractRungeKutta, Stage
 from sdesolve.solvers.schedule import Schedule, check_order
+from sdesolve.solvers.singlestep import AbstractRungeKutta, Stage
 
 
 @final

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import final
 
-from sdesolve.solvers.runge_kutta import AbstractChurned, Stage
 from sdesolve.solvers.schedule import Schedule
+from sdesolve.solvers.singlestep import AbstractChurned, Stage
 
 
 @final

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve.forward_mode import jvp
+from sdesolve._internal.forward_mode import jvp
 from sdesolve.sde import AbstractSDE, Calculus, Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import final
 
-from sdesolve.arguments import kind_of
-from sdesolve.correctors import AbstractCorrector
+from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.grids import whole_number
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE
 from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.correctors import AbstractCorrector
 
 
 @final

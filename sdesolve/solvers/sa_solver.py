@@ -6,10 +6,10 @@ from typing import final
 
 from torch import Tensor
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
-from sdesolve.solvers.predict_correct import AbstractPredictorCorrectorMultistep, exact_weights
+from sdesolve.solvers.data_predictor_corrector import AbstractPredictorCorrectorMultistep, exact_weights
 from sdesolve.solvers.schedule import Schedule, check_order
 
 

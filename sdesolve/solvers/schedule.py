@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.grids import whole_number
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSemilinear
 from sdesolve.solvers.base import AbstractSolver

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
-from sdesolve.solvers.predict_correct import AbstractPredictorCorrectorMultistep, exact_weights
+from sdesolve.solvers.data_predictor_corrector import AbstractPredictorCorrectorMultistep, exact_weights
 from sdesolve.solvers.schedule import Schedule, check_order
 
 

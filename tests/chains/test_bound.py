@@ -9,7 +9,7 @@ from scipy import stats
 import sdesolve as sds
 from sdesolve.chains import DDPM, SMLD, variational_bound
 from sdesolve.chains.bound import prior_term, step_term
-from sdesolve.quantisation import Quantisation, discretised_gaussian_log_prob
+from sdesolve.likelihood.quantisation import Quantisation, discretised_gaussian_log_prob
 
 CHAINS = {"ddpm": DDPM.linear(12, 0.3, 9.0), "cosine": DDPM.cosine(12), "smld": SMLD.geometric(12, 0.1, 20.0)}
 chains = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())

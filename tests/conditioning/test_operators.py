@@ -9,7 +9,7 @@ import pytest
 import torch
 from sdesolve_kernels import normal
 
-from sdesolve.operators import Blur, ChannelMixing, Mask, Matrix
+from sdesolve.inverse.operators import Blur, ChannelMixing, Mask, Matrix
 
 
 def draws(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -14,7 +14,7 @@ from sdesolve_kernels import normal
 import sdesolve as sds
 from sdesolve.inverse import DPS, MMPS, PiGDM, Replacement
 from sdesolve.inverse.covariance import conjugate_gradients
-from sdesolve.operators import Blur, ChannelMixing, Mask, Matrix
+from sdesolve.inverse.operators import Blur, ChannelMixing, Mask, Matrix
 
 seeds = st.integers(0, 1000)
 

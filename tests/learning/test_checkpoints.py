@@ -6,13 +6,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdesolve import checkpoints
-from sdesolve.checkpoints import load, save
 from sdesolve.diffusions import OU, VP, CosineBeta, LinearDiffusion
-from sdesolve.losses import DenoisingScoreMatching
 from sdesolve.nn import Normalizer
 from sdesolve.scores.network import NetworkScore
-from sdesolve.training import train
+from sdesolve.training import checkpoints
+from sdesolve.training.checkpoints import load, save
+from sdesolve.training.losses import DenoisingScoreMatching
+from sdesolve.training.train import train
 
 
 def same(first, second):

@@ -8,8 +8,8 @@ from scipy import stats
 from sdesolve_kernels import Stream, normal
 
 from sdesolve.diffusions import EDM, OU, VE, VP, CosineBeta, LinearDiffusion, SubVP
-from sdesolve.losses import DenoisingScoreMatching, LogNormalNoise, NoiseLadder, UniformTime
 from sdesolve.scores.network import NetworkScore
+from sdesolve.training.losses import DenoisingScoreMatching, LogNormalNoise, NoiseLadder, UniformTime
 
 PROCESSES = {
     "vp-linear": VP(),

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sdesolve as sds
-from sdesolve.checkpoints import load, save
 from sdesolve.nn import MLP, Normalizer
 from sdesolve.scores.network import NetworkScore
+from sdesolve.training.checkpoints import load, save
 
 
 @pytest.fixture

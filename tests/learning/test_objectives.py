@@ -9,9 +9,9 @@ from sdesolve_kernels import Stream, normal
 
 import sdesolve as sds
 from sdesolve.chains.bound import prior_term, step_term
-from sdesolve.divergence import ExactTrace, Hutchinson, HutchPP
-from sdesolve.score_matching import parzen
-from sdesolve.training_times import log_snr_slope
+from sdesolve.likelihood.trace_estimators import ExactTrace, Hutchinson, HutchPP
+from sdesolve.training.score_matching import parzen
+from sdesolve.training.times import log_snr_slope
 
 MIXTURE = sds.GaussianMixture(torch.tensor([[-1.0], [1.5]], dtype=torch.float64), 0.5, torch.tensor([0.3, 0.7]))
 CENTRES = torch.tensor([[-1.2], [-0.3], [0.1], [0.9], [1.4]], dtype=torch.float64)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sdesolve import checkpoints
-from sdesolve.batches import Position, TensorBatches
-from sdesolve.losses import DenoisingScoreMatching, Objective
-from sdesolve.training import train
+from sdesolve.training import checkpoints
+from sdesolve.training.batches import Position, TensorBatches
+from sdesolve.training.losses import DenoisingScoreMatching, Objective
+from sdesolve.training.train import train
 
 ROOT = Path(__file__).parents[2]
 LOSS = DenoisingScoreMatching("simple", "stratified")
@@ -155,12 +155,12 @@ def test_a_finished_run_can_be_extended(make_score, data, tmp_path):
 KILLED = """
 import os, signal, sys
 import torch
-from sdesolve import checkpoints
+from sdesolve.training import checkpoints
 from sdesolve.diffusions import VP
-from sdesolve.losses import DenoisingScoreMatching
+from sdesolve.training.losses import DenoisingScoreMatching
 from sdesolve.nn import MLP
 from sdesolve.scores.network import NetworkScore
-from sdesolve.training import train
+from sdesolve.training.train import train
 
 folder, where = sys.argv[1], sys.argv[2]
 calls = 0

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import sdesolve as sds
-from sdesolve import checkpoints
-from sdesolve.batches import batches_of
-from sdesolve.losses import DenoisingScoreMatching, Objective
-from sdesolve.training import train
+from sdesolve.training import checkpoints
+from sdesolve.training.batches import batches_of
+from sdesolve.training.losses import DenoisingScoreMatching, Objective
+from sdesolve.training.train import train
 
 LOSS = DenoisingScoreMatching("simple", "stratified")
 

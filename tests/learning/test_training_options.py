@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sdesolve import checkpoints
-from sdesolve.checkpoints import load
 from sdesolve.diffusions import VP
-from sdesolve.losses import DenoisingScoreMatching, Objective
 from sdesolve.nn import MLP, Normalizer, UNet
 from sdesolve.scores.network import NetworkScore
-from sdesolve.training import train
+from sdesolve.training import checkpoints
+from sdesolve.training.checkpoints import load
+from sdesolve.training.losses import DenoisingScoreMatching, Objective
+from sdesolve.training.train import train
 
 LOSS = DenoisingScoreMatching("simple", "stratified")
 

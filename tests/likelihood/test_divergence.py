@@ -7,7 +7,7 @@ import pytest
 import torch
 from sdesolve_kernels import Stream, normal
 
-from sdesolve.divergence import ExactTrace, Hutchinson, HutchPP
+from sdesolve.likelihood.trace_estimators import ExactTrace, Hutchinson, HutchPP
 
 D = 4
 A = torch.randn(D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -7,8 +7,8 @@ import torch
 from sdesolve_kernels import Stream, normal
 
 import sdesolve as sds
-from sdesolve.divergence import ExactTrace, Hutchinson, HutchPP
-from sdesolve.likelihood import decode, encode, estimate_likelihood, log_likelihood
+from sdesolve.likelihood.likelihood import decode, encode, estimate_likelihood, log_likelihood
+from sdesolve.likelihood.trace_estimators import ExactTrace, Hutchinson, HutchPP
 
 D = 6
 FACTOR = torch.randn(D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / math.sqrt(D)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sdesolve.quantisation import Quantisation
+from sdesolve.likelihood.quantisation import Quantisation
 
 
 @pytest.mark.parametrize(

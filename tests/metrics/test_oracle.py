@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from sdesolve import grids
 from sdesolve.brownian import BrownianPath
 from sdesolve.diffusions import EDM, OU, VP
+from sdesolve.integrate.solve import solve
 from sdesolve.metrics import bures_wasserstein
 from sdesolve.oracle import chain_moments
 from sdesolve.scores import Gaussian
 from sdesolve.sde import ODE, SDE
-from sdesolve.solve import solve
 from sdesolve.solvers import RK4, EulerMaruyama, Heun
 
 B = torch.tensor([[1.0, 0.5, -0.2], [0.0, 0.7, 0.3]], dtype=torch.float64)

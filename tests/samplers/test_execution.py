@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdesolve as sds
-from sdesolve.graphs import StraightSampler
+from sdesolve.integrate.cuda_graph import StraightSampler
 from sdesolve.sde import Noise
 from sdesolve.solvers.tabulated import row_step
 
@@ -107,7 +107,7 @@ def test_a_kernel_is_found_again(solver, monkeypatch):
         return sds.solve(sde, torch.ones(2, 3), grid=process.time_grid(4), solver=solver, seed=seed, backend="fused")
 
     first = run(0)
-    monkeypatch.setattr("sdesolve.fusing._build", lambda *_: pytest.fail("the kernel is made again"))
+    monkeypatch.setattr("sdesolve.integrate.fused._build", lambda *_: pytest.fail("the kernel is made again"))
     assert torch.equal(run(0).x1, first.x1)
     assert torch.equal(run(1).x1, first.x1) is (equation(process, solver).noise is Noise.NONE)
 

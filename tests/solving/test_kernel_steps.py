@@ -12,7 +12,7 @@ from sdesolve_kernels import use_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdesolve as sds
-from sdesolve.graphs import StraightSampler
+from sdesolve.integrate.cuda_graph import StraightSampler
 
 DATA = sds.Gaussian(torch.tensor([0.5, -0.5, 0.0]), torch.tensor([1.0, 0.3, 2.0]))
 PROCESSES = [sds.VP(), sds.VP(sds.CosineBeta()), sds.VE(), sds.SubVP(), sds.OU(), sds.EDM()]

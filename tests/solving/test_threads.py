@@ -10,7 +10,7 @@ from sdesolve_kernels import perturb
 from torch.autograd import forward_ad
 
 import sdesolve as sds
-from sdesolve.forward_mode import jvp
+from sdesolve._internal.forward_mode import jvp
 
 X0 = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
 

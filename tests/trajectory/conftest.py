@@ -16,7 +16,7 @@ from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Moments, Save
 from sdesolve_kernels.trajectory.plan import plan as plan_of
 
 import sdesolve as sds
-from sdesolve import fusing
+from sdesolve.integrate import fused as fusing
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64, "bool": torch.bool}
 

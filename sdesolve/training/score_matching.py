@@ -11,13 +11,13 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, perturb
 from torch import Tensor, nn
 
-from sdesolve.arguments import name_of
-from sdesolve.checks import check_drift
-from sdesolve.divergence import AbstractDivergence, ExactTrace, Hutchinson, ProbeLaw
-from sdesolve.losses import Objective, check_data
+from sdesolve._internal.arguments import name_of
+from sdesolve.integrate.checks import check_drift
+from sdesolve.likelihood.trace_estimators import AbstractDivergence, ExactTrace, Hutchinson, ProbeLaw
 from sdesolve.reverse import Score
 from sdesolve.scores.base import flat
-from sdesolve.training_times import TrainingTimes
+from sdesolve.training.losses import Objective, check_data
+from sdesolve.training.times import TrainingTimes
 
 Weight = Callable[[Tensor], Tensor]
 

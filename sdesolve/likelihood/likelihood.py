@@ -13,16 +13,16 @@ from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve.arguments import kind_of
-from sdesolve.checks import check_drift, check_state
+from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.divergence import AbstractDivergence, ExactTrace, Hutchinson
-from sdesolve.quantisation import Quantisation
+from sdesolve.integrate.checks import check_drift, check_state
+from sdesolve.integrate.solution import Solution
+from sdesolve.integrate.solve import solve
+from sdesolve.likelihood.quantisation import Quantisation
+from sdesolve.likelihood.trace_estimators import AbstractDivergence, ExactTrace, Hutchinson
 from sdesolve.reverse import Score
 from sdesolve.sampling import check_same_process
 from sdesolve.sde import AbstractODE, AbstractPerSample, per_sample
-from sdesolve.solution import Solution
-from sdesolve.solve import solve
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.dormand_prince import DormandPrince

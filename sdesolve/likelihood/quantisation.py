@@ -9,7 +9,7 @@ import torch
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import whole_number
 
 _MOST_LEVELS = 1 << 16
 

@@ -15,8 +15,8 @@ from sdesolve_kernels.trajectory import Inputs, Signature, traced_shape
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath
-from sdesolve.integration import Watched
-from sdesolve.saving import SavePlan
+from sdesolve.integrate.integration import Watched
+from sdesolve.integrate.save_at import SavePlan
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, noise_shape
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of
 from sdesolve.brownian import AbstractNoise
 from sdesolve.sde import AbstractSDE, Noise, per_sample
 from sdesolve.solvers.base import Span

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sdesolve.brownian import Place
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.integrate.stepping import KernelRows, blank_memory
 from sdesolve.reverse import Score
 from sdesolve.sde import AbstractSemilinear, per_sample
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.tabulated import AbstractTabulated
-from sdesolve.stepping import KernelRows, blank_memory
 
 _CAPTURED_AT_ONCE = 4
 

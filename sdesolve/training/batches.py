@@ -13,8 +13,7 @@ import torch
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 
-from sdesolve.arguments import kind_of
-from sdesolve.grids import whole_number
+from sdesolve._internal.arguments import kind_of, whole_number
 
 
 class Position(NamedTuple):

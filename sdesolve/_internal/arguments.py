@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
+import operator
 from typing import Any
 
 
@@ -23,6 +24,20 @@ def number(value: Any, name: str) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {kind_of(value)}")
     return float(value)
+
+
+def whole_number(value: Any, name: str, minimum: int) -> int:
+    """``value`` as a Python integer of at least ``minimum``; refuses floats and booleans."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        hint = f"; write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}{hint}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
 
 
 def name_of(function: Any) -> str:

@@ -11,16 +11,15 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from sdesolve import checkpoints
-from sdesolve.arguments import kind_of
-from sdesolve.batches import Batch, Position, seeded
-from sdesolve.grids import whole_number
-from sdesolve.losses import AbstractObjective
+from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve.nn.ema import EMA
 from sdesolve.nn.labels import LabelledNetwork, check_labels
 from sdesolve.nn.normalizer import Normalizer
 from sdesolve.scores.guidance import drop_labels
 from sdesolve.scores.network import NetworkScore
+from sdesolve.training import checkpoints
+from sdesolve.training.batches import Batch, Position, seeded
+from sdesolve.training.losses import AbstractObjective
 
 Metrics = Callable[[nn.Module], Mapping[str, float]]
 

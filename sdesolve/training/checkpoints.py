@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sdesolve.arguments import kind_of, number
+from sdesolve._internal.arguments import kind_of, number
 from sdesolve.scores.network import NetworkScore
 
 VERSION = 1

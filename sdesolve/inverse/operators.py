@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve.arguments import number
-from sdesolve.copies import Copies
+from sdesolve._internal.arguments import number
+from sdesolve._internal.copies import Copies
 
 
 class _Basis(NamedTuple):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdesolve.checks import check_drift, unchanged
-from sdesolve.saving import SaveAt, SavePlan
+from sdesolve.integrate.checks import check_drift, unchanged
+from sdesolve.integrate.save_at import SaveAt, SavePlan
+from sdesolve.integrate.solution import DivergenceError, Solution, Stats
 from sdesolve.sde import AbstractPerSample, AbstractSDE, per_sample
-from sdesolve.solution import DivergenceError, Solution, Stats
 from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0

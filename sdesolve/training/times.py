@@ -12,8 +12,8 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.grids import whole_number
 from sdesolve.reverse import Score
 from sdesolve.scores.network import NetworkScore
 

@@ -12,17 +12,17 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss, perturb
 from torch import Tensor
 
-from sdesolve.arguments import name_of
+from sdesolve._internal.arguments import name_of
 from sdesolve.brownian import Place
-from sdesolve.checks import check_drift
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.integrate.checks import check_drift
 from sdesolve.reverse import Score
 from sdesolve.scores.network import NetworkScore
-from sdesolve.training_times import LogNormalNoise as LogNormalNoise
-from sdesolve.training_times import NoiseLadder as NoiseLadder
-from sdesolve.training_times import Spread, TimeLaw, TrainingTimes, choice, log_snr_slope
-from sdesolve.training_times import UniformLogSNR as UniformLogSNR
-from sdesolve.training_times import UniformTime as UniformTime
+from sdesolve.training.times import LogNormalNoise as LogNormalNoise
+from sdesolve.training.times import NoiseLadder as NoiseLadder
+from sdesolve.training.times import Spread, TimeLaw, TrainingTimes, choice, log_snr_slope
+from sdesolve.training.times import UniformLogSNR as UniformLogSNR
+from sdesolve.training.times import UniformTime as UniformTime
 
 
 class AbstractObjective(abc.ABC):

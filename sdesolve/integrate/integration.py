@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath
-from sdesolve.checks import check_diffusion, check_drift, unchanged
+from sdesolve.integrate.checks import check_diffusion, check_drift, unchanged
+from sdesolve.integrate.solution import DivergenceError
+from sdesolve.integrate.stepping import AbstractStepper, choose_stepper
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, is_matrix, noise_shape
-from sdesolve.solution import DivergenceError
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.milstein import check_own_component
-from sdesolve.stepping import AbstractStepper, choose_stepper
 
 # Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
 # it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.

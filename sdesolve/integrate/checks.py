@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sdesolve.arguments import kind_of
+from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise

@@ -32,8 +32,8 @@ from sdesolve_kernels.trajectory import (
 from torch import Tensor
 
 from sdesolve.brownian import BrownianPath
-from sdesolve.recipes import Recipe, Task, increment_shapes, recipe_for
-from sdesolve.saving import SavePlan, observed
+from sdesolve.integrate.lowering import Recipe, Task, increment_shapes, recipe_for
+from sdesolve.integrate.save_at import SavePlan, observed
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import Span
 

@@ -8,14 +8,13 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss
 from torch import Tensor
 
-from sdesolve.arguments import name_of
+from sdesolve._internal.arguments import name_of, whole_number
 from sdesolve.chains.base import AbstractChain, StepScore, Variance
 from sdesolve.chains.bound import prior_term, step_term
-from sdesolve.grids import whole_number
-from sdesolve.losses import AbstractObjective, Objective, check_data
-from sdesolve.quantisation import Quantisation
+from sdesolve.likelihood.quantisation import Quantisation
 from sdesolve.reverse import evaluated
-from sdesolve.training_times import SPREADS, Spread, choice
+from sdesolve.training.losses import AbstractObjective, Objective, check_data
+from sdesolve.training.times import SPREADS, Spread, choice
 
 
 class _Steps:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdesolve import checkpoints
-from sdesolve.arguments import number
-from sdesolve.batches import batches_of
-from sdesolve.grids import whole_number
-from sdesolve.losses import AbstractObjective
+from sdesolve._internal.arguments import number, whole_number
 from sdesolve.nn.ema import EMA
-from sdesolve.runs import Metrics, Run
 from sdesolve.scores.network import NetworkScore
+from sdesolve.training import checkpoints
+from sdesolve.training.batches import batches_of
+from sdesolve.training.losses import AbstractObjective
+from sdesolve.training.state import Metrics, Run
 
 Decay = Literal["constant", "cosine"]
 

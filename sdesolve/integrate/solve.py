@@ -9,13 +9,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdesolve import grids
-from sdesolve.adaptive import solve_adaptively
+from sdesolve._internal.arguments import whole_number
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
-from sdesolve.checks import all_finite, check_pair, check_process_times, check_state
-from sdesolve.integration import Watched, stepwise
-from sdesolve.saving import Observable, SaveAt, SavePlan
+from sdesolve.integrate.adaptive import solve_adaptively
+from sdesolve.integrate.checks import all_finite, check_pair, check_process_times, check_state
+from sdesolve.integrate.integration import Watched, stepwise
+from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
+from sdesolve.integrate.solution import Solution, Stats
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
-from sdesolve.solution import Solution, Stats
 from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -117,8 +118,8 @@ def solve(
     seed_used = noise.seed if isinstance(noise, BrownianPath) and random else None
     why = ""
     if backend in ("auto", "fused"):
-        from sdesolve.fusing import Fused, fuse  # not with the package: the compiler is a third of its import
-        from sdesolve.recipes import Task
+        from sdesolve.integrate.fused import Fused, fuse  # not with the package: the compiler is a third of its import
+        from sdesolve.integrate.lowering import Task
 
         with tqdm(total=len(times) - 1, disable=not progress, unit="step", leave=False) as bar:
             fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
@@ -186,7 +187,7 @@ def _grid_of(
     start, end = (_time(t, name) for name, t in (("t0", t0), ("t1", t1)))
     if start.ndim == end.ndim == 0:
         return grids.uniform(float(start), float(end), steps)
-    steps = grids.whole_number(steps, "steps", 1)
+    steps = whole_number(steps, "steps", 1)
     for name, t in (("t0", start), ("t1", end)):
         if t.ndim > 1 or (t.ndim == 1 and len(t) != batch):
             raise ValueError(f"{name} must be a number or one time per sample, ({batch},), got shape {tuple(t.shape)}")

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream
 from torch import Tensor
 
+from sdesolve._internal.arguments import whole_number
 from sdesolve.brownian import BrownianPath, Increments
-from sdesolve.grids import whole_number
 
 ProbeLaw = Literal["rademacher", "gaussian"]
 _KINDS: dict[str, Increments] = {"rademacher": "two-point", "gaussian": "normal"}

@@ -1,0 +1,1 @@
+"""`solve` and what is between it and a solver's step: lowering, executors, saving, checks."""

@@ -1,0 +1,1 @@
+"""Training of scores: objectives, times, batches, checkpoints, and the loop."""
