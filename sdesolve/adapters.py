@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import whole_number
-from sdesolve.brownian import AbstractNoise
+from sdesolve.brownian import AbstractNoise, Part
 from sdesolve.integrate.checks import check_diffusion, check_drift, check_state
 from sdesolve.nn.labels import LabelledNetwork
 from sdesolve.sde import AbstractSDE, Calculus, Noise, is_matrix, per_sample
@@ -221,6 +221,8 @@ class TorchSDENoise(AbstractNoise):
         TypeError: ``interval`` cannot be called.
     """
 
+    timeless = False
+
     def __init__(self, interval: Callable[..., Any]) -> None:
         if not callable(interval):
             raise TypeError(f"interval must be a BrownianInterval of torchsde, got {type(interval).__name__}")
@@ -232,6 +234,7 @@ class TorchSDENoise(AbstractNoise):
         shape: tuple[int, ...],
         *,
         step: int = 0,
+        of: Part = "W",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -247,17 +250,6 @@ class TorchSDENoise(AbstractNoise):
                     f"{tuple(dW.shape)}; build it with size={(shape[0], size)}"
                 )
         return torch.stack(made).to(dtype=dtype, device=device).reshape(len(made), *shape)
-
-    def bridge(
-        self,
-        step: int,
-        theta: float,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        raise ValueError("noise from torchsde is known at grid points; put every time of save_at on the grid")
 
 
 _NOISE_TYPES = tuple(str(noise) for noise in Noise if noise is not Noise.NONE)

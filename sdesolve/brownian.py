@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Literal, TypedDict, get_args
+from typing import ClassVar, Literal, TypedDict, final, get_args
 
 import torch
 from sdesolve_kernels import Stream, normal, words
@@ -14,13 +14,38 @@ from torch import Tensor
 from sdesolve._internal.arguments import whole_number
 
 Increments = Literal["normal", "two-point", "three-point"]
+Part = Literal["W", "H"]
 
 _BRIDGE_DEPTH = 20
 _BLOCK_ELEMENTS = 1 << 22
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Increment:
+    """The Brownian motion over one step, from ``t0`` to ``t1``, as far as a solver needs it.
+
+    Attributes:
+        W: ``W(t1) - W(t0)``, of the shape that `AbstractSDE` tabulates, variance ``|dt|``.
+        H: space-time Levy area ``1/dt int_t0^t1 (W(t) - W(t0)) dt - W/2``, of the shape of ``W``, variance ``|dt|/12``
+            and independent of ``W``; ``None`` unless the solver needs it (`AbstractSolver.needs`). Reversing time flips
+            ``W`` and not ``H``. Foster, Lyons and Oberhauser 2020, definition 3.5.
+    """
+
+    W: Tensor
+    H: Tensor | None = None
+
+
 class AbstractNoise(abc.ABC):
-    """Where a solver gets Brownian increments from. `BrownianPath` is the one to use; the oracle has another."""
+    """Where a solver gets its random numbers from. `BrownianPath` is the one to use; the oracle has another.
+
+    Attributes:
+        provides: which parts of an `Increment` it can make.
+        timeless: whether it is a sequence of normals that grid times only scale, so that steps of unit length give
+            standard normals. Noise that was made on a grid of its own is not.
+    """
+
+    provides: ClassVar[frozenset[Part]] = frozenset({"W"})
+    timeless: ClassVar[bool] = True
 
     @abc.abstractmethod
     def increments(
@@ -29,21 +54,36 @@ class AbstractNoise(abc.ABC):
         shape: tuple[int, ...],
         *,
         step: int = 0,
+        of: Part = "W",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """``W(t_{k+1}) - W(t_k)`` for the ``n`` steps between consecutive ``times``.
+        """One part of the `Increment` of each of the ``n`` steps between consecutive ``times``.
 
         Args:
             times: ``(n + 1,)`` or ``(n + 1, batch)``, float64 on the host, in either direction.
             shape: ``(batch, *channels)`` of one increment.
             step: index of the first of these steps in the whole integration.
+            of: ``W``, ``W(t_{k+1}) - W(t_k)`` of variance ``|t_{k+1} - t_k|``; or another part, passed only to a noise
+                that `provides` it.
             dtype: of the result.
             device: of the result.
 
         Returns:
-            ``(n, batch, *channels)``; variance ``|t_{k+1} - t_k|``.
+            ``(n, batch, *channels)``.
         """
+
+
+class AbstractStreams(AbstractNoise):
+    """Noise of several independent streams: one drives, another is for correctors between the steps."""
+
+    @abc.abstractmethod
+    def correctors(self, draws: int) -> AbstractNoise:
+        """The noise of correctors on these paths, ``draws`` of it a step; independent of the driving noise."""
+
+
+class AbstractPath(AbstractNoise):
+    """Noise that is a path, with values between the grid points too."""
 
     @abc.abstractmethod
     def bridge(
@@ -52,22 +92,35 @@ class AbstractNoise(abc.ABC):
         theta: float,
         shape: tuple[int, ...],
         *,
+        given: tuple[Part, ...] = ("W",),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """The Brownian bridge at the fraction ``theta`` of a step, for a step of unit length.
+        """The path at the fraction ``theta`` of a step, less its chord, for a step of unit length.
 
-        ``(W(t_k + theta dt) - W(t_k) - theta dW_k) / sqrt|dt|``, with variance ``theta (1 - theta)``, independent of
-        the step's increment and consistent with every other ``theta`` asked for.
+        ``(W(t_k + theta dt) - W(t_k) - theta W_k) / sqrt|dt|``, consistent with every other ``theta`` asked for.
+
+        Args:
+            step: index of the step.
+            theta: in [0, 1].
+            shape: ``(batch, *channels)``.
+            given: what drove the step. Given ``W`` alone this is a Brownian bridge, of variance ``theta (1 - theta)``
+                and independent of ``W``; given ``H`` too, it has the mean ``6 theta (1 - theta) H / sqrt|dt|`` and the
+                variance ``theta (1 - theta) (1 - 3 theta (1 - theta))``.
+            dtype: of the result.
+            device: of the result.
         """
 
 
-class AbstractPaths(AbstractNoise):
-    """Noise of paths that are driven, and corrected between the steps."""
+@final
+class GivenNormals(AbstractNoise):
+    """Normals that somebody else has drawn: draw ``k`` is ``normals[k]``, whatever the times."""
 
-    @abc.abstractmethod
-    def correctors(self, draws: int) -> AbstractNoise:
-        """The noise of correctors on these paths, ``draws`` of it a step; independent of the driving noise."""
+    def __init__(self, normals: Tensor) -> None:
+        self._normals = normals
+
+    def increments(self, times: Tensor, shape: tuple[int, ...], *, step: int = 0, **_: object) -> Tensor:
+        return self._normals[step : step + len(times) - 1]
 
 
 def unit_normals(noise: AbstractNoise, k: int, x: Tensor) -> Tensor:
@@ -86,7 +139,7 @@ class Place(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class BrownianPath(AbstractPaths):
+class BrownianPath(AbstractStreams, AbstractPath):
     r"""Brownian paths addressed by coordinates: row ``i`` of a batch is a function of ``(seed, first_path + i)``.
 
     Nothing is stored and nothing depends on batch size, order of queries, chunking, device or backend. Step ``k`` with
@@ -95,6 +148,9 @@ class BrownianPath(AbstractPaths):
     With ``substeps = r`` every step's increment is the sum of ``r`` finer ones of equal length, the very increments
     that a grid with ``r`` times as many steps takes with ``substeps = 1``: so an integration with ``steps = n`` and
     ``substeps = r`` and one with ``steps = n r`` see the same path, up to rounding in the sum.
+
+    The space-time areas ``H`` of the steps come from a stream of their own, so ``W`` is the same whether or not a
+    solver asks for them, and those of a coarse step are the exact combination of the fine ``W`` and ``H``.
 
     Times between grid points come from a Brownian bridge on a dyadic tree of depth 20 under each (sub)step, whose nodes
     are integers; a float time never seeds anything.
@@ -117,6 +173,8 @@ class BrownianPath(AbstractPaths):
         TypeError: an argument is not an integer.
         ValueError: an argument is out of range.
     """
+
+    provides = frozenset({"W", "H"})
 
     seed: int
     first_path: int = 0
@@ -185,12 +243,14 @@ class BrownianPath(AbstractPaths):
         shape: tuple[int, ...],
         *,
         step: int = 0,
+        of: Part = "W",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
         batch, *channels = shape
         dt = torch.as_tensor(times, dtype=torch.float64, device="cpu").diff(dim=0).abs() / self.substeps
-        z = self._normals(step, len(dt), batch, math.prod(channels), dtype, device)
+        make = self._normals if of == "W" else self._areas
+        z = make(step, len(dt), batch, math.prod(channels), dtype, device)
         scale = dt.sqrt().to(dtype=dtype, device=z.device)
         return z.reshape(len(dt), *shape) * scale.reshape(*scale.shape, *(1,) * (len(shape) + 1 - scale.ndim))
 
@@ -200,6 +260,7 @@ class BrownianPath(AbstractPaths):
         theta: float,
         shape: tuple[int, ...],
         *,
+        given: tuple[Part, ...] = ("W",),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -211,7 +272,8 @@ class BrownianPath(AbstractPaths):
         m = math.prod(shape[1:])
         substep = min(int(theta * r), r - 1)
         local = theta * r - substep
-        value = self._unit_bridge((self.first_step + step) * r + substep, local, shape[0], m, dtype, device)
+        unit_bridge = self._unit_bridge_given_area if "H" in given else self._unit_bridge
+        value = unit_bridge((self.first_step + step) * r + substep, local, shape[0], m, dtype, device)
         if r > 1:  # W at theta, less its chord: whole substeps before, the local chord, and the local bridge
             fine = dataclasses.replace(self, substeps=1, first_step=(self.first_step + step) * r)
             z = fine._normals(0, r, shape[0], m, dtype, device)
@@ -222,20 +284,51 @@ class BrownianPath(AbstractPaths):
         self, step: int, steps: int, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
     ) -> Tensor:
         """Sums of ``substeps`` standard normals, ``(steps, batch, m)``."""
+        if self.substeps > 1:
+            return self._sums([1.0] * self.substeps, step, steps, batch, m, dtype, device)
+        z = torch.empty(steps, batch, m, dtype=dtype, device=device)
+        self._draw(batch, steps * m, (self.first_step + step) * m, dtype, device, out=z.transpose(0, 1))
+        return z
+
+    def _areas(
+        self, step: int, steps: int, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> Tensor:
+        """``H`` for substeps of unit length, ``(steps, batch, m)``.
+
+        Over ``r`` substeps, from their ``W_i`` and ``H_i``: ``sum_i [(1/2 - (i + 1/2)/r) W_i + H_i / r]``.
+        """
+        if self.kind != "normal":
+            raise ValueError(f"{self.kind} increments have no space-time area H; leave increments= out")
+        r = self.substeps
+        own = dataclasses.replace(self, stream=Stream.LEVY)._normals(step, steps, batch, m, dtype, device)
+        areas = own / (math.sqrt(12.0) * r)
+        if r > 1:
+            areas += self._sums([0.5 - (i + 0.5) / r for i in range(r)], step, steps, batch, m, dtype, device)
+        return areas
+
+    def _sums(
+        self,
+        weights: list[float],
+        step: int,
+        steps: int,
+        batch: int,
+        m: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> Tensor:
+        """``sum_i weights_i z_i`` over the normals of the substeps of each step, ``(steps, batch, m)``.
+
+        One substep after another, so that the order of the sum, hence the last bit, is the same for every batch size.
+        """
         r = self.substeps
         first = (self.first_step + step) * r * m
-        if r == 1:
-            z = torch.empty(steps, batch, m, dtype=dtype, device=device)
-            self._draw(batch, steps * m, first, dtype, device, out=z.transpose(0, 1))
-            return z
-        # One substep after another, so that the order of the sum, hence the last bit, is the same for every batch size.
         total = torch.zeros(steps, batch, m, dtype=dtype, device=device)
         block = max(1, _BLOCK_ELEMENTS // max(1, batch * r * m))
         for k in range(0, steps, block):
             n = min(block, steps - k)
             z = self._draw(batch, n * r * m, first + k * r * m, dtype, device).reshape(batch, n, r, m)
-            for j in range(r):
-                total[k : k + n] += z[:, :, j].transpose(0, 1)
+            for j, weight in enumerate(weights):
+                total[k : k + n] += weight * z[:, :, j].transpose(0, 1)
         return total
 
     def _unit_bridge(
@@ -262,6 +355,39 @@ class BrownianPath(AbstractPaths):
         u = (theta - low) / width
         z = bridges._draw(batch, m, ((step << (_BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
         return (1 - u) * left + u * right + math.sqrt(u * (1 - u) * width) * z
+
+    def _unit_bridge_given_area(
+        self, step: int, theta: float, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> Tensor:
+        """The same given the area too: halves of ``(W, H)`` down the tree (Foster, Lyons and Oberhauser 2020, 6.1)."""
+        left = torch.zeros(batch, m, dtype=dtype, device=device)
+        if theta in (0.0, 1.0):
+            return left
+        fine = dataclasses.replace(self, substeps=1, first_step=step)
+        W, H = torch.zeros_like(left), fine._areas(0, 1, batch, m, dtype, device)[0]
+        low, width, node = 0.0, 1.0, 1
+        bridges = dataclasses.replace(self, stream=Stream.BRIDGE)
+
+        def draw() -> Tensor:
+            first = ((step << (_BRIDGE_DEPTH + 1)) + node) * 2 * m
+            return bridges._draw(batch, 2 * m, first, dtype, device).reshape(batch, 2, m)
+
+        for _ in range(_BRIDGE_DEPTH):
+            z, y = draw().unbind(1)
+            first = 0.5 * W + 1.5 * H + 0.25 * math.sqrt(width) * z
+            second = W - first
+            mean, half = H - 0.25 * (first - second), 0.5 * math.sqrt(width / 12.0) * y
+            width *= 0.5
+            if theta == low + width:
+                return left + first
+            if theta < low + width:
+                W, H, node = first, mean + half, 2 * node
+            else:
+                left, low = left + first, low + width
+                W, H, node = second, mean - half, 2 * node + 1
+        u = (theta - low) / width
+        v = u * (1 - u)
+        return left + u * W + 6.0 * v * H + math.sqrt(width * v * (1.0 - 3.0 * v)) * draw()[:, 0]
 
     def _draw(
         self,

@@ -14,14 +14,13 @@ from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift
 from sdesolve.integrate.cuda_graph import StraightSampler, captured
-from sdesolve.integrate.solve import Backend, solve
+from sdesolve.integrate.solve import Backend, integrate
 from sdesolve.inverse.base import AbstractPosteriorScore
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import AbstractData, ExactScore
 from sdesolve.scores.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import Calculus, Noise, per_sample
-from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -33,7 +32,7 @@ def sample(
     score: Score,
     shape: tuple[int, ...],
     *,
-    solver: AbstractSolver | AbstractAdaptive | None = None,
+    solver: AbstractSolver | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
     seed: int | None = None,
@@ -70,7 +69,7 @@ def sample(
         backend: as for `solve`.
         progress: show a progress bar.
         cuda_graph: capture the whole sampler as a CUDA graph at the first call with these arguments, and replay it
-            with the new seed at later ones (`integrate.cuda_graph.CapturedSampler`). The state is then not checked for nan.
+            with the new seed at later ones. The state is then not checked for nan.
 
     Raises:
         ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease; a score of another process.
@@ -80,7 +79,7 @@ def sample(
     _check_model(process, score)
     shape = _shape(shape)
     solver = EulerMaruyama() if solver is None else solver
-    if not isinstance(solver, AbstractSolver | AbstractAdaptive):
+    if not isinstance(solver, AbstractSolver):
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {kind_of(solver)}")
     times = _times(process, solver, steps, grid)
     if bool((process.sigma(times[-1]) == 0).any()):
@@ -92,28 +91,23 @@ def sample(
         stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
-        if isinstance(solver, AbstractAdaptive):
+        if solver.controller is not None:
             raise ValueError(f"{type(solver).__name__} decides on its steps as it goes, which a CUDA graph cannot hold")
         where = torch.empty(0, device=device).device
-        fixed = solver
         key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
         if not isinstance(path, BrownianPath) or not path.plain or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
 
         def straight() -> StraightSampler:
             return StraightSampler(
-                process, score, backward, fixed, times, shape, denoise=denoise, dtype=dtype, device=where
+                process, score, backward, solver, times, shape, denoise=denoise, dtype=dtype, device=where
             )
 
         return captured(key, straight, where)(path.seed, path.first_path)
     with torch.no_grad():
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)
         x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
-        if isinstance(solver, AbstractAdaptive):
-            ends = times.tolist()
-            x = solve(backward, x, *ends, solver=solver, noise=path, backend=backend, progress=progress).x1
-        else:
-            x = solve(backward, x, grid=times, solver=solver, noise=path, backend=backend, progress=progress).x1
+        x = integrate(backward, x, times, solver=solver, noise=path, backend=backend, progress=progress).x1
         return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
 
 
@@ -182,10 +176,8 @@ def _shape(shape: object) -> tuple[int, ...]:
     return tuple(whole_number(n, "each entry of shape", 0) for n in shape)
 
 
-def _times(
-    process: AbstractDiffusion, solver: AbstractSolver | AbstractAdaptive, steps: int | None, grid: Tensor | None
-) -> Tensor:
-    if isinstance(solver, AbstractAdaptive):
+def _times(process: AbstractDiffusion, solver: AbstractSolver, steps: int | None, grid: Tensor | None) -> Tensor:
+    if solver.controller is not None:
         if steps is not None or grid is not None:
             raise ValueError(f"{type(solver).__name__} chooses its own steps: leave out steps and grid")
         return torch.tensor([process.t_max, process.t_min], dtype=torch.float64, device="cpu")

@@ -10,59 +10,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdesolve.integrate.checks import check_drift, unchanged
-from sdesolve.integrate.save_at import SaveAt, SavePlan
-from sdesolve.integrate.solution import DivergenceError, Solution, Stats
+from sdesolve.integrate.problem import Problem
+from sdesolve.integrate.save_at import SavePlan
+from sdesolve.integrate.solution import AdaptiveCounts, DivergenceError, Saved
 from sdesolve.sde import AbstractPerSample, AbstractSDE, per_sample
-from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt
+from sdesolve.solvers.embedded import AbstractEmbedded, Attempt
 
-_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
 _FEW, _LEAST = 0.8, 16  # arrived samples leave where at most this share of at least so many is still going
 
 
-class Arrival(NamedTuple):
-    """Where samples arrived, and what it took.
-
-    Attributes:
-        x: ``(batch, *state)``.
-        accepted: steps that each sample took, ``(batch,)``.
-        rejected: attempts that each threw away, ``(batch,)``.
-        evaluations: drift evaluations on each one's way, ``(batch,)``.
-        calls: drift evaluations of the whole batch.
-    """
-
-    x: Tensor
-    accepted: Tensor
-    rejected: Tensor
-    evaluations: Tensor
-    calls: int
-
-
-def solve_adaptively(
-    sde: AbstractSDE, x0: Tensor, ends: Tensor, solver: AbstractAdaptive, save_at: SaveAt, *, progress: bool
-) -> Solution:
-    """The solution from the first to the last of ``ends``, ``(2,)`` or ``(2, batch)``; raises what `integrate` does."""
-    plan = SavePlan(ends, save_at)
-    plan.at_grid_point(0, x0)
-    t0, t1 = (t.expand(len(x0)) for t in ends)
-    arrival = integrate(sde, solver, x0, t0, t1, plan, progress=progress)
-    plan.at_grid_point(1, arrival.x)
-    stats = Stats(
-        solver=type(solver).__name__,
-        steps=int(arrival.accepted.amax()) if len(x0) else 0,
-        nfe=arrival.calls,
-        backend="eager",
-        reason="steps differ between samples",
-        accepted=arrival.accepted,
-        rejected=arrival.rejected,
-        evaluations=arrival.evaluations,
-    )
-    return Solution(x1=arrival.x, ts=plan.ts, xs=plan.states(), stats=stats)
-
-
-def integrate(
-    sde: AbstractSDE, solver: AbstractAdaptive, x: Tensor, t0: Tensor, t1: Tensor, plan: SavePlan, *, progress: bool
-) -> Arrival:
-    """Takes every sample from its ``t0`` to its ``t1``; both ``(batch,)``, float64.
+def integrate_adaptively(problem: Problem) -> Saved:
+    """Takes every sample from the first to the last of ``problem.times``, in steps of its own.
 
     Samples that have arrived stand still in the batch until they are many, and then leave it, so that the drift is
     evaluated on the others alone. Rows keep their places if the drift knows what belongs to which (labels, say).
@@ -72,46 +30,68 @@ def integrate(
         DivergenceError: the drift is not finite at the start.
         RuntimeError: a sample needs steps below the resolution of its time, or more than ``max_steps``.
     """
+    solver, x, plan = problem.solver, problem.x0, problem.save
+    assert isinstance(solver, AbstractEmbedded)
+    controller = solver.controller
     eps = torch.finfo(x.dtype).eps
-    if solver.rtol < 4 * eps:
+    if controller.rtol < 4 * eps:
         raise ValueError(
-            f"rtol={solver.rtol:.3g} is below what {x.dtype} resolves: take at least {4 * eps:.2g}, or a float64 state"
+            f"rtol={controller.rtol:.3g} is below what {x.dtype} resolves: take at least {4 * eps:.2g}, or a float64 "
+            "state"
         )
-    drift = _Drift(sde)
-    t = t0.to(x.device).contiguous()  # forward differentiation by an expanded tensor fails
-    t1 = t1.to(t)
+    plan.at_grid_point(0, x)
+    drift = _Drift(problem.equation)
+    # Forward differentiation by an expanded tensor fails.
+    t, t1 = (end.expand(len(x)).to(x.device).contiguous() for end in problem.times)
     slope = unchanged(drift, x, t, "drift")
     check_drift(slope, x, t)
     _refuse_nonfinite(slope, t)
     h = _first_step(drift, solver, x, slope, t, t1)
     none = torch.zeros_like(t, dtype=torch.int64)
-    batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none > 0, none, none)
+    batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none.bool(), none, none)
     whole, starts = batch, drift.calls
-    with tqdm(disable=not progress, unit="attempt", leave=False) as bar:
-        while going := int((active := batch.t != batch.t1).sum()):
-            if drift.narrows and len(active) >= _LEAST and going <= _FEW * len(active):
-                those, whole = batch.at(active.nonzero().squeeze(1)), whole.updated(batch)
+    with tqdm(disable=not problem.progress, unit="attempt", leave=False) as bar:
+        while True:
+            going = batch.t != batch.t1
+            count = int(going.sum())
+            if not count:
+                break
+            if drift.narrows and len(going) >= _LEAST and count <= _FEW * len(going):
+                those, whole = batch.at(going.nonzero().squeeze(1)), whole.updated(batch)
                 if drift.narrow(those, whole):
-                    batch, active = those, active[active]
-            rows, x, slope, t, t1, h, held, accepted, rejected = batch
-            t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
-            dt = t_next - t
-            attempt = solver.attempt(drift, x, slope, t, dt)
-            error = _norm(attempt.error, _scale(solver, torch.maximum(x.abs(), attempt.x.abs())))
-            good = active & (error < 1.0)  # nan is not
-            _save(plan, solver, batch, attempt, t_next, good, len(whole.t))
-            growth = (_SAFETY * error ** (-1.0 / solver.error_order)).nan_to_num(_SHRINK).clamp(_SHRINK, _GROW)
-            h = (dt.abs() * torch.where(held | ~good, growth.clamp(max=1.0), growth)).where(active, h)
-            held = active & ~good
-            x, slope, t = _chosen(good, attempt.x, x), _chosen(good, attempt.slopes[-1], slope), t_next.where(good, t)
-            accepted, rejected = accepted + good, rejected + held
-            late = (accepted + rejected >= solver.max_steps) & (t != t1)
-            _refuse(solver, (held & (h < 10 * eps * t.abs())) | late, rows, t, error)
-            h = torch.maximum(h, 1e-15 * t.abs())  # a step that leaves t where it is would be repeated for ever
-            batch = _Samples(rows, x, slope, t, t1, h, held, accepted, rejected)
+                    batch = those
+            batch = _attempted(drift, solver, batch, plan, len(whole.t))
             bar.update()
-    _, x, *_, accepted, rejected = whole.updated(batch)
-    return Arrival(x, accepted, rejected, starts + solver.evaluations * (accepted + rejected), drift.calls)
+    whole = whole.updated(batch)
+    plan.at_grid_point(1, whole.x)
+    accepted, rejected = whole.accepted, whole.rejected
+    counts = AdaptiveCounts(accepted, rejected, starts + solver.evaluations * (accepted + rejected))
+    steps = int(accepted.amax()) if len(x) else 0
+    return Saved(
+        whole.x, plan.states(), None, steps, drift.calls, "eager", "steps differ between samples", adaptive=counts
+    )
+
+
+def _attempted(drift: _Drift, solver: AbstractEmbedded, batch: _Samples, plan: SavePlan, n: int) -> _Samples:
+    """The samples after one attempt of each; those of a whole batch of ``n`` that are still going."""
+    rows, x, slope, t, t1, h, held, accepted, rejected = batch
+    active = t != t1
+    t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
+    dt = t_next - t
+    attempt = solver.attempt(drift, x, slope, t, dt)
+    scale = solver.controller.scale(torch.maximum(x.abs(), attempt.x.abs()))
+    error = _norm(attempt.error, scale)
+    good = active & (error < 1.0)  # nan is not
+    _save(plan, solver, batch, attempt, t_next, good, n)
+    h = solver.controller.next_step(dt, error, solver.error_order, held | ~good).where(active, h)
+    held = active & ~good
+    x, slope, t = _chosen(good, attempt.x, x), _chosen(good, attempt.slopes[-1], slope), t_next.where(good, t)
+    accepted, rejected = accepted + good, rejected + held
+    late = (accepted + rejected >= solver.max_steps) & (t != t1)
+    smallest = 10 * torch.finfo(x.dtype).eps * t.abs()
+    _refuse(solver, (held & (h < smallest)) | late, rows, t, error)
+    h = torch.maximum(h, 1e-15 * t.abs())  # a step that leaves t where it is would be repeated for ever
+    return _Samples(rows, x, slope, t, t1, h, held, accepted, rejected)
 
 
 class _Samples(NamedTuple):
@@ -200,10 +180,10 @@ def _same_slopes(a: Tensor, b: Tensor) -> bool:
     return bool((off <= math.sqrt(torch.finfo(b.dtype).eps) * size).all())
 
 
-def _first_step(drift: _Drift, solver: AbstractAdaptive, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+def _first_step(drift: _Drift, solver: AbstractEmbedded, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
     """Starting step sizes: Hairer, Norsett and Wanner 1993, section II.4, for each sample."""
     length = (t1 - t0).abs()
-    scale = _scale(solver, x.abs())
+    scale = solver.controller.scale(x.abs())
     d0, d1 = _norm(x, scale), _norm(slope, scale)
     h = torch.minimum(torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1), length)
     step = h.copysign(t1 - t0)
@@ -211,10 +191,6 @@ def _first_step(drift: _Drift, solver: AbstractAdaptive, x: Tensor, slope: Tenso
     steepest = torch.maximum(d1, (_norm(bent - slope, scale) / h).nan_to_num(math.inf))
     other = torch.where(steepest <= 1e-15, (1e-3 * h).clamp(min=1e-6), (0.01 / steepest) ** (1.0 / solver.error_order))
     return torch.minimum(torch.minimum(100.0 * h, other), length).clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def _scale(solver: AbstractAdaptive, size: Tensor) -> Tensor:
-    return solver.atol + solver.rtol * size.detach()
 
 
 def _norm(v: Tensor, scale: Tensor) -> Tensor:
@@ -229,7 +205,7 @@ def _chosen(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _save(
     plan: SavePlan,
-    solver: AbstractAdaptive,
+    solver: AbstractEmbedded,
     batch: _Samples,
     attempt: Attempt,
     t_next: Tensor,
@@ -263,7 +239,7 @@ def _refuse_nonfinite(slope: Tensor, t: Tensor) -> None:
         )
 
 
-def _refuse(solver: AbstractAdaptive, stuck: Tensor, rows: Tensor, t: Tensor, error: Tensor) -> None:
+def _refuse(solver: AbstractEmbedded, stuck: Tensor, rows: Tensor, t: Tensor, error: Tensor) -> None:
     if bool(stuck.any()):
         row = int(stuck.nonzero()[0])
         what = "it may be stiff or singular there" if math.isfinite(error[row]) else "its drift is not finite there"

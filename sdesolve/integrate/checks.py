@@ -11,7 +11,6 @@ from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise
-from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
 STATE_DTYPES = (torch.float32, torch.float64)
@@ -43,16 +42,16 @@ def all_finite(x: Tensor) -> bool:
     return x.numel() == 0 or all(math.isfinite(float(bound)) for bound in x.detach().aminmax())
 
 
-def check_pair(solver: AbstractSolver | AbstractAdaptive, sde: AbstractSDE) -> None:
+def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
     """Refuses a solver that does not converge to the solution of the SDE as declared."""
-    if not isinstance(solver, AbstractSolver | AbstractAdaptive):
+    if not isinstance(solver, AbstractSolver):
         hint = f"; did you mean {solver.__name__}()?" if isinstance(solver, type) else ""
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
     if not isinstance(sde, AbstractSDE):
         hint = "; wrap drift and diffusion in sds.SDE(drift, diffusion)" if not isinstance(sde, type) else ""
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {kind_of(sde)}{hint}")
     name = type(solver).__name__
-    if not isinstance(solver, AbstractOneStep | AbstractAdaptive) and not isinstance(sde, AbstractSemilinear):
+    if not isinstance(solver, AbstractOneStep) and not isinstance(sde, AbstractSemilinear):
         raise ValueError(
             f"{name} integrates the reverse SDE or probability flow of a linear diffusion, process.reverse(score) or "
             f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "

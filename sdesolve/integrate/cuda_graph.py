@@ -14,20 +14,33 @@ import torch
 from sdesolve_kernels import Stream, perturb
 from torch import Tensor
 
-from sdesolve.brownian import Place
+from sdesolve.brownian import BrownianPath, Place
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.integrate.stepping import KernelRows, blank_memory
+from sdesolve.integrate.executors import KernelContext
+from sdesolve.integrate.lowering import lower
+from sdesolve.integrate.problem import Problem, Watched
+from sdesolve.integrate.save_at import SavePlan
 from sdesolve.reverse import Score
 from sdesolve.sde import AbstractSemilinear, per_sample
 from sdesolve.solvers.base import AbstractSolver
-from sdesolve.solvers.tabulated import AbstractTabulated
 
 _CAPTURED_AT_ONCE = 4
 
 
 @final
+class _DeviceSeed(KernelContext):
+    """Rows by kernel with seed and first path in device memory."""
+
+    seed: int | Tensor = 0
+    first_path: int | Tensor = 0
+
+    def offset(self, draw: int) -> Place:
+        return {"seed": self.seed, "stream": Stream.DRIVING, "first_path": self.first_path, "step": draw}
+
+
+@final
 class StraightSampler:
-    """Prior, steps of rows ``a x + sum_i b_i y_i + c z``, and Tweedie's formula: a function of a seed that never waits.
+    """Prior, steps of rows ``a x + sum_i b_i y_i + c z``, and Tweedie's formula, as a function of a seed.
 
     All coefficients and times are on the device before the first step, and nothing in a call reads a tensor on the host
     if ``seed`` and ``first_path`` are integers, or if they are tensors on a device that is not the host.
@@ -60,17 +73,20 @@ class StraightSampler:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        table = solver.table(backward, times) if isinstance(solver, AbstractTabulated) else None
-        if table is None or not isinstance(solver, AbstractTabulated):
+        self._zeros = torch.zeros(shape, dtype=dtype, device=device)
+        noise = BrownianPath(0)
+        problem = Problem(solver, backward, Watched(backward), noise, times, self._zeros, SavePlan(times, None))
+        problem.watched.checking = False  # a check of values would wait for the device
+        self._lowered = lower(problem)
+        if self._lowered.one_step is not None or self._lowered.correcting is not None:
             raise ValueError(
                 f"a sampler is captured whole only if its steps are rows of coefficients, and {type(solver).__name__} "
                 f"on {type(backward).__name__} is not; use EulerMaruyama(), or leave cuda_graph out"
             )
+        self._context = _DeviceSeed(self._lowered, dtype, device)
+        self._spans = problem.spans(0, problem.steps)
         self._score = score
-        self._rows = KernelRows(solver, table, dtype, device)
         self._end = times[-1].to(dtype=dtype, device=device)
-        self._zeros = torch.zeros(shape, dtype=dtype, device=device)
-        self._blank = blank_memory(solver, self._zeros)
         self._prior = process.prior.std
         last = times[-1]
         self._alpha, self._sigma2 = (
@@ -83,13 +99,12 @@ class StraightSampler:
     def __call__(self, seed: int | Tensor, first_path: int | Tensor = 0) -> Tensor:
         """Draws the batch of rows ``first_path ...`` for a seed: the same as `sample` draws."""
         x = perturb(self._zeros, 0.0, self._prior, seed=seed, stream=Stream.INITIAL, first_path=first_path)
-        memory = self._blank
-
-        def place(n: int) -> Place:
-            return {"seed": seed, "stream": Stream.DRIVING, "first_path": first_path, "step": n}
-
-        for k in range(self._rows.steps):
-            x, memory = self._rows.step(k, self._score, x, memory, place)
+        self._context.seed, self._context.first_path = seed, first_path
+        states = self._lowered.start(x)
+        for k, span in enumerate(self._spans):
+            self._context.begin(k, span)
+            states = self._lowered.step(self._context, states)
+        x = states[0]
         if not self._denoise:
             return x
         s = self._score(x, self._end)

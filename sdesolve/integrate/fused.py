@@ -1,18 +1,21 @@
-"""Whole integrations in one kernel: the solver's own step, traced with the user's functions inside it.
+"""The executor of whole integrations as one kernel: the lowered step, traced with the user's functions inside it.
 
-Here is decided whether an integration can run this way, and what its kernel is bound to; `recipes` says what of a
+Here is decided whether an integration can run this way, and what its kernel is bound to; `lowering` says what of a
 solver goes into it, and `sdesolve_kernels.trajectory` makes and runs it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import final
 
 import torch
+from sdesolve_kernels import Stream
 from sdesolve_kernels.dispatch import backend_for
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
@@ -30,12 +33,19 @@ from sdesolve_kernels.trajectory import (
     trace,
 )
 from torch import Tensor
+from tqdm import tqdm
 
-from sdesolve.brownian import BrownianPath
-from sdesolve.integrate.lowering import Recipe, Task, increment_shapes, recipe_for
+from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increment
+from sdesolve.integrate.checks import all_finite
+from sdesolve.integrate.executors import CannotExecute, Eager
+from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
+from sdesolve.integrate.non_finite import refuse_end
+from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan, observed
-from sdesolve.sde import Noise
+from sdesolve.integrate.solution import Saved
 from sdesolve.solvers.base import Span
+from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.tabulated import Row, torch_row
 
 _KERNELS_KEPT = 128
 # Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against
@@ -43,28 +53,6 @@ _KERNELS_KEPT = 128
 # 2.3 times on 65,536; two plain hidden layers of 16, 32, 64, 128 are 2.5, 2.0, 1.8, 1.4 and 2.4, 1.8, 1.7, 1.6 times.
 # Compiling takes 1 to 4 s, once for a shape of network: weights are arguments, and the kernel stays on disk.
 _MOST_WEIGHTS = 1 << 16
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Fused:
-    """The outcome of a fused integration.
-
-    Attributes:
-        x1: final state.
-        xs: saved states or observations, or means.
-        variances: with moments.
-        evaluations: of the drift, saving included.
-        source: of the kernel.
-        anew: why the functions are traced in each call; empty where the kernel is kept.
-    """
-
-    x1: Tensor
-    xs: Tensor
-    variances: Tensor | None
-    evaluations: int
-    source: str
-    anew: str = ""
 
 
 @final
@@ -88,87 +76,137 @@ class _Kernel:
     evaluations: int
     normals: tuple[int, ...]
     read: tuple[tuple[int, Tensor], ...]
-    batches: dict[int, str] = dataclasses.field(default_factory=dict)
+    batches: dict[int, Unsupported | None] = dataclasses.field(default_factory=dict)
 
 
-_kernels: OrderedDict[Hashable, _Kernel | str] = OrderedDict()
+_kernels: OrderedDict[Hashable, _Kernel | Unsupported] = OrderedDict()
+_lock = threading.Lock()
 
 
-def fuse(task: Task) -> Fused | str:
-    """Runs a task as one kernel, or says why it cannot be."""
-    why = _obstacle(task)
-    if why:
-        return why
-    try:
-        held = contents(task.solver, task.equation, task.plan.observable, most_weights=_MOST_WEIGHTS)
-    except Unsupported as problem:
-        return str(problem)
-    if _wants_gradient(task.x0, *held.tensors):
-        return _NO_GRADIENT
-    if has_tangent(task.x0, *held.tensors):
-        return _TRANSFORMED
-    recipe = recipe_for(task, task.solver)
-    if isinstance(recipe, str):
-        return recipe
-    with settled():
-        kernel = _kernel_for(task, held, recipe)
-        if isinstance(kernel, str):
-            return kernel
-        if _wants_gradient(*kernel.captured):
-            return _NO_GRADIENT
-        if has_tangent(*kernel.captured):
-            return _TRANSFORMED
+@final
+class Fused:
+    """The whole trajectory as one generated kernel."""
+
+    def run(self, problem: Problem, lowered: Lowered) -> Saved:
+        _check_fusible(problem, lowered)
         try:
-            done = _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
-        except Unsupported as problem:
-            return str(problem)
-    if isinstance(done, Fused) and kernel.where is None:
-        return dataclasses.replace(done, anew=held.opaque or "a tensor that is made as they run")
-    return done
+            held = contents(problem.solver, problem.equation, problem.save.observable, most_weights=_MOST_WEIGHTS)
+            _check_untransformed(problem.x0, *held.tensors)
+            with settled():
+                kernel = _kernel_for(problem, held, lowered)
+                _check_untransformed(*kernel.captured)
+                _check_batch(problem, kernel, lowered)
+                with tqdm(total=problem.steps, disable=not problem.progress, unit="step", leave=False) as bar:
+                    saved = _run(problem, kernel, held, lowered)
+                    bar.update(problem.steps)
+        except Unsupported as problem_met:
+            raise CannotExecute(str(problem_met)) from None
+        if problem.check_finite and not all_finite(saved.x1):
+            Eager().begin(problem, lowered).report_divergence()
+            refuse_end(problem, saved.x1)  # rounding took the kernel alone over the edge
+        if kernel.where is None:
+            anew = held.opaque or "a tensor that is made as they run"
+            reason = f"{saved.reason}, traced in each call, as the functions hold {anew}"
+            return dataclasses.replace(saved, reason=reason)
+        return saved
+
+
+@final
+class TracedContext(StepContext):
+    """A step whose every input is a symbol."""
+
+    def __init__(self, lowered: Lowered, inputs: Inputs) -> None:
+        self._lowered, self._inputs = lowered, inputs
+        self.span = Span(inputs.t0, inputs.t1, inputs.dt)
+
+    def number(self, column: int) -> Tensor:
+        return self._inputs.row[column]
+
+    def skips(self, part: int) -> bool:
+        return False  # what is not needed is multiplied by 0
+
+    def row(self, columns: slice, draw: int | None) -> Row:
+        return torch_row(self._inputs.row[columns], None if draw is None else self._inputs.noises[0][:, draw])
+
+    def increment(self) -> Increment | None:
+        if not self._lowered.driving:
+            return None
+        scale = self._inputs.scale
+        scales = {"W": scale, "H": scale * math.sqrt(1.0 / 12.0)}
+        pairs = zip(self._lowered.driving, self._inputs.noises, strict=False)
+        return Increment(**{str(source.of): z * scales[str(source.of)] for source, z in pairs})
+
+    def corrections(self) -> tuple[AbstractNoise, int]:
+        return GivenNormals(self._inputs.noises[-1].transpose(0, 1)), 0
+
+
+def _traced_step(lowered: Lowered) -> Callable[[Inputs], Sequence[Tensor]]:
+    return lambda inputs: lowered.step(TracedContext(lowered, inputs), inputs.states)
 
 
 _TRANSFORMED = "it takes part in a torch.func transform or in forward-mode differentiation"
-_NO_GRADIENT = "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _check_untransformed(*tensors: Tensor) -> None:
+    """Refuses derivatives, of which a fused kernel has none."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise CannotExecute(
+            "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
+        )
+    if has_tangent(*tensors):
+        raise CannotExecute(_TRANSFORMED)
 
 
-def _right_for_batch(task: Task, kernel: _Kernel, recipe: Recipe) -> str:
-    """Why a kernel is not right for a batch of this size; empty if it is."""
-    kind = batch_kind(len(task.x0), task.x0[0].numel())
+def _check_batch(problem: Problem, kernel: _Kernel, lowered: Lowered) -> None:
+    """Refuses a kernel that is not right for a batch of this size."""
+    kind = batch_kind(len(problem.x0), problem.x0[0].numel())
     if kind not in kernel.batches:
-        before = task.watched.evaluations
+        before = problem.watched.evaluations
         try:
-            check_batch(kernel.trajectory.plan.program, recipe.step, _observe(task), len(task.x0))
-            kernel.batches[kind] = ""
-        except Unsupported as problem:
-            kernel.batches[kind] = str(problem)
+            check_batch(kernel.trajectory.plan.program, _traced_step(lowered), _observe(problem), len(problem.x0))
+            kernel.batches[kind] = None
+        except Unsupported as met:
+            kernel.batches[kind] = met
         finally:
-            task.watched.evaluations = before
-    return kernel.batches[kind]
+            problem.watched.evaluations = before
+    refusal = kernel.batches[kind]
+    if refusal is not None:
+        raise refusal
 
 
-def _obstacle(task: Task) -> str:
-    """Why this call cannot be fused whatever its functions are; empty if nothing stands in the way."""
-    noise = task.noise
-    if task.times.ndim == 2:
-        return "there is a time grid per sample"
-    if len(task.x0) == 0 or task.x0.numel() == 0:
-        return "the batch is empty"
-    if type(task.x0) not in (Tensor, torch.nn.Parameter):
-        return f"the state is a {type(task.x0).__name__}"
+def _check_fusible(problem: Problem, lowered: Lowered) -> None:
+    """Refuses what cannot be fused whatever the functions are."""
+    solver, x0 = problem.solver, problem.x0
+    if solver.controller is not None:
+        raise CannotExecute(f"{type(solver).__name__} chooses its own steps and runs eagerly")
+    if isinstance(solver, PredictorCorrector) and not solver.corrector.affine:
+        raise CannotExecute(
+            "the corrector's step size depends on the state: norms='level' and a fixed step_size= do not"
+        )
+    if problem.times.ndim == 2:
+        raise CannotExecute("there is a time grid per sample")
+    if len(x0) == 0 or x0.numel() == 0:
+        raise CannotExecute("the batch is empty")
+    if type(x0) not in (Tensor, torch.nn.Parameter):
+        raise CannotExecute(f"the state is a {type(x0).__name__}")
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _TRANSFORMED
-    if task.equation.noise is not Noise.NONE and not (isinstance(noise, BrownianPath) and noise.substeps == 1):
-        return "increments are coarse, or come from a noise of another class than BrownianPath"
-    name = backend_for("trajectory", task.x0.device)
-    return f"the {name} back end makes no generated kernels" if name == "reference" else ""
+        raise CannotExecute(_TRANSFORMED)
+    if any(not isinstance(s.noise, BrownianPath) or s.noise.substeps > 1 for s in lowered.sources):
+        raise CannotExecute("increments are coarse, or come from a noise of another class than BrownianPath")
+    name = backend_for("trajectory", x0.device)
+    if name == "reference":
+        raise CannotExecute(f"the {name} back end makes no generated kernels")
 
 
-def _kernel_for(task: Task, held: Contents, recipe: Recipe) -> _Kernel | str:
-    batch, x0 = len(task.x0), task.x0
+def _path(source: NoiseSource) -> BrownianPath:
+    """Where a source's unit numbers stand."""
+    path = source.noise
+    assert isinstance(path, BrownianPath)  # by _check_fusible
+    return dataclasses.replace(path, stream=Stream.LEVY) if source.of == "H" else path
+
+
+def _kernel_for(problem: Problem, held: Contents, lowered: Lowered) -> _Kernel:
+    batch, x0 = len(problem.x0), problem.x0
     key = (
         held.key,
         tuple(t.ndim > 0 and len(t) == batch for t in held.tensors),
@@ -179,55 +217,64 @@ def _kernel_for(task: Task, held: Contents, recipe: Recipe) -> _Kernel | str:
         backend_for("trajectory", x0.device),
         torch.get_default_dtype(),
         torch.is_autocast_enabled(x0.device.type),
-        bool(task.plan.inside),
-        recipe.columns,
-        recipe.memory,
-        tuple((path.kind, draws) for path, draws in recipe.sources),
+        bool(problem.save.inside),
+        lowered.columns,
+        lowered.memory,
+        tuple((_path(s).kind, s.draws, s.of) for s in lowered.sources),
     )
-    if held.complete and key in _kernels:
-        _kernels.move_to_end(key)
-        found = _kernels[key]
-        if isinstance(found, str) or all(torch.equal(held.tensors[i], value) for i, value in found.read):
-            return found
-    made: _Kernel | str
+    with _lock:
+        found = _kernels.get(key) if held.complete else None
+        if found is not None:
+            _kernels.move_to_end(key)
+    if isinstance(found, Unsupported):
+        raise found
+    if found is not None and all(torch.equal(held.tensors[i], value) for i, value in found.read):
+        return found
+    made: _Kernel | Unsupported
     try:
-        made = _build(task, held, recipe)
+        made = _build(problem, held, lowered)
         # Making a trace may fill caches that the functions keep; if it changes them each time, it is no function.
-        after = contents(task.solver, task.equation, task.plan.observable)
+        after = contents(problem.solver, problem.equation, problem.save.observable)
         if after.key != held.key:
-            made = _build(task, after, recipe)
-            if contents(task.solver, task.equation, task.plan.observable).key != after.key:
-                return "a function changes Python values that it holds (a counter, a cache) each time it is called"
+            made = _build(problem, after, lowered)
+            if contents(problem.solver, problem.equation, problem.save.observable).key != after.key:
+                raise CannotExecute(
+                    "a function changes Python values that it holds (a counter, a cache) each time it is called"
+                )
             return made
-    except Unsupported as problem:
-        made = str(problem)
-    if held.complete and (isinstance(made, str) or made.where is not None):
-        _kernels[key] = made
-        while len(_kernels) > _KERNELS_KEPT:
-            _kernels.popitem(last=False)
+    except Unsupported as met:
+        made = met
+    if held.complete and (isinstance(made, Unsupported) or made.where is not None):
+        with _lock:
+            _kernels[key] = made
+            while len(_kernels) > _KERNELS_KEPT:
+                _kernels.popitem(last=False)
+    if isinstance(made, Unsupported):
+        raise made
     return made
 
 
-def _build(task: Task, held: Contents, recipe: Recipe) -> _Kernel:
-    x0 = task.x0
-    evaluations, before = 0, task.watched.evaluations
+def _build(problem: Problem, held: Contents, lowered: Lowered) -> _Kernel:
+    x0 = problem.x0
+    evaluations, before = 0, problem.watched.evaluations
+    step = _traced_step(lowered)
 
     def counted(inputs: Inputs) -> Sequence[Tensor]:
         nonlocal evaluations
-        first = task.watched.evaluations
-        after = recipe.step(inputs)
-        evaluations = task.watched.evaluations - first
+        first = problem.watched.evaluations
+        after = step(inputs)
+        evaluations = problem.watched.evaluations - first
         return after
 
     try:
-        noises = recipe.noises()
-        states = (tuple(x0.shape[1:]),) * (1 + recipe.memory)
+        noises = tuple(source.shape() for source in lowered.sources)
+        states = (tuple(x0.shape[1:]),) * (1 + lowered.memory)
         program = trace(
-            counted, Signature(x0.dtype, x0.device, states, noises, recipe.columns, len(x0)), _observe(task)
+            counted, Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0)), _observe(problem)
         )
     finally:
-        task.watched.evaluations = before
-    trajectory = compile_trajectory(program, [path.kind for path, _ in recipe.sources])
+        problem.watched.evaluations = before
+    trajectory = compile_trajectory(program, [_path(source).kind for source in lowered.sources])
     places = {id(t): i for i, t in enumerate(held.tensors)}
     where = None
     if held.complete and all(id(c) in places for c in program.captured):
@@ -242,43 +289,50 @@ def _build(task: Task, held: Contents, recipe: Recipe) -> _Kernel:
     )
 
 
-def _observe(task: Task) -> Callable[[Tensor], Tensor] | None:
-    observable = None if task.plan.inside else task.plan.observable
+def _observe(problem: Problem) -> Callable[[Tensor], Tensor] | None:
+    observable = None if problem.save.inside else problem.save.observable
     return None if observable is None else lambda x: observed(observable, x)
 
 
-def _run(task: Task, kernel: _Kernel, held: Contents, recipe: Recipe) -> Fused:
-    plan, rows = task.plan, recipe.numbers
-    places = [
-        _place(path, path.first_step * (m // draws), len(task.x0), m * (len(task.times) - 1))
-        for (path, draws), m in zip(recipe.sources, kernel.normals, strict=True)
+_REASON = "the whole trajectory is one generated kernel"
+
+
+def _run(problem: Problem, kernel: _Kernel, held: Contents, lowered: Lowered) -> Saved:
+    save, x0, times = problem.save, problem.x0, problem.times
+    offsets = [
+        _offset(_path(source), m // source.draws, len(x0), m * problem.steps)
+        for source, m in zip(lowered.sources, kernel.normals, strict=True)
     ]
     captured = kernel.captured if kernel.where is None else tuple(held.tensors[i] for i in kernel.where)
-    if plan.inside:
-        return _between(task, kernel, Launch(task.x0, task.times, rows, places, _around(plan), False, captured))
-    evaluations = kernel.evaluations * (len(task.times) - 1)
-    saves = sorted(k for k, slots in plan.on_grid.items() if slots)
+    trajectory, source = kernel.trajectory, kernel.trajectory.source
+    if save.inside:
+        return _between(problem, kernel, Launch(x0, times, lowered.table, offsets, _around(save), False, captured))
+    evaluations = kernel.evaluations * problem.steps
+    saves = sorted(k for k, slots in save.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
-    plain = saves == [len(task.times) - 1] and plan.observable is None and not plan.moments
-    saved = kernel.trajectory.run(
-        Launch(task.x0, task.times, rows, places, () if plain else saves, plan.moments, captured)
-    )
+    plain = saves == [problem.steps] and save.observable is None and not save.moments
+    saved = trajectory.run(Launch(x0, times, lowered.table, offsets, () if plain else saves, save.moments, captured))
     # Two times at one grid point are two entries of what is returned.
-    entry = {slot: i for i, k in enumerate(saves) for slot in plan.on_grid[k]}
-    order = [entry[slot] for slot in range(len(plan.ts))]
-    shape = kernel.trajectory.plan.program.observed_shape
-    shape = tuple(task.x0.shape[1:]) if shape is None else shape
+    entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
+    order = [entry[slot] for slot in range(len(save.ts))]
+    shape = trajectory.plan.program.observed_shape
+    shape = tuple(x0.shape[1:]) if shape is None else shape
     if saved.moments is not None:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
         mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
-        return Fused(saved.x1, mean, variance, evaluations, kernel.trajectory.source)
-    xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(task.x0), *shape)
+        return Saved(saved.x1, mean, variance, problem.steps, evaluations, "fused", _REASON, source)
+    xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
     xs = xs if order == list(range(len(xs))) else xs[order]
-    return Fused(saved.x1, xs, None, evaluations, kernel.trajectory.source)
+    return Saved(saved.x1, xs, None, problem.steps, evaluations, "fused", _REASON, source)
 
 
-def _place(path: BrownianPath, offset: int, batch: int, count: int) -> tuple[int, int, int, int]:
-    """Where ``count`` numbers of each of ``batch`` paths begin; refused where they would wrap and repeat others."""
+def _offset(path: BrownianPath, numbers: int, batch: int, count: int) -> tuple[int, int, int, int]:
+    """Where ``count`` numbers of each of ``batch`` paths begin, ``numbers`` of them for each of the path's steps.
+
+    Raises:
+        ValueError: they would wrap, and repeat others.
+    """
+    offset = path.first_step * numbers
     if path.first_path + batch > 1 << 64:
         raise ValueError(f"first_path + batch must be at most 2^64, got {path.first_path} + {batch}")
     if offset + count > 1 << 58:
@@ -289,25 +343,24 @@ def _place(path: BrownianPath, offset: int, batch: int, count: int) -> tuple[int
     return path.seed, int(path.stream), path.first_path, offset
 
 
-def _around(plan: SavePlan) -> list[int]:
+def _around(save: SavePlan) -> list[int]:
     """Grid points that a plan needs, those on both sides of a time between two among them."""
-    return sorted({k for k, slots in plan.on_grid.items() if slots} | {k + i for k in plan.inside for i in (0, 1)})
+    return sorted({k for k, slots in save.on_grid.items() if slots} | {k + i for k in save.inside for i in (0, 1)})
 
 
-def _between(task: Task, kernel: _Kernel, launch: Launch) -> Fused:
+def _between(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     """A run whose plan has times between grid points: states there follow from those on both sides."""
     saved = kernel.trajectory.run(launch)
     assert saved.states is not None
-    before = task.watched.evaluations
-    states = dict(zip(launch.saves, saved.states.reshape(-1, *task.x0.shape), strict=True))
-    plan, ts = task.plan, task.times.to(task.x0)
-    dts = task.times.diff().to(task.x0)
-    channels = () if task.watched.noise is Noise.NONE else increment_shapes(task)[0]
+    save, watched = problem.save, problem.watched
+    before = watched.evaluations
+    states = dict(zip(launch.saves, saved.states.reshape(-1, *problem.x0.shape), strict=True))
     for k, x in states.items():
-        plan.at_grid_point(k, x)
-        if k in plan.inside:
-            span = Span(ts[k], ts[k + 1], dts[k])
-            plan.within_step(k, task.watched, x, states[k + 1], span, task.noise, (len(x), *channels))
-    variances = plan.variances() if plan.moments else None
-    evaluations = kernel.evaluations * (len(task.times) - 1) + task.watched.evaluations - before
-    return Fused(saved.x1, plan.states(), variances, evaluations, kernel.trajectory.source)
+        save.at_grid_point(k, x)
+        if k in save.inside:
+            (span,) = problem.spans(k, 1)
+            save.within_step(k, functools.partial(problem.between, k, x=x, x_next=states[k + 1], span=span))
+    variances = save.variances() if save.moments else None
+    evaluations = kernel.evaluations * problem.steps + watched.evaluations - before
+    source = kernel.trajectory.source
+    return Saved(saved.x1, save.states(), variances, problem.steps, evaluations, "fused", _REASON, source)

@@ -1,198 +1,227 @@
-"""What the compiler of trajectories takes of a solver: its step, the numbers and the noise that the step reads.
+"""What a solver becomes: one pure step, a table of numbers, and the noise that it reads.
 
-The step is the same pure function that runs in torch, `AbstractOneStep.step` or `row_step`; no solver is written
-a second time.
+The step is the solver's own, `AbstractOneStep.step` or `AbstractTabulated.advance`; no solver is written a second time.
+What it reads besides the state comes from a `StepContext`, and each executor supplies its own: rows of numbers combined
+in torch, by one kernel each, or traced with the user's functions into one kernel for all steps.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import final
 
 import torch
-from sdesolve_kernels.trajectory import Inputs, Signature, traced_shape
 from torch import Tensor
 
-from sdesolve.brownian import AbstractNoise, BrownianPath
-from sdesolve.integrate.integration import Watched
-from sdesolve.integrate.save_at import SavePlan
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, noise_shape
-from sdesolve.solvers.base import AbstractOneStep, AbstractSolver, Span
-from sdesolve.solvers.milstein import check_own_component
+from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Increment, Part
+from sdesolve.integrate.problem import Problem
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
+from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
-from sdesolve.solvers.tabulated import AbstractTabulated, Table, row_step
+from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
+
+States = tuple[Tensor, ...]
+
+
+class StepContext(abc.ABC):
+    """What one step reads besides the state.
+
+    Attributes:
+        span: the step in time.
+    """
+
+    span: Span
+
+    @abc.abstractmethod
+    def number(self, column: int) -> Tensor:
+        """A number of the step's row of the table, ``()`` or ``(batch,)``."""
+
+    @abc.abstractmethod
+    def skips(self, part: int) -> bool:
+        """Whether a part of the step (`Lowered.skipped`) is left out."""
+
+    @abc.abstractmethod
+    def row(self, columns: slice, draw: int | None) -> Row:
+        """``a x + sum_i b_i terms_i + c z`` with the numbers ``(a, b_1, ..., b_K, c)`` in these columns of the table.
+
+        ``z`` is this draw of the step's noise; there is none for ``None``, and ``c`` is 0.
+        """
+
+    @abc.abstractmethod
+    def increment(self) -> Increment | None:
+        """The Brownian motion over the step; ``None`` for an ODE."""
+
+    @abc.abstractmethod
+    def corrections(self) -> tuple[AbstractNoise, int]:
+        """The noise of correctors, and the index of this step's first draw of it."""
+
+    def one_step(self, solver: AbstractOneStep, sde: AbstractSDE, x: Tensor) -> Tensor:
+        """The step of a one-step solver."""
+        return solver.step(sde, x, self.span, self.increment())
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """An integration that might be fused.
+class NoiseSource:
+    """Random numbers that a step reads.
 
     Attributes:
-        solver: the scheme.
-        equation: what the user passed.
-        watched: the same, counted and checked.
-        noise: the driving noise.
-        times: the grid, float64.
-        x0: the start.
-        plan: what to save.
+        noise: where they come from.
+        draws: how many steps of ``noise`` one step of the solver takes.
+        shape: gives the shape of a step's numbers for one path; may evaluate the diffusion.
+        of: which part of an `Increment` they are; ``None`` for unit normals.
     """
 
-    solver: AbstractSolver
-    equation: AbstractSDE
-    watched: Watched
     noise: AbstractNoise
-    times: Tensor
-    x0: Tensor
-    plan: SavePlan
+    draws: int
+    shape: Callable[[], tuple[int, ...]]
+    of: Part | None = None
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A solver's step as the compiler takes it.
+class Lowered:
+    """A solver on one equation and grid.
 
     Attributes:
-        step: pure function of a path's state, numbers and normals.
-        memory: tensors carried beside the state.
-        noises: shapes of the normals of each source; called when a kernel is made.
-        numbers: what the step reads of its row, ``(steps, columns)``, float64; ``None`` if nothing.
-        sources: of noise: path, and how many of its steps one step here takes.
+        step: states after a step from those before it: the state itself, then ``memory`` more.
+        memory: tensors of the state's shape that are carried beside it; zero at the start.
+        driving: the noise that drives; empty for an ODE.
+        correcting: the noise of correctors.
+        table: numbers of each step, ``(steps, columns[, batch])``, float64 on the host; ``None`` if there are none.
+        skipped: parts of a step, evaluations and then corrections, that are left out because all of their coefficients
+            are 0; ``(steps, parts)``, bool. Whoever does not leave them out gets the same state.
+        one_step: the solver whose whole step it is, where that is no row of numbers.
     """
 
-    step: Callable[[Inputs], Sequence[Tensor]]
-    memory: int
-    noises: Callable[[], tuple[tuple[int, ...], ...]]
-    numbers: Tensor | None
-    sources: tuple[tuple[BrownianPath, int], ...]
+    step: Callable[[StepContext, States], States]
+    memory: int = 0
+    driving: tuple[NoiseSource, ...] = ()
+    correcting: NoiseSource | None = None
+    table: Tensor | None = None
+    skipped: Tensor | None = None
+    one_step: AbstractOneStep | None = None
+
+    @property
+    def sources(self) -> tuple[NoiseSource, ...]:
+        """All noise that a step reads."""
+        return self.driving if self.correcting is None else (*self.driving, self.correcting)
 
     @property
     def columns(self) -> int:
-        return 0 if self.numbers is None else self.numbers.shape[1]
+        return 0 if self.table is None else self.table.shape[1]
+
+    @property
+    def parts(self) -> int:
+        return 0 if self.skipped is None else self.skipped.shape[1]
+
+    def start(self, x0: Tensor) -> States:
+        """What is carried before the first step."""
+        return (x0, *(torch.zeros_like(x0, requires_grad=False),) * self.memory)
 
 
-def recipe_for(task: Task, solver: AbstractSolver) -> Recipe | str:
-    """The step of a solver, whatever kind it is."""
-    path = task.noise if isinstance(task.noise, BrownianPath) else BrownianPath(0)
+def lower(problem: Problem) -> Lowered:
+    """The step of a solver, whatever kind it is.
+
+    Raises:
+        ValueError: the scheme is not one for this equation, grid or noise.
+        TypeError: likewise.
+    """
+    solver = problem.solver
     if isinstance(solver, PredictorCorrector):
-        if not solver.corrector.affine:
-            return "the corrector's step size depends on the state: norms='level' and a fixed step_size= do not"
-        predictor = recipe_for(task, solver.predictor)
-        return predictor if isinstance(predictor, str) else _corrected(task, solver, predictor, path)
-    if isinstance(solver, AbstractTabulated) and isinstance(task.equation, AbstractSemilinear):
-        table = solver.table(task.equation, task.times)
-        if table is not None:
-            return _tabulated(task, solver, table, path)
+        return _corrected(problem, solver, lower(dataclasses.replace(problem, solver=solver.predictor)))
+    noise, one_step = problem.noise, isinstance(solver, AbstractOneStep)
+    if isinstance(solver, AbstractTabulated) and isinstance(problem.equation, AbstractSemilinear):
+        table = solver.table(problem.equation, problem.times)
+        if table is not None and (noise.timeless or not (table.draws and one_step)):
+            if table.draws and not noise.timeless:
+                raise ValueError(
+                    f"{type(solver).__name__} takes standard normals one after another, and {type(noise).__name__} has "
+                    "increments over its own times alone; give seed= or a BrownianPath, or take EulerMaruyama"
+                )
+            return _tabulated(problem, solver, table)
     if not isinstance(solver, AbstractOneStep):
-        return f"{type(solver).__name__} has no step for {type(task.equation).__name__}"
-
-    def step(inputs: Inputs) -> Sequence[Tensor]:
-        dW = inputs.noises[0] * inputs.scale if inputs.noises else None
-        return (solver.step(task.watched, inputs.states[0], Span(inputs.t0, inputs.t1, inputs.dt), dW),)
-
-    sources = () if task.watched.noise is Noise.NONE else ((path, 1),)
-    return Recipe(step, 0, lambda: increment_shapes(task), None, sources)
+        raise TypeError(f"{type(solver).__name__} has no step for {type(problem.equation).__name__}")
+    return _one_step(problem, solver)
 
 
-def _tabulated(task: Task, solver: AbstractTabulated, table: Table, path: BrownianPath) -> Recipe:
-    evaluations, widths = table.times.shape[1], [r.shape[1] for r in table.rows]
-    state = tuple(task.x0.shape[1:])
+def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
+    sde, noise = problem.watched, problem.noise
 
-    def step(inputs: Inputs) -> Sequence[Tensor]:
-        times = inputs.row[:evaluations].unbind(0)
-        rows = inputs.row[evaluations:].split(widths)
-        normals = iter(inputs.noises[0].unbind(1) if table.draws else ())
-        x, *memory = inputs.states
-        x, after = row_step(
-            solver,
-            task.watched.field,
-            times,
-            rows,
-            [next(normals) if n else None for n in table.noisy],
-            x,
-            tuple(memory),
-        )
+    def step(context: StepContext, states: States) -> States:
+        return (context.one_step(solver, sde, *states),)
+
+    driving: tuple[NoiseSource, ...] = ()
+    if sde.noise is not Noise.NONE:
+        missing = [part for part in solver.needs if part not in noise.provides]
+        if missing:
+            raise ValueError(
+                f"{type(solver).__name__} needs {' and '.join(missing)} of the driving noise, and "
+                f"{type(noise).__name__} makes {' and '.join(sorted(noise.provides))} alone; give seed= or a "
+                "BrownianPath"
+            )
+        driving = tuple(NoiseSource(noise, 1, lambda: problem.increment.shape[1:], part) for part in solver.needs)
+    return Lowered(step, driving=driving, one_step=solver)
+
+
+def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table) -> Lowered:
+    field, state = problem.watched.field, tuple(problem.x0.shape[1:])
+    rows: list[tuple[slice, int | None]] = []
+    column, draw = table.times.shape[1], 0
+    for row, noisy in zip(table.rows, table.noisy, strict=True):
+        rows.append((slice(column, column + row.shape[1]), draw if noisy else None))
+        column, draw = column + row.shape[1], draw + noisy
+
+    def step(context: StepContext, states: States) -> States:
+        x, *memory = states
+
+        def evaluate(y: Tensor, i: int = 0) -> Tensor:
+            return y if context.skips(i) else field(y, context.number(i))
+
+        x, after = solver.advance(evaluate, [context.row(*row) for row in rows], x, tuple(memory))
         return (x, *after)
 
-    noises = ((table.draws, *state),) if table.draws else ()
-    sources = ((path, table.draws),) if table.draws else ()
-    return Recipe(step, solver.memory, lambda: noises, torch.cat([table.times, *table.rows], dim=1), sources)
+    source = NoiseSource(problem.noise, table.draws, lambda: (table.draws, *state))
+    numbers = torch.cat([table.times, *table.rows], dim=1)
+    driving = (source,) if table.draws else ()
+    return Lowered(step, solver.memory, driving, table=numbers, skipped=table.skipped)
 
 
-def _corrected(task: Task, solver: PredictorCorrector, predictor: Recipe, path: BrownianPath) -> Recipe:
-    """Steps of a predictor, each followed by those of a corrector.
+def _corrected(problem: Problem, solver: PredictorCorrector, predictor: Lowered) -> Lowered:
+    """Steps of a predictor, each followed by those of a corrector at the time it has reached.
 
     Where a grid ends at zero noise no correction follows: its scale there is 0, at the time of the step before.
     """
-    process, corrector, n = reversed_diffusion(task.equation), solver.corrector, solver.n
-    corrector.check(task.x0)
-    ends = task.times[1:]
+    process, corrector, n, noise = reversed_diffusion(problem.equation), solver.corrector, solver.n, problem.noise
+    if not isinstance(noise, AbstractStreams):
+        raise TypeError(f"correctors take noise from a BrownianPath, not from {type(noise).__name__}")
+    if not (corrector.affine or isinstance(noise, BrownianPath)):
+        raise ValueError("a corrector whose step size depends on state and noise is not affine: no exact law is known")
+    corrector.check(problem.x0)
+    field, state = problem.watched.field, tuple(problem.x0.shape[1:])
+    ends = problem.times[1:]
     noisy = process.sigma(ends) > 0
-    times = torch.where(noisy, ends, task.times[:-1])
+    times = torch.where(noisy, ends, problem.times[:-1])
     scales = torch.where(noisy, corrector.scales(process, times), 0.0)
     numbers = torch.stack([times, scales], dim=1)
-    columns, sources = predictor.columns, len(predictor.sources)
+    skipped = ~noisy.reshape(problem.steps, -1).all(1, keepdim=True)
+    time, part = predictor.columns, predictor.parts
 
-    def step(inputs: Inputs) -> Sequence[Tensor]:
-        ours = dataclasses.replace(inputs, noises=inputs.noises[:sources], row=inputs.row[:columns])
-        x, *memory = predictor.step(ours)
-        t, scale = inputs.row[columns:].unbind(0)
+    def step(context: StepContext, states: States) -> States:
+        x, *memory = predictor.step(context, states)
+        if context.skips(part):
+            return (x, *memory)
+        draws, first = context.corrections()
         for i in range(n):
-            x = corrector.correct(task.watched.field, x, t, scale, _Given(inputs.noises[sources][:, i]), i)
+            x = corrector.correct(field, x, context.number(time), context.number(time + 1), draws, first + i)
         return (x, *memory)
 
-    return Recipe(
-        step,
-        predictor.memory,
-        lambda: (*predictor.noises(), (n, *task.x0.shape[1:])),
-        numbers if predictor.numbers is None else torch.cat([predictor.numbers, numbers], dim=1),
-        (*predictor.sources, (path.correctors(n), n)),
+    return dataclasses.replace(
+        predictor,
+        step=step,
+        correcting=NoiseSource(noise.correctors(n), n, lambda: (n, *state)),
+        table=numbers if predictor.table is None else torch.cat([predictor.table, numbers], dim=1),
+        skipped=skipped if predictor.skipped is None else torch.cat([predictor.skipped, skipped], dim=1),
     )
-
-
-@final
-class _Given(AbstractNoise):
-    """Normals that are there already."""
-
-    def __init__(self, z: Tensor) -> None:
-        self._z = z
-
-    def increments(
-        self,
-        times: Tensor,
-        shape: tuple[int, ...],
-        *,
-        step: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        return self._z[None]
-
-    def bridge(
-        self,
-        step: int,
-        theta: float,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        raise NotImplementedError("these normals belong to no path")
-
-
-def increment_shapes(task: Task) -> tuple[tuple[int, ...], ...]:
-    """Shape of the Brownian increment for one path, found without evaluating the diffusion on the whole batch."""
-    sde, x0 = task.watched, task.x0
-    state = tuple(x0.shape[1:])
-    if sde.noise is Noise.NONE:
-        return ()
-    t = task.times[0].to(x0)
-    if task.solver.own_component_diffusion and sde.noise is Noise.DIAGONAL:
-        with torch.no_grad():
-            check_own_component(sde, x0.detach(), t)
-    if sde.noise not in (Noise.ADDITIVE, Noise.GENERAL):
-        return (noise_shape(sde.noise, x0),)
-    signature = Signature(x0.dtype, x0.device, (state,), (), 0, len(x0))
-    g = traced_shape(lambda inputs: sde.diffusion(inputs.states[0], inputs.t0), signature)
-    return ((g[-1],) if len(g) == x0.ndim + 1 else state,)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of
-from sdesolve.brownian import AbstractNoise
-from sdesolve.sde import AbstractSDE, Noise, per_sample
-from sdesolve.solvers.base import Span
+from sdesolve.sde import per_sample
 
 SaveAt = Sequence[float] | Tensor | Literal["grid"] | None
 Observable = Callable[[Tensor], Tensor]
@@ -104,24 +102,10 @@ class SavePlan:
         for slot in self.on_grid.get(k, ()):
             self._keep(slot, x)
 
-    def within_step(
-        self,
-        k: int,
-        sde: AbstractSDE,
-        x: Tensor,
-        x_next: Tensor,
-        span: Span,
-        noise: AbstractNoise,
-        shape: tuple[int, ...],
-    ) -> None:
-        """Keeps the states asked for inside step ``k``."""
+    def within_step(self, k: int, between: Callable[[float], Tensor]) -> None:
+        """Keeps the states asked for inside step ``k``, given by the fraction of the step."""
         for slot, theta in self.inside.get(k, ()):
-            if sde.noise is Noise.NONE:
-                self._keep(slot, _hermite(sde, x, x_next, span, theta))
-            else:
-                b = noise.bridge(k, theta, shape, dtype=x.dtype, device=x.device)
-                chord = x + theta * (x_next - x)
-                self._keep(slot, chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b))
+            self._keep(slot, between(theta))
 
     def fill(self, slot: int, x: Tensor, rows: Tensor) -> None:
         """Keeps the ``rows: (batch,)`` of a state that samples reach one after another."""
@@ -147,15 +131,3 @@ def observed(observable: Observable, x: Tensor) -> Tensor:
             f"{tuple(x.shape)}; got {got}"
         )
     return y
-
-
-def _hermite(sde: AbstractSDE, x: Tensor, x_next: Tensor, span: Span, theta: float) -> Tensor:
-    """The cubic through both states with both slopes; the quadratic without the last one where there is none.
-
-    A score that divides by the noise level has no value at the end of a grid that ends at clean data.
-    """
-    f0, f1 = sde.drift(x, span.t0), sde.drift(x_next, span.t1)
-    a, b = theta * (1 - theta) ** 2, theta**2 * (theta - 1)
-    h = theta**2 * (3 - 2 * theta)
-    cubic = x + h * (x_next - x) + span.dt * (a * f0 + b * f1)
-    return torch.where(cubic.isfinite(), cubic, x + theta**2 * (x_next - x) + theta * (1 - theta) * span.dt * f0)

@@ -3,8 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple, final
 
 from torch import Tensor
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What an executor leaves.
+
+    Attributes:
+        x1: final state, ``(batch, *state)``.
+        xs: saved states or observations ``(times, batch, *values)``; means ``(times, *values)`` if there are variances.
+        variances: over the batch.
+        steps: taken; with an adaptive solver, the most of any sample.
+        evaluations: of the drift, saving included.
+        execution: what ran.
+        reason: which kernel, or what follows each step; may be empty.
+        source: of the generated kernel, if one ran.
+        adaptive: counts of each sample, with an adaptive solver.
+    """
+
+    x1: Tensor
+    xs: Tensor
+    variances: Tensor | None
+    steps: int
+    evaluations: int
+    execution: str
+    reason: str
+    source: str | None = None
+    adaptive: AdaptiveCounts | None = None
+
+
+class AdaptiveCounts(NamedTuple):
+    """What each sample's steps took, ``(batch,)`` each: steps, attempts thrown away, drift evaluations."""
+
+    accepted: Tensor
+    rejected: Tensor
+    evaluations: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +52,7 @@ class Stats:
         solver: name of the solver.
         steps: steps taken.
         nfe: evaluations of the drift (for a reverse SDE or probability flow, of the score), saving included.
-        backend: what ran: ``fused``, the whole trajectory in one generated kernel; ``kernel``, one kernel for each
+        execution: what ran: ``fused``, the whole trajectory in one generated kernel; ``kernel``, one kernel for each
             step; or ``eager``, the solver's step in torch.
         reason: which kernel, or why no faster one.
         seed: seed of the driving noise; ``None`` for an ODE or for noise that has none.
@@ -28,13 +65,18 @@ class Stats:
     solver: str
     steps: int
     nfe: int
-    backend: str
+    execution: str
     reason: str
     seed: int | None = None
     source: str | None = None
     accepted: Tensor | None = None
     rejected: Tensor | None = None
     evaluations: Tensor | None = None
+
+    @property
+    def backend(self) -> str:
+        """The same as `execution`, named as the argument of `solve`."""
+        return self.execution
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,18 +6,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdesolve import grids
 from sdesolve._internal.arguments import whole_number
-from sdesolve.brownian import AbstractNoise, BrownianPath, Increments
-from sdesolve.integrate.adaptive import solve_adaptively
-from sdesolve.integrate.checks import all_finite, check_pair, check_process_times, check_state
-from sdesolve.integrate.integration import Watched, stepwise
+from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments
+from sdesolve.integrate.checks import check_pair, check_process_times, check_state
+from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
+from sdesolve.integrate.lowering import lower
+from sdesolve.integrate.problem import Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
-from sdesolve.integrate.solution import Solution, Stats
+from sdesolve.integrate.solution import Saved, Solution, Stats
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
-from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 
@@ -32,7 +31,7 @@ def solve(
     t1: float | Tensor | None = None,
     steps: int | None = None,
     *,
-    solver: AbstractSolver | AbstractAdaptive,
+    solver: AbstractSolver,
     grid: Tensor | None = None,
     seed: int | None = None,
     noise: AbstractNoise | None = None,
@@ -85,6 +84,9 @@ def solve(
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
+    for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     check_pair(solver, sde)
     check_state(x0)
     if params is not None:
@@ -94,81 +96,120 @@ def solve(
                 "hold their parameters"
             )
         sde = sde.with_params(params)
-    if isinstance(solver, AbstractAdaptive):
+    if solver.controller is None:
+        times = _grid_of(t0, t1, steps, grid, len(x0))
+    else:
         given = any(value is not None for value in (steps, grid, observable, reduce))
         if given or isinstance(save_at, str) or backend not in _PLAIN:
             raise ValueError(
                 f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
                 "for states between; no steps, grid, observable, reduce or kernel backend"
             )
-        ends = _grid_of(t0, t1, 1, None, len(x0))
-        check_process_times(sde, ends)
-        return solve_adaptively(sde, x0, ends, solver, save_at, progress=progress)
-    times = _grid_of(t0, t1, steps, grid, len(x0))
-    check_process_times(sde, times)
+        times = _grid_of(t0, t1, 1, None, len(x0))
     random = sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
-    noise = _noise_of(random, seed, noise, increments)
-    for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    watched = Watched(sde)
-    plan = SavePlan(times, save_at, observable, moments=reduce is not None)
-    if plan.inside and isinstance(solver, PredictorCorrector):
-        raise ValueError("a corrected chain has states at grid points alone; save_at holds times between them")
-    seed_used = noise.seed if isinstance(noise, BrownianPath) and random else None
-    why = ""
-    if backend in ("auto", "fused"):
-        from sdesolve.integrate.fused import Fused, fuse  # not with the package: the compiler is a third of its import
-        from sdesolve.integrate.lowering import Task
+    return integrate(
+        sde,
+        x0,
+        times,
+        solver=solver,
+        noise=_noise_of(random, seed, noise, increments),
+        save=SavePlan(times, save_at, observable, moments=reduce is not None),
+        backend=backend,
+        progress=progress,
+        check_finite=check_finite,
+    )
 
-        with tqdm(total=len(times) - 1, disable=not progress, unit="step", leave=False) as bar:
-            fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
-            bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)
-        if isinstance(fused, Fused):
-            if check_finite and not all_finite(fused.x1):
-                run = stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=True)
-                run.report_divergence(x0)
-                run.report_end(fused.x1)  # rounding took the kernel alone over the edge
-            stats = Stats(
-                solver=type(solver).__name__,
-                steps=len(times) - 1,
-                nfe=fused.evaluations,
-                backend="fused",
-                reason="the whole trajectory is one generated kernel"
-                + (f", traced in each call, as the functions hold {fused.anew}" if fused.anew else ""),
-                seed=seed_used,
-                source=fused.source,
-            )
-            return _solution(plan, fused.x1, fused.xs, fused.variances, stats)
-        if backend == "fused":
-            raise ValueError(f"this integration cannot be fused: {fused}. backend='auto' runs it in another way")
-        why = f"; not fused: {fused}"
-    run = stepwise(solver, sde, watched, noise, times, x0, check_finite, eager=backend == "eager")
-    if backend == "kernel" and run.stepper.backend != "kernel":
-        raise ValueError(f"no kernel does a step of this integration: {run.stepper.reason}")
-    x = x0
-    plan.at_grid_point(0, x)
-    states = enumerate(run.states(x0))
-    for k, (x_before, x, span) in tqdm(states, total=run.steps, disable=not progress, unit="step", leave=False):
-        plan.within_step(k, watched, x_before, x, span, noise, run.shape)
-        plan.at_grid_point(k + 1, x)
-    if check_finite and not all_finite(x):
-        run.report_divergence(x0)
+
+def integrate(
+    sde: AbstractSDE,
+    x0: State,
+    times: Tensor,
+    *,
+    solver: AbstractSolver,
+    noise: AbstractNoise,
+    save: SavePlan | None = None,
+    backend: Backend = "auto",
+    progress: bool = False,
+    check_finite: bool = True,
+) -> Solution:
+    """`solve` on times that are ready.
+
+    Args:
+        sde: as for `solve`, as are those that are not named here.
+        x0: ``(batch, *state)``.
+        times: the grid, as for `Problem`: the two ends for a solver that chooses its own steps.
+        solver: the scheme.
+        noise: what drives it.
+        save: which states to keep; the last by default.
+        backend: which executor.
+        progress: show a progress bar.
+        check_finite: refuse states that are not finite.
+    """
+    check_pair(solver, sde)
+    check_process_times(sde, times)
+    save = SavePlan(times, None) if save is None else save
+    problem = Problem(solver, sde, Watched(sde), noise, times, x0, save, check_finite, progress)
+    _check_plan(problem)
+    saved, reason = _executed(problem, backend)
+    adaptive = saved.adaptive
     stats = Stats(
         solver=type(solver).__name__,
-        steps=run.steps,
-        nfe=watched.evaluations,
-        backend=run.stepper.backend,
-        reason=run.stepper.reason + why,
-        seed=seed_used,
+        steps=saved.steps,
+        nfe=saved.evaluations,
+        execution=saved.execution,
+        reason=reason,
+        seed=noise.seed if isinstance(noise, BrownianPath) and problem.random else None,
+        source=saved.source,
+        accepted=adaptive and adaptive.accepted,
+        rejected=adaptive and adaptive.rejected,
+        evaluations=adaptive and adaptive.evaluations,
     )
-    return _solution(plan, x, plan.states(), plan.variances() if plan.moments else None, stats)
+    if saved.variances is None:
+        return Solution(x1=saved.x1, ts=save.ts, xs=saved.xs, stats=stats)
+    return Solution(saved.x1, save.ts, x0.new_empty(0, *x0.shape), stats, mean=saved.xs, variance=saved.variances)
 
 
-def _solution(plan: SavePlan, x1: Tensor, xs: Tensor, variances: Tensor | None, stats: Stats) -> Solution:
-    if variances is None:
-        return Solution(x1=x1, ts=plan.ts, xs=xs, stats=stats)
-    return Solution(x1, plan.ts, x1.new_empty(0, *x1.shape), stats, mean=xs, variance=variances)
+def _executed(problem: Problem, backend: Backend) -> tuple[Saved, str]:
+    """What the first executor leaves that can carry out the integration, and why no earlier one could."""
+    lowered = lower(problem)
+    passed: list[str] = []
+    for name in get_args(Backend)[1:] if backend == "auto" else (backend,):
+        try:
+            saved = _executor(name).run(problem, lowered)
+        except CannotExecute as met:
+            if backend != "auto":
+                raise ValueError(f"{_REFUSED[name]}: {met}. backend='auto' runs it in another way") from None
+            passed.append(f"{_PASSED[name]}{met}")
+            if met.begun is None:
+                continue
+            saved = met.begun.finish()
+        return saved, "; ".join(filter(None, [saved.reason, *passed])) or "requested"
+    raise AssertionError("the eager executor can carry out everything")
+
+
+_REFUSED = {"fused": "this integration cannot be fused", "kernel": "no kernel does a step of this integration"}
+_PASSED = {"fused": "not fused: ", "kernel": ""}
+
+
+def _executor(name: str) -> Executor:
+    if name == "fused":
+        from sdesolve.integrate.fused import Fused  # not with the package: the compiler is a third of its import
+
+        return Fused()
+    return RowKernels() if name == "kernel" else Eager()
+
+
+def _check_plan(problem: Problem) -> None:
+    """Refuses times between grid points where nothing is known of them."""
+    if not problem.save.inside or problem.solver.controller is not None:
+        return
+    if isinstance(problem.solver, PredictorCorrector):
+        raise ValueError("a corrected chain has states at grid points alone; save_at holds times between them")
+    if problem.random and not isinstance(problem.noise, AbstractPath):
+        raise ValueError(
+            f"noise of class {type(problem.noise).__name__} is known at grid points alone; put every time of save_at "
+            "on the grid"
+        )
 
 
 def _grid_of(

@@ -14,22 +14,21 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of
+from sdesolve.brownian import BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
 from sdesolve.integrate.solution import Solution
-from sdesolve.integrate.solve import solve
+from sdesolve.integrate.solve import integrate
 from sdesolve.likelihood.quantisation import Quantisation
 from sdesolve.likelihood.trace_estimators import AbstractDivergence, ExactTrace, Hutchinson
 from sdesolve.reverse import Score
 from sdesolve.sampling import check_same_process
 from sdesolve.sde import AbstractODE, AbstractPerSample, per_sample
-from sdesolve.solvers.adaptive import AbstractAdaptive
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.dormand_prince import DormandPrince
 from sdesolve.solvers.rk4 import RK4
 
 Ending = Literal["decoder", "density"] | Quantisation
-Solver = AbstractSolver | AbstractAdaptive
 _ENDINGS = ("decoder", "density")
 _EXACT_UP_TO = 64
 
@@ -97,7 +96,7 @@ def log_likelihood(
     x: Tensor,
     *,
     divergence: AbstractDivergence | None = None,
-    solver: Solver | None = None,
+    solver: AbstractSolver | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
     t_min: float | None = None,
@@ -119,7 +118,7 @@ def estimate_likelihood(
     x: Tensor,
     *,
     divergence: AbstractDivergence | None = None,
-    solver: Solver | None = None,
+    solver: AbstractSolver | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
     t_min: float | None = None,
@@ -235,7 +234,7 @@ def encode(
     score: Score,
     x: Tensor,
     *,
-    solver: Solver | None = None,
+    solver: AbstractSolver | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
     t_min: float | None = None,
@@ -255,7 +254,7 @@ def decode(
     score: Score,
     latent: Tensor,
     *,
-    solver: Solver | None = None,
+    solver: AbstractSolver | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
     t_min: float | None = None,
@@ -299,11 +298,9 @@ class _FlowWithDivergence(AbstractODE, AbstractPerSample):
 
 
 def _integrate(
-    ode: AbstractODE, x: Tensor, times: Tensor, solver: Solver, backend: Literal["auto", "eager"] = "auto"
+    ode: AbstractODE, x: Tensor, times: Tensor, solver: AbstractSolver, backend: Literal["auto", "eager"] = "auto"
 ) -> Solution:
-    if isinstance(solver, AbstractAdaptive):
-        return solve(ode, x, times[0], times[-1], solver=solver, backend=backend)
-    return solve(ode, x, grid=times, solver=solver, backend=backend)
+    return integrate(ode, x, times, solver=solver, noise=BrownianPath(0), backend=backend)
 
 
 def _log_prob(prior: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -329,15 +326,19 @@ def _check(process: AbstractDiffusion, score: Score, x: Tensor) -> None:
 
 
 def _way(
-    process: AbstractDiffusion, solver: Solver | None, steps: int | None, grid: Tensor | None, t_min: float | None
-) -> tuple[Tensor, Solver]:
+    process: AbstractDiffusion,
+    solver: AbstractSolver | None,
+    steps: int | None,
+    grid: Tensor | None,
+    t_min: float | None,
+) -> tuple[Tensor, AbstractSolver]:
     """Times from ``epsilon`` to ``t_max`` (the two ends for an adaptive solver), and the solver."""
     if steps is not None and grid is not None:
         raise ValueError("give steps, a number of them, or grid, explicit times, not both")
     fixed = steps is not None or grid is not None
     if solver is None:
         solver = RK4() if fixed else DormandPrince()
-    if fixed is isinstance(solver, AbstractAdaptive):
+    if fixed == (solver.controller is not None):
         need = "chooses its own steps: leave steps and grid out" if fixed else "needs steps= or grid="
         raise ValueError(f"{type(solver).__name__} {need}")
     if steps is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
-from sdesolve.brownian import AbstractPaths, BrownianPath
+from sdesolve.brownian import AbstractStreams, BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import all_finite, check_drift, check_state
 from sdesolve.integrate.solution import DivergenceError
@@ -75,7 +75,7 @@ class AnnealedLangevin:
         x0: Tensor,
         *,
         seed: int | None = None,
-        noise: AbstractPaths | None = None,
+        noise: AbstractStreams | None = None,
         denoise: bool = False,
     ) -> Tensor:
         """Samples ``(batch, *state)`` from start states ``x0`` of that shape.

@@ -11,7 +11,7 @@ import torch
 from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
-from sdesolve.brownian import AbstractNoise, AbstractPaths
+from sdesolve.brownian import AbstractNoise, AbstractStreams, Part
 
 _DRIVING, _CORRECTORS = 0, 1
 
@@ -25,7 +25,7 @@ class Numbers(abc.ABC):
 
 
 @final
-class OracleNoise(AbstractPaths):
+class OracleNoise(AbstractStreams):
     """The noise that the oracle runs samplers with: of a Brownian motion, or one normal after another.
 
     A sampler of this library asks for increments. Any other calls it: each call gives the next standard normals, of the
@@ -49,26 +49,13 @@ class OracleNoise(AbstractPaths):
         shape: tuple[int, ...],
         *,
         step: int = 0,
+        of: Part = "W",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
         z = self._numbers.take(self._stream, step, len(times) - 1, shape)
         scale = times.diff().abs().sqrt().reshape(-1, *(1,) * len(shape))
         return (z * scale).to(dtype=dtype, device=device)
-
-    def bridge(
-        self,
-        step: int,
-        theta: float,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        raise NotImplementedError(
-            "the moments of a chain are known for solvers that use increments of the Brownian motion alone; this one "
-            "asked for the path inside a step"
-        )
 
 
 @final

@@ -43,7 +43,7 @@ class SolverSampler:
     """A solver of this library as a `Sampler`."""
 
     def __init__(self, solver: AbstractSolver, stochasticity: float | None = None) -> None:
-        if not isinstance(solver, AbstractSolver):
+        if not isinstance(solver, AbstractSolver) or solver.controller is not None:
             raise TypeError(f"solver must be a fixed-step solver such as EulerMaruyama(), got {kind_of(solver)}")
         if stochasticity is None:
             stochasticity = solver.stochasticity

@@ -34,8 +34,15 @@ class AbstractNoiseMultistep(AbstractTabulated):
     evaluations = 1
 
     def __init__(self, order: int = 3) -> None:
-        self.order = self.ode_order = check_order(order, 4, type(self).__name__)
-        self.memory = order - 1
+        self.order = check_order(order, 4, type(self).__name__)
+
+    @property
+    def ode_order(self) -> int:
+        return self.order
+
+    @property
+    def memory(self) -> int:
+        return self.order - 1
 
     @abc.abstractmethod
     def variable(self, p: Schedule) -> Tensor:

@@ -8,7 +8,9 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve.brownian import Increment, Part
 from sdesolve.sde import AbstractSDE, Calculus, Noise
+from sdesolve.solvers.controller import StepController
 
 Supported = frozenset[tuple[Calculus, Noise]]
 
@@ -37,35 +39,64 @@ class Span:
 
 
 class AbstractSolver(abc.ABC):
-    """A fixed-step solver, with pure steps: either an `AbstractOneStep` or an `AbstractTabulated` one, or both.
+    """A solver, with pure steps: either an `AbstractOneStep` or an `AbstractTabulated` one, or both.
 
-    Two solvers of one class with the same settings are equal. Capabilities are attributes, compared with the SDE before
-    the first step:
-
-    Attributes:
-        supported: pairs of calculus and noise type that the scheme converges for.
-        strong_order: order of ``E|X_h - X|`` in the step size, on SDEs whose noise is neither additive nor none;
-            ``None`` if the scheme is for ODEs only, or for additive noise only.
-        weak_order: order of ``|E f(X_h) - E f(X)|``; ``None`` if the scheme is for ODEs only.
-        ode_order: order on an ODE; ``None`` if the scheme is not for ODEs.
-        evaluations: evaluations of the drift (for a reverse SDE or probability flow, of the score) a step.
-        stochasticity: of the reverse SDE that the scheme is made for (`ReverseSDE`), 0 being the probability flow;
-            ``None`` if it takes any.
-        own_component_diffusion: whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone.
+    Two solvers of one class with the same settings are equal. Capabilities are data, compared with the SDE before the
+    first step: a class attribute, or a property where they depend on the settings.
     """
 
-    supported: Supported
-    strong_order: float | None
-    weak_order: float | None
-    ode_order: int | None
-    evaluations: int
-    stochasticity: float | None = None
-    own_component_diffusion: bool = False
+    @property
+    @abc.abstractmethod
+    def supported(self) -> Supported:
+        """Pairs of calculus and noise type that the scheme converges for."""
+
+    @property
+    @abc.abstractmethod
+    def strong_order(self) -> float | None:
+        """Order of ``E|X_h - X|`` in the step size, on SDEs whose noise is neither additive nor none.
+
+        ``None`` if the scheme is for ODEs only, or for additive noise only.
+        """
+
+    @property
+    @abc.abstractmethod
+    def weak_order(self) -> float | None:
+        """Order of ``|E f(X_h) - E f(X)|``; ``None`` if the scheme is for ODEs only."""
+
+    @property
+    @abc.abstractmethod
+    def ode_order(self) -> int | None:
+        """Order on an ODE; ``None`` if the scheme is not for ODEs."""
+
+    @property
+    @abc.abstractmethod
+    def evaluations(self) -> int:
+        """Evaluations of the drift (for a reverse SDE or probability flow, of the score) a step."""
+
+    @property
+    def stochasticity(self) -> float | None:
+        """Of the reverse SDE that the scheme is made for (`ReverseSDE`), 0 being the flow; ``None`` for any."""
+        return None
+
+    @property
+    def own_component_diffusion(self) -> bool:
+        """Whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone."""
+        return False
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """Parts of the `Increment` that a step reads."""
+        return ("W",)
+
+    @property
+    def controller(self) -> StepController | None:
+        """How it chooses its own steps; ``None`` for a solver that takes those of a given grid."""
+        return None
 
     @final
     def settings(self) -> dict[str, object]:
         """What the solver was made with."""
-        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in _CAPABILITIES}
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     @final
     def __repr__(self) -> str:
@@ -80,20 +111,21 @@ class AbstractSolver(abc.ABC):
         return hash((type(self), *self.settings().items()))
 
 
-_CAPABILITIES = frozenset(AbstractSolver.__annotations__) | {"memory"}
-
-
 class AbstractOneStep(AbstractSolver):
     """A solver for any SDE of a supported kind: its step is a function of state, times and Brownian increment."""
 
     @abc.abstractmethod
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         """The state at ``span.t1`` from the state ``x: (batch, *state)`` at ``span.t0``.
 
-        ``dW`` is the Brownian increment over the step, of the shape that `AbstractSDE` tabulates; ``None`` for an ODE.
+        Args:
+            sde: the equation.
+            x: state.
+            span: the step in time.
+            noise: the Brownian motion over the step, with the parts that the solver `needs`; ``None`` for an ODE.
         """
 
 
-def noise_term(sde: AbstractSDE, x: Tensor, t: Tensor, dW: Tensor | None) -> Tensor | float:
-    """``g(x, t) dW``, and 0 for an ODE."""
-    return 0.0 if dW is None else sde.diffusion_product(x, t, dW)
+def noise_term(sde: AbstractSDE, x: Tensor, t: Tensor, noise: Increment | None) -> Tensor | float:
+    """``g(x, t) W``, and 0 for an ODE."""
+    return 0.0 if noise is None else sde.diffusion_product(x, t, noise.W)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import number
 from sdesolve.sde import AbstractSemilinear, Noise
-from sdesolve.solvers.base import supports
+from sdesolve.solvers.base import Supported, supports
 from sdesolve.solvers.schedule import Schedule
 from sdesolve.solvers.single_row import AbstractSingleRow, single_row
 from sdesolve.solvers.tabulated import Table
@@ -32,9 +32,23 @@ class DDIM(AbstractSingleRow):
     def __init__(self, eta: float = 0.0) -> None:
         if not 0.0 <= number(eta, "eta") <= 1.0:
             raise ValueError(f"eta scales the standard deviation of the noise and lies in [0, 1], got {eta}")
-        self.eta = self.stochasticity = float(eta)
-        self.supported = supports(ito=(Noise.ADDITIVE if eta else Noise.NONE,))
-        self.weak_order, self.ode_order = (1.0, None) if eta else (None, 1)
+        self.eta = float(eta)
+
+    @property
+    def supported(self) -> Supported:
+        return supports(ito=(Noise.ADDITIVE if self.eta else Noise.NONE,))
+
+    @property
+    def weak_order(self) -> float | None:
+        return 1.0 if self.eta else None
+
+    @property
+    def ode_order(self) -> int | None:
+        return None if self.eta else 1
+
+    @property
+    def stochasticity(self) -> float:
+        return self.eta
 
     def table(self, sde: AbstractSemilinear, times: Tensor) -> Table:
         p = Schedule.of(self, sde, times)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 from torch import Tensor
 
-from sdesolve._internal.arguments import number, whole_number
 from sdesolve.sde import Noise, per_sample
-from sdesolve.solvers.adaptive import AbstractAdaptive, Attempt, Slope
 from sdesolve.solvers.base import supports
+from sdesolve.solvers.embedded import AbstractEmbedded, Attempt, Slope
 
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
@@ -35,7 +33,7 @@ _DENSE = (
 
 
 @final
-class DormandPrince(AbstractAdaptive):
+class DormandPrince(AbstractEmbedded):
     """The 5(4) pair of Dormand and Prince with steps chosen for each sample alone: `solve` without ``steps``.
 
     Order 5, six drift evaluations an attempted step, for ODEs such as the probability flow. Every sample of a batch has
@@ -43,9 +41,8 @@ class DormandPrince(AbstractAdaptive):
     Samples that have arrived leave the batch by and by, unless the drift holds something for each row, such as labels,
     or couples them: then its slopes on a smaller batch, which are looked at first, are others or an error. What is not
     seen is a drift that cuts what it holds to the batch, as in ``labels[:len(x)]``, and does not use it just then.
-    Step sizes follow Hairer, Norsett and Wanner 1993 (section II.4): ``0.9 error^(-1/5)`` times the last one, within
-    factors 0.2 and 10, and no growth right after a rejection. States between steps come from the fourth-order
-    interpolant of their section II.6. Dormand and Prince 1980.
+    Step sizes are those of `StepController`. States between steps come from the fourth-order interpolant of Hairer,
+    Norsett and Wanner 1993, section II.6. Dormand and Prince 1980.
 
     Args:
         rtol: relative tolerance of a step, at least 4 times the rounding error of the state's dtype.
@@ -63,14 +60,10 @@ class DormandPrince(AbstractAdaptive):
 
     supported = supports(ito=(Noise.NONE,))
     ode_order = 5
+    strong_order = None
+    weak_order = None
     evaluations = 6
     error_order = 5
-
-    def __init__(self, rtol: float = 1e-5, atol: float = 1e-5, *, max_steps: int = 10_000) -> None:
-        if not (0.0 < number(rtol, "rtol") < math.inf and 0.0 <= number(atol, "atol") < math.inf):
-            raise ValueError(f"tolerances must be finite, rtol > 0 and atol >= 0, got rtol={rtol}, atol={atol}")
-        self.rtol, self.atol = float(rtol), float(atol)
-        self.max_steps = whole_number(max_steps, "max_steps", 1)
 
     def attempt(self, drift: Slope, x: Tensor, slope: Tensor, t: Tensor, dt: Tensor) -> Attempt:
         h = per_sample(dt.to(x.dtype), x)

@@ -8,11 +8,11 @@ from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.multistep import exponential_moments
 from sdesolve.solvers.schedule import Schedule, check_order
-from sdesolve.solvers.singlestep import AbstractRungeKutta, Stage
+from sdesolve.solvers.singlestep import AbstractSingleStep, Stage
 
 
 @final
-class DPMSolver(AbstractRungeKutta):
+class DPMSolver(AbstractSingleStep):
     """DPM-Solver-1, -2 and -3 for the probability flow: single step, of order 1, 2 and 3 with as many evaluations.
 
     The noise predicted is expanded in the log-SNR about the start of the step; stages stand at 1/2 of it for order 2
@@ -26,7 +26,15 @@ class DPMSolver(AbstractRungeKutta):
     weak_order = None
 
     def __init__(self, order: int = 3) -> None:
-        self.order = self.ode_order = self.evaluations = check_order(order, 3, type(self).__name__)
+        self.order = check_order(order, 3, type(self).__name__)
+
+    @property
+    def ode_order(self) -> int:
+        return self.order
+
+    @property
+    def evaluations(self) -> int:
+        return self.order
 
     def stages(self, start: Schedule, end: Schedule) -> list[Stage]:
         h = end.lam - start.lam

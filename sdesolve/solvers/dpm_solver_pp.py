@@ -36,7 +36,14 @@ class DPMSolverPP(AbstractDataMultistep):
 
     def __init__(self, order: int = 2) -> None:
         self.order = check_order(order, 3, type(self).__name__)
-        self.ode_order, self.memory = min(order, 2), order - 1
+
+    @property
+    def ode_order(self) -> int:
+        return min(self.order, 2)
+
+    @property
+    def memory(self) -> int:
+        return self.order - 1
 
     def weights(self, schedule: Schedule, a: Tensor) -> Tensor:
         return _expansion(schedule, self.order)
@@ -60,7 +67,14 @@ class SDEDPMSolverPP(AbstractDataMultistep):
 
     def __init__(self, order: int = 2) -> None:
         self.order = check_order(order, 3, type(self).__name__)
-        self.weak_order, self.memory = float(min(order, 2)), order - 1
+
+    @property
+    def weak_order(self) -> float:
+        return float(min(self.order, 2))
+
+    @property
+    def memory(self) -> int:
+        return self.order - 1
 
     def weights(self, schedule: Schedule, a: Tensor) -> Tensor:
         return _expansion(schedule, self.order)

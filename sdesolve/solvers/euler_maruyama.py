@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
 from sdesolve.solvers.single_row import AbstractSingleRow, single_row
@@ -26,9 +27,9 @@ class EulerMaruyama(AbstractSingleRow, AbstractOneStep):
     ode_order = 1
     evaluations = 1
 
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t, dt = span.t0, span.dt
-        return x + sde.drift(x, t) * dt + noise_term(sde, x, t, dW)
+        return x + sde.drift(x, t) * dt + noise_term(sde, x, t, noise)
 
     def table(self, sde: AbstractSemilinear, times: Tensor) -> Table | None:
         rates = sde.rates(times[:-1])

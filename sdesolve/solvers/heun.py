@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
 
@@ -25,8 +26,8 @@ class Heun(AbstractOneStep):
     ode_order = 2
     evaluations = 2
 
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t0, t1, dt = span.t0, span.t1, span.dt
-        f, g_dW = sde.drift(x, t0), noise_term(sde, x, t0, dW)
+        f, g_dW = sde.drift(x, t0), noise_term(sde, x, t0, noise)
         y = x + f * dt + g_dW
-        return x + 0.5 * (f + sde.drift(y, t1)) * dt + 0.5 * (g_dW + noise_term(sde, y, t1, dW))
+        return x + 0.5 * (f + sde.drift(y, t1)) * dt + 0.5 * (g_dW + noise_term(sde, y, t1, noise))

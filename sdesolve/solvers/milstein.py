@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.forward_mode import jvp
+from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Calculus, Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
@@ -31,11 +32,12 @@ class Milstein(AbstractOneStep):
     evaluations = 1
     own_component_diffusion = True
 
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t, dt = span.t0, span.dt
         euler = x + sde.drift(x, t) * dt
-        if dW is None:
+        if noise is None:
             return euler
+        dW = noise.W
         if sde.noise is Noise.ADDITIVE:
             return euler + sde.diffusion_product(x, t, dW)
         g, Lg = diffusion_and_derivative(sde, x, t)

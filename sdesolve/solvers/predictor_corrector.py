@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import final
 
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve.brownian import Part
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE
-from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.base import AbstractSolver, Supported
 from sdesolve.solvers.correctors import AbstractCorrector
 
 
@@ -37,17 +38,44 @@ class PredictorCorrector(AbstractSolver):
     """
 
     def __init__(self, predictor: AbstractSolver, corrector: AbstractCorrector, n: int = 1) -> None:
-        if not isinstance(predictor, AbstractSolver) or isinstance(predictor, PredictorCorrector):
+        fixed = isinstance(predictor, AbstractSolver) and predictor.controller is None
+        if not fixed or isinstance(predictor, PredictorCorrector):
             raise TypeError(f"predictor must be a fixed-step solver such as EulerMaruyama(), got {kind_of(predictor)}")
         if not isinstance(corrector, AbstractCorrector):
             raise TypeError(f"corrector must be one such as LangevinCorrector(snr=0.16), got {kind_of(corrector)}")
         self.predictor, self.corrector, self.n = predictor, corrector, whole_number(n, "n", 1)
-        self.supported = predictor.supported
-        self.strong_order, self.weak_order = predictor.strong_order, predictor.weak_order
-        self.ode_order = predictor.ode_order
-        self.evaluations = predictor.evaluations + self.n
-        self.own_component_diffusion = predictor.own_component_diffusion
-        self.stochasticity = predictor.stochasticity
+
+    @property
+    def supported(self) -> Supported:
+        return self.predictor.supported
+
+    @property
+    def strong_order(self) -> float | None:
+        return self.predictor.strong_order
+
+    @property
+    def weak_order(self) -> float | None:
+        return self.predictor.weak_order
+
+    @property
+    def ode_order(self) -> int | None:
+        return self.predictor.ode_order
+
+    @property
+    def evaluations(self) -> int:
+        return self.predictor.evaluations + self.n
+
+    @property
+    def own_component_diffusion(self) -> bool:
+        return self.predictor.own_component_diffusion
+
+    @property
+    def stochasticity(self) -> float | None:
+        return self.predictor.stochasticity
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        return self.predictor.needs
 
 
 def reversed_diffusion(sde: AbstractSDE) -> AbstractDiffusion:

@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
@@ -20,7 +21,7 @@ class RK4(AbstractOneStep):
     ode_order = 4
     evaluations = 4
 
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, dW: Tensor | None) -> Tensor:
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         dt, middle = span.dt, span.at(0.5)
         k1 = sde.drift(x, span.t0)
         k2 = sde.drift(x + 0.5 * dt * k1, middle)

@@ -40,9 +40,18 @@ class SASolver(AbstractPredictorCorrectorMultistep):
             raise ValueError(f"{name} has correctors of order 0 (none) to 3, got {corrector}")
         self.predictor = check_order(predictor, 3 if corrector else 4, f"{name} with corrector {corrector}")
         self.corrector = corrector
-        self.memory = max(predictor, corrector) if corrector else predictor - 1
-        self.ode_order = min(predictor, corrector) + 1 if corrector else predictor
-        self.weak_order = min(2.0, self.ode_order)
+
+    @property
+    def ode_order(self) -> int:
+        return min(self.predictor, self.corrector) + 1 if self.corrector else self.predictor
+
+    @property
+    def weak_order(self) -> float:
+        return min(2.0, self.ode_order)
+
+    @property
+    def memory(self) -> int:
+        return max(self.predictor, self.corrector) if self.corrector else self.predictor - 1
 
     def predicting(self, p: Schedule) -> Tensor:
         return exact_weights(p, p.orders(self.predictor), corrects=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import number
 from sdesolve.sde import AbstractSemilinear, Noise
-from sdesolve.solvers.base import supports
+from sdesolve.solvers.base import Supported, supports
 from sdesolve.solvers.schedule import Schedule
 from sdesolve.solvers.tabulated import AbstractTabulated, Evaluate, Row, Table
 
@@ -24,7 +24,7 @@ class Stage(NamedTuple):
     weights: list[Tensor]
 
 
-class AbstractRungeKutta(AbstractTabulated):
+class AbstractSingleStep(AbstractTabulated):
     """Explicit Runge-Kutta in ``rho = sigma / alpha``, where the flow of a linear diffusion is ``d(x/alpha) = e drho``.
 
     ``e = -sigma s`` is the noise predicted. The score is evaluated at the start and at the end of every stage but the
@@ -91,7 +91,7 @@ class AbstractRungeKutta(AbstractTabulated):
         return torch.where(churned, t, here.times)
 
 
-class AbstractChurned(AbstractRungeKutta):
+class AbstractChurned(AbstractSingleStep):
     """A second-order method on the flow that may add noise before each step: "churn".
 
     With churn, each step first goes back to a higher noise level ``rho^ >= rho`` by adding noise of standard deviation
@@ -129,6 +129,19 @@ class AbstractChurned(AbstractRungeKutta):
             raise ValueError(f"{name} without churn is deterministic: churn_range and churn_noise need churn > 0")
         self.churn, self.churn_range = float(churn), (float(churn_range[0]), float(churn_range[1]))
         self.churn_noise = float(churn_noise)
-        self.supported = supports(ito=(Noise.ADDITIVE if churn else Noise.NONE,))
-        self.stochasticity = 1.0 if churn else 0.0
-        self.weak_order, self.ode_order = (2.0, None) if churn else (None, 2)
+
+    @property
+    def supported(self) -> Supported:
+        return supports(ito=(Noise.ADDITIVE if self.churn else Noise.NONE,))
+
+    @property
+    def stochasticity(self) -> float:
+        return 1.0 if self.churn else 0.0
+
+    @property
+    def weak_order(self) -> float | None:
+        return 2.0 if self.churn else None
+
+    @property
+    def ode_order(self) -> int | None:
+        return None if self.churn else 2

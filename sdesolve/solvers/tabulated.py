@@ -65,13 +65,12 @@ class Table:
 
 
 class AbstractTabulated(AbstractSolver):
-    """A solver whose steps on a semilinear equation are rows of a `Table`.
+    """A solver whose steps on a semilinear equation are rows of a `Table`."""
 
-    Attributes:
-        memory: tensors of the state's shape that are carried from step to step beside the state; zero at the start.
-    """
-
-    memory: int = 0
+    @property
+    def memory(self) -> int:
+        """Tensors of the state's shape that are carried from step to step beside the state; zero at the start."""
+        return 0
 
     @abc.abstractmethod
     def table(self, sde: AbstractSemilinear, times: Tensor) -> Table | None:
@@ -100,6 +99,24 @@ def none_skipped(times: Tensor, evaluations: int) -> Tensor:
     return torch.zeros(len(times) - 1, evaluations, dtype=torch.bool, device="cpu")
 
 
+def torch_row(numbers: Tensor, z: Tensor | None) -> Row:
+    """A `Row` in plain torch: its definition, and what a tracer is shown.
+
+    Args:
+        numbers: ``(a, b_1, ..., b_K, c)``, ``(K + 2,)`` or ``(K + 2, batch)``.
+        z: standard normals like the state; ``None`` for a row without noise.
+    """
+
+    def combine(x: Tensor, *terms: Tensor) -> Tensor:
+        a, *b, c = (per_sample(number, x) for number in numbers.unbind(0))
+        total = a * x
+        for b_i, term in zip(b, terms, strict=True):
+            total = total + b_i * term
+        return total if z is None else total + c * z
+
+    return combine
+
+
 def row_step(
     solver: AbstractTabulated,
     field: Callable[[Tensor, Tensor], Tensor],
@@ -108,9 +125,8 @@ def row_step(
     normals: Sequence[Tensor | None],
     x: Tensor,
     memory: tuple[Tensor, ...],
-    skipped: Sequence[bool] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One step in plain torch, a pure function of numbers and tensors: the definition, and what a tracer is shown.
+    """State and memory after one step with given numbers, in plain torch.
 
     Args:
         solver: the scheme.
@@ -120,20 +136,6 @@ def row_step(
         normals: for each row, standard normals like ``x``, or ``None`` for a row without noise.
         x: the state.
         memory: what the solver carries.
-        skipped: evaluations not to make; by default all are made, and what is not needed is multiplied by 0.
     """
-
-    def evaluate(y: Tensor, i: int = 0) -> Tensor:
-        return y if skipped is not None and skipped[i] else field(y, times[i])
-
-    def row(numbers: Tensor, z: Tensor | None) -> Row:
-        def combine(y: Tensor, *terms: Tensor) -> Tensor:
-            a, *b, c = (per_sample(number, y) for number in numbers.unbind(0))
-            total = a * y
-            for b_i, term in zip(b, terms, strict=True):
-                total = total + b_i * term
-            return total if z is None else total + c * z
-
-        return combine
-
-    return solver.advance(evaluate, [row(*pair) for pair in zip(rows, normals, strict=True)], x, memory)
+    made = [torch_row(*pair) for pair in zip(rows, normals, strict=True)]
+    return solver.advance(lambda y, i=0: field(y, times[i]), made, x, memory)

@@ -38,7 +38,14 @@ class UniPC(AbstractPredictorCorrectorMultistep):
         if variant not in ("bh1", "bh2"):
             raise ValueError(f"variant must be 'bh1' or 'bh2', got {variant!r}")
         self.order, self.variant = check_order(order, 3, type(self).__name__), variant
-        self.memory, self.ode_order = order, order + 1
+
+    @property
+    def ode_order(self) -> int:
+        return self.order + 1
+
+    @property
+    def memory(self) -> int:
+        return self.order
 
     def predicting(self, p: Schedule) -> Tensor:
         orders = p.orders(self.order)

@@ -101,6 +101,12 @@ def test_their_solver_gives_the_law_of_our_process_in_one_line():
     assert abs(float(x1.var()) / variance - 1) < 4 * math.sqrt(2 / n)
 
 
+def solve_along(solver=None, save_at=None):
+    sde = sds.VP().reverse(lambda x, t: -x)
+    solver, noise = solver or sds.EulerMaruyama(), TorchSDENoise(interval(2))
+    return sds.solve(sde, torch.zeros(5, 2).double(), 0.9, 0.1, 2, solver=solver, noise=noise, save_at=save_at)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -113,7 +119,8 @@ def test_their_solver_gives_the_law_of_our_process_in_one_line():
         (lambda: ToTorchSDE(Theirs("scalar"), torch.ones(2, 2), 0.0, 1.0), TypeError, "must be an SDE or process"),
         (lambda: ToTorchSDE(sds.VP(), torch.ones(2, 2).long(), 0.0, 1.0), TypeError, "x0 must be float32 or float64"),
         (lambda: TorchSDENoise(3), TypeError, "must be a BrownianInterval of torchsde, got int"),
-        (lambda: TorchSDENoise(interval(2)).bridge(0, 0.5, (5, 2)), ValueError, "put every time of save_at on"),
+        (lambda: solve_along(save_at=[0.3]), ValueError, "put every time of save_at on"),
+        (lambda: solve_along(solver=sds.SDEDPMSolverPP()), ValueError, "take EulerMaruyama"),
         (lambda: TorchSDENoise(interval(2)).increments(torch.arange(2.0), (5, 3)), ValueError, r"with size=\(5, 3\)"),
         (lambda: TorchSDENoise(interval(2)).increments(torch.ones(3, 5), (5, 2)), ValueError, "one time for all"),
     ],

@@ -1,0 +1,288 @@
+"""What an executor is, and the two that go step by step: by one kernel for each row, and in plain torch."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from typing import Protocol, final
+
+import torch
+from sdesolve_kernels import euler_maruyama_step, linear_step
+from torch import Tensor
+from tqdm import tqdm
+
+from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place
+from sdesolve.integrate.adaptive import integrate_adaptively
+from sdesolve.integrate.checks import all_finite
+from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
+from sdesolve.integrate.non_finite import refuse_nonfinite
+from sdesolve.integrate.problem import Problem
+from sdesolve.integrate.solution import Saved
+from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.solvers.base import AbstractOneStep, Span
+from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.tabulated import Row, torch_row
+
+# Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
+# it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.
+_CHUNK_NORMALS = 64
+_CHUNK_ELEMENTS = 1 << 20
+_SPANS = 64  # steps whose times are made tensors at once
+
+
+class CannotExecute(Exception):
+    """An executor cannot carry out an integration; the message says why.
+
+    Attributes:
+        begun: the integration step by step, if its first step has been taken already. The next executor goes on with
+            it, and does not call the user's functions for that step again.
+    """
+
+    def __init__(self, reason: str, begun: Stepwise | None = None) -> None:
+        super().__init__(reason)
+        self.begun = begun
+
+
+class Executor(Protocol):
+    """A way to carry out an integration."""
+
+    def run(self, problem: Problem, lowered: Lowered) -> Saved:
+        """Carries it out.
+
+        Raises:
+            CannotExecute: not this one, or not in this way.
+        """
+
+
+class AbstractSteppedContext(StepContext):
+    """What step ``k`` reads, for executors that go from step to step."""
+
+    def __init__(self, lowered: Lowered, numbers: Tensor | None) -> None:
+        self._k, self._correcting = 0, lowered.correcting
+        self._numbers = None if numbers is None else numbers.unbind(0)
+        self._skipped = None if lowered.skipped is None else lowered.skipped.tolist()
+
+    def begin(self, k: int, span: Span) -> None:
+        """Turns to step ``k``."""
+        self._k, self.span = k, span
+
+    @final
+    def number(self, column: int) -> Tensor:
+        assert self._numbers is not None
+        return self._numbers[self._k][column]
+
+    @final
+    def skips(self, part: int) -> bool:
+        return self._skipped is not None and self._skipped[self._k][part]
+
+    @final
+    def corrections(self) -> tuple[AbstractNoise, int]:
+        assert self._correcting is not None
+        return self._correcting.noise, self._k * self._correcting.draws
+
+
+@final
+class TorchContext(AbstractSteppedContext):
+    """Rows in plain torch, with noise drawn for a run of steps at a time."""
+
+    def __init__(self, problem: Problem, lowered: Lowered) -> None:
+        super().__init__(lowered, None if lowered.table is None else lowered.table.to(problem.x0))
+        self._problem, self._driving = problem, lowered.driving
+        self._first, self._drawn = 0, [problem.x0.new_empty(0)] * len(lowered.driving)
+
+    def begin(self, k: int, span: Span) -> None:
+        super().begin(k, span)
+        if self._driving and not self._first <= k < self._first + len(self._drawn[0]):
+            self._first, self._drawn = k, [self._draw(source, k) for source in self._driving]
+
+    def row(self, columns: slice, draw: int | None) -> Row:
+        assert self._numbers is not None
+        z = None if draw is None else self._drawn[0][self._k - self._first, draw]
+        return torch_row(self._numbers[self._k][columns], z)
+
+    def increment(self) -> Increment | None:
+        if not self._driving:
+            return None
+        parts = zip(self._driving, self._drawn, strict=True)
+        return Increment(**{str(source.of): drawn[self._k - self._first] for source, drawn in parts})
+
+    def _draw(self, source: NoiseSource, k: int) -> Tensor:
+        """Numbers of steps ``k ...``: increments of the path, or unit normals ``(steps, draws, batch, *state)``."""
+        problem, batch, shape = self._problem, len(self._problem.x0), source.shape()
+        a_path, total = math.prod(shape), math.prod(shape) * batch
+        steps = max(1, min(_CHUNK_NORMALS // max(a_path, 1), _CHUNK_ELEMENTS // max(total, 1), problem.steps - k))
+        make = functools.partial(source.noise.increments, dtype=problem.x0.dtype, device=problem.x0.device)
+        if source.of is not None:
+            times = problem.times[k : k + steps + 1]
+            if source.of == "W":  # which every noise makes
+                return make(times, (batch, *shape), step=k)
+            return make(times, (batch, *shape), step=k, of=source.of)
+        # Steps of unit length, so that increments are standard normals.
+        unit = torch.arange(steps * source.draws + 1, dtype=torch.float64, device="cpu")
+        z = make(unit, (batch, *shape[1:]), step=k * source.draws)
+        return z.reshape(steps, source.draws, batch, *shape[1:])
+
+
+class KernelContext(AbstractSteppedContext):
+    """Each row as one ``linear_step`` kernel, which makes its noise itself."""
+
+    def __init__(self, lowered: Lowered, dtype: torch.dtype, device: torch.device) -> None:
+        table = None if lowered.table is None else lowered.table.to(dtype=dtype, device=device)
+        super().__init__(lowered, table)
+        self._table, self._rows = table, dict[int, Tensor]()
+        self._draws = lowered.driving[0].draws if lowered.driving else 0
+
+    @abc.abstractmethod
+    def offset(self, draw: int) -> Place:
+        """Coordinates of draw ``draw`` of the whole integration."""
+
+    @final
+    def row(self, columns: slice, draw: int | None) -> Row:
+        assert self._table is not None
+        table = self._rows.get(columns.start)
+        if table is None:
+            table = self._rows[columns.start] = self._table[:, columns].contiguous()
+        k, noisy, where = self._k, draw is not None, self.offset(self._k * self._draws + (draw or 0))
+        return lambda x, *terms: linear_step(x, terms, table, k, stochastic=noisy, **where)
+
+    @final
+    def increment(self) -> Increment | None:
+        raise AssertionError("a kernel makes its own noise")
+
+    @final
+    def one_step(self, solver: AbstractOneStep, sde: AbstractSDE, x: Tensor) -> Tensor:
+        """Euler-Maruyama with elementwise noise: the row ``(1, dt, g sqrt|dt|)``."""
+        t, dt = self.span.t0, self.span.dt
+        f, g = sde.drift(x, t), sde.diffusion(x, t)
+        if g.ndim > 1 and g.shape != x.shape:
+            g = g.expand_as(x)
+        return euler_maruyama_step(x, f, g, dt.reshape(-1) if dt.ndim else dt, **self.offset(self._k))
+
+
+@final
+class _PathContext(KernelContext):
+    """Rows by kernel on the noise of a path."""
+
+    def __init__(self, problem: Problem, lowered: Lowered) -> None:
+        super().__init__(lowered, problem.x0.dtype, problem.x0.device)
+        # An ODE makes no noise, so any coordinates do.
+        self._path = problem.noise if isinstance(problem.noise, BrownianPath) else BrownianPath(0)
+        self._first = self._path.place(0)
+
+    def offset(self, draw: int) -> Place:
+        return {**self._first, "step": self._first["step"] + draw}
+
+
+@final
+class Stepwise:
+    """An integration carried out step by step; can be gone through again, because noise can.
+
+    Attributes:
+        k: steps taken.
+        states: the state after them, and what the solver carries beside it.
+    """
+
+    def __init__(
+        self, problem: Problem, lowered: Lowered, context: AbstractSteppedContext, execution: str, reason: str
+    ) -> None:
+        self.problem, self._lowered, self._context = problem, lowered, context
+        after = "" if lowered.correcting is None else f"{lowered.correcting.draws} corrector step(s) after each"
+        self._execution, self._reason = execution, "; ".join(filter(None, [reason, after]))
+        self._spans: list[Span] = []
+        self._spans_from = 0
+        self.k, self.states = 0, lowered.start(problem.x0)
+        problem.watched.checking = True
+        problem.save.at_grid_point(0, problem.x0)
+
+    def advance(self) -> None:
+        """Takes the next step, and keeps the states that were asked for."""
+        k, problem, x = self.k, self.problem, self.states[0]
+        span, self.states = self._after(k, self.states)
+        on_host = x.device.type == "cpu"  # elsewhere a look at the values would wait for the device
+        if problem.watched.checking and problem.check_finite and on_host:
+            refuse_nonfinite(problem, k, x, self.states[0], span)
+        problem.watched.checking = False
+        x_next = self.states[0]
+        problem.save.within_step(k, lambda theta: problem.between(k, theta, x, x_next, span))
+        problem.save.at_grid_point(k + 1, self.states[0])
+        self.k = k + 1
+
+    def finish(self) -> Saved:
+        """Takes the steps that are left.
+
+        Raises:
+            DivergenceError: the state is not finite at the end.
+        """
+        problem = self.problem
+        left = range(self.k, problem.steps)
+        for _ in tqdm(left, disable=not problem.progress, unit="step", leave=False):
+            self.advance()
+        if problem.check_finite and not all_finite(self.states[0]):
+            self.report_divergence()
+        save = problem.save
+        return Saved(
+            self.states[0],
+            save.states(),
+            save.variances() if save.moments else None,
+            problem.steps,
+            problem.watched.evaluations,
+            self._execution,
+            self._reason,
+        )
+
+    def report_divergence(self) -> None:
+        """Goes through the integration again, and refuses the first step that gives a state that is not finite."""
+        states = self._lowered.start(self.problem.x0)
+        with torch.no_grad():
+            for k in range(self.problem.steps):
+                x = states[0]
+                span, states = self._after(k, states)
+                refuse_nonfinite(self.problem, k, x, states[0], span)
+
+    def _after(self, k: int, states: tuple[Tensor, ...]) -> tuple[Span, tuple[Tensor, ...]]:
+        if not self._spans_from <= k < self._spans_from + len(self._spans):
+            self._spans, self._spans_from = self.problem.spans(k, _SPANS), k
+        span = self._spans[k - self._spans_from]
+        self._context.begin(k, span)
+        return span, self._lowered.step(self._context, states)
+
+
+@final
+class RowKernels:
+    """One kernel for each row of a step: of a table, or the row of Euler-Maruyama on elementwise noise."""
+
+    def run(self, problem: Problem, lowered: Lowered) -> Saved:
+        return self.begin(problem, lowered).finish()
+
+    def begin(self, problem: Problem, lowered: Lowered) -> Stepwise:
+        """Gets ready for the first step; raises what `Executor.run` does."""
+        sde, path = problem.watched, problem.noise
+        if problem.solver.controller is not None:
+            raise CannotExecute(f"{type(problem.solver).__name__} chooses its own steps and runs eagerly")
+        if sde.noise is not Noise.NONE and not (isinstance(path, BrownianPath) and path.plain):
+            raise CannotExecute(
+                "the noise is not a plain sequence of normals: coarse or weak increments, or a noise of another class"
+            )
+        solver = lowered.one_step
+        if solver is None:
+            reason = "each row of a step is one linear_step kernel, with coefficients tabulated in float64"
+        elif isinstance(solver, EulerMaruyama) and problem.increment.elementwise:
+            reason = "each step is one euler_maruyama_step kernel"
+        else:
+            raise CannotExecute(f"no kernel does {type(solver).__name__} on {sde.noise} noise; its step runs in torch")
+        return Stepwise(problem, lowered, _PathContext(problem, lowered), "kernel", reason)
+
+
+@final
+class Eager:
+    """The solver's own step in plain torch; for an adaptive solver, with steps that each sample chooses for itself."""
+
+    def run(self, problem: Problem, lowered: Lowered) -> Saved:
+        if problem.solver.controller is not None:
+            return integrate_adaptively(problem)
+        return self.begin(problem, lowered).finish()
+
+    def begin(self, problem: Problem, lowered: Lowered) -> Stepwise:
+        """Gets ready for the first step."""
+        return Stepwise(problem, lowered, TorchContext(problem, lowered), "eager", "")

@@ -1,0 +1,155 @@
+"""One integration, prepared: everything that lowering and the executors need, made once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath
+from sdesolve.integrate.checks import check_diffusion, check_drift, unchanged
+from sdesolve.integrate.save_at import SavePlan
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, is_matrix, noise_shape
+from sdesolve.solvers.base import AbstractSolver, Span
+from sdesolve.solvers.milstein import check_own_component
+from sdesolve.solvers.predictor_corrector import PredictorCorrector
+
+
+@final
+class Watched(AbstractSDE):
+    """An SDE that counts its drift evaluations, and checks what its functions return until told to stop."""
+
+    def __init__(self, sde: AbstractSDE) -> None:
+        self.noise, self.calculus, self._sde = sde.noise, sde.calculus, sde
+        self.evaluations, self.checking = 0, True
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        self.evaluations += 1
+        if not self.checking:
+            return self._sde.drift(x, t)
+        f = unchanged(self._sde.drift, x, t, "drift")
+        check_drift(f, x, t)
+        return f
+
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        """The score of a reverse SDE or probability flow, counted as one evaluation of the drift it makes."""
+        if not isinstance(self._sde, AbstractSemilinear):
+            raise TypeError(f"{type(self._sde).__name__} has no field")
+        self.evaluations += 1
+        if not self.checking:
+            return self._sde.field(x, t)
+        s = unchanged(self._sde.field, x, t, "score")
+        check_drift(s, x, t, "score")
+        return s
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        if not self.checking:
+            return self._sde.diffusion(x, t)
+        g = unchanged(self._sde.diffusion, x, t, "diffusion")
+        check_diffusion(g, x, self.noise)
+        return g
+
+
+class IncrementShape(NamedTuple):
+    """Shape of a Brownian increment.
+
+    Attributes:
+        shape: ``(batch, *channels)``.
+        elementwise: whether element ``j`` of it drives element ``j`` of the state alone. The shape does not tell: a
+            square matrix diffusion has increments of the state's shape too.
+    """
+
+    shape: tuple[int, ...]
+    elementwise: bool
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An integration.
+
+    Attributes:
+        solver: the scheme.
+        equation: what the user passed.
+        watched: the same, counted and checked.
+        noise: what drives it.
+        times: the grid, ``(steps + 1,)`` or ``(steps + 1, batch)``, float64 on the host; the two ends for a solver that
+            chooses its own steps.
+        x0: ``(batch, *state)``.
+        save: which states to keep.
+        check_finite: raise `DivergenceError` when the state stops being finite.
+        progress: show a progress bar.
+    """
+
+    solver: AbstractSolver
+    equation: AbstractSDE
+    watched: Watched
+    noise: AbstractNoise
+    times: Tensor
+    x0: Tensor
+    save: SavePlan
+    check_finite: bool = True
+    progress: bool = False
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def random(self) -> bool:
+        """Whether it reads any noise."""
+        return self.equation.noise is not Noise.NONE or isinstance(self.solver, PredictorCorrector)
+
+    @property
+    def first_path(self) -> int:
+        """Path index of row 0."""
+        return self.noise.first_path if isinstance(self.noise, BrownianPath) else 0
+
+    @functools.cached_property
+    def increment(self) -> IncrementShape:
+        """Shape of the Brownian increment. Evaluates the diffusion once where the noise type does not settle it."""
+        sde, x0 = self.watched, self.x0
+        t = self.times[0].to(dtype=x0.dtype, device=x0.device)
+        g = None
+        with torch.no_grad():
+            if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
+                g = sde.diffusion(x0, t)
+            if self.solver.own_component_diffusion and sde.noise is Noise.DIAGONAL and x0.numel():
+                check_own_component(sde, x0.detach(), t)
+        elementwise = sde.noise in (Noise.ADDITIVE, Noise.DIAGONAL) and not (g is not None and is_matrix(g, x0))
+        return IncrementShape((x0.shape[0], *noise_shape(sde.noise, x0, g)), elementwise)
+
+    def between(self, k: int, theta: float, x: Tensor, x_next: Tensor, span: Span) -> Tensor:
+        """The state at the fraction ``theta`` of step ``k``, which went from ``x`` to ``x_next`` (`SavePlan`)."""
+        sde = self.watched
+        if sde.noise is Noise.NONE:
+            return _hermite(sde, x, x_next, span, theta)
+        assert isinstance(self.noise, AbstractPath)  # or the plan would have been refused
+        b = self.noise.bridge(k, theta, self.increment.shape, given=self.solver.needs, dtype=x.dtype, device=x.device)
+        chord = x + theta * (x_next - x)
+        return chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b)
+
+    def spans(self, first: int, count: int) -> list[Span]:
+        """Steps ``first ... first + count - 1``, rounded once from float64 to the dtype of the state."""
+        x, times = self.x0, self.times[first : first + count + 1]
+        ts = times.to(dtype=x.dtype, device=x.device)
+        dts = times.diff(dim=0).to(dtype=x.dtype, device=x.device)
+        if times.ndim == 2:
+            dts = dts.reshape(*dts.shape, *(1,) * (x.ndim - 1))
+        t, dt = ts.unbind(0), dts.unbind(0)
+        return [Span(t[k], t[k + 1], dt[k]) for k in range(len(dt))]
+
+
+def _hermite(sde: AbstractSDE, x: Tensor, x_next: Tensor, span: Span, theta: float) -> Tensor:
+    """The cubic through both states with both slopes; the quadratic without the last one where there is none.
+
+    A score that divides by the noise level has no value at the end of a grid that ends at clean data.
+    """
+    f0, f1 = sde.drift(x, span.t0), sde.drift(x_next, span.t1)
+    a, b = theta * (1 - theta) ** 2, theta**2 * (theta - 1)
+    h = theta**2 * (3 - 2 * theta)
+    cubic = x + h * (x_next - x) + span.dt * (a * f0 + b * f1)
+    return torch.where(cubic.isfinite(), cubic, x + theta**2 * (x_next - x) + theta * (1 - theta) * span.dt * f0)
