@@ -39,13 +39,16 @@ class AbstractNoise(abc.ABC):
     """Where a solver gets its random numbers from. `BrownianPath` is the one to use; the oracle has another.
 
     Attributes:
-        provides: which parts of an `Increment` it can make.
         timeless: whether it is a sequence of normals that grid times only scale, so that steps of unit length give
             standard normals. Noise that was made on a grid of its own is not.
     """
 
-    provides: ClassVar[frozenset[Part]] = frozenset({"W"})
     timeless: ClassVar[bool] = True
+
+    @property
+    def provides(self) -> frozenset[Part]:
+        """Which parts of an `Increment` it can make."""
+        return frozenset({"W"})
 
     @abc.abstractmethod
     def increments(
@@ -174,8 +177,6 @@ class BrownianPath(AbstractStreams, AbstractPath):
         ValueError: an argument is out of range.
     """
 
-    provides = frozenset({"W", "H"})
-
     seed: int
     first_path: int = 0
     first_step: int = 0
@@ -198,6 +199,11 @@ class BrownianPath(AbstractStreams, AbstractPath):
             raise ValueError(
                 f"increments must be one of {', '.join(map(repr, get_args(Increments)))}, got {self.kind!r}"
             )
+
+    @property
+    def provides(self) -> frozenset[Part]:
+        """``W`` and ``H``; of numbers that are no normals, ``W`` alone."""
+        return frozenset({"W", "H"}) if self.kind == "normal" else frozenset({"W"})
 
     @property
     def plain(self) -> bool:
@@ -297,7 +303,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
 
         Over ``r`` substeps, from their ``W_i`` and ``H_i``: ``sum_i [(1/2 - (i + 1/2)/r) W_i + H_i / r]``.
         """
-        if self.kind != "normal":
+        if "H" not in self.provides:
             raise ValueError(f"{self.kind} increments have no space-time area H; leave increments= out")
         r = self.substeps
         own = dataclasses.replace(self, stream=Stream.LEVY)._normals(step, steps, batch, m, dtype, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import pkgutil
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -113,13 +114,14 @@ def test_importing_loads_nothing_heavy():
     assert runs[0] == runs[1]
 
 
-def test_completion_offers_the_public_names_alone():
-    imports = [
-        n for n in ast.parse((ROOT / "sdesolve" / "__init__.py").read_text()).body if isinstance(n, ast.ImportFrom)
-    ]
-    public = {alias.asname for n in imports for alias in n.names if alias.asname and alias.asname[0] != "_"}
-    assert set(dir(sdesolve)) == public
-    assert all(getattr(sdesolve, name).__doc__ for name in public)
+def test_completion_and_help_offer_the_public_names():
+    assert set(dir(sdesolve)) == set(sdesolve.__all__)
+    assert all(getattr(sdesolve, name).__doc__ for name in sdesolve.__all__)
+    for module in (sdesolve, sdesolve.nn, sdesolve.inverse, sdesolve.mcmc, sdesolve.metrics, sdesolve.oracle):
+        text = pydoc.plain(pydoc.render_doc(module))
+        classes = [n for n in module.__all__ if isinstance(getattr(module, n), type)]
+        assert classes
+        assert all(f"class {name}" in text for name in classes), module.__name__
 
 
 def test_every_module_imports_and_the_public_names_are_there():

@@ -159,11 +159,15 @@ def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
         if missing:
             raise ValueError(
                 f"{type(solver).__name__} needs {' and '.join(missing)} of the driving noise, and "
-                f"{type(noise).__name__} makes {' and '.join(sorted(noise.provides))} alone; give seed= or a "
-                "BrownianPath"
+                f"{_named(noise)} makes {' and '.join(sorted(noise.provides))} alone; give seed= or a BrownianPath of "
+                "normal increments"
             )
         driving = tuple(NoiseSource(noise, 1, lambda: problem.increment.shape[1:], part) for part in solver.needs)
     return Lowered(step, driving=driving, one_step=solver)
+
+
+def _named(noise: AbstractNoise) -> str:
+    return repr(noise) if isinstance(noise, BrownianPath) else type(noise).__name__
 
 
 def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table) -> Lowered:

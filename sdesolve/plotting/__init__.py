@@ -4,12 +4,8 @@ Figures are made without pyplot, so they belong to no backend and no global list
 with ``figure.savefig("name.png")``; a notebook shows it as the last value of a cell.
 """
 
-from sdesolve.plotting.charts import error_curves as error_curves
-from sdesolve.plotting.charts import image_grid as image_grid
-from sdesolve.plotting.charts import paths as paths
-from sdesolve.plotting.plane import arrows as arrows
-from sdesolve.plotting.plane import heatmap as heatmap
-from sdesolve.plotting.plane import points as points
-from sdesolve.plotting.plane import trails as trails
-from sdesolve.plotting.style import COLOURS as COLOURS
-from sdesolve.plotting.style import panels as panels
+from sdesolve.plotting.charts import error_curves, image_grid, paths
+from sdesolve.plotting.plane import arrows, heatmap, points, trails
+from sdesolve.plotting.style import COLOURS, panels
+
+__all__ = ["COLOURS", "arrows", "error_curves", "heatmap", "image_grid", "panels", "paths", "points", "trails"]

@@ -136,6 +136,56 @@ def test_a_dense_path_does_not_depend_on_the_resolution_it_is_asked_at():
     )
 
 
+@pytest.mark.parametrize("substeps", [1, 3])
+def test_areas_are_independent_of_increments_with_a_twelfth_of_their_variance(substeps):
+    n, unit = 60_000, torch.tensor([0.0, 1.0])
+    path = sds.BrownianPath(4, substeps=substeps)
+    W, H = (path.increments(unit, (n,), step=2, of=part, dtype=torch.float64)[0] for part in ("W", "H"))
+    assert abs(float(H.var()) * 12 - 1) < 5 * math.sqrt(2 / n)
+    assert abs(float((W * H).mean())) < 5 * math.sqrt(1 / 12 / n)
+
+
+def test_an_area_is_the_integral_of_the_path_less_its_chord():
+    """``H`` of a coarse step from 4000 fine ones, whose own areas are negligible; and the sign when time turns."""
+    fine, shape = 4000, (5, 2)
+    dW = sds.BrownianPath(9).increments(sds.grids.uniform(0, 2, fine), shape, dtype=torch.float64)
+    W = torch.cat([torch.zeros(1, *shape, dtype=torch.float64), dW.cumsum(0)])
+    integral = (0.5 * (W[1:] + W[:-1])).mean(0) - 0.5 * W[-1]
+    coarse = sds.BrownianPath(9, substeps=fine)
+    for ends in ((0.0, 2.0), (2.0, 0.0)):
+        H = coarse.increments(torch.tensor(ends), shape, of="H", dtype=torch.float64)[0]
+        torch.testing.assert_close(H, integral, atol=5 * math.sqrt(2 / 12 / fine**2), rtol=0)
+
+
+def test_coarse_areas_are_combinations_of_coarse_ones():
+    """The same ``H`` through one level of coarsening and through two."""
+    shape, grid = (4, 3), torch.tensor([0.0, 1.0])
+    fine = sds.BrownianPath(1, substeps=2).increments(sds.grids.uniform(0, 1, 3), shape, of="H", dtype=torch.float64)
+    W = sds.BrownianPath(1, substeps=2).increments(sds.grids.uniform(0, 1, 3), shape, dtype=torch.float64)
+    starts = W.cumsum(0) - W
+    expected = (starts + fine + 0.5 * W).mean(0) - 0.5 * W.sum(0)
+    whole = sds.BrownianPath(1, substeps=6).increments(grid, shape, of="H", dtype=torch.float64)[0]
+    torch.testing.assert_close(whole, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("substeps", [1, 3])
+def test_a_bridge_given_the_area_has_its_covariance(substeps):
+    """Mean ``6 u (1 - u) H``; unconditionally the covariance of a bridge; the average over the step is ``H``."""
+    n = 40_000
+    path = sds.BrownianPath(11, substeps=substeps)
+    thetas = [0.1, 0.25, 1 / 3, 0.5, 0.50001, 0.9]
+    b = torch.stack([path.bridge(2, s, (n,), given=("W", "H"), dtype=torch.float64) for s in thetas])
+    W, H = (path.increments(torch.tensor([0.0, 1.0]), (n,), step=2, of=o, dtype=torch.float64)[0] for o in "WH")
+    s = torch.tensor(thetas, dtype=torch.float64)
+    expected = torch.minimum(s[:, None], s) - s[:, None] * s
+    assert (b @ b.T / n - expected).abs().max() < 5 * math.sqrt(2) * 0.25 / math.sqrt(n)
+    assert (b @ W / n).abs().max() < 5 * 0.5 / math.sqrt(n)
+    v = s * (1 - s)
+    assert (b @ H / n - v / 2).abs().max() < 5 * math.sqrt(2 * 0.25 / 12) / math.sqrt(n)
+    rest = b - 6 * v[:, None] * H
+    assert (rest.square().mean(1) - v * (1 - 3 * v)).abs().max() < 5 * math.sqrt(2) * 0.25 / math.sqrt(n)
+
+
 def test_saved_states_between_grid_points_have_the_right_variance():
     """Linear interpolation gives Var W(dt/2) = dt/4; it is dt/2 (trap 5)."""
     n, dt = 50_000, 0.1
