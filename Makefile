@@ -43,12 +43,11 @@ bench-record: $(STAMP)
 	$(BIN)/python -m benchmarks.scaling --into README.md
 
 peers: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python tools/environment.py $(VENV) dev,bench
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sdesolve needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON) tools/environment.py $(VENV) dev
 	@touch $@
 
 clean:
