@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-twice bench-record peers clean
+.PHONY: demo test lint wheel-smoke bench bench-twice bench-record peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel, installed without constraints beside torch 2.6 and the newest, each time into a clean environment; 8 GB.
+wheel-smoke:
+	$(PYTHON) tools/wheel_smoke.py
 
 # The short version, with the table at the end; `pytest benchmarks` runs all of it, a billion draws of noise included.
 # Peers that are not there are named; `make peers` installs them.

@@ -43,7 +43,7 @@ def explain(log: str, version: str = f"{sys.version_info[0]}.{sys.version_info[1
     conflict = re.search(r"The conflict is caused by:\n((?:[ \t]+.+\n)+)", log)
     if re.search(r"No space left on device|Errno 28", log):
         return (
-            f"The disk is full, at {at}. With torch's ordinary build the environment takes 7 GB, with a CPU build\n"
+            f"The disk is full, at {at}. With torch's ordinary build the environment takes 6 GB, with a CPU build\n"
             "2.5 GB, and for a while half of that again in the folder for temporary files (TMPDIR=... moves it)."
         )
     if conflict:
@@ -55,8 +55,8 @@ def explain(log: str, version: str = f"{sys.version_info[0]}.{sys.version_info[1
         )
     if re.search(r"connection broken by|ConnectionError|ConnectionResetError|Read timed out", log):
         return (
-            f"The package index can't be reached, at {missing or at}. Look at the network, the proxy (HTTPS_PROXY) and\n"
-            "the index that pip is set to use (`python -m pip config list`), and try again."
+            f"The package index can't be reached, at {missing or at}. Look at the network, the proxy (HTTPS_PROXY)\n"
+            "and the index that pip is set to use (`python -m pip config list`), and try again."
         )
     if missing:
         return (
