@@ -68,7 +68,10 @@ def newest_pip(tmp_path_factory) -> Path:
 
 
 def resolve(python: Path, target: Path | str, folder: Path, plain: bool = False) -> dict[str, list[str]]:
-    """What pip would install for an interpreter, or for a version as text: versions and requirements by name."""
+    """What pip would install for an interpreter, or for a version as text: versions and requirements by name.
+
+    ``plain``: without what this machine adds to the index. Nothing, if that needs a connection that isn't there.
+    """
     report = folder / "report.json"
     command = [python, "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check"]
     if isinstance(target, Path):
@@ -84,6 +87,8 @@ def resolve(python: Path, target: Path | str, folder: Path, plain: bool = False)
         environment["PIP_CONFIG_FILE"] = os.devnull
     run = subprocess.run([*command, "-c", ROOT / "constraints.txt"], capture_output=True, text=True, env=environment)
     lines = [line for line in run.stderr.splitlines() if "is ignored: it is neither" not in line]
+    if plain and run.returncode and any("connection broken by" in line for line in lines):
+        return {}
     assert run.returncode == 0, "\n".join(lines[-40:])
     found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     return {re.sub("[-_.]+", "-", m["name"]).lower(): [m["version"], *m.get("requires_dist", ())] for m in found}
@@ -101,15 +106,19 @@ def test_constraints_resolve(version, newest_pip, tmp_path, record_property):
         "" if path else "not found on this machine, pip was told its version; "
     )
     found = resolve(newest_pip, path or version, tmp_path)
-    builds = [found["torch"]]
     for name, pin in pins().items():
-        assert found[name][0].split("+")[0] == pin, name
+        if name != "triton" or sys.platform == "linux":
+            assert found[name][0].split("+")[0] == pin, name
+    builds = [found["torch"]]
     if not any(line.startswith("triton") for line in found["torch"]):
         # A CPU build, from a folder or index of this machine: others have the build that asks for one Triton.
-        builds.append(resolve(newest_pip, path or version, tmp_path, plain=True)["torch"])
-    for torch, *needs in builds:
-        triton = next((line.split(";")[0] for line in needs if line.startswith("triton")), "no Triton")
-        how += f"torch {torch} ({triton}), "
+        builds.append(resolve(newest_pip, path or version, tmp_path, plain=True).get("torch"))
+    for torch in builds:
+        if torch is None:
+            how += "no other build, as the ordinary index is not in reach, "
+            continue
+        triton = next((line.split(";")[0] for line in torch if line.startswith("triton")), "no Triton")
+        how += f"torch {torch[0]} ({triton}), "
     record_property("summary", how.rstrip(", "))
 
 
