@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-twice bench-record peers clean
+.PHONY: demo test lint wheel-smoke bench bench-twice bench-record peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel, installed without constraints beside torch 2.6 and the newest, each time into a clean environment; 8 GB.
+wheel-smoke:
+	$(PYTHON) tools/wheel_smoke.py
 
 # The short version, with the table at the end; `pytest benchmarks` runs all of it, a billion draws of noise included.
 # Peers that are not there are named; `make peers` installs them.
@@ -43,12 +47,11 @@ bench-record: $(STAMP)
 	$(BIN)/python -m benchmarks.scaling --into README.md
 
 peers: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python tools/environment.py $(VENV) dev,bench
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sdesolve needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON) tools/environment.py $(VENV) dev
 	@touch $@
 
 clean:

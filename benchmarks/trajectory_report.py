@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,8 @@ from unittest import mock
 
 import torch
 from sdesolve_kernels import dispatch, use_backend
-from sdesolve_kernels._triton.aot import TRITON_VERSION
 from sdesolve_kernels._triton.arguments import Launch, recording
-from sdesolve_kernels.report import ARCHITECTURES, compare, figures, show
+from sdesolve_kernels.report import Found, add_options, figures, finish
 
 from benchmarks.models import MODELS
 
@@ -57,7 +55,7 @@ def launches() -> dict[str, tuple[int, Launch]]:
     return found
 
 
-def report(architectures: list[int], only: str = "") -> dict[str, dict[str, dict[str, Any]]]:
+def report(architectures: list[int], only: str = "") -> Found:
     """Figures by architecture and case."""
     chosen = {label: case for label, case in launches().items() if only in label}
     return {
@@ -69,23 +67,10 @@ def report(architectures: list[int], only: str = "") -> dict[str, dict[str, dict
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), metavar="CC", help="80, 90, 100")
+    add_options(parser)
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    parser.add_argument("--write", action="store_true", help="make this the committed table")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if it is worse than the committed table")
     options = parser.parse_args()
-    found = report(options.arch, options.only)
-    show(found)
-    table = {"triton": TRITON_VERSION, "figures": found}
-    for file in [options.json] * (options.json is not None) + [TABLE] * options.write:
-        file.write_text(json.dumps(table, indent=1) + "\n")
-    worse: list[str] = []
-    if options.check:
-        committed = json.loads(TABLE.read_text())["figures"]
-        worse = [f"{a} {line}" for a, rows in found.items() for line in compare(rows, committed.get(a, {}))]
-        print("", *worse or ["no worse than the committed table"], sep="\n")
-    return bool(worse)
+    return finish(report(options.arch, options.only), options, TABLE)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ def pytest_testnodedown(node, error) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "summary":  # what a test found that depends on the machine
+                terminalreporter.write_line(value)
+    skipped = {report.longrepr[2] for report in terminalreporter.getreports("skipped")}
+    for reason in sorted(skipped):
+        terminalreporter.write_line(reason)
     if config.getoption("--device") == "cpu":
         names = ", ".join(config.stash.get(NOT_RUN, [])) or "none of those chosen"
         terminalreporter.write_line(f"not run, as they need a GPU (--device cuda): {names}")
