@@ -163,8 +163,8 @@ def _obstacle(task: Task) -> str:
         return _TRANSFORMED
     if task.equation.noise is not Noise.NONE and not (isinstance(noise, BrownianPath) and noise.substeps == 1):
         return "increments are coarse, or come from a noise of another class than BrownianPath"
-    name = backend_for("trajectory", task.x0.device)
-    return f"the {name} back end makes no generated kernels" if name == "reference" else ""
+    backend = backend_for("trajectory", task.x0.device)
+    return "" if backend.compiles else f"the {backend.name} back end makes no generated kernels"
 
 
 def _kernel_for(task: Task, held: Contents, recipe: Recipe) -> _Kernel | str:
@@ -176,7 +176,7 @@ def _kernel_for(task: Task, held: Contents, recipe: Recipe) -> _Kernel | str:
         tuple(x0.shape[1:]),
         x0.dtype,
         x0.device,
-        backend_for("trajectory", x0.device),
+        backend_for("trajectory", x0.device).name,
         torch.get_default_dtype(),
         torch.is_autocast_enabled(x0.device.type),
         bool(task.plan.inside),
