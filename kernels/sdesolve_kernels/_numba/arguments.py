@@ -6,20 +6,18 @@ Python's, states have one shape and dtype.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..backend import NoiseKeywords
 from ..reference_steps import compute_dtype
-from ..threads import split
+from ..threads import scratch, split
 from .tile import SCRATCH, unit_count
 
-__all__ = ["ALONE", "NAMES", "Operands", "noise_numbers", "number_or_rows", "rows_of", "run", "scratch"]
+__all__ = ["ALONE", "NAMES", "Operands", "noise_numbers", "number_or_rows", "rows_of", "run"]
 
 _GRAIN = 1 << 17  # elements a thread takes at least: 60 us of work, a little more than the handing over
 ALONE = 2 * _GRAIN  # fewer elements than these are one call of a kernel
@@ -33,28 +31,20 @@ def noise_numbers(noise: NoiseKeywords, m: int) -> tuple[Any, Any, Any, Any]:
     return noise["seed"], noise["stream"], noise["first_path"], noise["step"] * m
 
 
-class _Scratch(threading.local):
-    """Memory of a thread's own, aligned to the lines of the cache."""
+def run(kernel: Callable[..., None], arguments: Sequence[Any], rows: int, m: int, *memory: Any) -> None:
+    """Run a kernel over all units of ``(rows, m)`` states, in threads where there is enough work for them.
 
-    def __init__(self) -> None:
-        self.memory = np.empty(SCRATCH + 64, np.uint8)
-        self.address = -(-self.memory.ctypes.data // 64) * 64
-
-
-scratch = _Scratch()
-
-
-def run(kernel: Callable[..., None], arguments: Sequence[Any], rows: int, m: int) -> None:
-    """Run a kernel over all units of ``(rows, m)`` states, in threads where there is enough work for them."""
+    `memory` owns what the kernel's addresses point to, and lives as long as a thread works on it.
+    """
     units = unit_count(rows, m)
     if rows * m < ALONE:
-        kernel(*arguments, rows, m, 0, units, scratch.address)
+        kernel(*arguments, rows, m, 0, units, scratch(SCRATCH)[1])
         return
-    split(
-        lambda start, stop: kernel(*arguments, rows, m, start, stop, scratch.address),
-        units,
-        -(-_GRAIN * units // (rows * m)),
-    )
+
+    def work(start: int, stop: int, memory: tuple[Any, ...] = memory) -> None:
+        kernel(*arguments, rows, m, start, stop, scratch(SCRATCH)[1])
+
+    split(work, units, -(-_GRAIN * units // (rows * m)))
 
 
 def number_or_rows(c: Any) -> Any:

@@ -45,7 +45,7 @@ def combined(
         operands.begin, *states, *per_row, *numbers, gain_at, scale_at, scale_number, int(scale is not None),
         *numbers_of_noise,
     )  # fmt: skip
-    run(combine(NAMES[out.dtype]), arguments, rows, m)
+    run(combine(NAMES[out.dtype]), arguments, rows, m, operands, terms, scale, gain)
     return operands.finish()
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..backend import Coefficient, NoiseKeywords, Residual
 from ..reference_steps import chi_mean, compute_dtype
-from .arguments import ALONE, NAMES, Operands, noise_numbers, number_or_rows, rows_of, run, scratch
+from ..threads import scratch
+from .arguments import ALONE, NAMES, Operands, noise_numbers, number_or_rows, rows_of, run
 from .launch import combined, scaled
 from .memory import COMPUTE
 from .sums import denoising, finish_loss, finish_norms, norms
@@ -64,7 +65,7 @@ def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None,
     partial = torch.empty(2, rows if each and m <= TILE else unit_count(rows, m), dtype=torch.float64, device="cpu")
     score_at, noise_at = partial.data_ptr(), 0 if mode == "dimension" else partial[1].data_ptr()
     addresses = score.data_ptr(), 0 if kept is None else kept.data_ptr(), score_at, noise_at
-    run(norms(NAMES[score.dtype]), (*addresses, each, *noise_numbers(noise, m)), rows, m)
+    run(norms(NAMES[score.dtype]), (*addresses, each, *noise_numbers(noise, m)), rows, m, score, kept, partial)
     s: Any = finish_norms(score_at, each, rows, m)
     n: Any = chi_mean(m) if noise_at == 0 else finish_norms(noise_at, each, rows, m)
     if each:
@@ -91,7 +92,7 @@ def dsm_loss(
     sums = rows * -(-m // TILE)
     # A thousand sums fit into the scratch memory, and an allocation costs 1 us.
     partial = torch.empty(sums, dtype=torch.float64, device="cpu") if sums > SUMS else None
-    partial_at = scratch.address + SCRATCH - 8 * SUMS if partial is None else partial.data_ptr()
+    partial_at = scratch(SCRATCH)[1] + SCRATCH - 8 * SUMS if partial is None else partial.data_ptr()
     weights = operands.coefficient(weight)
     # A call that takes all units finishes; several calls leave that to one more.
     alone = size < ALONE
@@ -101,9 +102,9 @@ def dsm_loss(
         *operands.coefficient(p), *operands.coefficient(q),
         *weights, out.data_ptr() if alone else 0, int(mean), *noise_numbers(noise, m),
     )  # fmt: skip
-    run(denoising(name), arguments, rows, m)
+    run(denoising(name), arguments, rows, m, operands, r, out, partial)
     if not alone:
-        finish_loss(COMPUTE[name])(partial_at, *weights, out.data_ptr(), int(mean), rows, m, scratch.address)
+        finish_loss(COMPUTE[name])(partial_at, *weights, out.data_ptr(), int(mean), rows, m, scratch(SCRATCH)[1])
     return out
 
 
@@ -131,5 +132,5 @@ def dsm_gradient(
         *operands.coefficient(p), *operands.coefficient(q), *operands.coefficient(weight),
         0, 0, *noise_numbers(noise, m),
     )  # fmt: skip
-    run(denoising(NAMES[output.dtype]), arguments, rows, m)
+    run(denoising(NAMES[output.dtype]), arguments, rows, m, operands, r, weight)
     return operands.finish()
