@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from sdesolve_kernels import dispatch, use_backend
+from sdesolve_kernels import register_backend, use_backend
 from sdesolve_kernels._triton.arguments import Launch, recording
+from sdesolve_kernels._triton.backend import TritonBackend
 from sdesolve_kernels.report import Found, add_options, figures, finish
 
 from benchmarks.models import MODELS
@@ -30,11 +29,17 @@ TABLE = Path(__file__).parent / "results" / "trajectory_report.json"
 _MANY, _FEW = 1 << 16, 1024
 
 
+class _OnTheHost(TritonBackend):
+    name = "triton on the host"
+    devices = frozenset({"cpu"})
+    priority = -1
+
+
 @contextlib.contextmanager
 def on_the_host() -> Iterator[None]:
     """Runs fused integrations of tensors in host memory on the Triton back end: recorded, or interpreted."""
-    entry = dataclasses.replace(dispatch._BACKENDS["triton"], devices=frozenset({"cpu", "cuda"}))
-    with mock.patch.dict(dispatch._BACKENDS, {"triton": entry}), use_backend("triton"):
+    register_backend(_OnTheHost(), replace=True)
+    with use_backend(_OnTheHost.name):
         yield
 
 

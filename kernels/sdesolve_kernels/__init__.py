@@ -1,6 +1,12 @@
 """Kernels of sdesolve: ops on tensors, each with a plain torch reference and hand-written implementations."""
 
+from ._reference.backend import ReferenceBackend as ReferenceBackend
+from .backend import Backend as Backend
+from .backend import NoiseKeywords as NoiseKeywords
+from .backend import Ops as Ops
+from .backend import Residual as Residual
 from .denoising import dsm_loss as dsm_loss
+from .dispatch import register_backend as register_backend
 from .dispatch import use_backend as use_backend
 from .langevin import langevin_step as langevin_step
 from .ops import normal as normal

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import NoiseOffset, int64_bits
 from .streams import Stream
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "index",
     "integer",
     "no_gradient",
-    "place",
+    "noise_offset",
     "same_as_state",
     "state",
 ]
@@ -171,10 +172,8 @@ def index(name: str, value: Any, high: int, bound: str, read: bool) -> int | Ten
     return integer(name, value, 0, high, bound)
 
 
-def place(
-    x: Tensor, seed: Any, stream: Any, first_path: Any, step: Any, read: bool
-) -> tuple[int, int, int, int, Tensor | None, Tensor | None, Tensor | None]:
-    """Where the noise of a step is, as the ops' schemas spell it: int64 in two's complement, and tensors apart.
+def noise_offset(x: Tensor, seed: Any, stream: Any, first_path: Any, step: Any, read: bool) -> NoiseOffset:
+    """Where the noise of a step starts, checked; integers are int64 in two's complement.
 
     Args:
         x: The state.
@@ -183,34 +182,24 @@ def place(
     """
     rows = x.shape[0]
     if type(seed) is type(first_path) is type(step) is int and 0 <= seed < 1 << 63:
-        # The usual case, in a third of the time: places so small that no bound can be met.
+        # The usual case, in a third of the time: numbers so small that no bound can be met.
         small = 0 <= first_path < 1 << 62 and 0 <= step < 1 << 15 and x.numel() < 1 << 42
         if small and type(stream) in (int, Stream) and 0 <= stream < 256:
-            return seed, stream + 0, first_path, step, None, None, None
+            return NoiseOffset(seed, stream + 0, first_path, step)
     m = math.prod(x.shape[1:])
     seed = index("seed", seed, 1 << 64, "2^64", read)
     stream = integer("stream", stream, 0, 256, "256")
     first_path = index("first_path", first_path, 1 << 64, "2^64", read)
     step = index("step", step, 1 << 58, "2^58", read)
-    at: list[Tensor | None] = [None, None, None]
-    if isinstance(first_path, Tensor):
-        first_path, at[1] = 0, first_path
-    elif first_path + rows > 1 << 64:
+    if not isinstance(first_path, Tensor) and first_path + rows > 1 << 64:
         raise ValueError(
             f"first_path + batch must be at most 2^64, got {first_path} + {rows}; path indices would wrap and repeat "
             "noise"
         )
-    if isinstance(step, Tensor):
-        step, at[2] = 0, step
-    elif (step + 1) * m > 1 << 58:
+    if not isinstance(step, Tensor) and (step + 1) * m > 1 << 58:
         raise ValueError(
             f"(step + 1) times the {m} elements of a path must be at most 2^58, got step {step}; use another stream "
             "or seed"
         )
-    if isinstance(seed, Tensor):
-        seed, at[0] = 0, seed
-    if seed >= 1 << 63:
-        seed -= 1 << 64
-    if first_path >= 1 << 63:
-        first_path -= 1 << 64
-    return seed, stream, first_path, step, at[0], at[1], at[2]
+    seed, first_path = (n if isinstance(n, Tensor) else int64_bits(n) for n in (seed, first_path))
+    return NoiseOffset(seed, stream, first_path, step)

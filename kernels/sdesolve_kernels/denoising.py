@@ -9,10 +9,11 @@ from typing import Any, SupportsIndex, cast
 import torch
 from torch import Tensor
 
-from .checks import coefficient, no_gradient, place, same_as_state, state
-from .dispatch import step_function
-from .gradients import keep, kept, reduced, scaled
-from .library import PLACE, Route, define, launch_place, recording, route
+from .backend import NoiseOffset, Residual
+from .checks import coefficient, no_gradient, noise_offset, same_as_state, state
+from .dispatch import implementation
+from .gradients import reduced, scaled
+from .library import NOISE, CallContext, call_context, define, keep, kept, recording
 from .reference_steps import compute_dtype
 from .steps import Index, empty_like
 from .streams import Stream
@@ -20,28 +21,26 @@ from .streams import Stream
 __all__ = ["dsm_loss"]
 
 
-def _empty_loss(output: Tensor, x0: Any, p: Any, q: Any, weight: Any, mean: bool, *place: Any) -> Tensor:
+def _empty_loss(output: Tensor, x0: Any, p: Any, q: Any, weight: Any, mean: bool, noise: NoiseOffset) -> Tensor:
     shape, wide = () if mean else output.shape[:1], compute_dtype(output.dtype)
     return output.new_empty(shape) if output.dtype is wide else output.new_empty(shape, dtype=wide)
 
 
-def _loss_into(loss: Tensor, gradient: Tensor | None, inputs: tuple[Any, ...]) -> None:
-    output, x0, p, q, weight, mean, *place = inputs
-    if output.numel():
-        run = step_function("dsm_loss", output.device)
-        run(output, x0, p, q, weight, mean=mean, out=loss, gradient=gradient, **launch_place(tuple(place)))
+def _loss_into(loss: Tensor, gradient: Tensor | None, inputs: Sequence[Any]) -> None:
+    *residual, mean, noise = inputs
+    r = Residual(*residual)
+    if r.output.numel():
+        run = implementation("dsm_loss", r.output.device)
+        run(r, mean=mean, out=loss, gradient=gradient, **noise._asdict())
     else:
         loss.fill_(math.nan)  # the mean of nothing, as torch has it
 
 
 def _gradient_into(out: Tensor, made: bool, upstream: Any, inputs: Sequence[Any]) -> None:
-    output, x0, p, q, weight, mean, *place = inputs
-    if output.numel():
-        run = step_function("dsm_gradient", output.device)
-        run(output, x0, p, q, weight, upstream, mean=mean, out=out, made=made, **launch_place(tuple(place)))
-
-
-# Gradient, for any gradient of the loss ----------------------------------------------------------------------------
+    *residual, mean, noise = inputs
+    if out.numel():
+        run = implementation("dsm_gradient", out.device)
+        run(Residual(*residual), upstream, mean=mean, out=out, made=made, **noise._asdict())
 
 
 def _gradient(upstream: Any, *inputs: Any) -> Tensor:
@@ -51,33 +50,30 @@ def _gradient(upstream: Any, *inputs: Any) -> Tensor:
 
 
 def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    upstream, output, x0, p, q, weight, mean, *place = kept(ctx)
-    wanted, count = ctx.needs_input_grad, math.prod(output.shape[0 if mean else 1 :])
+    upstream, *inputs = kept(ctx)
+    output, _, p, _, weight, mean, _ = inputs
+    wants_upstream, *wanted = ctx.needs_input_grad
+    count = math.prod(output.shape[0 if mean else 1 :])
     slope = upstream * (weight.to(upstream) if isinstance(weight, Tensor) else weight) * (2.0 / max(count, 1))
-    grad_upstream = None
-    if wanted[0]:
-        grad_upstream = reduced(grad * _gradient_op(1.0, output, x0, p, q, weight, mean, *place), upstream)
-    grad_output, grad_x0 = _shares(scaled(grad, slope), p, wanted[1:3])
-    return grad_upstream, grad_output, grad_x0, *(None,) * 11
+    grad_upstream = reduced(grad * _gradient_op(1.0, *inputs), upstream) if wants_upstream else None
+    return grad_upstream, *_shares(scaled(grad, slope), p, wanted)
 
 
 def _shares(gradient: Tensor, p: Any, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-    """What reaches output and data, from what reaches their difference ``output - p x0``."""
+    """The gradients of output and data, from that of their difference ``output - p x0``."""
     return gradient if wanted[0] else None, scaled(gradient, -p) if wanted[1] else None
 
 
-_LOSS = f"Tensor output, Tensor? x0, Tensor p, Tensor q, Tensor weight, bool mean, {PLACE}"
+_LOSS = f"Tensor output, Tensor? x0, Tensor p, Tensor q, Tensor weight, bool mean, {NOISE}"
+# The gradient of the loss, for any gradient of what follows.
 _gradient_op = define(
     "dsm_gradient",
     f"(Tensor upstream, {_LOSS}) -> Tensor",
     _gradient,
     lambda upstream, output, *rest: empty_like(output),
-    lambda ctx, inputs, output: keep(ctx, inputs),
+    keep,
     _gradient_backward,
 )
-
-
-# Loss --------------------------------------------------------------------------------------------------------------
 
 
 def _loss(*inputs: Any) -> Tensor:
@@ -88,17 +84,10 @@ def _loss(*inputs: Any) -> Tensor:
 
 def _loss_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     inputs = kept(ctx)
-    return *_shares(_gradient_op(upstream, *inputs), inputs[2], ctx.needs_input_grad), *(None,) * 11
+    return _shares(_gradient_op(upstream, *inputs), inputs[2], ctx.needs_input_grad)
 
 
-_loss_op = define(
-    "dsm_loss",
-    f"({_LOSS}) -> Tensor",
-    _loss,
-    _empty_loss,
-    lambda ctx, inputs, output: keep(ctx, inputs),
-    _loss_backward,
-)
+_loss_op = define("dsm_loss", f"({_LOSS}) -> Tensor", _loss, _empty_loss, keep, _loss_backward)
 
 
 class _LossAndGradient(torch.autograd.Function):
@@ -110,11 +99,9 @@ class _LossAndGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output, place = inputs[0], inputs[-1]
-        inputs = (*inputs[:-1], *place)
-        loss, ctx.gradient = _empty_loss(*inputs), empty_like(output)
+        loss, ctx.gradient = _empty_loss(*inputs), empty_like(inputs[0])
         _loss_into(loss, ctx.gradient, inputs)
-        keep(ctx, inputs)
+        keep(ctx, *inputs)
         return loss
 
     @staticmethod
@@ -126,7 +113,7 @@ class _LossAndGradient(torch.autograd.Function):
             gradient = _gradient_op(upstream, *inputs)
         else:
             _gradient_into(gradient, True, upstream, inputs)
-        return *_shares(gradient, inputs[2], ctx.needs_input_grad), *(None,) * 5
+        return *_shares(gradient, inputs[2], ctx.needs_input_grad), *(None,) * (len(inputs) - 2)
 
 
 def dsm_loss(
@@ -186,12 +173,12 @@ def dsm_loss(
         raise ValueError(f"x0 is None, which stands for p = 0, but p is {p}; pass the clean data as x0")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-    way = route(output, x0, p, q, weight)
-    where = place(output, seed, stream, first_path, step, way is Route.PLAIN)
+    context = call_context(output, x0, p, q, weight)
+    noise = noise_offset(output, seed, stream, first_path, step, context is CallContext.PLAIN)
     if recording(p, q, weight):
         no_gradient("dsm_loss", "it is a given of the training step", p=p, q=q, weight=weight)
     record, mean = recording(output, x0), reduction == "mean"
     # A float16 gradient comes with a loss scale, as a rule: the one for an upstream of 1 would be thrown away.
-    if record and mean and way is Route.PLAIN and output.dtype is not torch.float16:
-        return cast(Tensor, _LossAndGradient.apply(output, x0, p, q, weight, mean, where))
-    return cast(Tensor, _loss_op.call(way, record, output, x0, p, q, weight, mean, *where))
+    if record and mean and context is CallContext.PLAIN and output.dtype is not torch.float16:
+        return cast(Tensor, _LossAndGradient.apply(output, x0, p, q, weight, mean, noise))
+    return cast(Tensor, _loss_op.call(context, record, output, x0, p, q, weight, mean, noise))

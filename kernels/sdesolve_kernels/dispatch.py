@@ -1,43 +1,44 @@
-"""Which implementation of an op runs: one place for all ops."""
+"""The registry of back ends, and which of them runs an op."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["backend_for", "backend_module", "step_function", "use_backend"]
+from ._numba.backend import NumbaBackend
+from ._reference.backend import ReferenceBackend
+from ._triton.backend import TritonBackend
+from .backend import Backend, Ops
 
+__all__ = ["backend_for", "implementation", "register_backend", "use_backend"]
 
-@dataclass(frozen=True)
-class _Backend:
-    """Where a backend's entry points are. Modules are imported at first use, so that importing this package imports
-    neither numba nor triton.
-    """
-
-    noise: str  # module with the noise ops
-    steps: str  # module with the step ops: the names of `reference_steps`, writing ``out``
-    devices: frozenset[str] | None  # kinds of device it runs on; None: any
-    package: str  # what must be installed
-
-
-_BACKENDS = {
-    "reference": _Backend("sdesolve_kernels.reference", "sdesolve_kernels.fallback", None, "torch"),
-    "numba": _Backend("sdesolve_kernels._numba.fill", "sdesolve_kernels.cpu", frozenset({"cpu"}), "numba"),
-    "triton": _Backend("sdesolve_kernels.gpu", "sdesolve_kernels.gpu", frozenset({"cuda"}), "triton"),
-}
-# What "auto" tries, in order: the first that runs on the device.
-_PREFERENCE = ("numba", "triton", "reference")
-
+_backends: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), NumbaBackend(), TritonBackend())}
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("sdesolve_backend", default="auto")
+
+
+def register_backend(backend: Backend, *, replace: bool = False) -> None:
+    """Make a back end available to `use_backend` by its name, and to "auto" by its priority.
+
+    Args:
+        backend: An instance of a subclass of `Backend`.
+        replace: Take the place of a back end of that name.
+
+    Raises:
+        TypeError: It is not an instance of `Backend`.
+        ValueError: The name is taken, or is "auto".
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend must be an instance of a subclass of Backend, got {backend!r}")
+    if backend.name == "auto" or (backend.name in _backends and not replace):
+        raise ValueError(f"the name {backend.name!r} is taken; choose another, or pass replace=True for a back end's")
+    _backends[backend.name] = backend
+    _ops.cache_clear()
+    _implementation.cache_clear()
 
 
 @contextlib.contextmanager
@@ -48,14 +49,14 @@ def use_backend(name: str) -> Iterator[None]:
     falls back to another.
 
     Args:
-        name: "auto" (the fastest that runs on the device), "reference" (plain torch, any device), "numba" (CPU) or
-            "triton" (CUDA).
+        name: "auto" (the fastest that runs on the device), "reference" (plain torch, any device), "numba" (CPU),
+            "triton" (CUDA), or the name of a back end that was registered.
 
     Raises:
         ValueError: The name is unknown; from ops inside the block: the backend does not run on their device.
     """
-    if name != "auto" and name not in _BACKENDS:
-        known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
+    if name != "auto" and name not in _backends:
+        known = ", ".join(repr(known) for known in ("auto", *_backends))
         raise ValueError(f"unknown backend {name!r}; expected one of {known}")
     token = _requested.set(name)
     try:
@@ -64,31 +65,26 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-@functools.cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _choose(requested: str, op: str, device_type: str) -> Backend:
+    if requested == "auto":
+        for backend in sorted(_backends.values(), key=lambda b: -b.priority):
+            if (backend.devices is None or device_type in backend.devices) and not backend.missing():
+                return backend
+    backend = _backends[requested]
+    if backend.devices is not None and device_type not in backend.devices:
+        raise ValueError(
+            f"{op}: backend {requested!r} was asked for by use_backend, but the data is on {device_type!r} and it runs "
+            f"on {', '.join(sorted(backend.devices))} only; move the data there, or use_backend('auto')"
+        )
+    if backend.missing():
+        raise ValueError(
+            f"{op}: backend {requested!r} was asked for by use_backend, but {backend.missing()} is missing"
+        )
+    return backend
 
 
-def _choose(requested: str, op: str, device_type: str) -> str:
-    for name in _PREFERENCE if requested == "auto" else (requested,):
-        backend = _BACKENDS[name]
-        if backend.devices is not None and device_type not in backend.devices:
-            continue
-        if _installed(backend.package):
-            return name
-        if requested != "auto":
-            raise ValueError(
-                f"{op}: backend {requested!r} was asked for by use_backend, but {backend.package} is missing"
-            )
-    runs_on = ", ".join(sorted(_BACKENDS[requested].devices or ()))
-    raise ValueError(
-        f"{op}: backend {requested!r} was asked for by use_backend, but the data is on {device_type!r} and it runs on "
-        f"{runs_on} only; move the data there, or use_backend('auto')"
-    )
-
-
-def backend_for(op: str, device: torch.device) -> str:
-    """Name of the backend on which `op` runs for tensors on `device`.
+def backend_for(op: str, device: torch.device) -> Backend:
+    """The back end on which `op` runs for tensors on `device`.
 
     Raises:
         ValueError: `use_backend` asked for a backend that does not run on `device`.
@@ -97,22 +93,20 @@ def backend_for(op: str, device: torch.device) -> str:
 
 
 @functools.cache
-def backend_module(name: str) -> ModuleType:
-    """The module of a backend's noise ops, imported now if it was not yet."""
-    return importlib.import_module(_BACKENDS[name].noise)
+def _ops(backend: Backend) -> Ops:
+    return backend.ops()
 
 
 @functools.cache
-def _step_function(requested: str, op: str, device_type: str) -> Callable[..., Any]:
-    name = _choose(requested, op, device_type)
-    function: Callable[..., Any] = getattr(importlib.import_module(_BACKENDS[name].steps), op)
+def _implementation(requested: str, op: str, device_type: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_ops(_choose(requested, op, device_type)), op)
     return function
 
 
-def step_function(op: str, device: torch.device) -> Callable[..., Any]:
-    """The implementation of a step op for tensors on `device`.
+def implementation(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function of `Ops` named `op` that runs for tensors on `device`.
 
     Raises:
         ValueError: As for `backend_for`.
     """
-    return _step_function(_requested.get(), op, device.type)
+    return _implementation(_requested.get(), op, device.type)

@@ -6,10 +6,11 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from .checks import check_output, coefficient, no_gradient, place, same_as_state, state
-from .dispatch import step_function
+from .backend import NoiseOffset
+from .checks import check_output, coefficient, no_gradient, noise_offset, same_as_state, state
+from .dispatch import implementation
 from .gradients import noise_product, reduced, scaled
-from .library import PLACE, Route, define, define_out, launch_place, recording, route
+from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, recording
 from .reference_steps import compute_dtype
 from .steps import Index, empty_like
 from .streams import Stream
@@ -19,10 +20,10 @@ __all__ = ["langevin_step"]
 MODES = ("fixed", "batch", "sample", "dimension")
 
 
-def _into(out: Tensor, x: Tensor, score: Tensor, mode: str, size: Any, alpha: Any, *place: Any) -> None:
+def _into(out: Tensor, x: Tensor, score: Tensor, mode: str, size: Any, alpha: Any, noise: NoiseOffset) -> None:
     if out.numel():
-        run = step_function("langevin_step", x.device)
-        run(x, score, mode=mode, size=size, alpha=alpha, out=out, **launch_place(place))
+        run = implementation("langevin_step", x.device)
+        run(x, score, mode=mode, size=size, alpha=alpha, out=out, **noise._asdict())
 
 
 def _step(x: Tensor, *rest: Any) -> Tensor:
@@ -31,40 +32,39 @@ def _step(x: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, score, ctx.mode, size, alpha, *place = inputs
-    ctx.numbers, ctx.where = [None if isinstance(c, Tensor) else c for c in (size, alpha)], place[:4]
+def _setup(ctx: Any, x: Tensor, score: Tensor, mode: str, size: Any, alpha: Any, noise: NoiseOffset) -> None:
+    ctx.mode = mode
     learned = any(isinstance(c, Tensor) and c.requires_grad for c in (size, alpha))
-    tensors = (c if isinstance(c, Tensor) else None for c in (size, alpha))
-    ctx.save_for_backward(score if learned else None, *tensors, *place[4:])
+    keep(ctx, score if learned else None, size, alpha, noise)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.mode != "fixed":
         raise RuntimeError(f"sdesolve::langevin_step has no gradient in mode {ctx.mode!r}")
-    score, size_at, alpha_at, *at = ctx.saved_tensors
+    score, given_size, given_alpha, offset = kept(ctx)
+    _, wants_score, _, wants_size, wants_alpha, *_ = ctx.needs_input_grad
     wide = compute_dtype(grad.dtype)
     size, alpha = (
-        grad.new_tensor(number, dtype=wide) if c is None else c.to(device=grad.device, dtype=wide)
-        for number, c in zip(ctx.numbers, (size_at, alpha_at), strict=True)
+        c.to(device=grad.device, dtype=wide) if isinstance(c, Tensor) else grad.new_tensor(c, dtype=wide)
+        for c in (given_size, given_alpha)
     )
     delta = alpha * size
-    grad_score = scaled(grad, delta) if ctx.needs_input_grad[1] else None
+    grad_score = scaled(grad, delta) if wants_score else None
     grad_size = grad_alpha = None
-    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-        noise = noise_product(grad, 1.0, *ctx.where, *at)
+    if wants_size or wants_alpha:
+        noise = noise_product(grad, 1.0, offset)
         # d/d delta of delta s + sqrt(2 delta) z, contracted with grad: to (batch,), then to what each factor has
         each = reduced(grad * score, grad.new_empty(grad.shape[0], dtype=wide))
         each = each + reduced(noise, each) / (2.0 * delta).sqrt()
-        if ctx.needs_input_grad[3]:
-            grad_size = reduced(each * alpha, size_at)
-        if ctx.needs_input_grad[4]:
-            grad_alpha = reduced(each * size, alpha_at)
-    return grad, grad_score, None, grad_size, grad_alpha, *(None,) * 7
+        if wants_size:
+            grad_size = reduced(each * alpha, given_size)
+        if wants_alpha:
+            grad_alpha = reduced(each * size, given_alpha)
+    return grad, grad_score, None, grad_size, grad_alpha
 
 
 # "kind" because torch has arguments of its own named "mode" on the way.
-_SCHEMA = f"Tensor x, Tensor score, str kind, Tensor size, Tensor alpha, {PLACE}"
+_SCHEMA = f"Tensor x, Tensor score, str kind, Tensor size, Tensor alpha, {NOISE}"
 _op = define("langevin_step", f"({_SCHEMA}) -> Tensor", _step, empty_like, _setup, _backward)
 _out = define_out("langevin_step", f"(Tensor(a!) out, {_SCHEMA}) -> ()", _into)
 
@@ -132,13 +132,13 @@ def langevin_step(
             )
         why = f"its step size in mode {mode!r} depends on norms; use mode='fixed'"
         no_gradient("langevin_step", why, x=x, score=score, size=size, alpha=alpha)
-    way = route(x, score, size, alpha)
-    where = place(x, seed, stream, first_path, step, way is Route.PLAIN)
+    context = call_context(x, score, size, alpha)
+    noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
     if out is None:
-        return _op.call(way, recording(x, score, size, alpha), x, score, mode, size, alpha, *where)
+        return _op.call(context, recording(x, score, size, alpha), x, score, mode, size, alpha, noise)
     check_output(out, x)
     no_gradient(
         "langevin_step with out=", "out is overwritten unseen by autograd", x=x, score=score, size=size, alpha=alpha
     )
-    _out(way, out, x, score, mode, size, alpha, *where)
+    _out(context, out, x, score, mode, size, alpha, noise)
     return out

@@ -1,88 +1,76 @@
-"""One definition of an op, three ways to call it: at once, recorded by autograd, or through `torch.library`.
+"""One definition of an op, and the ways to call it: at once, recorded by autograd, or through `torch.library`.
 
 Compilers, fake tensors, function transforms and dispatch modes see the registered op. Plain eager calls skip the
 dispatcher and the wrappers round a custom op in Python, which add 8 us to a step on a thousand elements that takes 14,
-and 42 to the 21 that it takes when autograd records it. Both ways run the same implementation and the same gradient.
+and 42 to the 21 that it takes when autograd records it. All ways run the same implementation and the same gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .backend import Index, NoiseOffset
+
 __all__ = [
-    "PLACE",
+    "NOISE",
+    "CallContext",
     "Op",
-    "Route",
+    "call_context",
     "define",
     "define_out",
     "has_tangent",
-    "launch_place",
+    "keep",
+    "kept",
     "read",
     "recording",
-    "route",
     "tensor_of",
 ]
 
-# How every schema says where the noise is; see `checks.place`.
-PLACE = (
+# The last arguments of every schema: a `NoiseOffset`, its integers in int64's two's complement, with those that are
+# tensors (and 0 in their place) at the end.
+NOISE = (
     "SymInt seed, SymInt stream, SymInt first_path, SymInt step, "
     "Tensor? seed_at, Tensor? first_path_at, Tensor? step_at"
 )
-
+_FLAT = 7  # how many they are
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, float, type(None)})
 
 
-class Route(enum.Enum):
-    """Who looks on while an op is called."""
+class CallContext(enum.Enum):
+    """What an op is called under, which decides how it has to be called."""
 
-    PLAIN = "nobody but autograd"
-    TRANSFORMED = "a function transform or forward-mode differentiation"
-    REGISTERED = "a compiler, a dispatch mode or a subclass of Tensor"
+    PLAIN = "eager torch, perhaps with autograd"
+    TRANSFORMED = "a torch.func transform, or forward-mode differentiation"
+    REGISTERED = "torch.compile, a dispatch mode, or a subclass of Tensor among the arguments"
 
 
-def route(*tensors: Any) -> Route:
-    """Which of an op's ways to call it is right for these arguments, here and now."""
+def call_context(*tensors: Any) -> CallContext:
+    """The context of a call with these arguments, here and now."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return Route.REGISTERED
+        return CallContext.REGISTERED
     for t in tensors:
         # Asking a float or None whether it is a tensor takes three times as long as looking its type up.
         if type(t) not in _PLAIN and isinstance(t, Tensor):
-            return Route.REGISTERED
+            return CallContext.REGISTERED
     if torch._C._functorch.peek_interpreter_stack() is not None or has_tangent(*tensors):
-        return Route.TRANSFORMED
-    return Route.PLAIN
+        return CallContext.TRANSFORMED
+    return CallContext.PLAIN
 
 
 def has_tangent(*tensors: Any) -> bool:
-    """Whether one of these is differentiated forward. That somebody does so may be another thread's business."""
+    """Whether one of these carries a forward-mode tangent. (Another thread may have entered forward mode.)"""
     level = forward_ad._current_level
     return level >= 0 and any(
         isinstance(t, Tensor) and forward_ad.unpack_dual(t, level=level).tangent is not None for t in tensors
     )
-
-
-def launch_place(place: tuple[Any, ...]) -> dict[str, Any]:
-    """The place of the noise as launchers take it, from its seven arguments in a schema: int64 in two's complement."""
-    seed, stream, first_path, step, seed_at, first_path_at, step_at = place
-    return {
-        "seed": seed if seed_at is None else read(seed_at),
-        "stream": stream,
-        "first_path": first_path if first_path_at is None else read(first_path_at),
-        "step": step if step_at is None else read(step_at),
-    }
-
-
-def read(index: Tensor) -> int | Tensor:
-    """The value of an integer on the CPU; one on another device is left to the kernel, because reading it waits."""
-    return int(index) if index.device.type == "cpu" else index
 
 
 def recording(*tensors: Any) -> bool:
@@ -94,9 +82,44 @@ def recording(*tensors: Any) -> bool:
     return False
 
 
+def read(index: Index) -> Index:
+    """The value of an integer on the CPU; one on another device is left to the kernel, because reading it waits."""
+    return int(index) if isinstance(index, Tensor) and index.device.type == "cpu" else index
+
+
 def tensor_of(c: Any) -> Tensor:
     """A coefficient as the schemas have it: a number becomes a 0-d float64 tensor, which loses nothing."""
     return c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device="cpu")
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    """Arguments that end with a `NoiseOffset`, as a schema has them."""
+    *inputs, noise = args
+    numbers = [0 if isinstance(v, Tensor) else v for v in noise]
+    at = [v if isinstance(v, Tensor) else None for v in (noise.seed, noise.first_path, noise.step)]
+    return [*inputs, *numbers, *at]
+
+
+def _nested(args: Sequence[Any], get: Callable[[Tensor], Index] = lambda at: at) -> tuple[Any, ...]:
+    """The opposite of `_flat`."""
+    seed, stream, first_path, step, *at = args[-_FLAT:]
+    numbers = (n if t is None else get(t) for n, t in zip((seed, first_path, step), at, strict=True))
+    seed, first_path, step = numbers
+    return *args[:-_FLAT], NoiseOffset(seed, stream, first_path, step)
+
+
+def keep(ctx: Any, *values: Any) -> None:
+    """Save values for `kept`: tensors, others, and a `NoiseOffset`, which may hold tensors, at the end."""
+    *inputs, noise = values
+    everything = (*inputs, *noise)
+    ctx.others = [None if isinstance(v, Tensor) else v for v in everything]
+    ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in everything))
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What `keep` saved."""
+    values = [other if v is None else v for v, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    return [*values[:-4], NoiseOffset(*values[-4:])]
 
 
 def _refuse_vmap(name: str) -> Callable[..., Any]:
@@ -127,13 +150,13 @@ def _registered(name: str, function: Callable[..., Any], schema: str, fake: Call
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """An op of namespace ``sdesolve``.
+    """An op of namespace ``sdesolve``. Arguments are those of its schema, with a `NoiseOffset` at the end.
 
     Attributes:
-        function: The implementation: numbers or tensors in the order of the schema; makes its outputs.
+        function: The implementation; makes its outputs. Coefficients may be numbers.
         recorded: The same under autograd.
         transformed: The same under function transforms.
-        registered: The same through the dispatcher; coefficients must be tensors.
+        registered: The same through the dispatcher.
     """
 
     function: Callable[..., Any]
@@ -142,16 +165,16 @@ class Op:
     registered: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        """Call whichever way is right here; coefficients may be numbers."""
-        return self.call(route(*args), recording(*args), *args)
+        """Call it the way that is right here."""
+        return self.call(call_context(*args[:-1]), recording(*args[:-1]), *args)
 
-    def call(self, way: Route, record: bool, *args: Any) -> Any:
-        """The same for a caller that has found out the `route` and whether autograd is `recording`."""
-        if way is Route.PLAIN:
+    def call(self, context: CallContext, record: bool, *args: Any) -> Any:
+        """The same for a caller that knows its `call_context` and whether autograd is `recording`."""
+        if context is CallContext.PLAIN:
             return self.recorded(*args) if record else self.function(*args)
-        if way is Route.TRANSFORMED:
-            return self.transformed(*args)
-        return self.registered(*[tensor_of(c) if isinstance(c, float) else c for c in args])
+        if context is CallContext.TRANSFORMED:
+            return self.transformed(*_flat(args))
+        return self.registered(*[tensor_of(c) if isinstance(c, float) else c for c in _flat(args)])
 
 
 def define(
@@ -166,50 +189,59 @@ def define(
 
     Args:
         name: Its name.
-        schema: Its arguments and results, as `torch.library` writes them.
-        function: The implementation.
+        schema: Its arguments and results, as `torch.library` writes them; the arguments end with `NOISE`.
+        function: The implementation. It takes a `NoiseOffset` in place of these, as do `fake` and `setup`.
         fake: Results without values, for the same arguments.
-        setup: ``setup(ctx, inputs, output)``, keeps what the gradient needs.
-        backward: ``backward(ctx, *gradients)``, a gradient or None for each argument.
+        setup: ``setup(ctx, *arguments)``, keeps what the gradient needs.
+        backward: ``backward(ctx, *gradients)``, the gradients of the first arguments; those that follow have none.
     """
 
-    # The seven arguments of the place travel as one, because torch looks at each by itself.
-    def forward(ctx: Any, *packed: Any) -> Any:
-        args = (*packed[:-1], *packed[-1])
-        output = function(*args)
-        setup(ctx, args, output)
-        return output
+    def padded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        made = backward(ctx, *grads)
+        return *made, *(None,) * (len(ctx.needs_input_grad) - len(made))
 
-    def packed_backward(ctx: Any, *grads: Any) -> Any:
-        return backward(ctx, *grads)[:-6]
+    def flat_function(*args: Any) -> Any:
+        return function(*_nested(args, read))
 
-    def record(*args: Any) -> Any:
-        return recorded.apply(*args[:-7], args[-7:])
+    def flat_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup(ctx, *_nested(inputs))
 
-    # Two of them: function transforms demand a setup_context, for which torch binds the arguments to a signature in
-    # each call, 12 us of 18.
-    plain = {"forward": staticmethod(forward), "backward": staticmethod(packed_backward)}
-    apart = {"forward": staticmethod(function), "backward": staticmethod(backward)}
-    apart["setup_context"] = staticmethod(setup)
-    refusals = {"vmap": staticmethod(_refuse_vmap(name)), "jvp": staticmethod(_refuse_jvp(name))}
+    def forward(ctx: Any, *args: Any) -> Any:
+        setup(ctx, *args)
+        return function(*args)
+
+    # Two of them: function transforms demand flat arguments and a setup_context, for which torch binds the arguments to
+    # a signature in each call, 12 us of 18.
+    plain = {"forward": staticmethod(forward), "backward": staticmethod(padded)}
+    apart = {
+        "forward": staticmethod(flat_function),
+        "setup_context": staticmethod(flat_setup),
+        "backward": staticmethod(padded),
+        "vmap": staticmethod(_refuse_vmap(name)),
+        "jvp": staticmethod(_refuse_jvp(name)),
+    }
     recorded: Any = type(f"_{name}", (torch.autograd.Function,), plain)
-    transformed: Any = type(f"_{name}_transformed", (torch.autograd.Function,), apart | refusals)
-    registered = _registered(name, function, schema, fake, ())
-    registered.register_autograd(backward, setup_context=setup)
-    return Op(function, record, transformed.apply, registered)
+    transformed: Any = type(f"_{name}_transformed", (torch.autograd.Function,), apart)
+    registered = _registered(name, flat_function, schema, lambda *args: fake(*_nested(args)), ())
+    registered.register_autograd(padded, setup_context=flat_setup)
+    return Op(function, recorded.apply, transformed.apply, registered)
 
 
 def define_out(name: str, schema: str, function: Callable[..., None]) -> Callable[..., None]:
     """Register the variant ``sdesolve::name_out`` that writes its first argument, ``out``, and returns nothing."""
-    registered = _registered(f"{name}_out", function, schema, lambda *args: None, ("out",))
 
-    def call(way: Route, out: Tensor, *args: Any) -> None:
-        if way is Route.PLAIN:
+    def flat_function(*args: Any) -> None:
+        function(*_nested(args, read))
+
+    registered = _registered(f"{name}_out", flat_function, schema, lambda *args: None, ("out",))
+
+    def call(context: CallContext, out: Tensor, *args: Any) -> None:
+        if context is CallContext.PLAIN:
             torch.autograd.graph.increment_version(out)
             function(out, *args)
-        elif way is Route.TRANSFORMED:
+        elif context is CallContext.TRANSFORMED:
             raise RuntimeError(f"{name} with out= cannot be transformed or differentiated forward; leave out= away")
         else:
-            registered(out, *[tensor_of(c) if isinstance(c, float) else c for c in args])
+            registered(out, *[tensor_of(c) if isinstance(c, float) else c for c in _flat(args)])
 
     return call

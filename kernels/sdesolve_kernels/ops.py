@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_out, integer
-from .dispatch import backend_for, backend_module
+from .dispatch import backend_for, implementation
 from .streams import Stream
 
 __all__ = ["normal", "uniform", "words"]
-
-_REFERENCES = {"normal": "normal", "uniform": "uniform", "words": "numbered_words"}
 
 
 def _fill(
@@ -56,17 +54,10 @@ def _fill(
         check_out(out, paths, count, dtype, device)
         if op != "words" and out.dtype not in FLOATS:
             raise TypeError(f"out must be of a dtype among {', '.join(map(str, FLOATS))}, got {out.dtype}")
-    backend = backend_for(op, out.device)
-    if out.numel() == 0:
-        return out
-    torch.autograd.graph.increment_version(out)
-    module = backend_module(backend)
-    if backend == "reference":
-        kinds = {} if op == "words" else {"dtype": out.dtype}
-        made = getattr(module, _REFERENCES[op])(paths, count, **where, device=out.device, **kinds)
-        out.copy_(made.reshape(out.shape))
-    else:
-        module.fill(op, out, **where)
+    backend_for(op, out.device)  # refuses, also for an empty tensor, what `use_backend` cannot run there
+    if out.numel():
+        torch.autograd.graph.increment_version(out)
+        implementation("fill", out.device)(op, out, **where)
     return out
 
 

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .backend import int64_bits
+
 __all__ = ["box_muller", "normal", "numbered_words", "philox4x32", "uniform", "words"]
 
 _MASK = 0xFFFFFFFF
@@ -76,11 +78,6 @@ def words(seed: int, stream: int, path: Tensor, q: Tensor) -> tuple[Tensor, Tens
     return philox4x32(counter, (seed & _MASK, seed >> 32))
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same bits as the uint64 `value`."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 def numbered_words(
     paths: int,
     count: int,
@@ -93,7 +90,7 @@ def numbered_words(
 ) -> Tensor:
     """Words as int64 of shape ``(paths, count)``; [i, j] is word ``n mod 4`` of block ``n div 4``, n = offset + j."""
     q0, q1 = offset // 4, (offset + count + 3) // 4
-    path = torch.arange(paths, dtype=torch.int64, device=device)[:, None] + _signed(first_path)
+    path = torch.arange(paths, dtype=torch.int64, device=device)[:, None] + int64_bits(first_path)
     q = torch.arange(q0, q1, dtype=torch.int64, device=device)[None, :]
     blocks = torch.stack(words(seed, stream, path, q), dim=-1)
     return blocks.reshape(paths, 4 * (q1 - q0))[:, offset - 4 * q0 : offset - 4 * q0 + count]

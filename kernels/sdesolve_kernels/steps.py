@@ -8,10 +8,11 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from .checks import alike, check_output, coefficient, index, no_gradient, place, same_as_state, state
-from .dispatch import step_function
+from .backend import NoiseOffset
+from .checks import alike, check_output, coefficient, index, no_gradient, noise_offset, same_as_state, state
+from .dispatch import implementation
 from .gradients import noise_product, reduced, root, scaled
-from .library import PLACE, Route, define, define_out, launch_place, read, recording, route
+from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, read, recording
 from .streams import Stream
 
 __all__ = ["empty_like", "euler_maruyama_step", "linear_step", "perturb"]
@@ -25,12 +26,9 @@ def empty_like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# Euler-Maruyama ----------------------------------------------------------------------------------------------------
-
-
-def _euler_into(out: Tensor, x: Tensor, f: Tensor, g: Any, dt: Any, *place: Any) -> None:
+def _euler_into(out: Tensor, x: Tensor, f: Tensor, g: Any, dt: Any, noise: NoiseOffset) -> None:
     if out.numel():
-        step_function("euler_maruyama_step", x.device)(x, f, g, dt, out=out, **launch_place(place))
+        implementation("euler_maruyama_step", x.device)(x, f, g, dt, out=out, **noise._asdict())
 
 
 def _euler(x: Tensor, *rest: Any) -> Tensor:
@@ -39,28 +37,23 @@ def _euler(x: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _euler_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, g, dt, *place = inputs
-    ctx.dt, ctx.where = None if isinstance(dt, Tensor) else dt, place[:4]
+def _euler_setup(ctx: Any, x: Tensor, f: Tensor, g: Any, dt: Any, noise: NoiseOffset) -> None:
     # Of g, shape and dtype are what counts; it is kept only where it is a handful of numbers.
     ctx.full = isinstance(g, Tensor) and g.dim() > 1
-    small = g if isinstance(g, Tensor) and not ctx.full else None
-    ctx.save_for_backward(dt if isinstance(dt, Tensor) else None, small, *place[4:])
+    keep(ctx, dt, None if ctx.full else g, noise)
 
 
 def _euler_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    kept, g, *at = ctx.saved_tensors
-    dt = ctx.dt if kept is None else kept
-    grad_f = scaled(grad, dt) if ctx.needs_input_grad[1] else None
-    grad_g = None
-    if ctx.needs_input_grad[2]:
-        grad_g = noise_product(grad, root(dt, grad), *ctx.where, *at)
-        if not ctx.full:
-            grad_g = reduced(grad_g, g)
-    return grad, grad_f, grad_g, *(None,) * 8
+    dt, g, noise = kept(ctx)
+    _, wants_f, wants_g, *_ = ctx.needs_input_grad
+    grad_f = scaled(grad, dt) if wants_f else None
+    grad_g = noise_product(grad, root(dt, grad), noise) if wants_g else None
+    if grad_g is not None and not ctx.full:
+        grad_g = reduced(grad_g, g)
+    return grad, grad_f, grad_g
 
 
-_EULER = f"Tensor x, Tensor f, Tensor g, Tensor dt, {PLACE}"
+_EULER = f"Tensor x, Tensor f, Tensor g, Tensor dt, {NOISE}"
 _euler_op = define("euler_maruyama_step", f"({_EULER}) -> Tensor", _euler, empty_like, _euler_setup, _euler_backward)
 _euler_out = define_out("euler_maruyama_step", f"(Tensor(a!) out, {_EULER}) -> ()", _euler_into)
 
@@ -114,30 +107,28 @@ def euler_maruyama_step(
             same_as_state("g", g, x)  # which says what does not fit
         g = coefficient("g", g, x, or_like="x")
     dt = coefficient("dt", dt, x)
-    way = route(x, f, g, dt)
-    where = place(x, seed, stream, first_path, step, way is Route.PLAIN)
+    context = call_context(x, f, g, dt)
+    noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
     if isinstance(dt, Tensor):
         no_gradient("euler_maruyama_step", "it is a number of the time grid", dt=dt)
     if out is None:
-        return _euler_op.call(way, recording(x, f, g), x, f, g, dt, *where)
+        return _euler_op.call(context, recording(x, f, g), x, f, g, dt, noise)
     check_output(out, x)
     if recording(x, f, g):
         no_gradient("euler_maruyama_step with out=", "out is overwritten unseen by autograd", x=x, f=f, g=g)
-    _euler_out(way, out, x, f, g, dt, *where)
+    _euler_out(context, out, x, f, g, dt, noise)
     return out
-
-
-# Linear multistep --------------------------------------------------------------------------------------------------
 
 
 def _linear_into(
     out: Tensor, x: Tensor, table: Tensor, row: int, row_at: Tensor | None, stochastic: bool, *rest: Any
 ) -> None:
+    *history, noise = rest
     if out.numel():
-        history = [s for s in rest[:4] if s is not None]
+        terms = [s for s in history if s is not None]
         at = row if row_at is None else read(row_at)
-        run = step_function("linear_step", x.device)
-        run(x, history, table, at, stochastic=stochastic, out=out, **launch_place(rest[4:]))
+        run = implementation("linear_step", x.device)
+        run(x, terms, table, at, stochastic=stochastic, out=out, **noise._asdict())
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
@@ -146,22 +137,22 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, table, ctx.row, row_at, *_ = inputs
+def _linear_setup(ctx: Any, x: Tensor, table: Tensor, row: int, row_at: Tensor | None, *rest: Any) -> None:
+    ctx.row = row
     ctx.save_for_backward(table, row_at)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     table, row_at = ctx.saved_tensors
     entries = table[ctx.row] if row_at is None else table.index_select(0, row_at.reshape(1))[0]
-    wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:9])
-    x, *history = (scaled(grad, entries[k]) if want else None for k, want in enumerate(wanted))
-    return x, None, None, None, None, *history, *(None,) * 7
+    wants_x, _, _, _, _, *wants_terms = ctx.needs_input_grad
+    x, *history = (scaled(grad, entries[k]) if want else None for k, want in enumerate((wants_x, *wants_terms[:4])))
+    return x, None, None, None, None, *history
 
 
 _LINEAR = (
     "Tensor x, Tensor table, SymInt row, Tensor? row_at, bool stochastic, "
-    f"Tensor? s1, Tensor? s2, Tensor? s3, Tensor? s4, {PLACE}"
+    f"Tensor? s1, Tensor? s2, Tensor? s3, Tensor? s4, {NOISE}"
 )
 _linear_op = define("linear_step", f"({_LINEAR}) -> Tensor", _linear, empty_like, _linear_setup, _linear_backward)
 _linear_out = define_out("linear_step", f"(Tensor(a!) out, {_LINEAR}) -> ()", _linear_into)
@@ -226,29 +217,26 @@ def linear_step(
     for i, s in enumerate(history):
         same_as_state(f"history[{i}]", s, x)
     _check_table(table, x, terms)
-    way = route(x, table, *history)
-    where = place(x, seed, stream, first_path, step, way is Route.PLAIN)
-    at = index("row", row, table.shape[0], f"{table.shape[0]}", way is Route.PLAIN)
+    context = call_context(x, table, *history)
+    noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
+    at = index("row", row, table.shape[0], f"{table.shape[0]}", context is CallContext.PLAIN)
     chosen = (0, at) if isinstance(at, Tensor) else (at, None)
     if recording(table):
         no_gradient("linear_step", "it holds the numbers of a scheme", table=table)
-    arguments = (x, table, *chosen, stochastic, *history, *(None,) * (4 - terms), *where)
+    arguments = (x, table, *chosen, stochastic, *history, *(None,) * (4 - terms), noise)
     if out is None:
-        return _linear_op.call(way, recording(x, *history), *arguments)
+        return _linear_op.call(context, recording(x, *history), *arguments)
     check_output(out, x)
     if recording(x, *history):
         named = {f"history[{i}]": s for i, s in enumerate(history)}
         no_gradient("linear_step with out=", "out is overwritten unseen by autograd", x=x, **named)
-    _linear_out(way, out, *arguments)
+    _linear_out(context, out, *arguments)
     return out
 
 
-# Perturbation ------------------------------------------------------------------------------------------------------
-
-
-def _perturb_into(out: Tensor, x0: Tensor, alpha: Any, sigma: Any, *place: Any) -> None:
+def _perturb_into(out: Tensor, x0: Tensor, alpha: Any, sigma: Any, noise: NoiseOffset) -> None:
     if out.numel():
-        step_function("perturb", x0.device)(x0, alpha, sigma, out=out, **launch_place(place))
+        implementation("perturb", x0.device)(x0, alpha, sigma, out=out, **noise._asdict())
 
 
 def _perturb(x0: Tensor, *rest: Any) -> Tensor:
@@ -257,24 +245,21 @@ def _perturb(x0: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _perturb_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x0, alpha, sigma, *place = inputs
-    ctx.alpha, ctx.where = None if isinstance(alpha, Tensor) else alpha, place[:4]
+def _perturb_setup(ctx: Any, x0: Tensor, alpha: Any, sigma: Any, noise: NoiseOffset) -> None:
     learned = isinstance(alpha, Tensor) and alpha.requires_grad
-    tensors = (c if isinstance(c, Tensor) else None for c in (alpha, sigma))
-    ctx.save_for_backward(x0 if learned else None, *tensors, *place[4:])
+    keep(ctx, x0 if learned else None, alpha, sigma, noise)
 
 
 def _perturb_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x0, alpha, sigma, *at = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    grad_x0 = scaled(grad, ctx.alpha if alpha is None else alpha) if wanted[0] else None
-    grad_alpha = reduced(grad * x0, alpha) if wanted[1] else None
-    grad_sigma = reduced(noise_product(grad, 1.0, *ctx.where, *at), sigma) if wanted[2] else None
-    return grad_x0, grad_alpha, grad_sigma, *(None,) * 7
+    x0, alpha, sigma, noise = kept(ctx)
+    wants_x0, wants_alpha, wants_sigma, *_ = ctx.needs_input_grad
+    grad_x0 = scaled(grad, alpha) if wants_x0 else None
+    grad_alpha = reduced(grad * x0, alpha) if wants_alpha else None
+    grad_sigma = reduced(noise_product(grad, 1.0, noise), sigma) if wants_sigma else None
+    return grad_x0, grad_alpha, grad_sigma
 
 
-_PERTURB = f"Tensor x0, Tensor alpha, Tensor sigma, {PLACE}"
+_PERTURB = f"Tensor x0, Tensor alpha, Tensor sigma, {NOISE}"
 _perturb_op = define("perturb", f"({_PERTURB}) -> Tensor", _perturb, empty_like, _perturb_setup, _perturb_backward)
 _perturb_out = define_out("perturb", f"(Tensor(a!) out, {_PERTURB}) -> ()", _perturb_into)
 
@@ -309,11 +294,11 @@ def perturb(
     """
     state("x0", x0)
     alpha, sigma = coefficient("alpha", alpha, x0), coefficient("sigma", sigma, x0)
-    way = route(x0, alpha, sigma)
-    where = place(x0, seed, stream, first_path, step, way is Route.PLAIN)
+    context = call_context(x0, alpha, sigma)
+    noise = noise_offset(x0, seed, stream, first_path, step, context is CallContext.PLAIN)
     if out is None:
-        return _perturb_op.call(way, recording(x0, alpha, sigma), x0, alpha, sigma, *where)
+        return _perturb_op.call(context, recording(x0, alpha, sigma), x0, alpha, sigma, noise)
     check_output(out, x0, "x0")
     no_gradient("perturb with out=", "out is overwritten unseen by autograd", x0=x0, alpha=alpha, sigma=sigma)
-    _perturb_out(way, out, x0, alpha, sigma, *where)
+    _perturb_out(context, out, x0, alpha, sigma, noise)
     return out

@@ -193,9 +193,9 @@ def _check_fusible(problem: Problem, lowered: Lowered) -> None:
         raise CannotExecute(_TRANSFORMED)
     if any(not isinstance(s.noise, BrownianPath) or s.noise.substeps > 1 for s in lowered.sources):
         raise CannotExecute("increments are coarse, or come from a noise of another class than BrownianPath")
-    name = backend_for("trajectory", x0.device)
-    if name == "reference":
-        raise CannotExecute(f"the {name} back end makes no generated kernels")
+    backend = backend_for("trajectory", x0.device)
+    if not backend.compiles:
+        raise CannotExecute(f"the {backend.name} back end makes no generated kernels")
 
 
 def _path(source: NoiseSource) -> BrownianPath:
@@ -214,7 +214,7 @@ def _kernel_for(problem: Problem, held: Contents, lowered: Lowered) -> _Kernel:
         tuple(x0.shape[1:]),
         x0.dtype,
         x0.device,
-        backend_for("trajectory", x0.device),
+        backend_for("trajectory", x0.device).name,
         torch.get_default_dtype(),
         torch.is_autocast_enabled(x0.device.type),
         bool(problem.save.inside),

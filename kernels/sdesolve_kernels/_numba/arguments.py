@@ -6,57 +6,45 @@ Python's, states have one shape and dtype.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..backend import NoiseKeywords
 from ..reference_steps import compute_dtype
-from .threads import split
+from ..threads import scratch, split
 from .tile import SCRATCH, unit_count
 
-__all__ = ["ALONE", "NAMES", "NOTHING", "Operands", "number_or_rows", "place", "rows_of", "run", "scratch", "simple"]
+__all__ = ["ALONE", "NAMES", "Operands", "noise_numbers", "number_or_rows", "rows_of", "run"]
 
 _GRAIN = 1 << 17  # elements a thread takes at least: 60 us of work, a little more than the handing over
 ALONE = 2 * _GRAIN  # fewer elements than these are one call of a kernel
-# Arguments of a `combine` kernel that does nothing: output, five states, their coefficients' addresses and values,
-# gain, the noise's coefficient, whether there is noise, its place.
-NOTHING: list[Any] = [0] * 11 + [0.0] * 5 + [0, 0, 0.0, 0] + [0] * 4
 NAMES = {
     torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16",
 }  # fmt: skip
 
 
-def place(where: dict[str, Any], m: int) -> tuple[int, int, int, int]:
-    """Seed, stream, first path and offset, as int64 in two's complement."""
-    return where["seed"], where["stream"], where["first_path"], where["step"] * m
+def noise_numbers(noise: NoiseKeywords, m: int) -> tuple[Any, Any, Any, Any]:
+    """Seed, stream, first path and index of the first number, for rows of `m` elements."""
+    return noise["seed"], noise["stream"], noise["first_path"], noise["step"] * m
 
 
-class _Scratch(threading.local):
-    """Memory of a thread's own, aligned to the lines of the cache."""
+def run(kernel: Callable[..., None], arguments: Sequence[Any], rows: int, m: int, *memory: Any) -> None:
+    """Run a kernel over all units of ``(rows, m)`` states, in threads where there is enough work for them.
 
-    def __init__(self) -> None:
-        self.memory = np.empty(SCRATCH + 64, np.uint8)
-        self.address = -(-self.memory.ctypes.data // 64) * 64
-
-
-scratch = _Scratch()
-
-
-def run(kernel: Callable[..., None], arguments: Sequence[Any], rows: int, m: int) -> None:
-    """Run a kernel over all units of ``(rows, m)`` states, in threads where there is enough work for them."""
+    `memory` owns what the kernel's addresses point to, and lives as long as a thread works on it.
+    """
     units = unit_count(rows, m)
     if rows * m < ALONE:
-        kernel(*arguments, rows, m, 0, units, scratch.address)
+        kernel(*arguments, rows, m, 0, units, scratch(SCRATCH)[1])
         return
-    split(
-        lambda start, stop: kernel(*arguments, rows, m, start, stop, scratch.address),
-        units,
-        -(-_GRAIN * units // (rows * m)),
-    )
+
+    def work(start: int, stop: int, memory: tuple[Any, ...] = memory) -> None:
+        kernel(*arguments, rows, m, start, stop, scratch(SCRATCH)[1])
+
+    split(work, units, -(-_GRAIN * units // (rows * m)))
 
 
 def number_or_rows(c: Any) -> Any:
@@ -109,52 +97,6 @@ class Operands:
         if self.plain is not self.out:
             self.out.copy_(self.plain)
         return self.out
-
-
-def simple(
-    out: Tensor,
-    terms: Sequence[tuple[Any, Tensor]],
-    noise: Any,
-    gain: Tensor | None,
-    where: dict[str, Any] | None,
-    m: int,
-) -> list[Any] | None:
-    """Arguments of `combine` where everything lies as it should; else None.
-
-    What `Operands` does, in a third of its time.
-    """
-    if not out.is_contiguous():
-        return None
-    arguments = NOTHING.copy()
-    arguments[0] = begin = out.data_ptr()
-    span = out.nbytes
-    i = 1
-    for c, s in terms:
-        arguments[i] = address = s.data_ptr()
-        if not s.is_contiguous() or (address != begin and -span < address - begin < span):
-            return None
-        if type(c) is float:
-            arguments[i + 10] = c
-        elif _fits(c, out, begin, span):
-            arguments[i + 5] = c.data_ptr()
-        else:
-            return None
-        i += 1
-    if noise is not None:
-        arguments[19] = 1
-        if type(noise) is float:
-            arguments[18] = noise
-        elif _fits(noise, out, begin, span):
-            arguments[17] = noise.data_ptr()
-        else:
-            return None
-    if gain is not None:
-        arguments[16] = address = gain.data_ptr()
-        if not gain.is_contiguous() or (address != begin and -span < address - begin < span):
-            return None
-    if where is not None:
-        arguments[20:24] = where["seed"], where["stream"], where["first_path"], where["step"] * m
-    return arguments
 
 
 def _fits(c: Tensor, out: Tensor, begin: int, span: int) -> bool:

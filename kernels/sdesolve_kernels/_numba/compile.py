@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
 
-__all__ = ["inline", "kernel"]
+__all__ = ["compiling", "inline", "kernel"]
 
-# Numba's annotations describe each combination of arguments apart and fit no dictionary of options.
-_njit: Any = numba.njit
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Compile although ``NUMBA_DISABLE_JIT`` is set: kernels work on addresses, which Python cannot."""
+    config: Any = numba.config
+    disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
+    try:
+        yield
+    finally:
+        config.DISABLE_JIT = disabled
+
+
+def _njit(function: Callable[..., Any], **options: Any) -> Any:
+    with compiling():
+        # Numba's annotations describe each combination of arguments apart and fit no dictionary of options.
+        decorate: Any = numba.njit
+        return decorate(**options)(function)
+
 
 # No fastmath: it lets LLVM contract and reassociate differently in a vector body and in its scalar tail, and then the
 # same normal has different bits in different places. Fused multiply-adds are written out (intrinsics.fma) instead.
@@ -31,7 +48,7 @@ _DIGEST = _source_digest()
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a helper so that it is always inlined: a call inside a loop body keeps LLVM from vectorising it."""
-    compiled: Callable[..., Any] = _njit(forceinline=True, **_OPTIONS)(function)
+    compiled: Callable[..., Any] = _njit(function, forceinline=True, **_OPTIONS)
     return compiled
 
 
@@ -51,11 +68,11 @@ def kernel(function: Callable[..., Any], variant: str = "") -> Callable[..., Any
     """
     function.__qualname__ = f"{function.__qualname__}-{variant}-{_DIGEST}"
     try:
-        compiled: Any = _njit(nogil=True, cache=True, **_OPTIONS)(function)
+        compiled: Any = _njit(function, nogil=True, cache=True, **_OPTIONS)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
-        compiled = _njit(nogil=True, **_OPTIONS)(function)
+        compiled = _njit(function, nogil=True, **_OPTIONS)
     if variant:
         compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), _DIGEST)
     named: Callable[..., Any] = compiled

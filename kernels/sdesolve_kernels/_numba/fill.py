@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import split
 from .noise import columns, rows
-from .threads import split
 
 __all__ = ["fill"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from ..backend import NoiseKeywords
 from ..reference_steps import compute_dtype
-from .arguments import NAMES, NOTHING, Operands, number_or_rows, place, rows_of, run, simple
+from .arguments import NAMES, Operands, noise_numbers, number_or_rows, rows_of, run
 from .steps import combine
 
 __all__ = ["combined", "euler_maruyama_step", "linear_step", "noise_product", "perturb", "scaled"]
@@ -22,44 +23,46 @@ _DOUBLES = {n: ctypes.c_double * n for n in range(2, 7)}
 def combined(
     out: Tensor,
     terms: Sequence[tuple[Any, Tensor]],
-    noise: Any = None,
+    scale: Any = None,
     gain: Tensor | None = None,
-    where: dict[str, Any] | None = None,
+    noise: NoiseKeywords | None = None,
 ) -> Tensor:
-    """``sum c_k s_k + noise gain z`` for pairs ``(c_k, s_k)``; without `noise`, no noise."""
+    """``sum c_k s_k + scale gain z`` for up to five pairs ``(c_k, s_k)``; without `scale`, no noise."""
     rows = out.shape[0]
     m = out.numel() // rows
-    arguments = simple(out, terms, noise, gain, where, m)
-    if arguments is not None:
-        run(combine(NAMES[out.dtype]), arguments, rows, m)
-        return out
-    operands, arguments = Operands(out), NOTHING.copy()
-    arguments[0] = operands.begin
-    for i, (c, s) in enumerate(terms, 1):
-        arguments[i] = operands.state(s)
-        arguments[i + 5], arguments[i + 10] = operands.coefficient(c)
-    if noise is not None:
-        arguments[17:20] = *operands.coefficient(noise), 1
-    if gain is not None:
-        arguments[16] = operands.state(gain)
-    if where is not None:
-        arguments[20:24] = place(where, m)
-    run(combine(NAMES[out.dtype]), arguments, rows, m)
+    operands = Operands(out)
+    states, per_row, numbers = [0] * 5, [0] * 5, [0.0] * 5
+    for i, (c, s) in enumerate(terms):
+        states[i] = operands.state(s)
+        if type(c) is float:
+            numbers[i] = c
+        else:
+            per_row[i], numbers[i] = operands.coefficient(c)
+    gain_at = 0 if gain is None else operands.state(gain)
+    scale_at, scale_number = (0, 0.0) if scale is None else operands.coefficient(scale)
+    numbers_of_noise = (0, 0, 0, 0) if noise is None else noise_numbers(noise, m)
+    arguments = (
+        operands.begin, *states, *per_row, *numbers, gain_at, scale_at, scale_number, int(scale is not None),
+        *numbers_of_noise,
+    )  # fmt: skip
+    run(combine(NAMES[out.dtype]), arguments, rows, m, operands, terms, scale, gain)
     return operands.finish()
 
 
-def euler_maruyama_step(x: Tensor, f: Tensor, g: Any, dt: Any, *, out: Tensor, **where: Any) -> Tensor:
+def euler_maruyama_step(
+    x: Tensor, f: Tensor, g: Any, dt: Any, *, out: Tensor, **noise: Unpack[NoiseKeywords]
+) -> Tensor:
     """See `reference_steps.euler_maruyama_step`."""
     if type(dt) is not float:
         dt = number_or_rows(dt)
     root = rows_of(dt, x).abs().sqrt() if isinstance(dt, Tensor) else math.sqrt(abs(dt))
     terms = ((1.0, x), (dt, f))
     if isinstance(g, Tensor) and g.dim() > 1:  # a coefficient has no more than one
-        return combined(out, terms, root, g, where)
+        return combined(out, terms, root, g, noise)
     g = number_or_rows(g)
     if isinstance(g, Tensor):
         g = rows_of(g, x)
-    return combined(out, terms, g * root, None, where)
+    return combined(out, terms, g * root, None, noise)
 
 
 def linear_step(
@@ -68,9 +71,9 @@ def linear_step(
     table: Tensor,
     row: int,
     *,
-    stochastic: bool = True,
+    stochastic: bool,
     out: Tensor,
-    **where: Any,
+    **noise: Unpack[NoiseKeywords],
 ) -> Tensor:
     """See `reference_steps.linear_step`."""
     if table.dim() == 3:
@@ -82,17 +85,17 @@ def linear_step(
         coefficients = table[row].tolist()
     a, *b, c = coefficients
     terms = ((a, x), *zip(b, history, strict=True)) if history else ((a, x),)
-    return combined(out, terms, c if stochastic else None, None, where)
+    return combined(out, terms, c if stochastic else None, None, noise)
 
 
-def perturb(x0: Tensor, alpha: Any, sigma: Any, *, out: Tensor, **where: Any) -> Tensor:
+def perturb(x0: Tensor, alpha: Any, sigma: Any, *, out: Tensor, **noise: Unpack[NoiseKeywords]) -> Tensor:
     """See `reference_steps.perturb`."""
-    return combined(out, ((number_or_rows(alpha), x0),), number_or_rows(sigma), None, where)
+    return combined(out, ((number_or_rows(alpha), x0),), number_or_rows(sigma), None, noise)
 
 
-def noise_product(v: Tensor, c: Any, *, out: Tensor, **where: Any) -> Tensor:
+def noise_product(v: Tensor, c: Any, *, out: Tensor, **noise: Unpack[NoiseKeywords]) -> Tensor:
     """See `reference_steps.noise_product`."""
-    return combined(out, (), number_or_rows(c), v, where)
+    return combined(out, (), number_or_rows(c), v, noise)
 
 
 def scaled(v: Tensor, c: Any, *, out: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from ..backend import Coefficient, NoiseKeywords, Residual
 from ..reference_steps import chi_mean, compute_dtype
-from .arguments import ALONE, NAMES, Operands, number_or_rows, place, rows_of, run, scratch
+from ..threads import scratch
+from .arguments import ALONE, NAMES, Operands, noise_numbers, number_or_rows, rows_of, run
 from .launch import combined, scaled
 from .memory import COMPUTE
 from .sums import denoising, finish_loss, finish_norms, norms
@@ -22,18 +24,20 @@ def _scalar(c: Any) -> bool:
     return not isinstance(c, Tensor) or c.dim() == 0
 
 
-def langevin_step(x: Tensor, score: Tensor, *, mode: str, size: Any, alpha: Any, out: Tensor, **where: Any) -> Tensor:
+def langevin_step(
+    x: Tensor, score: Tensor, *, mode: str, size: Any, alpha: Any, out: Tensor, **noise: Unpack[NoiseKeywords]
+) -> Tensor:
     """See `reference_steps.langevin_step`."""
     if mode == "fixed":
         delta: Any = (
             float(alpha) * float(size) if _scalar(size) and _scalar(alpha) else rows_of(alpha, x) * rows_of(size, x)
         )
-        return combined(out, ((1.0, x), (delta, score)), _noise_scale(delta), None, where)
+        return combined(out, ((1.0, x), (delta, score)), _noise_scale(delta), None, noise)
     # The output holds the noise between the two passes where it can: to make it again takes twice the time.
     kept = out if mode != "dimension" and _can_hold_noise(out, x, score, alpha) else None
-    delta = _size(score, mode, float(size), alpha, kept, where)
+    delta = _size(score, mode, float(size), alpha, kept, noise)
     if kept is None:
-        return combined(out, ((1.0, x), (delta, score)), _noise_scale(delta), None, where)
+        return combined(out, ((1.0, x), (delta, score)), _noise_scale(delta), None, noise)
     return combined(out, ((1.0, x), (delta, score), (_noise_scale(delta), kept)))
 
 
@@ -52,7 +56,7 @@ def _can_hold_noise(out: Tensor, *inputs: Any) -> bool:
     return all(t.is_contiguous() and (t.data_ptr() >= end or t.data_ptr() + t.nbytes <= begin) for t in tensors)
 
 
-def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None, where: dict[str, Any]) -> Any:
+def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None, noise: NoiseKeywords) -> Any:
     """Step size from norms in float64: a number, or ``(batch,)`` in the compute dtype; the noise is left in `kept`."""
     score = score.contiguous()
     rows = score.shape[0]
@@ -61,7 +65,7 @@ def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None,
     partial = torch.empty(2, rows if each and m <= TILE else unit_count(rows, m), dtype=torch.float64, device="cpu")
     score_at, noise_at = partial.data_ptr(), 0 if mode == "dimension" else partial[1].data_ptr()
     addresses = score.data_ptr(), 0 if kept is None else kept.data_ptr(), score_at, noise_at
-    run(norms(NAMES[score.dtype]), (*addresses, each, *place(where, m)), rows, m)
+    run(norms(NAMES[score.dtype]), (*addresses, each, *noise_numbers(noise, m)), rows, m, score, kept, partial)
     s: Any = finish_norms(score_at, each, rows, m)
     n: Any = chi_mean(m) if noise_at == 0 else finish_norms(noise_at, each, rows, m)
     if each:
@@ -78,25 +82,17 @@ def _scaled(ratio: Any, snr: float, alpha: Any, x: Tensor) -> Any:
 
 
 def dsm_loss(
-    output: Tensor,
-    x0: Tensor | None,
-    p: Any,
-    q: Any,
-    weight: Any,
-    *,
-    mean: bool,
-    out: Tensor,
-    gradient: Tensor | None,
-    **where: Any,
+    r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, **noise: Unpack[NoiseKeywords]
 ) -> Tensor:
-    """See `reference_steps.dsm_loss`; the mean over the batch if `mean`, and its gradient written to `gradient`."""
+    """See `reference_steps.dsm_loss`."""
+    output, x0, p, q, weight = r
     rows, size, name = output.shape[0], output.numel(), NAMES[output.dtype]
     m = size // rows
     operands = Operands(output if gradient is None else gradient)
     sums = rows * -(-m // TILE)
     # A thousand sums fit into the scratch memory, and an allocation costs 1 us.
     partial = torch.empty(sums, dtype=torch.float64, device="cpu") if sums > SUMS else None
-    partial_at = scratch.address + SCRATCH - 8 * SUMS if partial is None else partial.data_ptr()
+    partial_at = scratch(SCRATCH)[1] + SCRATCH - 8 * SUMS if partial is None else partial.data_ptr()
     weights = operands.coefficient(weight)
     # A call that takes all units finishes; several calls leave that to one more.
     alone = size < ALONE
@@ -104,28 +100,19 @@ def dsm_loss(
         operands.state(output), 0 if x0 is None else operands.state(x0),
         0 if gradient is None else operands.begin, 2.0 / (m * rows if mean else m), partial_at,
         *operands.coefficient(p), *operands.coefficient(q),
-        *weights, out.data_ptr() if alone else 0, int(mean), *place(where, m),
+        *weights, out.data_ptr() if alone else 0, int(mean), *noise_numbers(noise, m),
     )  # fmt: skip
-    run(denoising(name), arguments, rows, m)
+    run(denoising(name), arguments, rows, m, operands, r, out, partial)
     if not alone:
-        finish_loss(COMPUTE[name])(partial_at, *weights, out.data_ptr(), int(mean), rows, m, scratch.address)
+        finish_loss(COMPUTE[name])(partial_at, *weights, out.data_ptr(), int(mean), rows, m, scratch(SCRATCH)[1])
     return out
 
 
 def dsm_gradient(
-    output: Tensor,
-    x0: Tensor | None,
-    p: Any,
-    q: Any,
-    weight: Any,
-    upstream: Any,
-    *,
-    mean: bool,
-    out: Tensor,
-    made: bool = False,
-    **where: Any,
+    r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, **noise: Unpack[NoiseKeywords]
 ) -> Tensor:
-    """The gradient of `dsm_loss` for a gradient `upstream` of the loss; `made` if `out` holds that for 1 already."""
+    """The gradient of `dsm_loss`."""
+    output, x0, p, q, weight = r
     upstream = number_or_rows(upstream)
     if made and mean:
         if upstream == 1.0:
@@ -143,7 +130,7 @@ def dsm_gradient(
     arguments = (
         operands.state(output), 0 if x0 is None else operands.state(x0), operands.begin, factor, 0,
         *operands.coefficient(p), *operands.coefficient(q), *operands.coefficient(weight),
-        0, 0, *place(where, m),
+        0, 0, *noise_numbers(noise, m),
     )  # fmt: skip
-    run(denoising(NAMES[output.dtype]), arguments, rows, m)
+    run(denoising(NAMES[output.dtype]), arguments, rows, m, operands, r, weight)
     return operands.finish()

@@ -31,7 +31,7 @@ def _pointer(element: Any) -> Any:
 
 pointer_float32, pointer_float64 = _pointer(types.float32), _pointer(types.float64)
 pointer_int64, pointer_bool = _pointer(types.int64), _pointer(types.boolean)
-whole, double, word = pointer_int64, pointer_float64, _pointer(types.uint32)
+word = _pointer(types.uint32)
 
 
 def _fill_with(numbers: Any) -> Any:

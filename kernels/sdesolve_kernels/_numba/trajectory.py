@@ -14,17 +14,28 @@ import linecache
 import os
 import platform
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Entry", "cache_folder", "load"]
 
-Entry = Callable[[int, int, int, int], None]
-
 _ENTRY = "sdesolve_trajectory"
 _TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-_engines: list[Any] = []  # own the code they loaded
+
+
+class Entry:
+    """Machine code that was loaded, to be called with four integers. It is unloaded when nothing refers to it."""
+
+    def __init__(self, code: bytes, llvm: Any) -> None:
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(llvm))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        self._engine = engine
+        self._call = _TYPE(engine.get_function_address(_ENTRY))
+
+    def __call__(self, arguments: int, scratch: int, start: int, stop: int) -> None:
+        """Call it; `self` holds the code meanwhile."""
+        self._call(arguments, scratch, start, stop)
 
 
 def cache_folder() -> Path | None:
@@ -46,24 +57,26 @@ def load(source: str) -> Entry:
     """The kernel of a generated source, from this process, from disk, or compiled now."""
     import llvmlite.binding as llvm
 
-    _initialise(llvm)
+    _initialise()
     key = _key(source, llvm)
     folder = cache_folder()
     if folder is None:
-        return _loaded(_compiled(source, key, llvm), llvm)
+        return Entry(_compiled(source, key, llvm), llvm)
     path = folder / f"{key}.o"
     code = _read(path)
     if code is None:
         code = _compiled(source, key, llvm)
         _write(path, code)
         _write(path.with_suffix(".py"), source.encode())
-    return _loaded(code, llvm)
+    return Entry(code, llvm)
 
 
-def _initialise(llvm: Any) -> None:
-    if not _engines:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
+@functools.cache
+def _initialise() -> None:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
 
 
 def _key(source: str, llvm: Any) -> str:
@@ -104,13 +117,16 @@ def _write(path: Path, data: bytes) -> None:
 def _compiled(source: str, key: str, llvm: Any) -> bytes:
     import numba
 
+    from .compile import compiling
+
     name = f"<sdesolve {key[:12]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     names: dict[str, Any] = {}
     exec(compile(source, name, "exec"), names)
     integers = (numba.types.int64,) * 4
-    make: Any = numba.cfunc(numba.types.void(*integers), error_model="numpy")
-    compiled = make(names["trajectory"])
+    with compiling():
+        make: Any = numba.cfunc(numba.types.void(*integers), error_model="numpy")
+        compiled = make(names["trajectory"])
     module = llvm.parse_assembly(compiled.inspect_llvm())
     for function in module.functions:
         if function.name.startswith("cfunc."):
@@ -126,12 +142,3 @@ def _machine(llvm: Any) -> Any:
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, codemodel="jitdefault",
         jit=True,
     )  # fmt: skip
-
-
-def _loaded(code: bytes, llvm: Any) -> Entry:
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(llvm))
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _engines.append(engine)
-    entry: Entry = _TYPE(engine.get_function_address(_ENTRY))
-    return entry

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from ..backend import int64_bits
 from .fill import fill_kernel
 from .geometry import Geometry
 from .tiles import NUMBER, PER_SAMPLE, SHARED
@@ -81,11 +82,6 @@ def launch(kernel: Any, grid: tuple[int, int, int], device: torch.device, argume
         kernel[grid](**arguments, **options)
 
 
-def signed(value: int) -> int:
-    """The int64 with the same bits as a uint64."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 def prepare(x: Tensor, tile: Geometry, integers: Mapping[str, int | Tensor], stream: int) -> dict[str, Any]:
     """Arguments that all tiled kernels share; ``integers`` holds seed, first_path, step and possibly row."""
     loaded, values = 0, {}
@@ -99,7 +95,7 @@ def prepare(x: Tensor, tile: Geometry, integers: Mapping[str, int | Tensor], str
             loaded |= _FLAGS[name]
             values[name] = value.data_ptr()
         else:
-            values[name] = signed(value)
+            values[name] = int64_bits(value)
     return {
         **values,
         "stream_id": int(stream),

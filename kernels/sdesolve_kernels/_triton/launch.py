@@ -9,6 +9,7 @@ the friendlier errors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def euler_maruyama_step(
 
 
 def linear_step(
-    x: Tensor, history: list[Tensor], table: Tensor, row: Index,
+    x: Tensor, history: Sequence[Tensor], table: Tensor, row: Index,
     *, stochastic: bool = True, seed: Index = 0, stream: int = 0, first_path: Index = 0, step: Index = 0,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip

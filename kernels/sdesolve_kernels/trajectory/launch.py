@@ -5,23 +5,31 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from sdesolve_kernels._numba.threads import split
 from sdesolve_kernels.dispatch import backend_for
 from sdesolve_kernels.trajectory.evaluate import evaluate
-from sdesolve_kernels.trajectory.numba_source import numba_kernel
 from sdesolve_kernels.trajectory.plan import Plan, plan
 from sdesolve_kernels.trajectory.program import Program
 from sdesolve_kernels.trajectory.tracing import Unsupported, dtype_name
 
-__all__ = ["AbstractTrajectory", "Launch", "Moments", "Saved", "combined", "compile_trajectory", "contiguous", "tables"]
+__all__ = [
+    "AbstractTrajectory",
+    "Launch",
+    "Moments",
+    "Saved",
+    "Tables",
+    "combined",
+    "compile_trajectory",
+    "contiguous",
+    "tables",
+]
 
-_PIECE = 100_000.0  # nanoseconds of work that are worth a thread's while
+_LARGEST_KEY = 1 << 18  # bytes that a table is made from, of those that are kept
 
 
 @final
@@ -46,6 +54,13 @@ class Launch:
         saves: steps after which to save, increasing; 0 is the start.
         moments: save mean and variance over the paths instead of every path.
         captured: tensors the program reads, as `Program.captured`.
+        first_step: the step to begin with; `x0` is the state before it. ``times``, ``rows``, ``places`` and ``saves``
+            are those of the whole integration whatever the first step and the last.
+        last_step: the step to end before; ``None`` for the end of the times.
+        memory: what the solver remembers before the first step, as `Saved.memory`; ``None`` for zeros.
+        progress: called now and then, in the caller's thread, with the number of path-steps (a path by a step) that
+            were done since. What it raises stops the run, as KeyboardInterrupt does: within a fraction of a second, and
+            when nothing is written any more.
     """
 
     x0: Tensor
@@ -55,16 +70,33 @@ class Launch:
     saves: Sequence[int]
     moments: bool
     captured: Sequence[Tensor]
+    first_step: int = 0
+    last_step: int | None = None
+    memory: Tensor | None = None
+    progress: Callable[[int], None] | None = None
+
+    @property
+    def end(self) -> int:
+        """The number of the step to end before."""
+        return len(self.times) - 1 if self.last_step is None else self.last_step
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a run leaves: the state at its end, ``(batch, width)`` numbers at each saving time, or their moments."""
+    """What a run leaves.
+
+    Attributes:
+        x1: the state at its end, ``(batch, *state)``.
+        states: ``(times, batch, width)``, what was saved of it.
+        moments: or its moments over the paths.
+        memory: what the solver remembers at the end, ``(batch, numbers)``; ``None`` if it remembers nothing.
+    """
 
     x1: Tensor
     states: Tensor | None
     moments: Moments | None
+    memory: Tensor | None = None
 
 
 class AbstractTrajectory(abc.ABC):
@@ -88,93 +120,48 @@ def compile_trajectory(program: Program, increments: Sequence[str]) -> AbstractT
     Raises:
         Unsupported: the back end that `use_backend` asks for, or that the device has, makes no such kernels.
     """
-    name = backend_for("trajectory", program.signature.device)
-    if name == "numba":
-        return NumbaTrajectory(plan(program), increments)
-    if name == "triton":
-        from sdesolve_kernels.trajectory.triton_launch import TritonTrajectory
-
-        return TritonTrajectory(plan(program), increments)
-    raise Unsupported(f"the {name} back end runs no generated kernels")
+    return backend_for("trajectory", program.signature.device).compile(plan(program), increments)
 
 
 @final
-class NumbaTrajectory(AbstractTrajectory):
-    """A generated Numba kernel."""
+class Tables:
+    """Makes the tables of a plan, and keeps the last that it made: calls often differ in their start and seed alone."""
 
-    def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
-        from sdesolve_kernels._numba.trajectory import load
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._last: tuple[tuple[bytes, ...], tuple[Tensor, Tensor]] | None = None
 
-        self.plan = plan
-        self._kernel = numba_kernel(plan, increments)
-        self.source = self._kernel.source
-        try:
-            self._entry = load(self.source)
-        except Exception as problem:
-            text = str(problem).strip().partition("\n")[0]
-            raise Unsupported(f"its kernel does not compile, a fault of sdesolve ({text})") from problem
-
-    def run(self, launch: Launch) -> Saved:
-        x0 = launch.x0.detach().contiguous()
-        kernel, plan, batch = self._kernel, self.plan, len(x0)
-        steps = len(launch.times) - 1
-        blocks = -(-batch // kernel.lanes)
-        table, uniforms = tables(plan, launch)
-        captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
-        x1 = torch.empty_like(x0)
-        saves = torch.tensor([*launch.saves, -1], dtype=torch.int64, device="cpu")
-        slots = len(launch.saves)
-        states = moments = None
-        if slots and launch.moments:
-            moments = torch.empty(slots, blocks, 2, kernel.width, dtype=torch.float64, device="cpu")
-        elif slots:
-            states = torch.empty(slots, batch, kernel.width, dtype=x0.dtype, device="cpu")
-        places = [part if part < 2**63 else part - 2**64 for place in launch.places for part in place]
-        noise = torch.tensor([*places, 0], dtype=torch.int64, device="cpu")
-        pointers = torch.tensor([*(c.data_ptr() for c in captured), 0], dtype=torch.int64, device="cpu")
-        arguments = torch.tensor(
-            [
-                x0.data_ptr(),
-                x1.data_ptr(),
-                table.data_ptr(),
-                uniforms.data_ptr(),
-                batch,
-                steps,
-                saves.data_ptr(),
-                0 if states is None else states.data_ptr(),
-                0 if moments is None else moments.data_ptr(),
-                blocks,
-                noise.data_ptr(),
-                pointers.data_ptr(),
-            ],
-            dtype=torch.int64,
-            device="cpu",
-        )
-        entry, address = self._entry, arguments.data_ptr()
-
-        def work(start: int, stop: int) -> None:
-            scratch = torch.empty(kernel.scratch + 64, dtype=torch.uint8, device="cpu")
-            entry(address, -(-scratch.data_ptr() // 64) * 64, start, stop)
-
-        cost = (
-            kernel.lanes * steps * (0.1 * len(plan.states) + 0.5 * sum(map(math.prod, plan.program.signature.noises)))
-        )
-        split(work, blocks, max(1, int(_PIECE / max(cost, 1.0))))
-        return Saved(x1, states, None if moments is None else combined(moments, kernel.lanes, batch))
+    def __call__(self, launch: Launch, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Columns of steps `first` to `last`, ``(steps, columns)``, and uniforms, in the state's dtype on the host."""
+        plan = self._plan
+        if not (plan.columns or plan.uniforms):
+            empty = torch.empty(0, dtype=plan.program.signature.dtype, device="cpu")
+            return empty, empty
+        times = launch.times[first : last + 1]
+        rows = None if launch.rows is None else launch.rows[first:last]
+        by_path = plan.program.by_path
+        shared = [None if each else _on_host(c) for c, each in zip(launch.captured, by_path, strict=True)]
+        inputs = [t for t in (times, rows, *shared) if t is not None]
+        if sum(t.nbytes for t in inputs) > _LARGEST_KEY:
+            return _evaluated(plan, times, rows, shared)
+        key = tuple(t.numpy().tobytes() for t in inputs)
+        if self._last is None or self._last[0] != key:
+            self._last = key, _evaluated(plan, times, rows, shared)
+        return self._last[1]
 
 
 def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
     """Columns for every step, ``(steps, columns)``, and uniforms, in the dtype of the state, on the host."""
+    return Tables(plan)(launch, launch.first_step, launch.end)
+
+
+def _evaluated(
+    plan: Plan, times: Tensor, rows: Tensor | None, shared: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
     dtype = plan.program.signature.dtype
-    if not (plan.columns or plan.uniforms):
-        empty = torch.empty(0, dtype=dtype, device="cpu")
-        return empty, empty
-    dt = launch.times.diff()
-    times = {"t0": launch.times[:-1], "t1": launch.times[1:], "dt": dt, "scale": dt.abs().sqrt()}
-    shared = [
-        None if by_path else _on_host(c) for c, by_path in zip(launch.captured, plan.program.by_path, strict=True)
-    ]
-    values = evaluate([*plan.columns, *plan.uniforms], times, launch.rows, shared)
+    dt = times.diff()
+    named = {"t0": times[:-1], "t1": times[1:], "dt": dt, "scale": dt.abs().sqrt()}
+    values = evaluate([*plan.columns, *plan.uniforms], named, rows, shared)
     largest = torch.finfo(dtype).max
     if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
         # Torch might multiply in an order in which nothing overflows.

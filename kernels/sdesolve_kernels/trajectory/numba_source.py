@@ -19,7 +19,27 @@ from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
-__all__ = ["NumbaKernel", "numba_kernel"]
+__all__ = ["ARGUMENTS", "NumbaKernel", "numba_kernel"]
+
+# What a kernel is called with: the address of these, as int64; and which of them are addresses, of what.
+ARGUMENTS = {
+    "x_in": "real",  # states to start from, in_width numbers a path; what is carried beyond them starts at 0
+    "in_width": "",
+    "x_out": "real",  # where the first out_width numbers of each path's state go; may be x_in
+    "out_width": "",
+    "first_step": "",
+    "last_step": "",  # not taken any more
+    "paths": "",
+    "blocks": "",
+    "table": "real",  # what is or would be row 0 of the table
+    "uniforms": "real",
+    "first_slot": "",  # the first of the saves that is made
+    "saves": "int64",  # steps to save after, with a -1 behind the last
+    "saved": "real",  # saved states, or 0
+    "moments": "float64",  # saved moments, or 0
+    "noise": "int64",  # seed, stream, first path and index of the first number of each source
+    "pointers": "int64",  # addresses of captured tensors
+}
 
 _LANES = {"float32": 128, "float64": 64}
 _CHUNK = 12  # normals a path that are made at a time, at least
@@ -31,7 +51,8 @@ class NumbaKernel:
     """Generated source, and what a launch must know of it.
 
     Attributes:
-        source: of a module that defines ``trajectory(arguments, scratch, start, stop)``.
+        source: of a module that defines ``trajectory(arguments, scratch, start, stop)``: it carries blocks ``start`` to
+            ``stop`` through the steps that the `ARGUMENTS` say.
         lanes: paths in a block.
         scratch: bytes of scratch memory.
         width: numbers saved for each path at a saving time.
@@ -130,7 +151,7 @@ class _Printer:
         body: list[str] = []
         block = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
         block += self._load()
-        block += ["slot = 0", "for k in range(steps + 1):", *indented(self._step(width), 1)]
+        block += ["slot = first_slot", "for k in range(first_step, last_step + 1):", *indented(self._step(width), 1)]
         block += self._store()
         body += [f"u{j} = uniforms[{j}]" for j in _numbers("u", block)]
         body += ["for block in range(start, stop):", *indented(block, 1)]
@@ -148,15 +169,10 @@ class _Printer:
             "",
             "",
             "def trajectory(arguments, scratch, start, stop):",
-            "    a = whole(arguments)",
-            "    x_in, x_out = real(a[0]), real(a[1])",
-            "    table, uniforms = real(a[2]), real(a[3])",
-            "    paths, steps, saves = a[4], a[5], whole(a[6])",
-            "    saved, moments, blocks = real(a[7]), double(a[8]), a[9]",
-            "    noise, pointers = whole(a[10]), whole(a[11])",
-            "    s, words = real(scratch), word(scratch + WORDS)",
+            "    a = pointer_int64(arguments)",
+            *(f"    {name} = {self._unpacked(i, kind)}" for i, (name, kind) in enumerate(ARGUMENTS.items())),
+            f"    s, words = pointer_{self.dtype}(scratch), word(scratch + WORDS)",
         ]
-        head = [line.replace("real(", f"pointer_{self.dtype}(") for line in head]
         used = sorted(
             {e.data[1] for e in topological(plan.invariants) if e.op == "path"} | {m.parameter for m in plan.matrices}
         )
@@ -168,6 +184,9 @@ class _Printer:
         scratch = self.rows.count * self.lanes * itemsize + words * 4 * self.lanes * 4
         return NumbaKernel(source, self.lanes, scratch, width)
 
+    def _unpacked(self, i: int, kind: str) -> str:
+        return f"pointer_{self.dtype if kind == 'real' else kind}(a[{i}])" if kind else f"a[{i}]"
+
     def _carried(self) -> int:
         return math.prod(self.plan.program.signature.states[0])
 
@@ -177,7 +196,8 @@ class _Printer:
         plan, carried = self.plan, self._carried()
         lines = ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
         for i in range(len(plan.states)):
-            value = f"x_in[path * {carried} + {i}]" if i < carried else "REAL(0)"
+            value = f"x_in[path * in_width + {i}]"
+            value = value if i < carried else f"{value} if in_width > {i} else REAL(0)"
             lines.append(f"    {self.rows.at(self.state + i)} = {value}")
         if plan.invariants:
             targets = [(self.rows.at(self.invariant + i), self._real(e)) for i, e in enumerate(plan.invariants)]
@@ -207,7 +227,7 @@ class _Printer:
 
     def _step(self, width: int) -> list[str]:
         plan = self.plan
-        lines = ["if saves[slot] == k:", *indented(self._save(width), 1), "if k == steps:", "    break"]
+        lines = ["if saves[slot] == k:", *indented(self._save(width), 1), "if k == last_step:", "    break"]
         for g, (m, n, base) in enumerate(zip(self.noise_counts, self.per_fill, self.noise, strict=True)):
             kind = self.increments[g].replace("-", "_")
             if m == 0:
@@ -215,13 +235,15 @@ class _Printer:
             fill, index = f"{kind}_fill_{self.dtype}", f"noise[{4 * g + 3}] + k * {m}"
             if kind == "two_point":
                 lines += [
-                    f"{fill}(s, {base * self.lanes}, word({self._words(g)}), noise, {g}, first, {index}, {m}, k == 0, "
-                    "LANES)",
+                    f"{fill}(s, {base * self.lanes}, word({self._words(g)}), noise, {g}, first, {index}, {m}, "
+                    "k == first_step, LANES)",
                     f"n{g} = {base * self.lanes}",
                 ]
                 continue
+            # A run that begins between two fills starts with the one that it begins in.
+            index = f"noise[{4 * g + 3}] + (k - k % {n}) * {m}"
             lines += [
-                f"if k % {n} == 0:",
+                f"if k % {n} == 0 or k == first_step:",
                 f"    skip{g} = {fill}(s, {base * self.lanes}, words, noise, {g}, first, {index}, {n * m}, LANES)",
                 f"n{g} = {base * self.lanes} + (skip{g} + k % {n} * {m}) * LANES",
             ]
@@ -247,18 +269,18 @@ class _Printer:
         if self.plan.program.observed_shape is not None:
             row = self.observed
             lines += self._compute(row, self.plan.observed)
-        start = row * self.lanes
+        start, names = row * self.lanes, list(ARGUMENTS)
         lines += [
-            "if a[7] != 0:",
+            f"if a[{names.index('saved')}] != 0:",
             f"    keep(saved, (slot * paths + first) * {width}, s, {start}, {width}, lanes, LANES)",
-            "if a[8] != 0:",
+            f"if a[{names.index('moments')}] != 0:",
             f"    accumulate(moments, (slot * blocks + block) * {2 * width}, s, {start}, {width}, lanes, LANES)",
             "slot += 1",
         ]
         return lines
 
     def _store(self) -> list[str]:
-        return [f"keep(x_out, first * {self._carried()}, s, 0, {self._carried()}, lanes, LANES)"]
+        return ["keep(x_out, first * out_width, s, 0, out_width, lanes, LANES)"]
 
 
 def _numbers(letter: str, lines: Sequence[str]) -> list[int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from sdesolve_kernels import dispatch, use_backend
-from sdesolve_kernels._triton import trajectory as launcher
+from sdesolve_kernels import register_backend, use_backend
+from sdesolve_kernels._triton.backend import TritonBackend
 from sdesolve_kernels.trajectory import Launch, Signature, compile_trajectory, trace
+from sdesolve_kernels.trajectory import triton_launch as launcher
 from sdesolve_kernels.trajectory.triton_source import Shape
 
 import sdesolve as sds
@@ -18,11 +17,15 @@ NOISE = {torch.float32: 1e-5, torch.float64: 2e-14}
 A = torch.tensor([[0.3, -0.2], [0.1, 0.4], [-0.5, 0.2]])
 
 
-@pytest.fixture(autouse=True)
-def triton_on_the_cpu(monkeypatch):
+class OnTheHost(TritonBackend):
     """The interpreter runs on tensors in host memory."""
-    entry = dataclasses.replace(dispatch._BACKENDS["triton"], devices=frozenset({"cpu"}))
-    monkeypatch.setitem(dispatch._BACKENDS, "triton", entry)
+
+    name = "triton on the host"
+    devices = frozenset({"cpu"})
+    priority = -1
+
+
+register_backend(OnTheHost(), replace=True)
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def programs_of_four(monkeypatch):
 
 
 def triton(sde, x0, *args, **options):
-    with use_backend("triton"):
+    with use_backend(OnTheHost.name):
         return sds.solve(sde, x0, *args, backend="fused", **options)
 
 
@@ -170,7 +173,7 @@ def test_memory_starts_at_zero():
     x0 = start()
     signature = Signature(x0.dtype, x0.device, ((3,), (3,)), (), 0, len(x0))
     program = trace(lambda inputs: (inputs.states[0] + inputs.states[1], inputs.states[1] + 1.0), signature)
-    with use_backend("triton"):
+    with use_backend(OnTheHost.name):
         made = compile_trajectory(program, []).run(Launch(x0, torch.arange(5.0).double(), None, (), (), False, ()))
     assert torch.allclose(made.x1, x0 + 6.0, rtol=1e-6)
 

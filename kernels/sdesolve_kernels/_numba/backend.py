@@ -1,0 +1,36 @@
+"""The Numba back end: hand-written and generated kernels for CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..backend import Backend, Ops, installed
+
+if TYPE_CHECKING:
+    from ..trajectory.launch import AbstractTrajectory
+    from ..trajectory.plan import Plan
+
+__all__ = ["NumbaBackend"]
+
+
+class NumbaBackend(Backend):
+    """Kernels compiled by Numba."""
+
+    name = "numba"
+    devices = frozenset({"cpu"})
+    priority = 10
+    compiles = True
+
+    def missing(self) -> str:
+        return "" if installed("numba") else "numba"
+
+    def ops(self) -> Ops:
+        from . import ops
+
+        return ops
+
+    def compile(self, plan: Plan, increments: Sequence[str]) -> AbstractTrajectory:
+        from ..trajectory.numba_launch import NumbaTrajectory
+
+        return NumbaTrajectory(plan, increments)

@@ -1,0 +1,11 @@
+"""The ops of the Triton back end, by the names of `sdesolve_kernels.backend.Ops`."""
+
+from .launch import euler_maruyama_step as euler_maruyama_step
+from .launch import fill as fill
+from .launch import linear_step as linear_step
+from .launch import noise_product as noise_product
+from .launch import perturb as perturb
+from .launch import scaled as scaled
+from .launch_denoising import dsm_gradient as dsm_gradient
+from .launch_denoising import dsm_loss as dsm_loss
+from .launch_langevin import langevin_step as langevin_step
