@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import final
 
 import torch
-from sdesolve_kernels.dispatch import backend_for
+from sdesolve_kernels.dispatch import backend_for, requested_backend
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
@@ -94,9 +94,9 @@ class _Kernel:
 _kernels: OrderedDict[Hashable, _Kernel | str] = OrderedDict()
 
 
-def fuse(task: Task) -> Fused | str:
-    """Runs a task as one kernel, or says why it cannot be."""
-    why = _obstacle(task)
+def fuse(task: Task, *, wanted: bool = False) -> Fused | str:
+    """Runs a task as one kernel, or says why it cannot be; without a compiler, in plain torch if that is wanted."""
+    why = _obstacle(task, wanted)
     if why:
         return why
     try:
@@ -150,7 +150,7 @@ def _right_for_batch(task: Task, kernel: _Kernel, recipe: Recipe) -> str:
     return kernel.batches[kind]
 
 
-def _obstacle(task: Task) -> str:
+def _obstacle(task: Task, wanted: bool) -> str:
     """Why this call cannot be fused whatever its functions are; empty if nothing stands in the way."""
     noise = task.noise
     if task.times.ndim == 2:
@@ -163,8 +163,10 @@ def _obstacle(task: Task) -> str:
         return _TRANSFORMED
     if task.equation.noise is not Noise.NONE and not (isinstance(noise, BrownianPath) and noise.substeps == 1):
         return "increments are coarse, or come from a noise of another class than BrownianPath"
-    name = backend_for("trajectory", task.x0.device)
-    return f"the {name} back end makes no generated kernels" if name == "reference" else ""
+    wanted = wanted or requested_backend() == "reference"
+    if backend_for("trajectory", task.x0.device) == "reference" and not wanted:
+        return f"no compiler of kernels for {task.x0.device.type} is installed"
+    return ""
 
 
 def _kernel_for(task: Task, held: Contents, recipe: Recipe) -> _Kernel | str:

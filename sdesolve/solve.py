@@ -121,7 +121,7 @@ def solve(
         from sdesolve.recipes import Task
 
         with tqdm(total=len(times) - 1, disable=not progress, unit="step", leave=False) as bar:
-            fused = fuse(Task(solver, sde, watched, noise, times, x0, plan))
+            fused = fuse(Task(solver, sde, watched, noise, times, x0, plan), wanted=backend == "fused")
             bar.update(len(times) - 1 if isinstance(fused, Fused) else 0)
         if isinstance(fused, Fused):
             if check_finite and not all_finite(fused.x1):

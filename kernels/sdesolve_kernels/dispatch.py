@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["backend_for", "backend_module", "step_function", "use_backend"]
+__all__ = ["backend_for", "backend_module", "requested_backend", "step_function", "use_backend"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ def _choose(requested: str, op: str, device_type: str) -> str:
         f"{op}: backend {requested!r} was asked for by use_backend, but the data is on {device_type!r} and it runs on "
         f"{runs_on} only; move the data there, or use_backend('auto')"
     )
+
+
+def requested_backend() -> str:
+    """What `use_backend` asked for; "auto" outside of it."""
+    return _requested.get()
 
 
 def backend_for(op: str, device: torch.device) -> str:

@@ -86,7 +86,7 @@ def compile_trajectory(program: Program, increments: Sequence[str]) -> AbstractT
         increments: how the numbers of each source of noise are made: ``normal``, ``two-point`` or ``three-point``.
 
     Raises:
-        Unsupported: the back end that `use_backend` asks for, or that the device has, makes no such kernels.
+        Unsupported: the back end cannot compile it.
     """
     name = backend_for("trajectory", program.signature.device)
     if name == "numba":
@@ -95,7 +95,9 @@ def compile_trajectory(program: Program, increments: Sequence[str]) -> AbstractT
         from sdesolve_kernels.trajectory.triton_launch import TritonTrajectory
 
         return TritonTrajectory(plan(program), increments)
-    raise Unsupported(f"the {name} back end runs no generated kernels")
+    from sdesolve_kernels.trajectory.reference import ReferenceTrajectory
+
+    return ReferenceTrajectory(plan(program), increments)
 
 
 @final
@@ -166,7 +168,7 @@ class NumbaTrajectory(AbstractTrajectory):
 def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
     """Columns for every step, ``(steps, columns)``, and uniforms, in the dtype of the state, on the host."""
     dtype = plan.program.signature.dtype
-    if not (plan.columns or plan.uniforms):
+    if not (plan.columns or plan.loop_invariants):
         empty = torch.empty(0, dtype=dtype, device="cpu")
         return empty, empty
     dt = launch.times.diff()
@@ -174,14 +176,14 @@ def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
     shared = [
         None if by_path else _on_host(c) for c, by_path in zip(launch.captured, plan.program.by_path, strict=True)
     ]
-    values = evaluate([*plan.columns, *plan.uniforms], times, launch.rows, shared)
+    values = evaluate([*plan.columns, *plan.loop_invariants], times, launch.rows, shared)
     largest = torch.finfo(dtype).max
     if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
         # Torch might multiply in an order in which nothing overflows.
         raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
     n = len(plan.columns)
     table = torch.stack(values[:n], 1).to(dtype) if n else torch.empty(0, dtype=dtype, device="cpu")
-    uniforms = torch.stack(values[n:]).to(dtype) if plan.uniforms else torch.empty(0, dtype=dtype, device="cpu")
+    uniforms = torch.stack(values[n:]).to(dtype) if plan.loop_invariants else torch.empty(0, dtype=dtype, device="cpu")
     return table, uniforms
 
 

@@ -12,10 +12,8 @@ import torch
 
 from sdesolve_kernels.trajectory.alike import mapped, spread, thin
 from sdesolve_kernels.trajectory.expressions import BOOL, Expression
-from sdesolve_kernels.trajectory.operations import EXTREMES, HANDLERS, handles
+from sdesolve_kernels.trajectory.pointwise import EXTREMES, HANDLERS, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
-
-__all__: list[str] = []
 
 
 def _axes(a: Traced, dim: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -53,7 +51,7 @@ def _sum_dtype(a: Traced, dtype: torch.dtype | None) -> torch.dtype:
 
 
 @handles("sum")
-def sum_(
+def _sum(
     tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Traced:
     dtype = _sum_dtype(a, dtype)
@@ -63,17 +61,17 @@ def sum_(
 
 
 @handles("mean")
-def mean(
+def _mean(
     tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Traced:
-    total = sum_(tracer, func, a, dim, keepdim, dtype=dtype)
+    total = _sum(tracer, func, a, dim, keepdim, dtype=dtype)
     count = a.elements.size // max(total.elements.size, 1)
     scale = tracer.graph.const(1.0 / count if count else float("nan"), dtype_name(total.dtype))
     return tracer.traced(mapped(lambda e: tracer.graph.op("mul", e, scale), total.elements), total.dtype)
 
 
 @handles("prod")
-def prod(
+def _prod(
     tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Traced:
     dtype = _sum_dtype(a, dtype)
@@ -130,7 +128,7 @@ def _shifted(tracer: Tracer, a: Traced, dim: Any) -> tuple[np.ndarray, np.ndarra
 
 
 @handles("logsumexp")
-def logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = False) -> Traced:
+def _logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = False) -> Traced:
     g, axes = tracer.graph, _axes(a, dim)
     top, powers = _shifted(tracer, a, dim)
     total = _reduced(powers, axes, True, _chain(tracer, "add", 0.0, dtype_name(a.dtype)))
@@ -139,7 +137,7 @@ def logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = Fa
 
 
 @handles("_softmax", "_log_softmax", "softmax", "log_softmax")
-def softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
+def _softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
     g, name = tracer.graph, dtype_name(a.dtype)
     top = _reduced(a.elements, _axes(a, dim), True, _chain(tracer, "max", 0.0, name))
     shifted = mapped(lambda e, m: g.op("sub", e, m), a.elements, top)
@@ -151,7 +149,7 @@ def softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
 
 
 @handles("linalg_vector_norm")
-def vector_norm(
+def _vector_norm(
     tracer: Tracer,
     func: Any,
     a: Traced,
@@ -185,7 +183,7 @@ def vector_norm(
 
 
 @handles("cumsum", "cumprod")
-def cumulative(tracer: Tracer, func: Any, a: Traced, dim: int, *, dtype: torch.dtype | None = None) -> Traced:
+def _cumulative(tracer: Tracer, func: Any, a: Traced, dim: int, *, dtype: torch.dtype | None = None) -> Traced:
     name = "add" if func.overloadpacket.__name__ == "cumsum" else "mul"
     dtype = _sum_dtype(a, dtype)
     out = np.moveaxis(cast(tracer.graph, a.elements, dtype_name(dtype)), dim, 0).copy()
@@ -233,7 +231,7 @@ for _result in ("var", "std", "var_mean", "std_mean"):
 
 
 @handles("native_layer_norm")
-def layer_norm(
+def _layer_norm(
     tracer: Tracer, func: Any, a: Traced, shape: Sequence[int], weight: Traced | None, bias: Traced | None, eps: float
 ) -> tuple[Traced, Traced, Traced]:
     g, name = tracer.graph, dtype_name(a.dtype)

@@ -29,6 +29,7 @@ from sdesolve_kernels.trajectory.alike import mapped, overwritten, repeated
 from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
 from sdesolve_kernels.trajectory.kept import note
+from sdesolve_kernels.trajectory.leaves import PathEntry, Shared
 
 __all__ = ["Traced", "Tracer", "Unsupported", "dtype_name"]
 
@@ -197,11 +198,11 @@ class Tracer(TorchDispatchMode):
         if by_path:
             if math.prod(shape[1:]) > _MOST_INPUTS:
                 raise Unsupported("the tensors that it uses have too many entries for a generated kernel")
-            elements = self.per_row(lambda r, i: leaf("path", (r, index, i), name), shape[1:])
+            elements = self.per_row(lambda r, i: leaf(PathEntry(r, index, i), name), shape[1:])
         else:
             if sum(t.numel() for t in (*self.captured, tensor)) > _MOST_INPUTS:
                 raise Unsupported("the tensors that it uses have too many entries for a generated kernel")
-            elements = filled([leaf("shared", (index, i), name) for i in range(tensor.numel())], shape)
+            elements = filled([leaf(Shared(index, i), name) for i in range(tensor.numel())], shape)
         elements.flags.writeable = False
         self.captured.append(tensor)  # kept alive, so that no other tensor gets its identity
         self.captured_by_path.append(by_path)
@@ -221,7 +222,7 @@ class Tracer(TorchDispatchMode):
         if all(e.op == "const" for e in flat):
             return [e.data for e in flat]
         order = topological(flat)
-        used = {e.data[0] for e in order if e.op == "shared"}
+        used = {e.data.parameter for e in order if e.op == "shared"}
         used |= {e.data.parameter for e in order if e.op == "product"}
         if any(e.depends or e.op == "unknown" for e in order) or any(
             self.captured[i].numel() > _MOST_READ for i in used
