@@ -14,7 +14,7 @@ from sdesolve_kernels.trajectory.operations import OPERATIONS, OpSpec
 __all__ = ["LOCALS", "AbstractDialect", "Writer", "indented", "local", "needed"]
 
 # What the local variable of a leaf begins with, in every target; its number follows.
-LOCALS: dict[type, str] = {State: "x", NoiseLeaf: "z", Column: "c", LoopInvariant: "u", PathInvariant: "i"}
+LOCALS: dict[type[Any], str] = {State: "x", NoiseLeaf: "z", Column: "c", LoopInvariant: "u", PathInvariant: "i"}
 
 _LONGEST = 60  # characters of a subexpression written where it is used
 

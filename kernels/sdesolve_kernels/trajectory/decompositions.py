@@ -38,7 +38,7 @@ def _difference(g: Graph, a: Expression, b: Expression) -> Expression:
 
 
 def _ramp(g: Graph, a: Expression) -> Expression:
-    return g.op("max", a, number(g, 0.0, a))
+    return g.op("clamp_min", number(g, 0.0, a), a)  # whose derivative at 0 is 0
 
 
 pointwise("rsub", _difference, whole=_difference)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from sdesolve_kernels.trajectory.codegen import AbstractDialect, Writer, indented, local
 from sdesolve_kernels.trajectory.expressions import Expression, topological
@@ -96,7 +96,7 @@ class _Printer:
         self.read.add(e)
         return typed(local(e.data), e.dtype, self.dtype)
 
-    def _read(self, kind: type) -> list[int]:
+    def _read(self, kind: type[Any]) -> list[int]:
         """Which leaves of a kind the lines written so far read."""
         return sorted(e.data.i for e in self.read if type(e.data) is kind)
 

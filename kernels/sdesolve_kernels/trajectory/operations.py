@@ -169,6 +169,12 @@ def _of_exponent(v: Term, out: Term, a: Term, b: Term) -> Term:
     return v * (a.eq(0.0) & b.ge(0.0)).where(0.0, out * a.log())
 
 
+def _inverse_square(a: Term, b: Term) -> Term:
+    """``1 / (a^2 + b^2)``, and 0 at the origin."""
+    square = a * a + b * b
+    return square.eq(0.0).where(0.0, 1 / square)
+
+
 def _of_extreme(other_side: str) -> Callable[[Term, Term, Term], Term]:
     """Of the larger or smaller of two; both have half if they are equal."""
     return lambda v, a, b: getattr(a, other_side)(b).where(0.0, a.eq(b).where(v / 2, v))
@@ -229,8 +235,8 @@ _ROWS = (
     _function("asin", np.arcsin, torch.asin, lambda v, out, a: v / (1 - a * a).sqrt()),
     _function("acos", np.arccos, torch.acos, lambda v, out, a: -v / (1 - a * a).sqrt()),
     _function("atan", np.arctan, torch.atan, lambda v, out, a: v / (a * a + 1)),
-    _function("atan2", np.arctan2, torch.atan2, lambda v, out, a, b: v * (b / (a * a + b * b)),
-              lambda v, out, a, b: v * (-a / (a * a + b * b))),
+    _function("atan2", np.arctan2, torch.atan2, lambda v, out, a, b: v * b * _inverse_square(a, b),
+              lambda v, out, a, b: v * -a * _inverse_square(a, b)),
     _function("erf", math.erf, torch.erf, lambda v, out, a: v * (-(a * a)).exp() * (2 / math.pi**0.5)),
     _function("fmod", np.fmod, torch.fmod, lambda v, out, a, b: v, lambda v, out, a, b: -v * (a / b).trunc(),
               jump=True, rounds=True, expansion=_fmod_by_steps),
@@ -242,10 +248,10 @@ _ROWS = (
               commutative=True, exact=True),
     # The value of min and max, but a limit has no share in the gradient until it is passed.
     _function("clamp_max", np.minimum, torch.minimum, lambda v, out, a, limit: a.le(limit).where(v, 0.0),
-              lambda v, out, a, limit: a.le(limit).where(0.0, v), numba="minimum_{dtype}", triton="minimum",
+              lambda v, out, a, limit: a.gt(limit).where(v, 0.0), numba="minimum_{dtype}", triton="minimum",
               unordered=True, exact=True),
     _function("clamp_min", np.maximum, torch.maximum, lambda v, out, a, limit: a.ge(limit).where(v, 0.0),
-              lambda v, out, a, limit: a.ge(limit).where(0.0, v), numba="maximum_{dtype}", triton="maximum",
+              lambda v, out, a, limit: a.lt(limit).where(v, 0.0), numba="maximum_{dtype}", triton="maximum",
               unordered=True, exact=True),
     _round_to("floor", np.floor, torch.floor, "tl.floor"),
     _round_to("ceil", np.ceil, torch.ceil, "tl.ceil"),

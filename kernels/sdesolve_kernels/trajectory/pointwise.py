@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdesolve_kernels.trajectory.alike import mapped
-from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph
+from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, FLOATS, I64, Expression, Graph
 from sdesolve_kernels.trajectory.tracing import READS, Traced, Tracer, Unsupported, cast, dtype_name, result_dtype
 
 __all__ = ["EXTREMES", "HANDLERS"]
@@ -119,12 +119,15 @@ for _name in ("add", "sub", "mul"):
 pointwise("neg", _op("neg"), whole=_op("neg"))
 pointwise("abs", _op("abs"), whole=lambda g, a: _larger(g, a, g.op("neg", a)), boolean=_unchanged)
 pointwise("sign", _op("sign"), whole=_whole_sign, boolean=_unchanged)
-EXTREMES = {
-    **{("max", kind): rule for kind, rule in {F32: _op("max"), F64: _op("max"), I64: _larger, BOOL: _op("or")}.items()},
-    **{
-        ("min", kind): rule
-        for kind, rule in {F32: _op("min"), F64: _op("min"), I64: _smaller, BOOL: _op("and")}.items()
-    },
+EXTREMES: dict[tuple[str, str], Rule] = {
+    ("max", F32): _op("max"),
+    ("max", F64): _op("max"),
+    ("max", I64): _larger,
+    ("max", BOOL): _op("or"),
+    ("min", F32): _op("min"),
+    ("min", F64): _op("min"),
+    ("min", I64): _smaller,
+    ("min", BOOL): _op("and"),
 }
 for _name, _same in {"maximum": "max", "minimum": "min"}.items():
     pointwise(_name, EXTREMES[_same, F32], whole=EXTREMES[_same, I64], boolean=EXTREMES[_same, BOOL])
@@ -202,9 +205,10 @@ def clamp(tracer: Tracer, func: Any, a: Traced, min: Any = None, max: Any = None
     dtype = result_dtype(func, (a, min, max), {})
     name = dtype_name(dtype)
     out = elements_of(tracer, a, name)
-    for op, bound in (("max", min), ("min", max)):
-        if bound is not None:
-            out = mapped(functools.partial(EXTREMES[op, name], tracer.graph), out, elements_of(tracer, bound, name))
+    for kind, limit in (("max", min), ("min", max)):
+        if limit is not None:
+            rule = _op({"max": "clamp_min", "min": "clamp_max"}[kind]) if name in FLOATS else EXTREMES[kind, name]
+            out = mapped(functools.partial(rule, tracer.graph), out, elements_of(tracer, limit, name))
     return tracer.traced(out, dtype)
 
 
