@@ -1,4 +1,4 @@
-"""Derivatives of expressions: each row of the table, and compositions, against torch.autograd and finite differences."""
+"""Derivatives of expressions: rows of the table, and compositions, against torch.autograd and finite differences."""
 
 from __future__ import annotations
 

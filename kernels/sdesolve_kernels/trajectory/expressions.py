@@ -85,9 +85,9 @@ class Graph:
         kind, depends = KINDS[type(leaf)]
         return self._intern(kind, (), leaf, dtype, depends)
 
-    def int32_leaf(self, leaf: Any) -> Expression:
+    def int32_leaf(self, leaf: Any, dtype: str = I64) -> Expression:
         """An input that is within the range of 32 bits."""
-        made = self.leaf(leaf, I64)
+        made = self.leaf(leaf, dtype)
         self._int32.add(made.id)
         return made
 
@@ -158,7 +158,8 @@ class Graph:
         """Whether a whole number is known to be within the range of 32 bits."""
         if a.op == "const":
             return -(2**31) <= a.data < 2**31
-        return a.op == "wrap32" or a.id in self._int32
+        # What torch makes of a float beyond 32 bits is undefined.
+        return a.op == "wrap32" or a.id in self._int32 or (a.op == "cast" and a.args[0].dtype in FLOATS)
 
     def with_args(self, e: Expression, args: Sequence[Expression]) -> Expression:
         """The operation of ``e`` on other arguments."""

@@ -51,6 +51,8 @@ def _transpose(e: np.ndarray, a: int, b: int) -> np.ndarray:
 
 @view("t")
 def _t(e: np.ndarray) -> np.ndarray:
+    if e.ndim > 2:
+        raise RuntimeError(f"t() expects at most 2 axes, got {e.ndim}")
     return e.T
 
 
@@ -85,7 +87,7 @@ def _contiguous(e: np.ndarray, **_: Any) -> np.ndarray:
     return e if e.flags.c_contiguous else e.copy()
 
 
-@view("clone", "lift_fresh_copy", "_conj")
+@view("clone", "lift_fresh_copy")
 def _clone(e: np.ndarray, **_: Any) -> np.ndarray:
     return e.copy()
 
@@ -99,7 +101,7 @@ def _diagonal(e: np.ndarray, offset: int = 0, dim1: int = 0, dim2: int = 1) -> n
 
 @view("flip")
 def _flip(e: np.ndarray, dims: Sequence[int]) -> np.ndarray:
-    return np.flip(e, tuple(dims)).copy()
+    return np.flip(e, tuple(dims)).copy() if e.ndim else e.copy()
 
 
 @view("roll")
@@ -186,6 +188,8 @@ def _index_select(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced)
 @handles("gather")
 def _gather(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced, *, sparse_grad: bool = False) -> Traced:
     where = _whole_numbers(tracer, which)
+    if not a.ndim:
+        return tracer.traced(a.elements.copy(), a.dtype)
     # Along other axes the index may be shorter, and then only so much is picked.
     part = tuple(slice(None if i == dim % a.ndim else n) for i, n in enumerate(where.shape))
     return tracer.traced(np.take_along_axis(a.elements[part], where, dim), a.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdesolve_kernels.trajectory.alike import mapped, spread, thin_axis
 from sdesolve_kernels.trajectory.expressions import FLOATS, Expression, Graph
 from sdesolve_kernels.trajectory.leaves import Shared
-from sdesolve_kernels.trajectory.pointwise import handles
+from sdesolve_kernels.trajectory.pointwise import HANDLERS, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
 
 __all__ = ["Matrix"]
@@ -139,13 +139,15 @@ def _scaled(tracer: Tracer, e: np.ndarray, scale: float, name: str) -> np.ndarra
 
 @handles("addmm", "addmv", "baddbmm", "addbmm")
 def addmm(tracer: Tracer, func: Any, c: Traced, a: Traced, b: Traced, *, beta: float = 1, alpha: float = 1) -> Traced:
-    kind = func.overloadpacket.__name__
-    product = {"addmm": mm, "addmv": mv, "baddbmm": bmm}[kind](tracer, func, a, b)
-    name = dtype_name(c.dtype)
-    left = _scaled(tracer, product.elements, alpha, name)
-    return tracer.traced(
-        mapped(lambda x, y: tracer.graph.op("add", x, y), left, _scaled(tracer, c.elements, beta, name)), c.dtype
-    )
+    """``beta c + alpha a @ b``; `addbmm` adds the products of a batch up."""
+    kind, name = func.overloadpacket.__name__, dtype_name(c.dtype)
+    product = {"addmm": mm, "addmv": mv, "baddbmm": bmm, "addbmm": bmm}[kind](tracer, func, a, b)
+    if kind == "addbmm":
+        product = HANDLERS["sum"](tracer, func, product, [0])
+    out = _scaled(tracer, product.elements, alpha, name)
+    if beta != 0:  # else not even a nan of ``c`` counts
+        out = mapped(lambda x, y: tracer.graph.op("add", x, y), out, _scaled(tracer, c.elements, beta, name))
+    return tracer.traced(out, c.dtype)
 
 
 @handles("linear")

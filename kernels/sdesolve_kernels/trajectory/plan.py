@@ -11,13 +11,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import final
 
-from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
+from sdesolve_kernels.trajectory.expressions import F32, F64, I64, Expression, Graph, topological
 from sdesolve_kernels.trajectory.leaves import PATH, STATE, TIME, Column, LoopInvariant, NoiseLeaf, PathInvariant
 from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.operations import OPERATIONS
 from sdesolve_kernels.trajectory.program import Program
 from sdesolve_kernels.trajectory.reassociation import reassociated
 from sdesolve_kernels.trajectory.rerolling import Forms
+from sdesolve_kernels.trajectory.tracing import dtype_name
 
 __all__ = ["Plan", "plan"]
 
@@ -60,6 +61,8 @@ def plan(program: Program) -> Plan:
     loop_invariants: list[Expression] = []
     path_invariants: list[Expression] = []
 
+    wide = (F64, I64) if dtype_name(program.signature.dtype) == F32 else ()
+
     def before_the_launch(e: Expression) -> type | None:
         return None if e.depends & (STATE | PATH) else Column if e.depends & TIME else LoopInvariant
 
@@ -67,8 +70,8 @@ def plan(program: Program) -> Plan:
         # A loop invariant is a number already; only what a path's own parameters take part in is worth a place.
         return PathInvariant if e.depends == PATH and e.op not in ("product", "element") else None
 
-    roots = _hoisted(graph, roots, before_the_launch, {Column: columns, LoopInvariant: loop_invariants})
-    roots = _hoisted(graph, roots, before_the_first_step, {PathInvariant: path_invariants})
+    roots = _hoisted(graph, roots, before_the_launch, {Column: columns, LoopInvariant: loop_invariants}, wide)
+    roots = _hoisted(graph, roots, before_the_first_step, {PathInvariant: path_invariants}, wide)
     roots, path_invariants = _expanded(graph, roots), _expanded(graph, path_invariants)
     n = len(program.states)
     matrices = dict.fromkeys(e.data for e in topological([*roots, *path_invariants]) if e.op == "product")
@@ -98,6 +101,7 @@ def _hoisted(
     roots: Sequence[Expression],
     stage: Callable[[Expression], type | None],
     places: dict[type, list[Expression]],
+    wide: Sequence[str],
 ) -> list[Expression]:
     """The roots with the largest subexpressions of an earlier stage replaced by leaves.
 
@@ -109,6 +113,7 @@ def _hoisted(
         roots: what to replace in.
         stage: the kind of leaf that stands for an expression; ``None`` if it is computed at this stage.
         places: by kind, where the hoisted expressions go; grows.
+        wide: types that do not fit into a place, which has the type of the state.
     """
     early = {e.id: kind for e in topological(roots) if e.op != "const" and (kind := stage(e)) is not None}
     order = topological(roots, lambda e: () if e.id in early else e.args)
@@ -120,9 +125,26 @@ def _hoisted(
     new: dict[int, Expression] = {}
     for e in sorted(hoisted, key=lambda e: (first[forms.of(e)], forms.leaves(e), rank[e.id])):
         kind = early[e.id]
-        new[e.id] = graph.leaf(kind(len(places[kind])), e.dtype)
-        places[kind].append(e)
+        new[e.id] = _in_two(graph, e, kind, places[kind]) if e.dtype in wide else _placed(graph, e, kind, places[kind])
     for e in order:
         if e.id not in early:
             new[e.id] = graph.with_args(e, [new[a.id] for a in e.args]) if e.args else e
     return [new[e.id] for e in roots]
+
+
+def _placed(graph: Graph, e: Expression, kind: type, places: list[Expression], dtype: str = "") -> Expression:
+    """The leaf that stands for an expression in the next place."""
+    places.append(e)
+    return graph.leaf(kind(len(places) - 1), dtype or e.dtype)
+
+
+def _in_two(graph: Graph, e: Expression, kind: type, places: list[Expression]) -> Expression:
+    """A float64 or whole number in two places of type float32, which hold 48 bits of it."""
+    whole = graph.cast(e, F64)
+    rounded = graph.cast(whole, F32)
+    high = graph.cast(rounded, F64)
+    rest = graph.op("where", graph.op("eq", whole, high), graph.const(0, F64), graph.op("sub", whole, high))
+    # The host rounds as it stores, and refuses what is too large; kernels store what they are told to.
+    first = _placed(graph, rounded if kind is PathInvariant else whole, kind, places, F32)
+    second = _placed(graph, graph.cast(rest, F32), kind, places)
+    return graph.cast(graph.op("add", graph.cast(first, F64), graph.cast(second, F64)), e.dtype)

@@ -171,7 +171,13 @@ class Tracer(TorchDispatchMode):
 
     def traced(self, elements: np.ndarray, dtype: torch.dtype) -> Traced:
         """A tensor of these expressions."""
-        return Traced(elements, dtype, self)
+        return Traced(self._within(elements, dtype), dtype, self)
+
+    def _within(self, elements: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+        """Whole numbers as a tensor of ``dtype`` holds them: int32 is computed as int64, and wraps."""
+        if dtype != torch.int32 or all(map(self.graph.is_int32, elements.flat)):
+            return elements
+        return mapped(lambda e: self.graph.op("wrap32", e), elements)
 
     def strides(self, elements: np.ndarray) -> list[int]:
         """Those that torch sees; rows that are alike lie in one place, and torch is not to know."""
@@ -193,7 +199,7 @@ class Tracer(TorchDispatchMode):
         if known is not None:
             return known
         index, name = len(self.captured), dtype_name(tensor.dtype)
-        leaf = self.graph.leaf
+        leaf = self.graph.leaf if tensor.dtype != torch.int32 else self.graph.int32_leaf
         shape = tuple(tensor.shape)
         if by_path:
             if math.prod(shape[1:]) > _MOST_INPUTS:
@@ -319,7 +325,7 @@ class Tracer(TorchDispatchMode):
             raise Unsupported(
                 "it changes a tensor in place that it was given or that lives outside it; write x = x + 1, not x += 1"
             )
-        elements = cast(self.graph, value.elements, dtype_name(target.dtype))
+        elements = self._within(cast(self.graph, value.elements, dtype_name(target.dtype)), target.dtype)
         if not overwritten(target.elements, elements):
             raise Unsupported(NOT_ALIKE)
         target.elements[...] = elements
