@@ -15,7 +15,7 @@ from ._reference.backend import ReferenceBackend
 from ._triton.backend import TritonBackend
 from .backend import Backend, Ops
 
-__all__ = ["backend_for", "implementation", "register_backend", "use_backend"]
+__all__ = ["backend_for", "implementation", "register_backend", "requested_backend", "use_backend"]
 
 _backends: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), NumbaBackend(), TritonBackend())}
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("sdesolve_backend", default="auto")
@@ -81,6 +81,11 @@ def _choose(requested: str, op: str, device_type: str) -> Backend:
             f"{op}: backend {requested!r} was asked for by use_backend, but {backend.missing()} is missing"
         )
     return backend
+
+
+def requested_backend() -> str:
+    """What `use_backend` asked for; "auto" outside of it."""
+    return _requested.get()
 
 
 def backend_for(op: str, device: torch.device) -> Backend:

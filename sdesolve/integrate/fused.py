@@ -16,7 +16,7 @@ from typing import final
 
 import torch
 from sdesolve_kernels import Stream
-from sdesolve_kernels.dispatch import backend_for
+from sdesolve_kernels.dispatch import backend_for, requested_backend
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
@@ -85,10 +85,17 @@ _lock = threading.Lock()
 
 @final
 class Fused:
-    """The whole trajectory as one generated kernel."""
+    """The whole trajectory as one generated kernel.
+
+    Args:
+        wanted: nothing else will do, so a kernel is walked in plain torch where no compiler is installed.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
-        _check_fusible(problem, lowered)
+        _check_fusible(problem, lowered, self._wanted)
         try:
             held = contents(problem.solver, problem.equation, problem.save.observable, most_weights=_MOST_WEIGHTS)
             _check_untransformed(problem.x0, *held.tensors)
@@ -174,7 +181,7 @@ def _check_batch(problem: Problem, kernel: _Kernel, lowered: Lowered) -> None:
         raise refusal
 
 
-def _check_fusible(problem: Problem, lowered: Lowered) -> None:
+def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
     """Refuses what cannot be fused whatever the functions are."""
     solver, x0 = problem.solver, problem.x0
     if solver.controller is not None:
@@ -193,9 +200,8 @@ def _check_fusible(problem: Problem, lowered: Lowered) -> None:
         raise CannotExecute(_TRANSFORMED)
     if any(not isinstance(s.noise, BrownianPath) or s.noise.substeps > 1 for s in lowered.sources):
         raise CannotExecute("increments are coarse, or come from a noise of another class than BrownianPath")
-    backend = backend_for("trajectory", x0.device)
-    if not backend.compiles:
-        raise CannotExecute(f"the {backend.name} back end makes no generated kernels")
+    if not (backend_for("trajectory", x0.device).compiles or wanted or requested_backend() != "auto"):
+        raise CannotExecute(f"no compiler of kernels for {x0.device.type} is installed")
 
 
 def _path(source: NoiseSource) -> BrownianPath:

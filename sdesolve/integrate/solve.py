@@ -175,7 +175,7 @@ def _executed(problem: Problem, backend: Backend) -> tuple[Saved, str]:
     passed: list[str] = []
     for name in get_args(Backend)[1:] if backend == "auto" else (backend,):
         try:
-            saved = _executor(name).run(problem, lowered)
+            saved = _executor(name, backend).run(problem, lowered)
         except CannotExecute as met:
             if backend != "auto":
                 raise ValueError(f"{_REFUSED[name]}: {met}. backend='auto' runs it in another way") from None
@@ -191,11 +191,11 @@ _REFUSED = {"fused": "this integration cannot be fused", "kernel": "no kernel do
 _PASSED = {"fused": "not fused: ", "kernel": ""}
 
 
-def _executor(name: str) -> Executor:
+def _executor(name: str, backend: Backend) -> Executor:
     if name == "fused":
         from sdesolve.integrate.fused import Fused  # not with the package: the compiler is a third of its import
 
-        return Fused()
+        return Fused(wanted=backend == "fused")
     return RowKernels() if name == "kernel" else Eager()
 
 

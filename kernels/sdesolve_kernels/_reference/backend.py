@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from ..backend import Backend, Ops
+
+if TYPE_CHECKING:
+    from ..trajectory.launch import AbstractTrajectory
+    from ..trajectory.plan import Plan
 
 __all__ = ["ReferenceBackend"]
 
@@ -18,3 +25,8 @@ class ReferenceBackend(Backend):
         from . import ops
 
         return ops
+
+    def compile(self, plan: Plan, increments: Sequence[str]) -> AbstractTrajectory:
+        from ..trajectory.reference import ReferenceTrajectory
+
+        return ReferenceTrajectory(plan, increments)

@@ -7,39 +7,17 @@ precision from there on. Else a switch at ``t - 0.1 < 0.3`` could fall into anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.expressions import F32, Expression, topological
+from sdesolve_kernels.trajectory.expressions import BOOL, F32, I64, Expression, topological
+from sdesolve_kernels.trajectory.leaves import Shared, TableColumn, Time
+from sdesolve_kernels.trajectory.operations import OPERATIONS
 
 __all__ = ["evaluate"]
-
-_JUMPS = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "floor", "ceil", "trunc", "round", "sign", "fmod"))
-
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "div": torch.div,
-    "pow": torch.pow,
-    "fmod": torch.fmod,
-    "min": torch.minimum,
-    "max": torch.maximum,
-    "and": torch.logical_and,
-    "or": torch.logical_or,
-    "not": torch.logical_not,
-    **{
-        name: getattr(torch, name)
-        for name in (
-            "neg", "abs", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin",
-            "acos", "atan", "atan2", "floor", "ceil", "trunc", "round", "erf", "sign", "lt", "le", "gt", "ge", "eq",
-            "ne", "where",
-        )
-    },
-}  # fmt: skip
 
 
 def evaluate(
@@ -59,62 +37,63 @@ def evaluate(
     values: dict[int, Any] = {}
     order = topological(roots)
     # In float32, of what jumps depend on.
-    seen: dict[int, Tensor] = {e.number: torch.empty(0) for e in _looked_at(order)}
+    seen: dict[int, Tensor] = {e.id: torch.empty(0) for e in _looked_at(order)}
 
     def look(a: Expression) -> Tensor:
-        return seen[a.number].double() if a.number in seen else values[a.number]
+        return seen[a.id].double() if a.id in seen else values[a.id]
 
     for e in order:
-        match e.op:
-            case "const":
-                value: Any = torch.tensor(
-                    e.data, dtype=torch.bool if e.dtype == "bool" else torch.float64, device="cpu"
-                )
-            case "time":
-                value = _rounded(times[e.data], e)
-            case "row":
+        match e.data:
+            case Time(name):
+                value: Any = _rounded(times[name], e)
+            case TableColumn(j):
                 assert rows is not None
-                value = _rounded(rows[:, e.data], e)
-            case "shared":
-                parameter = parameters[e.data[0]]
-                assert parameter is not None
-                value = parameter[e.data[1]]
-            case "cast":
-                value = look(e.args[0])
-                if value.dtype == torch.bool or e.dtype == "bool":
-                    value = value.to(torch.bool if e.dtype == "bool" else torch.float64)
-                elif e.dtype == "int64":
-                    value = value.trunc()
-                else:
-                    value = _rounded(value, e)
-            case "product":
-                matrix, parameter = e.data, parameters[e.data.parameter]
-                assert parameter is not None
-                i = torch.arange(matrix.rows, device="cpu")[:, None]
-                j = torch.arange(matrix.columns, device="cpu")
-                vector = torch.stack(torch.broadcast_tensors(*(values[a.number] for a in e.args)))
-                value = parameter[matrix.entry(i, j)] @ vector
-            case "sum":
-                value = torch.stack(torch.broadcast_tensors(*(values[a.number] for a in e.args))).sum(0)
-            case "element":
-                value = values[e.args[0].number][e.data]
-            case name:
-                value = _FUNCTIONS[name](*(look(a) if name in _JUMPS else values[a.number] for a in e.args))
-        values[e.number] = value
-        if e.number in seen:
-            own = e.op in _FUNCTIONS
-            seen[e.number] = _FUNCTIONS[e.op](*(seen.get(a.number, values[a.number]) for a in e.args)) if own else value
-            seen[e.number] = seen[e.number].float()
-    return [values[e.number] for e in roots]
+                value = _rounded(rows[:, j], e)
+            case Shared(parameter, i):
+                tensor = parameters[parameter]
+                assert tensor is not None
+                value = tensor[i]
+            case _ if e.op == "const":
+                value = torch.tensor(e.data, dtype=torch.bool if e.dtype == BOOL else torch.float64, device="cpu")
+            case _ if e.op == "cast":
+                value = _cast(look(e.args[0]), e)
+            case matrix if e.op == "product":
+                tensor = parameters[matrix.parameter]
+                assert tensor is not None
+                value = tensor[matrix.entries("cpu")] @ _stacked([values[a.id] for a in e.args])
+            case _ if e.op == "sum":
+                value = _stacked([values[a.id] for a in e.args]).sum(0)
+            case i if e.op == "element":
+                value = values[e.args[0].id][i]
+            case _:
+                row = OPERATIONS[e.op]
+                value = row.torch(*(look(a) if row.jump else values[a.id] for a in e.args))
+        values[e.id] = value
+        if e.id in seen:
+            known = OPERATIONS.get(e.op)
+            seen[e.id] = known.torch(*(seen.get(a.id, values[a.id]) for a in e.args)) if known else value
+            seen[e.id] = seen[e.id].float()
+    return [values[e.id] for e in roots]
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*values))
+
+
+def _cast(value: Tensor, e: Expression) -> Tensor:
+    """A value in the type of ``e``, which is held as a float64 unless it is a truth value."""
+    if value.dtype == torch.bool or e.dtype == BOOL:
+        return value.to(torch.bool if e.dtype == BOOL else torch.float64)
+    return value.trunc() if e.dtype == I64 else _rounded(value, e)
 
 
 def _looked_at(order: Sequence[Expression]) -> list[Expression]:
     """Numbers in float32 that a comparison or a rounding to whole numbers depends on."""
     found: set[int] = set()
     for e in reversed(order):
-        if e.op in _JUMPS or e.op == "cast" or e.number in found:
-            found.update(a.number for a in e.args)
-    return [e for e in order if e.number in found and e.dtype == F32]
+        if e.op == "cast" or e.id in found or (e.op in OPERATIONS and OPERATIONS[e.op].jump):
+            found.update(a.id for a in e.args)
+    return [e for e in order if e.id in found and e.dtype == F32]
 
 
 def _rounded(value: Tensor, e: Expression) -> Tensor:

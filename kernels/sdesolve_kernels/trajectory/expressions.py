@@ -14,13 +14,10 @@ from typing import Any, final
 
 import numpy as np
 
-__all__ = ["BOOL", "F32", "F64", "I64", "PATH", "STATE", "TIME", "Expression", "Graph", "topological"]
+from sdesolve_kernels.trajectory.leaves import KINDS
+from sdesolve_kernels.trajectory.operations import BOOL, F32, F64, FLOATS, I64, OPERATIONS
 
-F32, F64, I64, BOOL = "float32", "float64", "int64", "bool"
-FLOATS = (F32, F64)
-
-# What an expression depends on, besides shared parameters and constants: bits of `Expression.depends`.
-TIME, PATH, STATE = 1, 2, 4
+__all__ = ["BOOL", "F32", "F64", "FLOATS", "I64", "Expression", "Graph", "topological"]
 
 
 @final
@@ -28,100 +25,40 @@ class Expression:
     """One scalar: an operation on others, a constant or a leaf.
 
     Attributes:
-        op: ``const``, a kind of leaf (see `Graph`), or the name of an operation.
+        op: ``const``, the kind of a leaf (`leaves.KINDS`), a row of `operations.OPERATIONS`, ``cast``, or one of what
+            `Graph` keeps whole: ``sum``, ``product`` and its ``element``.
         args: what the operation is applied to.
-        data: the value of a constant; which leaf of its kind.
+        data: the value of a constant, the leaf (a class of `leaves`), the matrix of a product, the index of an element.
         dtype: ``float32``, ``float64``, ``int64`` or ``bool``.
         depends: bits `TIME` (the step's times), `PATH` (parameters with a row per path), `STATE` (state or noise).
+        id: its place in the order in which the graph made them.
     """
 
-    __slots__ = ("args", "data", "depends", "dtype", "number", "op")
+    __slots__ = ("args", "data", "depends", "dtype", "id", "op")
 
-    def __init__(self, op: str, args: tuple[Expression, ...], data: Any, dtype: str, depends: int, number: int) -> None:
-        self.op, self.args, self.data, self.dtype, self.depends, self.number = op, args, data, dtype, depends, number
+    def __init__(self, op: str, args: tuple[Expression, ...], data: Any, dtype: str, depends: int, id: int) -> None:
+        self.op, self.args, self.data, self.dtype, self.depends, self.id = op, args, data, dtype, depends, id
 
     def __repr__(self) -> str:
-        if self.op == "const":
+        if self.op == "const" or not self.args:
             return repr(self.data)
-        if not self.args:
-            return f"{self.op}{self.data}"
-        return f"{self.op}({', '.join(map(repr, self.args))})"
+        return f"{self.op}({', '.join(f'#{a.id}' if a.args else repr(a) for a in self.args)})"
 
 
-_LEAVES = {"state": STATE, "noise": STATE, "time": TIME, "row": TIME, "path": PATH, "shared": 0}
-_PLANNED = {"column": TIME, "uniform": 0, "invariant": PATH, "mapped": STATE}
-_LEAVES |= _PLANNED
-
-# Operations of one float that are folded by evaluating them in double precision.
-_FOLD: dict[str, Callable[..., float]] = {
-    "neg": lambda a: -a,
-    "abs": abs,
-    "sqrt": np.sqrt,
-    "exp": np.exp,
-    "expm1": np.expm1,
-    "log": np.log,
-    "log1p": np.log1p,
-    "sin": np.sin,
-    "cos": np.cos,
-    "tan": np.tan,
-    "tanh": np.tanh,
-    "sinh": np.sinh,
-    "cosh": np.cosh,
-    "asin": np.arcsin,
-    "acos": np.arccos,
-    "atan": np.arctan,
-    "floor": np.floor,
-    "ceil": np.ceil,
-    "trunc": np.trunc,
-    "round": np.round,
-    "sign": np.sign,
-    "erf": math.erf,
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": np.divide,
-    "pow": np.power,
-    "atan2": np.arctan2,
-    "fmod": np.fmod,
-    "min": np.minimum,
-    "max": np.maximum,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "and": lambda a, b: a and b,
-    "or": lambda a, b: a or b,
-    "not": lambda a: not a,
-}
-COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
-LOGIC = frozenset(("and", "or", "not"))
-COMMUTATIVE = frozenset(("add", "mul", "min", "max", "eq", "ne", "and", "or"))
+_TRUTH = frozenset(name for name, row in OPERATIONS.items() if row.truth)
+_COMMUTATIVE = frozenset(name for name, row in OPERATIONS.items() if row.commutative)
+_EXACT = frozenset(name for name, row in OPERATIONS.items() if row.exact)
 _LARGEST_POWER = 16
 _LONG_SUM = 8
 
 
 @final
 class Graph:
-    """Makes expressions, each once.
-
-    Leaves, by kind and `Expression.data`:
-
-    - ``state``: ``(row, i)``, component ``i`` of everything carried from step to step;
-    - ``noise``: ``(row, i)``, standard normal (or other unit-variance number) ``i`` of the step;
-    - ``time``: its name, such as ``"dt"``; ``row``: a column of the solver's own table;
-    - ``shared``: ``(parameter, i)``, entry ``i`` of a tensor that all paths share;
-    - ``path``: ``(row, parameter, i)``, entry ``i`` of a path's row of a parameter;
-    - ``column``, ``uniform``, ``invariant``: what a `plan` has computed beforehand, for each step, for all of them, and
-      for each path;
-    - ``mapped``: what changes along a loop that `rolling` found.
-
-    ``row`` tells the traced rows of the batch apart; in a finished program it is 0 everywhere.
-    """
+    """Makes expressions, each once."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Expression] = {}
+        self._int32: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._made)
@@ -129,7 +66,7 @@ class Graph:
     def _intern(self, op: str, args: tuple[Expression, ...], data: Any, dtype: str, depends: int) -> Expression:
         # A constant's sign of zero and its being nan are part of what it is; == and hash tell neither.
         name = repr(data) if op == "const" else data
-        key = (op, tuple([a.number for a in args]), name, dtype)
+        key = (op, tuple([a.id for a in args]), name, dtype)
         made = self._made.get(key)
         if made is None:
             made = self._made[key] = Expression(op, args, data, dtype, depends, len(self._made))
@@ -143,9 +80,16 @@ class Graph:
                 value = float(np.float32(value))
         return self._intern("const", (), value, dtype, 0)
 
-    def leaf(self, kind: str, data: Any, dtype: str) -> Expression:
-        """An input."""
-        return self._intern(kind, (), data, dtype, _LEAVES[kind])
+    def leaf(self, leaf: Any, dtype: str) -> Expression:
+        """An input: an instance of a class of `leaves`."""
+        kind, depends = KINDS[type(leaf)]
+        return self._intern(kind, (), leaf, dtype, depends)
+
+    def int32_leaf(self, leaf: Any, dtype: str = I64) -> Expression:
+        """An input that is within the range of 32 bits."""
+        made = self.leaf(leaf, dtype)
+        self._int32.add(made.id)
+        return made
 
     def element(self, product: Expression, i: int) -> Expression:
         """Entry ``i`` of a matrix-vector product."""
@@ -153,7 +97,7 @@ class Graph:
 
     def product(self, matrix: Any, vector: Sequence[Expression], dtype: str) -> Expression:
         """A matrix-vector product kept whole: ``matrix`` names its entries (`matrices.Matrix`)."""
-        depends = matrix.depends
+        depends = 0
         for v in vector:
             depends |= v.depends
         return self._intern("product", tuple(vector), matrix, dtype, depends)
@@ -183,86 +127,39 @@ class Graph:
 
     def op(self, name: str, *args: Expression) -> Expression:
         """The operation ``name`` on arguments of one type (``where``: a bool and two of one type)."""
-        dtype = BOOL if name in COMPARISONS or name in LOGIC else args[-1].dtype
-        if all(a.op == "const" for a in args) and name != "where" and (dtype != I64 or name in _EXACT):
+        dtype = BOOL if name in _TRUTH else args[-1].dtype
+        if all(a.op == "const" for a in args) and (dtype != I64 or name in _EXACT):
             with np.errstate(all="ignore"):
-                return self.const(_FOLD[name](*(a.data for a in args)), dtype)
-        simple = self._simplified(name, args, dtype)
-        if simple is not None:
-            return simple
-        if name in COMMUTATIVE and args[0].number > args[1].number:
+                return self.const(OPERATIONS[name].fold(*(a.data for a in args)), dtype)
+        simplified = _SIMPLIFIED.get(name)
+        if simplified is not None:
+            simple = simplified(self, dtype, *args)
+            if simple is not None:
+                return simple
+        if name in _COMMUTATIVE and args[0].id > args[1].id:
             args = (args[1], args[0])
         depends = 0
         for a in args:
             depends |= a.depends
-        return self._intern(name, args, None, dtype, depends)
-
-    def _simplified(self, name: str, args: tuple[Expression, ...], dtype: str) -> Expression | None:
-        a = args[0]
-        b = args[1] if len(args) > 1 else a
-        match name:
-            case "add" if _is(a, 0) or _is(b, 0):
-                return b if _is(a, 0) else a
-            case "add" if b.op == "neg":
-                return self.op("sub", a, b.args[0])
-            case "add" if a.op == "neg":
-                return self.op("sub", b, a.args[0])
-            case "sub" if _is(b, 0):
-                return a
-            case "sub" if _is(a, 0) and (dtype == I64 or math.copysign(1.0, a.data) < 0):  # 0 - 0 is 0, not -0
-                return self.op("neg", b)
-            case "sub" if b.op == "neg":
-                return self.op("add", a, b.args[0])
-            case "mul" if _is(a, 1) or _is(b, 1):
-                return b if _is(a, 1) else a
-            case "mul" if _is(a, -1) or _is(b, -1):
-                return self.op("neg", b if _is(a, -1) else a)
-            case "mul" if a.op == "neg" and b.op == "neg":
-                return self.op("mul", a.args[0], b.args[0])
-            case "div" if _is(b, 1):
-                return a
-            case "div" if _is(b, -1):
-                return self.op("neg", a)
-            case "div" if b.op == "const" and _power_of_two(b.data):
-                return self.op("mul", a, self.const(1.0 / b.data, dtype))
-            case "neg" if a.op == "neg":
-                return a.args[0]
-            case "not" if a.op == "not":
-                return a.args[0]
-            case "where" if a.op == "const":
-                return args[1] if a.data else args[2]
-            case "where" if args[1] is args[2]:
-                return args[1]
-            case "pow" if b.op == "const":
-                return self._power(a, b.data, dtype)
-            case "min" | "max" if a is b:
-                return a
-        return None
-
-    def _power(self, a: Expression, exponent: float, dtype: str) -> Expression | None:
-        """``a^n`` for small whole and half ``n`` by multiplication and square root."""
-        if exponent == 0.5:
-            return self.op("sqrt", a)
-        if exponent == -0.5:
-            return self.op("div", self.const(1, dtype), self.op("sqrt", a))
-        if exponent != int(exponent) or abs(exponent) > _LARGEST_POWER:
-            return None
-        n = abs(int(exponent))
-        result, square = self.const(1, dtype), a
-        while n:
-            if n & 1:
-                result = self.op("mul", result, square)
-            n >>= 1
-            square = self.op("mul", square, square) if n else square
-        return self.op("div", self.const(1, dtype), result) if exponent < 0 else result
+        made = self._intern(name, args, None, dtype, depends)
+        if dtype == I64 and name == "where" and self.is_int32(args[1]) and self.is_int32(args[2]):
+            self._int32.add(made.id)
+        return made
 
     def rebuilt(self, roots: Iterable[Expression], change: Callable[[Expression], Expression]) -> list[Expression]:
         """The same expressions over changed leaves."""
         new: dict[int, Expression] = {}
         roots = list(roots)
         for e in topological(roots):
-            new[e.number] = self.with_args(e, [new[a.number] for a in e.args]) if e.args else change(e)
-        return [new[e.number] for e in roots]
+            new[e.id] = self.with_args(e, [new[a.id] for a in e.args]) if e.args else change(e)
+        return [new[e.id] for e in roots]
+
+    def is_int32(self, a: Expression) -> bool:
+        """Whether a whole number is known to be within the range of 32 bits."""
+        if a.op == "const":
+            return -(2**31) <= a.data < 2**31
+        # What torch makes of a float beyond 32 bits is undefined.
+        return a.op == "wrap32" or a.id in self._int32 or (a.op == "cast" and a.args[0].dtype in FLOATS)
 
     def with_args(self, e: Expression, args: Sequence[Expression]) -> Expression:
         """The operation of ``e`` on other arguments."""
@@ -279,9 +176,6 @@ class Graph:
         return self.op(e.op, *args)
 
 
-_EXACT = frozenset(("add", "sub", "mul", "neg", "abs", "min", "max"))
-
-
 def _is(a: Expression, value: float) -> bool:
     return a.op == "const" and a.data == value and a.dtype != BOOL
 
@@ -290,8 +184,96 @@ def _power_of_two(value: float) -> bool:
     return value != 0 and math.isfinite(value) and math.frexp(abs(value))[0] == 0.5 and abs(value) < 2.0**100
 
 
-def topological(roots: Iterable[Expression]) -> list[Expression]:
-    """Everything the roots need, arguments before what uses them."""
+def _add(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
+    if _is(a, 0) or _is(b, 0):
+        return b if _is(a, 0) else a
+    if b.op == "neg":
+        return g.op("sub", a, b.args[0])
+    return g.op("sub", b, a.args[0]) if a.op == "neg" else None
+
+
+def _sub(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
+    if _is(b, 0):
+        return a
+    if _is(a, 0) and (dtype == I64 or math.copysign(1.0, a.data) < 0):  # 0 - 0 is 0, not -0
+        return g.op("neg", b)
+    return g.op("add", a, b.args[0]) if b.op == "neg" else None
+
+
+def _mul(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
+    if _is(a, 1) or _is(b, 1):
+        return b if _is(a, 1) else a
+    if _is(a, -1) or _is(b, -1):
+        return g.op("neg", b if _is(a, -1) else a)
+    return g.op("mul", a.args[0], b.args[0]) if a.op == "neg" and b.op == "neg" else None
+
+
+def _div(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
+    if _is(b, 1):
+        return a
+    if _is(b, -1):
+        return g.op("neg", a)
+    return g.op("mul", a, g.const(1.0 / b.data, dtype)) if b.op == "const" and _power_of_two(b.data) else None
+
+
+def _inverse(name: str) -> Callable[..., Expression | None]:
+    return lambda g, dtype, a: a.args[0] if a.op == name else None
+
+
+def _where(g: Graph, dtype: str, condition: Expression, a: Expression, b: Expression) -> Expression | None:
+    if condition.op == "const":
+        return a if condition.data else b
+    return a if a is b else None
+
+
+def _same(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
+    return a if a is b else None
+
+
+def _pow(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
+    """``a^n`` for small whole and half ``n`` by multiplication and square root."""
+    if b.op != "const":
+        return None
+    exponent = b.data
+    if exponent == 0.5:
+        return g.op("sqrt", a)
+    if exponent == -0.5:
+        return g.op("div", g.const(1, dtype), g.op("sqrt", a))
+    if not abs(exponent) <= _LARGEST_POWER or exponent != int(exponent):
+        return None
+    n = abs(int(exponent))
+    result, square = g.const(1, dtype), a
+    while n:
+        if n & 1:
+            result = g.op("mul", result, square)
+        n >>= 1
+        square = g.op("mul", square, square) if n else square
+    return g.op("div", g.const(1, dtype), result) if exponent < 0 else result
+
+
+_SIMPLIFIED: dict[str, Callable[..., Expression | None]] = {
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "div": _div,
+    "neg": _inverse("neg"),
+    "not": _inverse("not"),
+    "where": _where,
+    "pow": _pow,
+    "wrap32": lambda g, dtype, a: a if g.is_int32(a) else None,
+    **dict.fromkeys(("min", "max", "clamp_min", "clamp_max"), _same),
+}
+
+
+def topological(
+    roots: Iterable[Expression], args: Callable[[Expression], Sequence[Expression]] | None = None
+) -> list[Expression]:
+    """Everything the roots need, arguments before what uses them.
+
+    Args:
+        roots: where to start.
+        args: what an expression needs, if that is not its arguments.
+    """
     seen: set[int] = set()
     order: list[Expression] = []
     for root in roots:
@@ -300,8 +282,10 @@ def topological(roots: Iterable[Expression]) -> list[Expression]:
             e, ready = stack.pop()
             if ready:
                 order.append(e)
-            elif e.number not in seen:
-                seen.add(e.number)
+            elif e.id not in seen:
+                seen.add(e.id)
                 stack.append((e, True))
-                stack.extend((a, False) for a in reversed(e.args) if a.number not in seen)
+                for a in reversed(e.args if args is None else args(e)):
+                    if a.id not in seen:
+                        stack.append((a, False))
     return order

@@ -118,7 +118,7 @@ def compile_trajectory(program: Program, increments: Sequence[str]) -> AbstractT
         increments: how the numbers of each source of noise are made: ``normal``, ``two-point`` or ``three-point``.
 
     Raises:
-        Unsupported: the back end that `use_backend` asks for, or that the device has, makes no such kernels.
+        Unsupported: the back end cannot compile it.
     """
     return backend_for("trajectory", program.signature.device).compile(plan(program), increments)
 
@@ -134,7 +134,7 @@ class Tables:
     def __call__(self, launch: Launch, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Columns of steps `first` to `last`, ``(steps, columns)``, and uniforms, in the state's dtype on the host."""
         plan = self._plan
-        if not (plan.columns or plan.uniforms):
+        if not (plan.columns or plan.loop_invariants):
             empty = torch.empty(0, dtype=plan.program.signature.dtype, device="cpu")
             return empty, empty
         times = launch.times[first : last + 1]
@@ -161,14 +161,14 @@ def _evaluated(
     dtype = plan.program.signature.dtype
     dt = times.diff()
     named = {"t0": times[:-1], "t1": times[1:], "dt": dt, "scale": dt.abs().sqrt()}
-    values = evaluate([*plan.columns, *plan.uniforms], named, rows, shared)
+    values = evaluate([*plan.columns, *plan.loop_invariants], named, rows, shared)
     largest = torch.finfo(dtype).max
     if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
         # Torch might multiply in an order in which nothing overflows.
         raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
     n = len(plan.columns)
     table = torch.stack(values[:n], 1).to(dtype) if n else torch.empty(0, dtype=dtype, device="cpu")
-    uniforms = torch.stack(values[n:]).to(dtype) if plan.uniforms else torch.empty(0, dtype=dtype, device="cpu")
+    uniforms = torch.stack(values[n:]).to(dtype) if plan.loop_invariants else torch.empty(0, dtype=dtype, device="cpu")
     return table, uniforms
 
 

@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdesolve_kernels.trajectory.operations import HANDLERS, handles
+from sdesolve_kernels.trajectory.pointwise import HANDLERS, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name
 
-__all__: list[str] = []
 
-
-# Views -----------------------------------------------------------------------------------------------------------
 def view(*names: str) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
     """Registers a function of an array that returns a view, or a copy where torch returns one."""
 
@@ -32,125 +29,126 @@ def view(*names: str) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.
 
 
 @view("view", "_unsafe_view", "reshape", "_reshape_alias")
-def reshape(e: np.ndarray, shape: Sequence[int], *_: Any) -> np.ndarray:
+def _reshape(e: np.ndarray, shape: Sequence[int], *_: Any) -> np.ndarray:
     return e.reshape(tuple(shape))
 
 
 @view("expand")
-def expand(e: np.ndarray, shape: Sequence[int], *, implicit: bool = False) -> np.ndarray:
+def _expand(e: np.ndarray, shape: Sequence[int], *, implicit: bool = False) -> np.ndarray:
     new = len(shape) - e.ndim
     return np.broadcast_to(e, tuple(e.shape[i - new] if n == -1 else n for i, n in enumerate(shape)))
 
 
 @view("permute")
-def permute(e: np.ndarray, dims: Sequence[int]) -> np.ndarray:
+def _permute(e: np.ndarray, dims: Sequence[int]) -> np.ndarray:
     return e.transpose(tuple(dims))
 
 
 @view("transpose")
-def transpose(e: np.ndarray, a: int, b: int) -> np.ndarray:
+def _transpose(e: np.ndarray, a: int, b: int) -> np.ndarray:
     return e.swapaxes(a, b) if e.ndim else e
 
 
 @view("t")
-def t(e: np.ndarray) -> np.ndarray:
+def _t(e: np.ndarray) -> np.ndarray:
+    if e.ndim > 2:
+        raise RuntimeError(f"t() expects at most 2 axes, got {e.ndim}")
     return e.T
 
 
 @view("unsqueeze")
-def unsqueeze(e: np.ndarray, dim: int) -> np.ndarray:
+def _unsqueeze(e: np.ndarray, dim: int) -> np.ndarray:
     return np.expand_dims(e, dim)
 
 
 @view("squeeze")
-def squeeze(e: np.ndarray, dim: int | Sequence[int] | None = None) -> np.ndarray:
+def _squeeze(e: np.ndarray, dim: int | Sequence[int] | None = None) -> np.ndarray:
     dims = range(e.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
     return e.squeeze(tuple(d for d in dims if e.ndim and e.shape[d] == 1))
 
 
 @view("select")
-def select(e: np.ndarray, dim: int, index: int) -> np.ndarray:
+def _select(e: np.ndarray, dim: int, index: int) -> np.ndarray:
     return e[(slice(None),) * (dim % e.ndim) + (index, ...)]
 
 
 @view("slice")
-def slice_(e: np.ndarray, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> np.ndarray:
+def _slice(e: np.ndarray, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> np.ndarray:
     return e[(slice(None),) * (dim % e.ndim) + (slice(start, end, step),)]
 
 
 @view("alias", "detach", "lift_fresh", "view_of", "positive")
-def alias(e: np.ndarray) -> np.ndarray:
+def _alias(e: np.ndarray) -> np.ndarray:
     return e[...]
 
 
 @view("contiguous")
-def contiguous(e: np.ndarray, **_: Any) -> np.ndarray:
+def _contiguous(e: np.ndarray, **_: Any) -> np.ndarray:
     return e if e.flags.c_contiguous else e.copy()
 
 
-@view("clone", "lift_fresh_copy", "_conj")
-def clone(e: np.ndarray, **_: Any) -> np.ndarray:
+@view("clone", "lift_fresh_copy")
+def _clone(e: np.ndarray, **_: Any) -> np.ndarray:
     return e.copy()
 
 
 @view("diagonal")
-def diagonal(e: np.ndarray, offset: int = 0, dim1: int = 0, dim2: int = 1) -> np.ndarray:
+def _diagonal(e: np.ndarray, offset: int = 0, dim1: int = 0, dim2: int = 1) -> np.ndarray:
     picked = np.diagonal(e, offset, dim1, dim2)  # for reading only, and torch's is not
     corner = np.moveaxis(e, (dim1, dim2), (0, 1))[max(-offset, 0) :, max(offset, 0) :]
     return np.lib.stride_tricks.as_strided(corner, picked.shape, picked.strides, writeable=e.flags.writeable)
 
 
 @view("flip")
-def flip(e: np.ndarray, dims: Sequence[int]) -> np.ndarray:
-    return np.flip(e, tuple(dims)).copy()
+def _flip(e: np.ndarray, dims: Sequence[int]) -> np.ndarray:
+    return np.flip(e, tuple(dims)).copy() if e.ndim else e.copy()
 
 
 @view("roll")
-def roll(e: np.ndarray, shifts: Sequence[int], dims: Sequence[int] = ()) -> np.ndarray:
+def _roll(e: np.ndarray, shifts: Sequence[int], dims: Sequence[int] = ()) -> np.ndarray:
     return np.roll(e, tuple(shifts), tuple(dims)) if dims else np.roll(e, shifts[0])
 
 
 @view("repeat")
-def repeat(e: np.ndarray, repeats: Sequence[int]) -> np.ndarray:
+def _repeat(e: np.ndarray, repeats: Sequence[int]) -> np.ndarray:
     return np.tile(e, tuple(repeats))
 
 
-def _split(tracer: Tracer, a: Traced, sizes: Sequence[int], dim: int) -> list[Traced]:
+def _parts(tracer: Tracer, a: Traced, sizes: Sequence[int], dim: int) -> list[Traced]:
     edges = np.cumsum([0, *sizes])
-    return [tracer.traced(slice_(a.elements, dim, i, j), a.dtype) for i, j in itertools.pairwise(edges)]
+    return [tracer.traced(_slice(a.elements, dim, i, j), a.dtype) for i, j in itertools.pairwise(edges)]
 
 
 @handles("split")
-def split(tracer: Tracer, func: Any, a: Traced, size: int, dim: int = 0) -> list[Traced]:
+def _split(tracer: Tracer, func: Any, a: Traced, size: int, dim: int = 0) -> list[Traced]:
     n = a.shape[dim]
-    return _split(tracer, a, [min(size, n - i) for i in range(0, n, size)], dim)
+    return _parts(tracer, a, [min(size, n - i) for i in range(0, n, size)], dim)
 
 
 @handles("split_with_sizes")
-def split_with_sizes(tracer: Tracer, func: Any, a: Traced, sizes: Sequence[int], dim: int = 0) -> list[Traced]:
-    return _split(tracer, a, sizes, dim)
+def _split_with_sizes(tracer: Tracer, func: Any, a: Traced, sizes: Sequence[int], dim: int = 0) -> list[Traced]:
+    return _parts(tracer, a, sizes, dim)
 
 
 @handles("unbind")
-def unbind(tracer: Tracer, func: Any, a: Traced, dim: int = 0) -> list[Traced]:
-    return [tracer.traced(select(a.elements, dim, i), a.dtype) for i in range(a.shape[dim])]
+def _unbind(tracer: Tracer, func: Any, a: Traced, dim: int = 0) -> list[Traced]:
+    return [tracer.traced(_select(a.elements, dim, i), a.dtype) for i in range(a.shape[dim])]
 
 
-# Putting together and picking out --------------------------------------------------------------------------------
 def _promoted(tracer: Tracer, tensors: Sequence[Traced]) -> tuple[list[np.ndarray], torch.dtype]:
     dtype = functools.reduce(torch.promote_types, [a.dtype for a in tensors])
     return [cast(tracer.graph, a.elements, dtype_name(dtype)) for a in tensors], dtype
 
 
 @handles("cat")
-def cat(tracer: Tracer, func: Any, tensors: Sequence[Traced], dim: int = 0) -> Traced:
+def _cat(tracer: Tracer, func: Any, tensors: Sequence[Traced], dim: int = 0) -> Traced:
     tensors = [a for a in tensors if a.shape != (0,)]
     arrays, dtype = _promoted(tracer, tensors)
     return tracer.traced(np.concatenate(arrays, dim), dtype)
 
 
 @handles("stack")
-def stack(tracer: Tracer, func: Any, tensors: Sequence[Traced], dim: int = 0) -> Traced:
+def _stack(tracer: Tracer, func: Any, tensors: Sequence[Traced], dim: int = 0) -> Traced:
     arrays, dtype = _promoted(tracer, tensors)
     return tracer.traced(np.stack(arrays, dim), dtype)
 
@@ -171,7 +169,7 @@ def index(tracer: Tracer, func: Any, a: Traced, indices: Sequence[Traced | None]
 
 
 @handles("index_put")
-def index_put(
+def _index_put(
     tracer: Tracer, func: Any, a: Traced, indices: Sequence[Traced | None], values: Traced, accumulate: bool = False
 ) -> Traced:
     if accumulate:
@@ -183,20 +181,22 @@ def index_put(
 
 
 @handles("index_select")
-def index_select(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced) -> Traced:
+def _index_select(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced) -> Traced:
     return tracer.traced(np.take(a.elements, _whole_numbers(tracer, which).reshape(-1), dim), a.dtype)
 
 
 @handles("gather")
-def gather(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced, *, sparse_grad: bool = False) -> Traced:
+def _gather(tracer: Tracer, func: Any, a: Traced, dim: int, which: Traced, *, sparse_grad: bool = False) -> Traced:
     where = _whole_numbers(tracer, which)
+    if not a.ndim:
+        return tracer.traced(a.elements.copy(), a.dtype)
     # Along other axes the index may be shorter, and then only so much is picked.
     part = tuple(slice(None if i == dim % a.ndim else n) for i, n in enumerate(where.shape))
     return tracer.traced(np.take_along_axis(a.elements[part], where, dim), a.dtype)
 
 
 @handles("constant_pad_nd")
-def pad(tracer: Tracer, func: Any, a: Traced, widths: Sequence[int], value: float = 0.0) -> Traced:
+def _pad(tracer: Tracer, func: Any, a: Traced, widths: Sequence[int], value: float = 0.0) -> Traced:
     pairs = [(widths[i], widths[i + 1]) for i in range(0, len(widths), 2)]
     before = [(0, 0)] * (a.ndim - len(pairs)) + pairs[::-1]
     shape = [n + lo + hi for n, (lo, hi) in zip(a.shape, before, strict=True)]
@@ -222,7 +222,7 @@ HANDLERS["tril"], HANDLERS["triu"] = _triangle(np.tril), _triangle(np.triu)
 
 
 @handles("diag_embed")
-def diag_embed(tracer: Tracer, func: Any, a: Traced, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Traced:
+def _diag_embed(tracer: Tracer, func: Any, a: Traced, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Traced:
     if (dim1, dim2) != (-2, -1):
         raise Unsupported("it calls diag_embed along other axes than the last two")
     n = a.shape[-1] + abs(offset)

@@ -10,10 +10,13 @@ import dataclasses
 from typing import Any, final
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from sdesolve_kernels.trajectory.alike import mapped, spread, thin_axis
-from sdesolve_kernels.trajectory.expressions import Expression, Graph
-from sdesolve_kernels.trajectory.operations import handles
+from sdesolve_kernels.trajectory.expressions import FLOATS, Expression, Graph
+from sdesolve_kernels.trajectory.leaves import Shared
+from sdesolve_kernels.trajectory.pointwise import HANDLERS, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
 
 __all__ = ["Matrix"]
@@ -24,39 +27,43 @@ _WRITTEN_OUT = 96  # entries
 @final
 @dataclasses.dataclass(frozen=True, slots=True)
 class Matrix:
-    """A ``rows x columns`` matrix inside a shared parameter: entry ``(i, j)`` is ``offset + i down + j across``."""
+    """A ``rows x columns`` matrix inside a shared parameter.
+
+    Entry ``(i, j)`` lies at ``offset + i row_stride + j column_stride``.
+    """
 
     parameter: int
     offset: int
     rows: int
     columns: int
-    down: int
-    across: int
+    row_stride: int
+    column_stride: int
 
     @property
-    def depends(self) -> int:
-        return 0
+    def transposed(self) -> Matrix:
+        """The same entries, ``columns x rows``."""
+        return Matrix(self.parameter, self.offset, self.columns, self.rows, self.column_stride, self.row_stride)
 
     def entry(self, i: Any, j: Any) -> Any:
         """Place of entry ``(i, j)``, or of many."""
-        return self.offset + i * self.down + j * self.across
+        return self.offset + i * self.row_stride + j * self.column_stride
+
+    def entries(self, device: torch.device | str) -> Tensor:
+        """Places of all entries, ``(rows, columns)``, int64."""
+        return self.entry(torch.arange(self.rows, device=device)[:, None], torch.arange(self.columns, device=device))
 
 
 def shared_matrix(elements: np.ndarray) -> Matrix | None:
     """``elements: (rows, columns)`` as places in one shared parameter, if they lie regularly in one."""
     if elements.shape[0] < 2 or elements.shape[1] < 2:
         return None
-    first = elements[0, 0]
-    if first.op != "shared":
-        return None
-    parameter, offset = first.data
-    if elements[1, 0].op != "shared" or elements[0, 1].op != "shared":
+    first, below, right = (e.data for e in (elements[0, 0], elements[1, 0], elements[0, 1]))
+    if not all(isinstance(leaf, Shared) for leaf in (first, below, right)):
         return None
     rows, columns = elements.shape
-    down, across = elements[1, 0].data[1] - offset, elements[0, 1].data[1] - offset
-    made = Matrix(parameter, offset, rows, columns, down, across)
+    made = Matrix(first.parameter, first.i, rows, columns, below.i - first.i, right.i - first.i)
     for (i, j), e in np.ndenumerate(elements):
-        if e.op != "shared" or e.data != (parameter, made.entry(i, j)):
+        if e.op != "shared" or e.data != (first.parameter, made.entry(i, j)):
             return None
     return made
 
@@ -74,8 +81,8 @@ def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
 
 def _matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     out = np.empty((a.shape[0], b.shape[1]), dtype=object)
-    whole = shared_matrix(b.T) if b.size > _WRITTEN_OUT else None
-    if whole is None and a.size > _WRITTEN_OUT and shared_matrix(a) is not None:
+    whole = shared_matrix(b.T) if b.size > _WRITTEN_OUT and dtype in FLOATS else None
+    if whole is None and a.size > _WRITTEN_OUT and dtype in FLOATS and shared_matrix(a) is not None:
         return matmul(g, b.T, a.T, dtype).T
     for i in range(a.shape[0]):
         if whole is not None and not all(e.op == "const" for e in a[i]):
@@ -132,13 +139,15 @@ def _scaled(tracer: Tracer, e: np.ndarray, scale: float, name: str) -> np.ndarra
 
 @handles("addmm", "addmv", "baddbmm", "addbmm")
 def addmm(tracer: Tracer, func: Any, c: Traced, a: Traced, b: Traced, *, beta: float = 1, alpha: float = 1) -> Traced:
-    kind = func.overloadpacket.__name__
-    product = {"addmm": mm, "addmv": mv, "baddbmm": bmm}[kind](tracer, func, a, b)
-    name = dtype_name(c.dtype)
-    left = _scaled(tracer, product.elements, alpha, name)
-    return tracer.traced(
-        mapped(lambda x, y: tracer.graph.op("add", x, y), left, _scaled(tracer, c.elements, beta, name)), c.dtype
-    )
+    """``beta c + alpha a @ b``; `addbmm` adds the products of a batch up."""
+    kind, name = func.overloadpacket.__name__, dtype_name(c.dtype)
+    product = {"addmm": mm, "addmv": mv, "baddbmm": bmm, "addbmm": bmm}[kind](tracer, func, a, b)
+    if kind == "addbmm":
+        product = HANDLERS["sum"](tracer, func, product, [0])
+    out = _scaled(tracer, product.elements, alpha, name)
+    if beta != 0:  # else not even a nan of ``c`` counts
+        out = mapped(lambda x, y: tracer.graph.op("add", x, y), out, _scaled(tracer, c.elements, beta, name))
+    return tracer.traced(out, c.dtype)
 
 
 @handles("linear")

@@ -3,50 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import NamedTuple, final
 
-from sdesolve_kernels.trajectory.expressions import Expression, Graph
-from sdesolve_kernels.trajectory.matrices import Matrix
-from sdesolve_kernels.trajectory.printing import Writer, indented, needed
-from sdesolve_kernels.trajectory.rolling import Mapped, Rolled, roll
+from sdesolve_kernels.trajectory.codegen import Writer, indented, needed
+from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
+from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, NoiseLeaf, PathInvariant, State, Strided
+from sdesolve_kernels.trajectory.rerolling import Rerolled, StridedInput, reroll
 
-__all__ = ["Lanes"]
+__all__ = ["Lanes", "kind", "typed"]
 
 Target = tuple[int, Expression]
+_KINDS = {F32: "F32", F64: "F64", I64: "I64", BOOL: "bool"}
+_SIZES = {F32: 4, F64: 8, I64: 8}
+_ARRAYS = {F32: "f", F64: "d", I64: "w"}  # views of the scratch memory for types other than the state's
+
+
+class Row(NamedTuple):
+    """Where a value is kept: which row of those of its type."""
+
+    place: int
+    dtype: str
+
+
+def kind(dtype: str) -> str:
+    """The name of a type in generated source."""
+    return _KINDS[dtype]
+
+
+def typed(name: str, dtype: str, state: str) -> str:
+    """A number of the state's type as what was kept in it."""
+    if dtype == BOOL:
+        return f"({name} != 0)"
+    return name if dtype == state else f"{kind(dtype)}({name})"
 
 
 @final
 class Lanes:
     """Rows of scratch memory with an entry per lane, and the loops that fill them.
 
+    Rows of the state's type are entries of ``s``; what has another type lies in the same memory, and its rows are
+    counted in units of its own size.
+
+    Attributes:
+        count: rows of the state's type that are needed.
+        arrays: names of the views for other types that are used, by type.
+
     Args:
         graph: makes expressions.
+        dtype: of the state.
         lanes: of a block.
         columns: of the table.
         writer: writes expressions over the names that `place` reads.
-        place: where a ``state``, ``noise`` or ``invariant`` leaf lies: its name, and the text of its row, a number or
-            an expression of the step.
+        place: where a `State`, `NoiseLeaf` or `PathInvariant` lies: its name, and the text of its row, a number or an
+            expression of the step.
     """
 
     def __init__(
         self,
         graph: Graph,
+        dtype: str,
         lanes: int,
         columns: int,
         writer: Writer,
         place: Callable[[Expression], tuple[str, str]],
     ) -> None:
-        self.lanes, self.count = lanes, 0
+        self.lanes, self.count, self.dtype = lanes, 0, dtype
+        self.arrays: dict[str, str] = {}
         self._graph, self._columns, self._writer, self._place = graph, columns, writer, place
 
-    def rows(self, count: int) -> int:
+    def rows(self, count: int, dtype: str = "") -> int:
         """The first of so many new rows."""
-        self.count += count
-        return self.count - count
+        size, own = _SIZES[self._held(dtype or self.dtype)], _SIZES[self.dtype]
+        first = -(-self.count * own // size)
+        self.count = -(-(first + count) * size // own)
+        return first
 
-    def at(self, row: int) -> str:
+    def at(self, row: int, dtype: str = "") -> str:
         """Entry of this lane in a row."""
-        return f"s[{row * self.lanes} + l]" if row else "s[l]"
+        array = self._array(dtype or self.dtype)
+        return f"{array}[{row * self.lanes} + l]" if row else f"{array}[l]"
+
+    def _held(self, dtype: str) -> str:
+        """The type in which values of a type are kept: truth values as numbers."""
+        return self.dtype if dtype == BOOL else dtype
+
+    def _array(self, dtype: str) -> str:
+        held = self._held(dtype)
+        return "s" if held == self.dtype else self.arrays.setdefault(held, _ARRAYS[held])
+
+    def _name(self, row: Row) -> str:
+        array = self._array(row.dtype)
+        return f"{'y' if array == 's' else array}{row.place}"
 
     def compute(self, targets: Sequence[Target]) -> list[str]:
         """Lines that assign expressions to rows, all of them computed before any row that they read is written.
@@ -55,105 +102,104 @@ class Lanes:
         up to each depth of those, which leaves in rows of their own whatever later loops need.
         """
         schedule = _Schedule(self._graph, [e for _, e in targets])
-        kept: dict[int, int] = {}  # expression -> row
+        kept: dict[int, Row] = {}
         lines: list[str] = []
         for level in range(schedule.last + 1):
-            here: list[Target] = []
+            here: list[tuple[str, Expression]] = []
             after: list[str] = []
             stores = schedule.stores(level)
             for e in stores:
-                kept[e.number] = self.rows(1)
-                here.append((kept[e.number], e))
+                kept[e.id] = Row(self.rows(1, e.dtype), e.dtype)
+                here.append((self.at(*kept[e.id]), self._graph.cast(e, self._held(e.dtype))))
             for e in schedule.barriers(level):
-                result = self.rows(e.data.rows if e.op == "product" else 1)
-                rolled = schedule.rolled.get(e.number)
+                rerolled = schedule.rerolled.get(e.id)
                 if e.op == "sum":
-                    assert rolled is not None
-                    after += self._sum(rolled, result, kept)
-                    kept[e.number] = result
+                    assert rerolled is not None
+                    row = kept[e.id] = Row(self.rows(1, e.dtype), e.dtype)
+                    zero = f"{'REAL' if e.dtype == self.dtype else kind(e.dtype)}(0)"
+                    after += ["for l in range(LANES):", f"    {self.at(*row)} = {zero}"]
+                    after += self._loop(rerolled, row, kept, accumulate=True)
                     continue
-                vector = self.rows(len(e.args))
-                if rolled is not None:
-                    after += self._loop(rolled, vector, kept)
+                result = self.rows(e.data.rows, e.dtype)
+                vector = self.rows(len(e.args), e.dtype)
+                if rerolled is not None:
+                    after += self._loop(rerolled, Row(vector, e.dtype), kept)
                 else:
-                    here += [(vector + i, a) for i, a in enumerate(e.args)]
-                after.append(self._product(e.data, vector, result))
-                kept |= {self._graph.element(e, i).number: result + i for i in range(e.data.rows)}
-                kept[e.number] = result
-            here += targets if level == schedule.last else []
-            new = {e.number for e in stores}
-            there = {n: row for n, row in kept.items() if n not in new}
-            lines += self._assign([(self.at(row), e) for row, e in here], there)
+                    here += [(self.at(vector + i, e.dtype), a) for i, a in enumerate(e.args)]
+                after.append(self._product(e, vector, result))
+                kept |= {self._graph.element(e, i).id: Row(result + i, e.dtype) for i in range(e.data.rows)}
+                kept[e.id] = Row(result, e.dtype)
+            here += [(self.at(row), e) for row, e in targets] if level == schedule.last else []
+            new = {e.id for e in stores}
+            lines += self._assign(here, {n: row for n, row in kept.items() if n not in new})
             lines += after
         return lines
 
-    def _assign(self, targets: Sequence[tuple[str, Expression]], kept: dict[int, int]) -> list[str]:
+    def _assign(self, targets: Sequence[tuple[str, Expression]], kept: dict[int, Row]) -> list[str]:
         """One loop over lanes."""
         if not targets:
             return []
-        known = {n: f"y{row}" for n, row in kept.items()}
-        roots = [e for _, e in targets]
-        body = self._reads(roots, known, kept) + self._writer.lines(targets, known)
+        known = {n: self._name(row) for n, row in kept.items()}
+        body = self._reads([e for _, e in targets], known, kept) + self._writer.lines(targets, known)
         return ["for l in range(LANES):", *indented(body, 1)]
 
-    def _reads(self, roots: Sequence[Expression], known: dict[int, str], kept: dict[int, int]) -> list[str]:
+    def _reads(self, roots: Sequence[Expression], known: dict[int, str], kept: dict[int, Row]) -> list[str]:
         """Lines that read what some expressions start from."""
         lines: dict[str, str] = {}
         for e in needed(roots, known):
-            if e.number in known:
-                lines[known[e.number]] = self.at(kept[e.number])
-            elif e.op in ("state", "noise", "invariant"):
+            if e.id in known:
+                lines[known[e.id]] = self.at(*kept[e.id]) + (" != 0" if e.dtype == BOOL else "")
+            elif isinstance(e.data, (State, NoiseLeaf, PathInvariant)):
                 name, row = self._place(e)
                 lines[name] = f"s[{row} + l]" if row != "0" else "s[l]"
         return [f"{name} = {place}" for name, place in sorted(lines.items(), key=_natural)]
 
-    def _loop(self, rolled: Rolled, first: int, kept: dict[int, int], accumulate: bool = False) -> list[str]:
+    def _loop(self, rerolled: Rerolled, first: Row, kept: dict[int, Row], accumulate: bool = False) -> list[str]:
         """A loop over ``j`` that fills rows from ``first`` on, or adds all terms up in that row."""
         outer: list[str] = []
         inner: dict[str, str] = {}
         names: dict[int, str] = {}
-        for i, m in enumerate(rolled.mapped):
-            leaf = self._graph.leaf("mapped", i, rolled.template.dtype)
-            names[leaf.number] = f"m{i}"
-            if m.kind in ("column", "uniform"):
-                array = f"table[k * {self._columns} + " if m.kind == "column" else "uniforms["
+        for i, m in enumerate(rerolled.strided):
+            leaf = self._graph.leaf(Strided(i), m.dtype)
+            names[leaf.id] = f"m{i}" if m.product is not None else typed(f"m{i}", m.dtype, self.dtype)
+            if m.kind in (Column, LoopInvariant):
+                array = f"table[k * {self._columns} + " if m.kind is Column else "uniforms["
                 outer.append(f"m{i} = {array}{m.start} + j * {m.stride}]")
             else:
                 outer.append(f"r{i} = {self._row_of(m, kept)}")
-                inner[f"m{i}"] = f"s[r{i} + l]"
-        known = {e.number: f"y{kept[e.number]}" for e in rolled.common} | names
-        held = {e.number: kept[e.number] for e in rolled.common}
-        commons = self._reads([rolled.template], {n: t for n, t in known.items() if n in held}, held)
-        target = f"s[{first * self.lanes} + l]" if accumulate else "s[row + l]"
+                inner[f"m{i}"] = f"{'s' if m.product is None else self._array(m.dtype)}[r{i} + l]"
+        known = {e.id: self._name(kept[e.id]) for e in rerolled.common} | names
+        held = {e.id: kept[e.id] for e in rerolled.common}
+        commons = self._reads([rerolled.template], {n: t for n, t in known.items() if n in held}, held)
+        array = self._array(first.dtype)
+        target = f"{array}[{first.place * self.lanes} + l]" if accumulate else f"{array}[row + l]"
         body = [*(f"{n} = {t}" for n, t in inner.items()), *commons]
         if accumulate:
-            *before, term = self._writer.lines([("", rolled.template)], known)
+            *before, term = self._writer.lines([("", rerolled.template)], known)
             body += [*before, f"{target} = {target} + ({term.removeprefix(' = ')})"]
         else:
-            outer.append(f"row = ({first} + j) * LANES")
-            body += self._writer.lines([(target, rolled.template)], known)
+            outer.append(f"row = ({first.place} + j) * LANES")
+            body += self._writer.lines([(target, rerolled.template)], known)
         return [
-            f"for j in range({rolled.count}):",
+            f"for j in range({rerolled.count}):",
             *indented([*outer, "for l in range(LANES):", *indented(body, 1)], 1),
         ]
 
-    def _row_of(self, m: Mapped, kept: dict[int, int]) -> str:
-        """Where the row of a mapped leaf begins, as an expression of ``j``."""
+    def _row_of(self, m: StridedInput, kept: dict[int, Row]) -> str:
+        """Where the row of a strided input begins, as an expression of ``j``."""
         if m.product is not None:
-            base = str((kept[m.product.number] + m.start) * self.lanes)
+            base = str((kept[m.product.id].place + m.start) * self.lanes)
         else:
-            start = (0, m.start) if m.kind in ("state", "noise") else m.start
-            base = self._place(self._graph.leaf(m.kind, start, "float32"))[1]
+            assert m.kind is not None
+            leaf = m.kind(m.start) if m.kind is PathInvariant else m.kind(0, m.start)
+            base = self._place(self._graph.leaf(leaf, m.dtype))[1]
         return f"{base} + j * {m.stride * self.lanes}"
 
-    def _sum(self, rolled: Rolled, row: int, kept: dict[int, int]) -> list[str]:
-        clear = ["for l in range(LANES):", f"    {self.at(row)} = REAL(0)"]
-        return clear + self._loop(rolled, row, kept, accumulate=True)
-
-    def _product(self, m: Matrix, vector: int, result: int) -> str:
+    def _product(self, e: Expression, vector: int, result: int) -> str:
+        m = e.data
         return (
-            f"product(s, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, {m.offset}, {m.rows}, "
-            f"{m.columns}, {m.down}, {m.across}, LANES)"
+            f"product({self._array(e.dtype)}, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, "
+            f"{m.offset}, {m.rows}, {m.columns}, {m.row_stride}, {m.column_stride}, LANES)"
         )
 
 
@@ -166,67 +212,54 @@ class _Schedule:
     """
 
     def __init__(self, graph: Graph, roots: Sequence[Expression]) -> None:
-        self.rolled: dict[int, Rolled] = {}
+        self.rerolled: dict[int, Rerolled] = {}
         self._graph = graph
-        self._tried: dict[int, Rolled | None] = {}
-        self.order = self._live(roots)
+        self._tried: set[int] = set()
+        self.order = topological(roots, self._needs)
         self._there: dict[int, int] = {}
         self._run: dict[int, int] = {}
         for e in self.order:
-            ready = max((self._there[k.number] for k in self._kids(e)), default=0)
+            ready = max((self._there[k.id] for k in self._needs(e)), default=0)
             if self._is_barrier(e):
-                self._run[e.number] = ready
+                self._run[e.id] = ready
                 ready += 1
-            self._there[e.number] = ready
-        self.last = max((self._there[e.number] for e in roots), default=0)
+            self._there[e.id] = ready
+        self.last = max((self._there[e.id] for e in roots), default=0)
         self._stores = self._find_stores()
 
     def barriers(self, level: int) -> list[Expression]:
         """Those that run after the loop of a level."""
-        return [e for e in self.order if self._run.get(e.number) == level]
+        return [e for e in self.order if self._run.get(e.id) == level]
 
     def stores(self, level: int) -> list[Expression]:
         """Operations computed in the loop of a level that later loops, or a barrier after it, read."""
-        return [e for e in self.order if e.number in self._stores and self._there[e.number] == level]
+        return [e for e in self.order if e.id in self._stores and self._there[e.id] == level]
 
     def _is_barrier(self, e: Expression) -> bool:
-        return e.op == "product" or (e.op == "sum" and e.number in self.rolled)
+        return e.op == "product" or (e.op == "sum" and e.id in self.rerolled)
 
-    def _kids(self, e: Expression) -> Sequence[Expression]:
-        rolled = self.rolled.get(e.number)
-        if rolled is None:
+    def _needs(self, e: Expression) -> Sequence[Expression]:
+        """What must be there before an expression; a rerolled list is computed as such, not its members one by one."""
+        if e.op in ("sum", "product") and e.id not in self._tried:
+            self._tried.add(e.id)
+            rerolled = reroll(self._graph, e.args)
+            if rerolled is not None:
+                self.rerolled[e.id] = rerolled
+        found = self.rerolled.get(e.id)
+        if found is None:
             return e.args
-        return [*rolled.common, *(m.product for m in rolled.mapped if m.product is not None)]
-
-    def _live(self, roots: Sequence[Expression]) -> list[Expression]:
-        """What must be computed, in order; a rolled list is computed as such, not its members one by one."""
-        seen: set[int] = set()
-        order: list[Expression] = []
-        for root in roots:
-            stack = [(root, False)]
-            while stack:
-                e, ready = stack.pop()
-                if ready:
-                    order.append(e)
-                elif e.number not in seen:
-                    seen.add(e.number)
-                    rolled = roll(self._graph, e.args) if e.op in ("sum", "product") else None
-                    if rolled is not None:
-                        self.rolled[e.number] = rolled
-                    stack.append((e, True))
-                    stack.extend((k, False) for k in reversed(self._kids(e)) if k.number not in seen)
-        return order
+        return [*found.common, *(m.product for m in found.strided if m.product is not None)]
 
     def _find_stores(self) -> set[int]:
         found: set[int] = set()
         for e in self.order:
-            level = self._run[e.number] if self._is_barrier(e) else self._there[e.number]
-            for k in self._kids(e):
+            level = self._run[e.id] if self._is_barrier(e) else self._there[e.id]
+            for k in self._needs(e):
                 if not k.args or k.op == "element" or self._is_barrier(k):
                     continue
-                common = e.number in self.rolled
-                if self._there[k.number] < level or common:
-                    found.add(k.number)
+                common = e.id in self.rerolled
+                if self._there[k.id] < level or common:
+                    found.add(k.id)
         return found
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
+from sdesolve_kernels.trajectory.codegen import AbstractDialect, Writer, indented, local
 from sdesolve_kernels.trajectory.expressions import Expression, topological
-from sdesolve_kernels.trajectory.numba_lanes import Lanes
+from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, PathEntry, PathInvariant, State
+from sdesolve_kernels.trajectory.numba_lanes import Lanes, kind, typed
+from sdesolve_kernels.trajectory.operations import BOOL, I64, OpSpec
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.printing import AbstractDialect, Writer, indented
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
 __all__ = ["ARGUMENTS", "NumbaKernel", "numba_kernel"]
@@ -66,36 +67,19 @@ class NumbaKernel:
 
 @final
 class _Numba(AbstractDialect):
-    def __init__(self, dtype: str) -> None:
-        self._dtype = dtype
+    """Numba's language."""
 
     def constant(self, value: float | bool, dtype: str) -> str:
-        if dtype in ("bool", "int64"):
+        if dtype in (BOOL, I64):
             return repr(value)
         text = repr(value) if math.isfinite(value) else {math.inf: "INF", -math.inf: "-INF"}.get(value, "NAN")
-        return f"{_kind(dtype)}({text})"
+        return f"{kind(dtype)}({text})"
 
-    def call(self, name: str, args: Sequence[str], dtype: str) -> str:
-        inside = ", ".join(args)
-        if name == "fma":
-            return f"fma({inside})"
-        if name == "where":
-            return f"select({inside})"
-        if name == "not":
-            return f"(not {args[0]})"
-        if name == "sqrt":
-            return f"sqrt({inside})"
-        return f"{_LONG.get(name, name)}_{dtype}({inside})"
+    def call(self, operation: OpSpec, args: Sequence[str], dtype: str) -> str:
+        return operation.numba.format(*args, dtype=dtype)
 
     def cast(self, value: str, source: str, target: str) -> str:
-        return f"{_kind(target)}({value})"
-
-
-_LONG = {"min": "minimum", "max": "maximum"}
-
-
-def _kind(dtype: str) -> str:
-    return {"float32": "F32", "float64": "F64", "int64": "I64", "bool": "bool"}[dtype]
+        return f"{kind(target)}({value})"
 
 
 def numba_kernel(plan: Plan, increments: Sequence[str]) -> NumbaKernel:
@@ -115,11 +99,12 @@ class _Printer:
         self.plan, self.dtype = plan, dtype_name(signature.dtype)
         self.increments = increments
         self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
-        writer = Writer(_Numba(self.dtype), self._leaf)
+        writer = Writer(_Numba(), self._leaf)
+        self.read: set[Expression] = set()
         self.writer = writer
-        self.rows = Lanes(plan.program.graph, self.lanes, len(plan.columns), writer, self._place)
+        self.rows = Lanes(plan.program.graph, self.dtype, self.lanes, len(plan.columns), writer, self._place)
         self.state = self.rows.rows(len(plan.states))
-        self.invariant = self.rows.rows(len(plan.invariants))
+        self.path_invariant = self.rows.rows(len(plan.path_invariants))
         self.observed = self.rows.rows(len(plan.observed))
         self.noise_counts = [math.prod(s) for s in signature.noises]
         self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(self.noise_counts, increments, strict=True)]
@@ -127,20 +112,14 @@ class _Printer:
         self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
 
     def _leaf(self, e: Expression) -> str:
-        match e.op:
-            case "state":
-                return f"x{e.data[1]}"
-            case "noise":
-                return f"z{e.data[1]}"
-            case "column" | "uniform" | "invariant":
-                name = f"{e.op[0]}{e.data}"
-                if e.dtype == "bool":
-                    return f"({name} != 0)"
-                return name if e.dtype == self.dtype else f"{_kind(e.dtype)}({name})"
-            case "path":
-                return f"p{e.data[1]}[path * {self._stride(e.data[1])} + {e.data[2]}]"
-            case _:
-                raise AssertionError(e)
+        if isinstance(e.data, PathEntry):
+            return f"p{e.data.parameter}[path * {self._stride(e.data.parameter)} + {e.data.i}]"
+        self.read.add(e)
+        return typed(local(e.data), e.dtype, self.dtype)
+
+    def _read(self, kind: type[Any]) -> list[int]:
+        """Which leaves of a kind the lines written so far read."""
+        return sorted(e.data.i for e in self.read if type(e.data) is kind)
 
     def _stride(self, parameter: int) -> int:
         return math.prod(self.plan.program.captured[parameter].shape[1:])
@@ -153,16 +132,16 @@ class _Printer:
         block += self._load()
         block += ["slot = first_slot", "for k in range(first_step, last_step + 1):", *indented(self._step(width), 1)]
         block += self._store()
-        body += [f"u{j} = uniforms[{j}]" for j in _numbers("u", block)]
+        body += [f"u{j} = uniforms[{j}]" for j in self._read(LoopInvariant)]
         body += ["for block in range(start, stop):", *indented(block, 1)]
-        itemsize = 4 if self.dtype == "float32" else 8
+        real, itemsize = f"pointer_{self.dtype}", 4 if self.dtype == "float32" else 8
         size = self.rows.count * self.lanes * itemsize
         head = [
             '"""A trajectory kernel, generated: state in rows of s, one column per path of a block."""',
             "",
             "from sdesolve_kernels._numba.paths import *",
             "",
-            f"REAL = {_kind(self.dtype)}",
+            f"REAL = {kind(self.dtype)}",
             f"LANES = {self.lanes}  # paths in a block",
             f"WORDS = {size}  # bytes before the generator's words",
             f"CARRIED = {len(plan.states)}  # numbers carried from step to step",
@@ -171,14 +150,13 @@ class _Printer:
             "def trajectory(arguments, scratch, start, stop):",
             "    a = pointer_int64(arguments)",
             *(f"    {name} = {self._unpacked(i, kind)}" for i, (name, kind) in enumerate(ARGUMENTS.items())),
-            f"    s, words = pointer_{self.dtype}(scratch), word(scratch + WORDS)",
+            f"    s, words = {real}(scratch), word(scratch + WORDS)",
+            *(f"    {name} = pointer_{dtype}(scratch)" for dtype, name in sorted(self.rows.arrays.items())),
         ]
-        used = sorted(
-            {e.data[1] for e in topological(plan.invariants) if e.op == "path"} | {m.parameter for m in plan.matrices}
-        )
+        entries = {e.data for e in topological(plan.path_invariants) if isinstance(e.data, PathEntry)}
+        used = sorted({e.parameter for e in entries} | {m.parameter for m in plan.matrices})
         for i in used:
-            kind = dtype_name(plan.program.captured[i].dtype)
-            head.append(f"    p{i} = pointer_{kind}(pointers[{i}])")
+            head.append(f"    p{i} = pointer_{dtype_name(plan.program.captured[i].dtype)}(pointers[{i}])")
         source = "\n".join([*head, *indented(body, 1)]) + "\n"
         words = 1 + (len(self.noise_counts) if "two-point" in self.increments else 0)
         scratch = self.rows.count * self.lanes * itemsize + words * 4 * self.lanes * 4
@@ -190,7 +168,6 @@ class _Printer:
     def _carried(self) -> int:
         return math.prod(self.plan.program.signature.states[0])
 
-    # Parts of a block -------------------------------------------------------------------------------------------
     def _load(self) -> list[str]:
         """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
         plan, carried = self.plan, self._carried()
@@ -199,8 +176,10 @@ class _Printer:
             value = f"x_in[path * in_width + {i}]"
             value = value if i < carried else f"{value} if in_width > {i} else REAL(0)"
             lines.append(f"    {self.rows.at(self.state + i)} = {value}")
-        if plan.invariants:
-            targets = [(self.rows.at(self.invariant + i), self._real(e)) for i, e in enumerate(plan.invariants)]
+        if plan.path_invariants:
+            targets = [
+                (self.rows.at(self.path_invariant + i), self._real(e)) for i, e in enumerate(plan.path_invariants)
+            ]
             lines += ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
             lines += indented(self.writer.lines(targets), 1)
         return lines
@@ -211,12 +190,13 @@ class _Printer:
 
     def _place(self, e: Expression) -> tuple[str, str]:
         """Name and row of what a lane starts from."""
-        if e.op == "state":
-            return f"x{e.data[1]}", str((self.state + e.data[1]) * self.lanes)
-        if e.op == "invariant":
-            return f"i{e.data}", str((self.invariant + e.data) * self.lanes)
-        source, j = self._source(e.data[1])
-        return f"z{e.data[1]}", f"n{source} + {j * self.lanes}" if j else f"n{source}"
+        i = e.data.i
+        if isinstance(e.data, State):
+            return local(e.data), str((self.state + i) * self.lanes)
+        if isinstance(e.data, PathInvariant):
+            return local(e.data), str((self.path_invariant + i) * self.lanes)
+        source, j = self._source(i)
+        return local(e.data), f"n{source} + {j * self.lanes}" if j else f"n{source}"
 
     def _source(self, noise: int) -> tuple[int, int]:
         for source, count in enumerate(self.noise_counts):
@@ -229,11 +209,11 @@ class _Printer:
         plan = self.plan
         lines = ["if saves[slot] == k:", *indented(self._save(width), 1), "if k == last_step:", "    break"]
         for g, (m, n, base) in enumerate(zip(self.noise_counts, self.per_fill, self.noise, strict=True)):
-            kind = self.increments[g].replace("-", "_")
+            maker = self.increments[g].replace("-", "_")
             if m == 0:
                 continue
-            fill, index = f"{kind}_fill_{self.dtype}", f"noise[{4 * g + 3}] + k * {m}"
-            if kind == "two_point":
+            fill, index = f"{maker}_fill_{self.dtype}", f"noise[{4 * g + 3}] + k * {m}"
+            if maker == "two_point":
                 lines += [
                     f"{fill}(s, {base * self.lanes}, word({self._words(g)}), noise, {g}, first, {index}, {m}, "
                     "k == first_step, LANES)",
@@ -248,7 +228,7 @@ class _Printer:
                 f"n{g} = {base * self.lanes} + (skip{g} + k % {n} * {m}) * LANES",
             ]
         computed = self._compute(self.state, plan.states)
-        lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in _numbers("c", computed)]
+        lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in self._read(Column)]
         return lines + computed
 
     def _words(self, source: int) -> str:
@@ -256,10 +236,10 @@ class _Printer:
         return f"scratch + WORDS + {(1 + source) * 4 * self.lanes * 4}"
 
     def _compute(self, first: int, expressions: Sequence[Expression]) -> list[str]:
-        """Lines that assign expressions to rows from ``first`` on; what stays as it is is left alone."""
+        """Lines that assign expressions to rows from ``first`` on, except where a row would be assigned to itself."""
         targets = [(first + i, e) for i, e in enumerate(expressions)]
         return self.rows.compute(
-            [(row, e) for row, e in targets if not (e.op == "state" and self.state + e.data[1] == row)]
+            [(row, e) for row, e in targets if not (isinstance(e.data, State) and self.state + e.data.i == row)]
         )
 
     def _save(self, width: int) -> list[str]:
@@ -281,12 +261,6 @@ class _Printer:
 
     def _store(self) -> list[str]:
         return ["keep(x_out, first * out_width, s, 0, out_width, lanes, LANES)"]
-
-
-def _numbers(letter: str, lines: Sequence[str]) -> list[int]:
-    """Which of the names ``c0, c1, ...`` some lines use."""
-    pattern = re.compile(rf"\b{letter}(\d+)\b")
-    return sorted({int(n) for line in lines for n in pattern.findall(line)})
 
 
 def _steps_a_fill(m: int, kind: str) -> int:

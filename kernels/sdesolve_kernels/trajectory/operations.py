@@ -1,305 +1,274 @@
-"""What each aten operation does to arrays of expressions."""
+"""The compiler's operations on scalars, one row each.
+
+A row says what an operation computes (on Python numbers and on tensors), how Numba and Triton spell it, and how it is
+differentiated. Everything else in this package reads the rows: constant folding, evaluation, code generation,
+rerolling, reassociation, derivatives, the reference back end. To add an operation, add a row to `OPERATIONS`; the tests
+of ``tests/trajectory/test_operation_table.py`` run over all rows.
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.alike import mapped
-from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph
-from sdesolve_kernels.trajectory.tracing import READS, Traced, Tracer, Unsupported, cast, dtype_name, result_dtype
+if TYPE_CHECKING:
+    from sdesolve_kernels.trajectory.expressions import Expression, Graph
 
-__all__ = ["EXTREMES", "HANDLERS"]
+__all__ = ["BOOL", "F32", "F64", "FLOATS", "I64", "OPERATIONS", "OpSpec", "Term"]
 
-HANDLERS: dict[str, Callable[..., Any]] = {}
-
-_FLOAT_RESULT = frozenset((torch.float32, torch.float64))
+F32, F64, I64, BOOL = "float32", "float64", "int64", "bool"
+FLOATS = (F32, F64)
 
 
-def handles(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a handler."""
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Term:
+    """An expression with Python's operators, so that rules read as formulas; numbers take the type of what they meet.
 
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        for name in names:
-            HANDLERS[name] = handler
-        return handler
-
-    return register
-
-
-def elements_of(tracer: Tracer, value: Any, dtype: str) -> np.ndarray:
-    """A tensor's or a number's elements, cast."""
-    if isinstance(value, Traced):
-        return cast(tracer.graph, value.elements, dtype)
-    made = np.empty((), dtype=object)
-    made[()] = tracer.graph.const(value, dtype)
-    return made
-
-
-# Pointwise -------------------------------------------------------------------------------------------------------
-Rule = Callable[..., Expression]
-
-
-def pointwise(
-    name: str, function: Rule, *, whole: Rule | None = None, boolean: Rule | None = None, compare: bool = False
-) -> None:
-    """Registers ``function(graph, *expressions)`` for an operation on tensors and numbers.
-
-    Operands are promoted to the result's dtype, or, for comparisons, to the dtype torch would compare in.
-
-    Args:
-        name: of the aten operation.
-        function: for floats; for a comparison, for all types.
-        whole: for a result of whole numbers; refused without.
-        boolean: for a result of truth values; refused without.
-        compare: whether the result is a truth value whatever the operands are.
+    Attributes:
+        graph: makes the expressions.
+        e: the expression.
     """
-    rules = {I64: whole, BOOL: boolean}
 
-    def handler(tracer: Tracer, func: Any, *args: Any, alpha: float = 1) -> Traced:
-        dtype = result_dtype(func, args, {} if alpha == 1 else {"alpha": alpha})
-        kind = dtype_name(_common(args) if compare else dtype)
-        rule = function if compare else rules.get(kind, function)
-        if rule is None:
-            raise Unsupported(f"it calls {name} on {kind} tensors, which no kernel is generated for")
-        operands = [elements_of(tracer, a, kind) for a in args]
-        if alpha != 1:
-            # The scaled operand is the one that is added to, or subtracted from, the other.
-            scaled, scale = 0 if name == "rsub" else 1, tracer.graph.const(alpha, kind)
-            operands[scaled] = mapped(lambda b: tracer.graph.op("mul", b, scale), operands[scaled])
-        return tracer.traced(mapped(lambda *e: rule(tracer.graph, *e), *operands), dtype)
+    graph: Graph
+    e: Expression
 
-    HANDLERS[name] = handler
+    def _op(self, name: str, *others: Term | float, first: bool = True) -> Term:
+        made = [o.e if isinstance(o, Term) else self.graph.const(o, self.e.dtype) for o in others]
+        return Term(self.graph, self.graph.op(name, *([self.e, *made] if first else [*made, self.e])))
 
+    def __add__(self, other: Term | float) -> Term:
+        return self._op("add", other)
 
-def _common(args: Any) -> torch.dtype:
-    """The dtype in which torch compares."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        singles = [torch.ones((1,) * a.ndim, dtype=a.dtype) if isinstance(a, Tensor) else a for a in args[:2]]
-        return singles[0].dtype if len(singles) == 1 else torch.result_type(*singles)
+    def __sub__(self, other: Term | float) -> Term:
+        return self._op("sub", other)
 
+    def __rsub__(self, other: float) -> Term:
+        return self._op("sub", other, first=False)
 
-def _op(name: str) -> Rule:
-    return lambda g, *e: g.op(name, *e)
+    def __mul__(self, other: Term | float) -> Term:
+        return self._op("mul", other)
 
+    def __truediv__(self, other: Term | float) -> Term:
+        return self._op("div", other)
 
-def _unchanged(g: Graph, a: Expression) -> Expression:
-    return a
+    def __rtruediv__(self, other: float) -> Term:
+        return self._op("div", other, first=False)
 
+    def __neg__(self) -> Term:
+        return self._op("neg")
 
-def _larger(g: Graph, a: Expression, b: Expression) -> Expression:
-    return g.op("where", g.op("gt", a, b), a, b)
+    def __and__(self, other: Term) -> Term:
+        return self._op("and", other)
 
+    __radd__, __rmul__ = __add__, __mul__
 
-def _smaller(g: Graph, a: Expression, b: Expression) -> Expression:
-    return g.op("where", g.op("lt", a, b), a, b)
+    def __getattr__(self, name: str) -> Callable[..., Term]:
+        if name not in OPERATIONS:
+            raise AttributeError(name)
+        return lambda *others: self._op(name, *others)
 
-
-def number(g: Graph, value: float, like: Expression) -> Expression:
-    """A constant of the type of ``like``."""
-    return g.const(value, like.dtype)
-
-
-def _whole_sign(g: Graph, a: Expression) -> Expression:
-    zero = number(g, 0, a)
-    return g.op("sub", g.cast(g.op("gt", a, zero), I64), g.cast(g.op("lt", a, zero), I64))
+    def where(self, a: Term | float, b: Term | float) -> Term:
+        """``a`` where this condition holds, else ``b``; one of them is a term."""
+        like = a if isinstance(a, Term) else b
+        assert isinstance(like, Term)
+        choices = [x.e if isinstance(x, Term) else self.graph.const(x, like.e.dtype) for x in (a, b)]
+        return Term(self.graph, self.graph.op("where", self.e, *choices))
 
 
-for _name in ("sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos",
-              "atan", "erf", "atan2"):  # fmt: skip
-    pointwise(_name, _op(_name))
-for _name in ("floor", "ceil", "trunc"):
-    pointwise(_name, _op(_name), whole=_unchanged)
-for _name in ("add", "sub", "mul"):
-    pointwise(_name, _op(_name), whole=_op(_name), boolean=_op({"add": "or", "mul": "and"}.get(_name, _name)))
-pointwise("neg", _op("neg"), whole=_op("neg"))
-pointwise("abs", _op("abs"), whole=lambda g, a: _larger(g, a, g.op("neg", a)), boolean=_unchanged)
-pointwise("sign", _op("sign"), whole=_whole_sign, boolean=_unchanged)
-EXTREMES = {
-    **{("max", kind): rule for kind, rule in {F32: _op("max"), F64: _op("max"), I64: _larger, BOOL: _op("or")}.items()},
-    **{
-        ("min", kind): rule
-        for kind, rule in {F32: _op("min"), F64: _op("min"), I64: _smaller, BOOL: _op("and")}.items()
-    },
-}
-for _name, _same in {"maximum": "max", "minimum": "min"}.items():
-    pointwise(_name, EXTREMES[_same, F32], whole=EXTREMES[_same, I64], boolean=EXTREMES[_same, BOOL])
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    pointwise(_name, _op(_name), compare=True)
-for _name, _same in {"and": "and", "or": "or", "not": "not", "xor": "ne"}.items():
-    pointwise(f"logical_{_name}", _op(_same), boolean=_op(_same))
-    pointwise(f"bitwise_{_name}", _op(_same), boolean=_op(_same))
+# What a change ``v`` of one argument does to the result, and a change of the result to the argument (for scalars these
+# are the same linear function): ``rule(v, result, *arguments)``.
+Rule = Callable[..., Term]
 
 
-def whole_quotient(g: Graph, a: Expression, b: Expression, down: bool) -> Expression:
-    """``a / b`` of whole numbers, rounded down or towards 0; of constants only."""
-    if a.op != "const" or b.op != "const" or b.data == 0:
-        raise Unsupported("it divides whole numbers that are not constant; divide floats, and round")
-    q = abs(a.data) // abs(b.data)
-    return g.const(a.data // b.data if down else q if (a.data < 0) == (b.data < 0) else -q, I64)
+@final
+@dataclasses.dataclass(frozen=True)
+class OpSpec:
+    """An operation on scalars of one type (``where``: a truth value and two of one type).
+
+    Attributes:
+        name: as in `Expression.op`.
+        fold: its value for Python numbers.
+        torch: its value for tensors.
+        numba: its text in a Numba kernel, with ``{0}``, ``{1}`` for arguments and ``{dtype}`` for their type.
+        triton: likewise.
+        derivatives: a rule for each argument; ``None`` where the derivative is 0 wherever there is one.
+        truth: the result is a truth value, whatever the arguments are.
+        operator: the text is an operator, whose arguments need brackets.
+        commutative: arguments can be exchanged.
+        unordered: they can be exchanged in the text alone: the value is the same, the derivative is not.
+        jump: a last digit of an argument can change the result by more than a last digit.
+        rounds: the result is a whole number, or what is left of one.
+        exact: it is exact on whole numbers, and folded.
+        expansion: for an operation that kernels have no function for, the same in terms of others.
+    """
+
+    name: str
+    fold: Callable[..., Any]
+    torch: Callable[..., Tensor]
+    numba: str
+    triton: str
+    derivatives: tuple[Rule | None, ...]
+    truth: bool = False
+    operator: bool = False
+    commutative: bool = False
+    unordered: bool = False
+    jump: bool = False
+    rounds: bool = False
+    exact: bool = False
+    expansion: Callable[..., Expression] | None = None
+
+    @property
+    def arity(self) -> int:
+        """How many arguments it takes."""
+        return len(self.derivatives)
 
 
-def _floored(g: Graph, a: Expression, b: Expression) -> Expression:
-    """``a / b`` rounded down, from the remainder: 1 // 0.1 is 9, for 0.1 is a little more than a tenth."""
-    zero, one, left = number(g, 0, a), number(g, 1, a), g.op("fmod", a, b)
-    q = g.op("div", g.op("sub", a, left), b)
-    other_side = g.op("ne", g.op("lt", b, zero), g.op("lt", left, zero))
-    q = g.op("where", g.op("and", g.op("ne", left, zero), other_side), g.op("sub", q, one), q)
-    down = g.op("floor", q)
-    down = g.op("where", g.op("gt", g.op("sub", q, down), number(g, 0.5, a)), g.op("add", down, one), down)
-    return g.op("where", g.op("eq", b, zero), g.op("div", a, b), down)
+def _operator(
+    name: str, symbol: str, fold: Callable[..., Any], torch: Callable[..., Tensor], *rules: Rule | None, **flags: Any
+) -> OpSpec:
+    """A row of an operator that both targets spell alike."""
+    text = f"({symbol}{{0}})" if len(rules) == 1 else f"({{0}} {symbol} {{1}})"
+    return OpSpec(name, fold, torch, text, text, rules, operator=True, **flags)
 
 
-@handles("div", "true_divide")
-def div(tracer: Tracer, func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Traced:
-    """Division, true or rounded."""
-    kwargs = {} if rounding_mode is None else {"rounding_mode": rounding_mode}
-    dtype = result_dtype(func, (a, b), kwargs)
-    name = dtype_name(dtype)
-    rounding = {None: None, "floor": "floor", "trunc": "trunc"}[rounding_mode]
-
-    def divide(x: Expression, y: Expression) -> Expression:
-        if name == I64:
-            return whole_quotient(tracer.graph, x, y, rounding_mode == "floor")
-        if rounding == "floor":
-            return _floored(tracer.graph, x, y)
-        q = tracer.graph.op("div", x, y)
-        return tracer.graph.op(rounding, q) if rounding else q
-
-    return tracer.traced(mapped(divide, elements_of(tracer, a, name), elements_of(tracer, b, name)), dtype)
+def _function(
+    name: str,
+    fold: Callable[..., Any],
+    torch: Callable[..., Tensor],
+    *rules: Rule | None,
+    numba: str = "",
+    triton: str = "",
+    **flags: Any,
+) -> OpSpec:
+    """A row of a function; the targets' names for it, where they are others."""
+    places = ", ".join(f"{{{i}}}" for i in range(len(rules)))
+    numba, triton = numba or f"{name}_{{dtype}}", triton or name
+    return OpSpec(name, fold, torch, f"{numba}({places})", f"{triton}({places})", rules, **flags)
 
 
-@handles("where")
-def where(tracer: Tracer, func: Any, condition: Traced, a: Any = None, b: Any = None) -> Traced:
-    """``a`` where the condition holds."""
-    if a is None:
-        raise Unsupported("it asks for the indices where a condition holds")
-    dtype = result_dtype(func, (condition, a, b), {})
-    name = dtype_name(dtype)
-    c = cast(tracer.graph, condition.elements, BOOL)
-    out = mapped(_where(tracer), c, elements_of(tracer, a, name), elements_of(tracer, b, name))
-    return tracer.traced(out, dtype)
+def _comparison(name: str, symbol: str, fold: Callable[..., Any], torch: Callable[..., Tensor], **flags: Any) -> OpSpec:
+    return _operator(name, symbol, fold, torch, None, None, truth=True, jump=True, **flags)
 
 
-def _where(tracer: Tracer) -> Callable[..., Expression]:
-    return lambda c, x, y: tracer.graph.op("where", c, x, y)
+def _round_to(name: str, fold: Callable[..., Any], torch: Callable[..., Tensor], triton: str = "") -> OpSpec:
+    return _function(name, fold, torch, None, triton=triton, jump=True, rounds=True)
 
 
-@handles("masked_fill")
-def masked_fill(tracer: Tracer, func: Any, a: Traced, mask: Traced, value: Any) -> Traced:
-    """``value`` where the mask holds."""
-    dtype = dtype_name(a.dtype)
-    return tracer.traced(mapped(_where(tracer), mask.elements, elements_of(tracer, value, dtype), a.elements), a.dtype)
+def _of_power(v: Term, out: Term, a: Term, b: Term) -> Term:
+    return b.eq(0.0).where(0.0, v * (b * a.pow(b - 1)))
 
 
-@handles("clamp", "clip")
-def clamp(tracer: Tracer, func: Any, a: Traced, min: Any = None, max: Any = None) -> Traced:
-    """Limits; nan stays nan."""
-    dtype = result_dtype(func, (a, min, max), {})
-    name = dtype_name(dtype)
-    out = elements_of(tracer, a, name)
-    for op, bound in (("max", min), ("min", max)):
-        if bound is not None:
-            out = mapped(functools.partial(EXTREMES[op, name], tracer.graph), out, elements_of(tracer, bound, name))
-    return tracer.traced(out, dtype)
+def _of_exponent(v: Term, out: Term, a: Term, b: Term) -> Term:
+    return v * (a.eq(0.0) & b.ge(0.0)).where(0.0, out * a.log())
 
 
-@handles("clamp_min")
-def clamp_min(tracer: Tracer, func: Any, a: Traced, min: Any) -> Traced:
-    """Lower limit."""
-    return clamp(
-        tracer, torch.ops.aten.clamp.Tensor if isinstance(min, Tensor) else torch.ops.aten.clamp.default, a, min
-    )
+def _inverse_square(a: Term, b: Term) -> Term:
+    """``1 / (a^2 + b^2)``, and 0 at the origin."""
+    square = a * a + b * b
+    return square.eq(0.0).where(0.0, 1 / square)
 
 
-@handles("clamp_max")
-def clamp_max(tracer: Tracer, func: Any, a: Traced, max: Any) -> Traced:
-    """Upper limit."""
-    overload = torch.ops.aten.clamp.Tensor if isinstance(max, Tensor) else torch.ops.aten.clamp.default
-    return clamp(tracer, overload, a, None, max)
+def _of_extreme(other_side: str) -> Callable[[Term, Term, Term], Term]:
+    """Of the larger or smaller of two; both have half if they are equal."""
+    return lambda v, a, b: getattr(a, other_side)(b).where(0.0, a.eq(b).where(v / 2, v))
 
 
-# Types and values ------------------------------------------------------------------------------------------------
-@handles("_to_copy")
-def to_copy(tracer: Tracer, func: Any, a: Traced, *, dtype: torch.dtype | None = None, **options: Any) -> Traced:
-    """Another dtype; the device is the kernel's."""
-    dtype = a.dtype if dtype is None else dtype
-    device = options.get("device")
-    if device is not None and torch.device(device).type != tracer.device.type:
-        raise Unsupported(f"it moves a tensor to {device}, and the state is on {tracer.device}")
-    if dtype not in _FLOAT_RESULT and dtype not in (torch.int64, torch.int32, torch.bool):
-        raise Unsupported(f"it converts to {dtype}; generated kernels compute in float32 and float64")
-    return tracer.traced(cast(tracer.graph, a.elements, dtype_name(dtype)).copy(), dtype)
+_of_max, _of_min = _of_extreme("lt"), _of_extreme("gt")
 
 
-@handles("copy_")
-def copy_(tracer: Tracer, func: Any, target: Traced, source: Traced, non_blocking: bool = False) -> Traced:
-    """In-place copy."""
-    tracer.store(target, source)
-    return target
+def _wrap32(a: Any) -> Any:
+    """A whole number as 32 bits hold it, in two's complement."""
+    return (a + 2**31) % 2**32 - 2**31
 
 
-@handles("copy")
-def copy(tracer: Tracer, func: Any, target: Traced, source: Traced, non_blocking: bool = False) -> Traced:
-    """Out-of-place copy."""
-    out = np.empty(target.shape, dtype=object)
-    out[...] = cast(tracer.graph, source.elements, dtype_name(target.dtype))
-    return tracer.traced(out, target.dtype)
+_WRAP32 = f"((({{0}} + {2**31}) & {2**32 - 1}) - {2**31})"
 
 
-@handles("fill")
-def fill(tracer: Tracer, func: Any, a: Traced, value: Any) -> Traced:
-    """One value everywhere."""
-    out = np.empty(a.shape, dtype=object)
-    out[...] = elements_of(tracer, value, dtype_name(a.dtype))
-    return tracer.traced(out, a.dtype)
+def _fmod_by_steps(g: Graph, first: Expression, second: Expression) -> Expression:
+    """``a - b trunc(a / b)``, of the sign of ``a``; one step mends a quotient that was rounded up to a whole number.
+
+    Exact where ``a - q b`` is one fused multiply-add.
+    """
+    a, b = first, second
+    zero = g.const(0.0, a.dtype)
+    size, step = g.op("abs", a), g.op("abs", b)
+    left = g.op("sub", size, g.op("mul", g.op("trunc", g.op("div", size, step)), step))
+    left = g.op("where", g.op("lt", left, zero), g.op("add", left, step), left)
+    # A finite number is smaller than infinity, and is what remains of it.
+    small = g.op("and", g.op("lt", size, step), g.op("eq", step, g.const(float("inf"), a.dtype)))
+    left = g.op("where", small, size, left)
+    return g.op("where", g.op("lt", a, zero), g.op("neg", left), left)
 
 
-@handles("zero")
-def zero(tracer: Tracer, func: Any, a: Traced) -> Traced:
-    """Zeros."""
-    return fill(tracer, func, a, 0.0)
-
-
-def _new(value: float | None) -> Callable[..., Traced]:
-    def handler(tracer: Tracer, func: Any, a: Traced, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> Traced:
-        name = func.overloadpacket.__name__
-        shape = tuple(a.shape) if name.endswith("_like") else tuple(args[0])
-        fill_value = args[-1] if "full" in name else 0.0 if value is None else value
-        dtype = a.dtype if dtype is None else dtype
-        out = np.empty(shape, dtype=object)
-        out[...] = tracer.graph.const(fill_value, dtype_name(dtype))
-        return tracer.traced(out, dtype)
-
-    return handler
-
-
-for _kind, _value in {"zeros": 0.0, "ones": 1.0, "full": None, "empty": float("nan")}.items():
-    HANDLERS[f"{_kind}_like"] = HANDLERS[f"new_{_kind}"] = _new(_value)
-HANDLERS["new_empty_strided"] = _new(float("nan"))
-
-
-@handles("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")
-def value_on_host(tracer: Tracer, func: Any, *args: Any, **_: Any) -> Any:
-    """The value of one element, which is known only for constants."""
-    values = [a.elements.item() for a in args if isinstance(a, Traced) and a.elements.size == 1]
-    if len(values) == 1 and values[0].op == "const":
-        return values[0].data
-    raise Unsupported(READS.format("an if or while on a tensor, float(), int(), .item()"))
-
-
-@handles("is_same_size")
-def is_same_size(tracer: Tracer, func: Any, a: Traced, b: Traced) -> bool:
-    """Whether shapes are equal."""
-    return a.shape == b.shape
-
-
-@handles("_has_same_storage_numel")
-def has_same_storage(tracer: Tracer, func: Any, a: Traced, b: Traced) -> bool:
-    """Asked by forward-mode differentiation before it lets a tangent share a layout."""
-    return a.elements.size == b.elements.size
+# fmt: off
+_ROWS = (
+    _operator("add", "+", lambda a, b: a + b, torch.add, lambda v, out, a, b: v, lambda v, out, a, b: v,
+              commutative=True, exact=True),
+    _operator("sub", "-", lambda a, b: a - b, torch.sub, lambda v, out, a, b: v, lambda v, out, a, b: -v, exact=True),
+    _operator("mul", "*", lambda a, b: a * b, torch.mul, lambda v, out, a, b: v * b, lambda v, out, a, b: v * a,
+              commutative=True, exact=True),
+    _operator("div", "/", np.divide, torch.div, lambda v, out, a, b: v / b, lambda v, out, a, b: -v * (out / b)),
+    _operator("neg", "-", lambda a: -a, torch.neg, lambda v, out, a: -v, exact=True),
+    _function("fma", lambda a, b, c: a * b + c, lambda a, b, c: a * b + c, lambda v, out, a, b, c: v * b,
+              lambda v, out, a, b, c: v * a, lambda v, out, a, b, c: v, numba="fma", triton="tl.fma"),
+    _function("abs", abs, torch.abs, lambda v, out, a: v * a.sign(), triton="tl.abs", exact=True),
+    _function("sign", np.sign, torch.sign, None, jump=True),
+    _function("sqrt", np.sqrt, torch.sqrt, lambda v, out, a: v / (2 * out), numba="sqrt", triton="tl.sqrt"),
+    _function("pow", np.power, torch.pow, _of_power, _of_exponent, triton="power"),
+    _function("exp", np.exp, torch.exp, lambda v, out, a: v * out),
+    _function("expm1", np.expm1, torch.expm1, lambda v, out, a: v * (out + 1)),
+    _function("log", np.log, torch.log, lambda v, out, a: v / a),
+    _function("log1p", np.log1p, torch.log1p, lambda v, out, a: v / (a + 1)),
+    _function("sin", np.sin, torch.sin, lambda v, out, a: v * a.cos()),
+    _function("cos", np.cos, torch.cos, lambda v, out, a: -v * a.sin()),
+    _function("tan", np.tan, torch.tan, lambda v, out, a: v * (1 + out * out)),
+    _function("tanh", np.tanh, torch.tanh, lambda v, out, a: v * (1 - out * out)),
+    _function("sinh", np.sinh, torch.sinh, lambda v, out, a: v * a.cosh()),
+    _function("cosh", np.cosh, torch.cosh, lambda v, out, a: v * a.sinh()),
+    _function("asin", np.arcsin, torch.asin, lambda v, out, a: v / (1 - a * a).sqrt()),
+    _function("acos", np.arccos, torch.acos, lambda v, out, a: -v / (1 - a * a).sqrt()),
+    _function("atan", np.arctan, torch.atan, lambda v, out, a: v / (a * a + 1)),
+    _function("atan2", np.arctan2, torch.atan2, lambda v, out, a, b: v * b * _inverse_square(a, b),
+              lambda v, out, a, b: v * -a * _inverse_square(a, b)),
+    _function("erf", math.erf, torch.erf, lambda v, out, a: v * (-(a * a)).exp() * (2 / math.pi**0.5)),
+    _function("fmod", np.fmod, torch.fmod, lambda v, out, a, b: v, lambda v, out, a, b: -v * (a / b).trunc(),
+              jump=True, rounds=True, expansion=_fmod_by_steps),
+    _function("min", np.minimum, torch.minimum, lambda v, out, a, b: _of_min(v, a, b),
+              lambda v, out, a, b: _of_min(v, b, a), numba="minimum_{dtype}", triton="minimum",
+              commutative=True, exact=True),
+    _function("max", np.maximum, torch.maximum, lambda v, out, a, b: _of_max(v, a, b),
+              lambda v, out, a, b: _of_max(v, b, a), numba="maximum_{dtype}", triton="maximum",
+              commutative=True, exact=True),
+    # The value of min and max, but a limit has no share in the gradient until it is passed.
+    _function("clamp_max", np.minimum, torch.minimum, lambda v, out, a, limit: a.le(limit).where(v, 0.0),
+              lambda v, out, a, limit: a.gt(limit).where(v, 0.0), numba="minimum_{dtype}", triton="minimum",
+              unordered=True, exact=True),
+    _function("clamp_min", np.maximum, torch.maximum, lambda v, out, a, limit: a.ge(limit).where(v, 0.0),
+              lambda v, out, a, limit: a.lt(limit).where(v, 0.0), numba="maximum_{dtype}", triton="maximum",
+              unordered=True, exact=True),
+    _round_to("floor", np.floor, torch.floor, "tl.floor"),
+    _round_to("ceil", np.ceil, torch.ceil, "tl.ceil"),
+    _round_to("trunc", np.trunc, torch.trunc),
+    _round_to("round", np.round, torch.round, "nearest"),
+    _comparison("lt", "<", lambda a, b: a < b, torch.lt),
+    _comparison("le", "<=", lambda a, b: a <= b, torch.le),
+    _comparison("gt", ">", lambda a, b: a > b, torch.gt),
+    _comparison("ge", ">=", lambda a, b: a >= b, torch.ge),
+    _comparison("eq", "==", lambda a, b: a == b, torch.eq, commutative=True),
+    _comparison("ne", "!=", lambda a, b: a != b, torch.ne, commutative=True),
+    _operator("and", "&", lambda a, b: a and b, torch.logical_and, None, None, truth=True, commutative=True),
+    _operator("or", "|", lambda a, b: a or b, torch.logical_or, None, None, truth=True, commutative=True),
+    OpSpec("not", lambda a: not a, torch.logical_not, "(not {0})", "(~({0}))", (None,), truth=True),
+    _function("where", lambda c, a, b: a if c else b, torch.where, None, lambda v, out, c, a, b: c.where(v, 0.0),
+              lambda v, out, c, a, b: c.where(0.0, v), numba="select", triton="tl.where"),
+    OpSpec("wrap32", _wrap32, _wrap32, _WRAP32, _WRAP32, (None,), operator=True, exact=True),
+)
+# fmt: on
+OPERATIONS: dict[str, OpSpec] = {row.name: row for row in _ROWS}

@@ -8,15 +8,17 @@ depends on a path's own parameters alone is computed once for each path.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
-from sdesolve_kernels.trajectory.compositions import fmod_by_steps
-from sdesolve_kernels.trajectory.expressions import PATH, STATE, TIME, Expression, Graph, topological
+from sdesolve_kernels.trajectory.expressions import F32, F64, I64, Expression, Graph, topological
+from sdesolve_kernels.trajectory.leaves import PATH, STATE, TIME, Column, LoopInvariant, NoiseLeaf, PathInvariant
 from sdesolve_kernels.trajectory.matrices import Matrix
+from sdesolve_kernels.trajectory.operations import OPERATIONS
 from sdesolve_kernels.trajectory.program import Program
-from sdesolve_kernels.trajectory.rearranging import rearranged
-from sdesolve_kernels.trajectory.rolling import Forms
+from sdesolve_kernels.trajectory.reassociation import reassociated
+from sdesolve_kernels.trajectory.rerolling import Forms
+from sdesolve_kernels.trajectory.tracing import dtype_name
 
 __all__ = ["Plan", "plan"]
 
@@ -29,17 +31,17 @@ class Plan:
     Attributes:
         program: what is planned.
         columns: expressions of time, evaluated in float64 for every step.
-        uniforms: expressions of shared parameters, evaluated once.
-        invariants: expressions of a path's parameters (and uniforms), computed once for each path.
-        states: the step, over ``state``, ``noise``, ``column``, ``uniform`` and ``invariant`` leaves.
+        loop_invariants: expressions of shared parameters, evaluated once.
+        path_invariants: expressions of a path's parameters (and loop invariants), computed once for each path.
+        states: the step, over ``state``, ``noise``, ``column``, ``loop_invariant`` and ``path_invariant`` leaves.
         observed: the observation of a state, likewise.
         matrices: those kept whole, in order of use.
     """
 
     program: Program
     columns: tuple[Expression, ...]
-    uniforms: tuple[Expression, ...]
-    invariants: tuple[Expression, ...]
+    loop_invariants: tuple[Expression, ...]
+    path_invariants: tuple[Expression, ...]
     states: tuple[Expression, ...]
     observed: tuple[Expression, ...]
     matrices: tuple[Matrix, ...]
@@ -48,105 +50,101 @@ class Plan:
     def noises(self) -> int:
         """How many normals of a step are used at most, by the highest number read."""
         order = topological([*self.states, *self.observed])
-        return max((e.data[1] + 1 for e in order if e.op == "noise"), default=0)
+        return max((e.data.i + 1 for e in order if isinstance(e.data, NoiseLeaf)), default=0)
 
 
 def plan(program: Program) -> Plan:
     """Splits a program by when its parts are known."""
     graph = program.graph
-    roots = rearranged(graph, [*program.states, *program.observed])
-    outer = _Hoisted(graph, "column", "uniform")
-    roots = outer.replaced(roots)
-    inner = _Hoisted(graph, "invariant", "invariant")
-    roots = _without_fmod(graph, inner.replaced(roots))
-    inner.fixed = _without_fmod(graph, inner.fixed)
+    roots = reassociated(graph, [*program.states, *program.observed])
+    columns: list[Expression] = []
+    loop_invariants: list[Expression] = []
+    path_invariants: list[Expression] = []
+
+    wide = (F64, I64) if dtype_name(program.signature.dtype) == F32 else ()
+
+    def before_the_launch(e: Expression) -> type | None:
+        return None if e.depends & (STATE | PATH) else Column if e.depends & TIME else LoopInvariant
+
+    def before_the_first_step(e: Expression) -> type | None:
+        # A loop invariant is a number already; only what a path's own parameters take part in is worth a place.
+        return PathInvariant if e.depends == PATH and e.op not in ("product", "element") else None
+
+    roots = _hoisted(graph, roots, before_the_launch, {Column: columns, LoopInvariant: loop_invariants}, wide)
+    roots = _hoisted(graph, roots, before_the_first_step, {PathInvariant: path_invariants}, wide)
+    roots, path_invariants = _expanded(graph, roots), _expanded(graph, path_invariants)
     n = len(program.states)
-    matrices = dict.fromkeys(e.data for e in topological([*roots, *inner.made]) if e.op == "product")
+    matrices = dict.fromkeys(e.data for e in topological([*roots, *path_invariants]) if e.op == "product")
     return Plan(
         program,
-        tuple(outer.varying),
-        tuple(outer.fixed),
-        tuple(inner.fixed),
+        tuple(columns),
+        tuple(loop_invariants),
+        tuple(path_invariants),
         tuple(roots[:n]),
         tuple(roots[n:]),
         tuple(matrices),
     )
 
 
-def _without_fmod(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
-    """What kernels have no function for, in terms of what they have."""
+def _expanded(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
+    """Operations that kernels have no function for, in terms of those that they have."""
     new: dict[int, Expression] = {}
     for e in topological(roots):
-        args = [new[a.number] for a in e.args]
-        new[e.number] = fmod_by_steps(graph, *args) if e.op == "fmod" else graph.with_args(e, args) if args else e
-    return [new[e.number] for e in roots]
+        args = [new[a.id] for a in e.args]
+        expansion = OPERATIONS[e.op].expansion if e.op in OPERATIONS else None
+        new[e.id] = expansion(graph, *args) if expansion else graph.with_args(e, args) if args else e
+    return [new[e.id] for e in roots]
 
 
-@final
-class _Hoisted:
-    """Replaces the largest subexpressions that are known early by leaves."""
+def _hoisted(
+    graph: Graph,
+    roots: Sequence[Expression],
+    stage: Callable[[Expression], type | None],
+    places: dict[type, list[Expression]],
+    wide: Sequence[str],
+) -> list[Expression]:
+    """The roots with the largest subexpressions of an earlier stage replaced by leaves.
 
-    def __init__(self, graph: Graph, varying: str, fixed: str) -> None:
-        self._graph, self._names = graph, (varying, fixed)
-        self._stops = STATE | (TIME if varying == "invariant" else PATH)
-        self.varying: list[Expression] = []
-        self.fixed: list[Expression] = []
-        self._leaf: dict[int, Expression] = {}
+    Expressions that are alike get places side by side, in the order of their leaves: so what runs along a vector in the
+    function runs along the table too, and `rerolling` finds it.
 
-    @property
-    def made(self) -> list[Expression]:
-        return [*self.varying, *self.fixed]
+    Args:
+        graph: makes expressions.
+        roots: what to replace in.
+        stage: the kind of leaf that stands for an expression; ``None`` if it is computed at this stage.
+        places: by kind, where the hoisted expressions go; grows.
+        wide: types that do not fit into a place, which has the type of the state.
+    """
+    early = {e.id: kind for e in topological(roots) if e.op != "const" and (kind := stage(e)) is not None}
+    order = topological(roots, lambda e: () if e.id in early else e.args)
+    hoisted = [e for e in order if e.id in early]
+    forms, rank = Forms(), {e.id: i for i, e in enumerate(hoisted)}
+    first: dict[int, int] = {}
+    for e in hoisted:
+        first.setdefault(forms.of(e), rank[e.id])
+    new: dict[int, Expression] = {}
+    for e in sorted(hoisted, key=lambda e: (first[forms.of(e)], forms.leaves(e), rank[e.id])):
+        kind = early[e.id]
+        new[e.id] = _in_two(graph, e, kind, places[kind]) if e.dtype in wide else _placed(graph, e, kind, places[kind])
+    for e in order:
+        if e.id not in early:
+            new[e.id] = graph.with_args(e, [new[a.id] for a in e.args]) if e.args else e
+    return [new[e.id] for e in roots]
 
-    def replaced(self, roots: Sequence[Expression]) -> list[Expression]:
-        """The roots with everything that is known early replaced."""
-        early = {e.number for e in topological(roots) if self._is_early(e)}
-        order = self._late_first(roots, early)
-        self._number([e for e in order if e.number in early])
-        new: dict[int, Expression] = {}
-        for e in order:
-            if e.number in early:
-                new[e.number] = self._leaf[e.number]
-            elif e.args:
-                new[e.number] = self._graph.with_args(e, [new[a.number] for a in e.args])
-            else:
-                new[e.number] = e
-        return [new[e.number] for e in roots]
 
-    def _number(self, early: Sequence[Expression]) -> None:
-        """Gives each a place, expressions that are alike side by side in the order of their leaves.
+def _placed(graph: Graph, e: Expression, kind: type, places: list[Expression], dtype: str = "") -> Expression:
+    """The leaf that stands for an expression in the next place."""
+    places.append(e)
+    return graph.leaf(kind(len(places) - 1), dtype or e.dtype)
 
-        So what runs along a vector in the function runs along the table too, and `rolling` finds it.
-        """
-        forms = Forms()
-        order = {e.number: i for i, e in enumerate(early)}
-        first: dict[int, int] = {}
-        for e in early:
-            first.setdefault(forms.of(e), order[e.number])
-        for e in sorted(early, key=lambda e: (first[forms.of(e)], forms.leaves(e), order[e.number])):
-            kind = self._names[0] if e.depends & TIME else self._names[1]
-            place = self.varying if kind == "column" else self.fixed
-            self._leaf[e.number] = self._graph.leaf(kind, len(place), e.dtype)
-            place.append(e)
 
-    def _is_early(self, e: Expression) -> bool:
-        if e.op == "const" or e.depends & self._stops:
-            return False
-        # A uniform is a number already; only what a path's own parameters take part in is worth a place for each path.
-        return self._names[0] != "invariant" or (bool(e.depends & PATH) and e.op not in ("product", "element"))
-
-    def _late_first(self, roots: Iterable[Expression], early: set[int]) -> list[Expression]:
-        """Topological order that does not enter what is known early."""
-        seen: set[int] = set()
-        order: list[Expression] = []
-        for root in roots:
-            stack = [(root, False)]
-            while stack:
-                e, ready = stack.pop()
-                if ready:
-                    order.append(e)
-                elif e.number not in seen:
-                    seen.add(e.number)
-                    stack.append((e, True))
-                    if e.number not in early:
-                        stack.extend((a, False) for a in reversed(e.args))
-        return order
+def _in_two(graph: Graph, e: Expression, kind: type, places: list[Expression]) -> Expression:
+    """A float64 or whole number in two places of type float32, which hold 48 bits of it."""
+    whole = graph.cast(e, F64)
+    rounded = graph.cast(whole, F32)
+    high = graph.cast(rounded, F64)
+    rest = graph.op("where", graph.op("eq", whole, high), graph.const(0, F64), graph.op("sub", whole, high))
+    # The host rounds as it stores, and refuses what is too large; kernels store what they are told to.
+    first = _placed(graph, rounded if kind is PathInvariant else whole, kind, places, F32)
+    second = _placed(graph, graph.cast(rest, F32), kind, places)
+    return graph.cast(graph.op("add", graph.cast(first, F64), graph.cast(second, F64)), e.dtype)

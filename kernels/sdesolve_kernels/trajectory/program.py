@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory import compositions, layouts, matrices, reductions
+from sdesolve_kernels.trajectory import decompositions, layouts, matrices, reductions
 from sdesolve_kernels.trajectory.alike import TooMuchWork, alike_rows, thin_axis
 from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
-from sdesolve_kernels.trajectory.operations import HANDLERS
+from sdesolve_kernels.trajectory.leaves import NoiseLeaf, PathEntry, State, TableColumn, Time
+from sdesolve_kernels.trajectory.pointwise import HANDLERS
 from sdesolve_kernels.trajectory.tracing import (
     NOT_ALIKE,
     Traced,
@@ -33,7 +34,7 @@ from sdesolve_kernels.trajectory.tracing import (
 __all__ = ["Inputs", "Program", "Signature", "batch_kind", "check_batch", "trace", "traced_shape"]
 
 _HANDLERS = {**HANDLERS}
-_REGISTERED = (compositions, layouts, matrices, reductions)  # importing them adds their handlers
+_REGISTERED = (decompositions, layouts, matrices, reductions)  # importing them adds their handlers
 
 _LARGEST_PROGRAM = 40_000
 _LARGEST_STATE = 8192
@@ -97,7 +98,7 @@ class Program:
         states: the state after the step, flattened over all tensors carried.
         observed: what is observed of a state, flattened; empty if nothing but the state itself is.
         observed_shape: of the observation, for one path; ``None`` if there is none.
-        captured: tensors from outside that it reads, in order of `Expression.data` of ``shared`` and ``path`` leaves.
+        captured: tensors from outside that it reads; ``parameter`` of `Shared` and `PathEntry` leaves counts them.
         by_path: which of them have a row per path.
         split: whether tensors of as many rows as the batch were taken to have a row per path.
         read: which of them an index was read from: the program is right while their values stay the same.
@@ -232,14 +233,14 @@ def _own_row(graph: Graph, roots: Sequence[Expression], row: int) -> list[Expres
     """Expressions of row ``row`` as if it were row 0; refuses any other row's inputs."""
 
     def renamed(e: Expression) -> Expression:
-        if e.op not in ("state", "noise", "path"):
+        if not isinstance(e.data, (State, NoiseLeaf, PathEntry)):
             return e
-        if e.data[0] != row:
+        if e.data.batch_row != row:
             raise Unsupported(
                 "it couples the paths of the batch: what it returns for one depends on another (a mean or sort over "
                 "the batch, or x[0] for x[:, 0])"
             )
-        return graph.leaf(e.op, (0, *e.data[1:]), e.dtype)
+        return graph.leaf(e.data._replace(batch_row=0), e.dtype)
 
     if any(e.op == "unknown" for e in roots):
         raise Unsupported("it returns an index")
@@ -281,16 +282,16 @@ def _inputs(tracer: Tracer, signature: Signature) -> Inputs:
     """What a step is called with, as leaves."""
     graph, name = tracer.graph, dtype_name(signature.dtype)
 
-    def per_row(kind: str, shape: tuple[int, ...], start: int) -> Traced:
-        leaves = tracer.per_row(lambda r, i: graph.leaf(kind, (r, start + i), name), shape)
+    def per_row(kind: type, shape: tuple[int, ...], start: int) -> Traced:
+        leaves = tracer.per_row(lambda r, i: graph.leaf(kind(r, start + i), name), shape)
         return _frozen(tracer, leaves, signature.dtype)
 
     def number(what: str) -> Traced:
-        return _frozen(tracer, filled([graph.leaf("time", what, name)], ()), signature.dtype)
+        return _frozen(tracer, filled([graph.leaf(Time(what), name)], ()), signature.dtype)
 
-    states = tuple(per_row("state", s, at) for s, at in zip(signature.states, _starts(signature.states), strict=True))
-    noises = tuple(per_row("noise", s, at) for s, at in zip(signature.noises, _starts(signature.noises), strict=True))
-    columns = [graph.leaf("row", j, name) for j in range(signature.columns)]
+    states = tuple(per_row(State, s, at) for s, at in zip(signature.states, _starts(signature.states), strict=True))
+    noises = tuple(per_row(NoiseLeaf, s, at) for s, at in zip(signature.noises, _starts(signature.noises), strict=True))
+    columns = [graph.leaf(TableColumn(j), name) for j in range(signature.columns)]
     row = _frozen(tracer, filled(columns, (signature.columns,)), signature.dtype)
     return Inputs(states, noises, number("t0"), number("t1"), number("dt"), number("scale"), row)
 

@@ -11,11 +11,9 @@ import numpy as np
 import torch
 
 from sdesolve_kernels.trajectory.alike import mapped, spread, thin
-from sdesolve_kernels.trajectory.expressions import BOOL, Expression
-from sdesolve_kernels.trajectory.operations import EXTREMES, HANDLERS, handles
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
-
-__all__: list[str] = []
+from sdesolve_kernels.trajectory.expressions import BOOL, I64, Expression
+from sdesolve_kernels.trajectory.pointwise import EXTREMES, HANDLERS, elements_of, handles
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name
 
 
 def _axes(a: Traced, dim: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -53,7 +51,7 @@ def _sum_dtype(a: Traced, dtype: torch.dtype | None) -> torch.dtype:
 
 
 @handles("sum")
-def sum_(
+def _sum(
     tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Traced:
     dtype = _sum_dtype(a, dtype)
@@ -63,17 +61,17 @@ def sum_(
 
 
 @handles("mean")
-def mean(
+def _mean(
     tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Traced:
-    total = sum_(tracer, func, a, dim, keepdim, dtype=dtype)
+    total = _sum(tracer, func, a, dim, keepdim, dtype=dtype)
     count = a.elements.size // max(total.elements.size, 1)
     scale = tracer.graph.const(1.0 / count if count else float("nan"), dtype_name(total.dtype))
     return tracer.traced(mapped(lambda e: tracer.graph.op("mul", e, scale), total.elements), total.dtype)
 
 
 @handles("prod")
-def prod(
+def _prod(
     tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Traced:
     dtype = _sum_dtype(a, dtype)
@@ -130,7 +128,7 @@ def _shifted(tracer: Tracer, a: Traced, dim: Any) -> tuple[np.ndarray, np.ndarra
 
 
 @handles("logsumexp")
-def logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = False) -> Traced:
+def _logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = False) -> Traced:
     g, axes = tracer.graph, _axes(a, dim)
     top, powers = _shifted(tracer, a, dim)
     total = _reduced(powers, axes, True, _chain(tracer, "add", 0.0, dtype_name(a.dtype)))
@@ -139,7 +137,7 @@ def logsumexp(tracer: Tracer, func: Any, a: Traced, dim: Any, keepdim: bool = Fa
 
 
 @handles("_softmax", "_log_softmax", "softmax", "log_softmax")
-def softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
+def _softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
     g, name = tracer.graph, dtype_name(a.dtype)
     top = _reduced(a.elements, _axes(a, dim), True, _chain(tracer, "max", 0.0, name))
     shifted = mapped(lambda e, m: g.op("sub", e, m), a.elements, top)
@@ -151,7 +149,7 @@ def softmax(tracer: Tracer, func: Any, a: Traced, dim: int, *_: Any) -> Traced:
 
 
 @handles("linalg_vector_norm")
-def vector_norm(
+def _vector_norm(
     tracer: Tracer,
     func: Any,
     a: Traced,
@@ -185,12 +183,15 @@ def vector_norm(
 
 
 @handles("cumsum", "cumprod")
-def cumulative(tracer: Tracer, func: Any, a: Traced, dim: int, *, dtype: torch.dtype | None = None) -> Traced:
+def _cumulative(tracer: Tracer, func: Any, a: Traced, dim: int, *, dtype: torch.dtype | None = None) -> Traced:
     name = "add" if func.overloadpacket.__name__ == "cumsum" else "mul"
     dtype = _sum_dtype(a, dtype)
-    out = np.moveaxis(cast(tracer.graph, a.elements, dtype_name(dtype)), dim, 0).copy()
+    elements = cast(tracer.graph, a.elements, dtype_name(dtype))
+    if not a.ndim:
+        return tracer.traced(elements, dtype)
+    out = np.moveaxis(elements, dim, 0).copy()
     for i in range(1, len(out)):
-        out[i] = mapped(lambda x, y: tracer.graph.op(name, x, y), out[i - 1], out[i])
+        out[i : i + 1] = mapped(functools.partial(tracer.graph.op, name), out[i - 1 : i], out[i : i + 1])
     return tracer.traced(np.moveaxis(out, 0, dim), dtype)
 
 
@@ -200,8 +201,10 @@ def _spread(tracer: Tracer, a: Traced, dim: Any, correction: float) -> tuple[np.
     count = math.prod(a.shape[i] for i in axes)
 
     def average(e: np.ndarray, n: float) -> np.ndarray:
-        scale = g.const(1.0 / n if n > 0 else float("nan"), name)
-        return mapped(lambda s: g.op("mul", s, scale), _reduced(e, axes, True, _chain(tracer, "add", 0.0, name)))
+        # Without a degree of freedom left, torch divides by 0.
+        operation, by = ("mul", 1.0 / n) if n > 0 else ("div", 0.0)
+        total = _reduced(e, axes, True, _chain(tracer, "add", 0.0, name))
+        return mapped(lambda s: g.op(operation, s, g.const(by, name)), total)
 
     mean = average(a.elements, count)
     apart = mapped(lambda x, m: g.op("sub", x, m), a.elements, mean)
@@ -233,10 +236,12 @@ for _result in ("var", "std", "var_mean", "std_mean"):
 
 
 @handles("native_layer_norm")
-def layer_norm(
+def _layer_norm(
     tracer: Tracer, func: Any, a: Traced, shape: Sequence[int], weight: Traced | None, bias: Traced | None, eps: float
 ) -> tuple[Traced, Traced, Traced]:
     g, name = tracer.graph, dtype_name(a.dtype)
+    if any(p is not None and tuple(p.shape) != tuple(shape) for p in (weight, bias)):
+        raise RuntimeError(f"a weight or bias of layer_norm is not of shape {tuple(shape)}")
     mean, variance = _spread(tracer, a, list(range(-len(shape), 0)), 0.0)
     one, small = g.const(1.0, name), g.const(eps, name)
     scale = mapped(lambda v: g.op("div", one, g.op("sqrt", g.op("add", v, small))), variance)
@@ -245,3 +250,41 @@ def layer_norm(
         if factor is not None:
             out = mapped(functools.partial(g.op, name_of), out, factor.elements)
     return tracer.traced(out, a.dtype), tracer.traced(mean, a.dtype), tracer.traced(scale, a.dtype)
+
+
+def _places(tracer: Tracer, boundaries: Traced, a: Any, right: bool, out_int32: bool) -> Traced:
+    """How many of the sorted boundaries along the last axis lie below each number (``right``: or at it)."""
+    g, name = tracer.graph, dtype_name(boundaries.dtype)
+    values = elements_of(tracer, a, name)
+    edges = boundaries.elements if boundaries.ndim == 1 else boundaries.elements[..., None, :]
+
+    def before(edge: Expression, value: Expression) -> Expression:  # nan comes last
+        return g.cast(g.op("not", g.op("gt" if right else "ge", edge, value)), I64)
+
+    passed = mapped(before, edges, values[..., None])
+    out = _reduced(passed, (passed.ndim - 1,), False, _chain(tracer, "add", 0, I64))
+    return tracer.traced(out, torch.int32 if out_int32 else torch.int64)
+
+
+@handles("bucketize")
+def _bucketize(
+    tracer: Tracer, func: Any, a: Any, boundaries: Traced, *, out_int32: bool = False, right: bool = False
+) -> Traced:
+    return _places(tracer, boundaries, a, right, out_int32)
+
+
+@handles("searchsorted")
+def _searchsorted(
+    tracer: Tracer,
+    func: Any,
+    boundaries: Traced,
+    a: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Traced | None = None,
+) -> Traced:
+    if sorter is not None:
+        raise Unsupported("it calls searchsorted with a sorter")
+    return _places(tracer, boundaries, a, right or side == "right", out_int32)

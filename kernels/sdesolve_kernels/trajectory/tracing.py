@@ -29,6 +29,7 @@ from sdesolve_kernels.trajectory.alike import mapped, overwritten, repeated
 from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
 from sdesolve_kernels.trajectory.kept import note
+from sdesolve_kernels.trajectory.leaves import PathEntry, Shared
 
 __all__ = ["Traced", "Tracer", "Unsupported", "dtype_name"]
 
@@ -170,7 +171,13 @@ class Tracer(TorchDispatchMode):
 
     def traced(self, elements: np.ndarray, dtype: torch.dtype) -> Traced:
         """A tensor of these expressions."""
-        return Traced(elements, dtype, self)
+        return Traced(self._within(elements, dtype), dtype, self)
+
+    def _within(self, elements: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+        """Whole numbers as a tensor of ``dtype`` holds them: int32 is computed as int64, and wraps."""
+        if dtype != torch.int32 or all(map(self.graph.is_int32, elements.flat)):
+            return elements
+        return mapped(lambda e: self.graph.op("wrap32", e), elements)
 
     def strides(self, elements: np.ndarray) -> list[int]:
         """Those that torch sees; rows that are alike lie in one place, and torch is not to know."""
@@ -192,16 +199,16 @@ class Tracer(TorchDispatchMode):
         if known is not None:
             return known
         index, name = len(self.captured), dtype_name(tensor.dtype)
-        leaf = self.graph.leaf
+        leaf = self.graph.leaf if tensor.dtype != torch.int32 else self.graph.int32_leaf
         shape = tuple(tensor.shape)
         if by_path:
             if math.prod(shape[1:]) > _MOST_INPUTS:
                 raise Unsupported("the tensors that it uses have too many entries for a generated kernel")
-            elements = self.per_row(lambda r, i: leaf("path", (r, index, i), name), shape[1:])
+            elements = self.per_row(lambda r, i: leaf(PathEntry(r, index, i), name), shape[1:])
         else:
             if sum(t.numel() for t in (*self.captured, tensor)) > _MOST_INPUTS:
                 raise Unsupported("the tensors that it uses have too many entries for a generated kernel")
-            elements = filled([leaf("shared", (index, i), name) for i in range(tensor.numel())], shape)
+            elements = filled([leaf(Shared(index, i), name) for i in range(tensor.numel())], shape)
         elements.flags.writeable = False
         self.captured.append(tensor)  # kept alive, so that no other tensor gets its identity
         self.captured_by_path.append(by_path)
@@ -221,7 +228,7 @@ class Tracer(TorchDispatchMode):
         if all(e.op == "const" for e in flat):
             return [e.data for e in flat]
         order = topological(flat)
-        used = {e.data[0] for e in order if e.op == "shared"}
+        used = {e.data.parameter for e in order if e.op == "shared"}
         used |= {e.data.parameter for e in order if e.op == "product"}
         if any(e.depends or e.op == "unknown" for e in order) or any(
             self.captured[i].numel() > _MOST_READ for i in used
@@ -318,7 +325,7 @@ class Tracer(TorchDispatchMode):
             raise Unsupported(
                 "it changes a tensor in place that it was given or that lives outside it; write x = x + 1, not x += 1"
             )
-        elements = cast(self.graph, value.elements, dtype_name(target.dtype))
+        elements = self._within(cast(self.graph, value.elements, dtype_name(target.dtype)), target.dtype)
         if not overwritten(target.elements, elements):
             raise Unsupported(NOT_ALIKE)
         target.elements[...] = elements

@@ -7,15 +7,14 @@ import re
 from collections.abc import Sequence
 from typing import final
 
-from sdesolve_kernels.trajectory.printing import AbstractDialect
+from sdesolve_kernels.trajectory.codegen import AbstractDialect
+from sdesolve_kernels.trajectory.operations import OpSpec
 
 __all__ = ["Triton", "plus", "wrapped"]
 
 _LINE = 116
 _KINDS = {"float32": "F32", "float64": "F64", "int64": "I64"}
 _LITERAL = re.compile(r'-?(\d[\d.e+-]*|float\("\w+"\))')
-_FUNCTIONS = {"min": "minimum", "max": "maximum", "abs": "tl.abs", "sqrt": "tl.sqrt", "round": "nearest",
-              "pow": "power", "fma": "tl.fma", "where": "tl.where", "floor": "tl.floor", "ceil": "tl.ceil"}  # fmt: skip
 
 
 @final
@@ -27,12 +26,11 @@ class Triton(AbstractDialect):
             return f'float("{value}")' if value != -math.inf else '-float("inf")'
         return repr(value)
 
-    def call(self, name: str, args: Sequence[str], dtype: str) -> str:
-        if name == "not":
-            return f"(~({args[0]}))"
+    def call(self, operation: OpSpec, args: Sequence[str], dtype: str) -> str:
         # A literal takes the type of what it meets in an operator, but not always in a function.
-        typed = [f"{_KINDS[dtype]}({a})" if _LITERAL.fullmatch(a) else a for a in args]
-        return f"{_FUNCTIONS.get(name, name)}({', '.join(typed)})"
+        if not operation.operator:
+            args = [f"{_KINDS[dtype]}({a})" if _LITERAL.fullmatch(a) else a for a in args]
+        return operation.triton.format(*args)
 
     def cast(self, value: str, source: str, target: str) -> str:
         return f"({value}).to({'tl.int1' if target == 'bool' else 'tl.' + target})"

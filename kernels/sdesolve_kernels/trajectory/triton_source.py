@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
-from sdesolve_kernels.trajectory.expressions import PATH, STATE, Expression, Graph, topological
+from sdesolve_kernels.trajectory.codegen import LOCALS, Writer, indented, local
+from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
+from sdesolve_kernels.trajectory.leaves import PATH, STATE, Column, LoopInvariant, NoiseLeaf, PathEntry, Shared, State
+from sdesolve_kernels.trajectory.operations import BOOL, I64
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.printing import Writer, indented
 from sdesolve_kernels.trajectory.tracing import Unsupported
 from sdesolve_kernels.trajectory.triton_dialect import Triton, plus, wrapped
 from sdesolve_kernels.trajectory.triton_noise import Place, Source, period
@@ -98,9 +100,9 @@ class _Printer:
         sources = [Source(g, m, kind) for g, (m, kind) in enumerate(zip(counts, increments, strict=True)) if m]
         self.states = _written_out(program.graph, plan.states)
         self.observed = _written_out(program.graph, plan.observed)
-        self.invariants = _written_out(program.graph, plan.invariants)
+        self.path_invariants = _written_out(program.graph, plan.path_invariants)
         used = topological(self.states)
-        self.noise_numbers = {e.data[1] for e in used if e.op == "noise"}
+        self.noise_numbers = {e.data.i for e in used if isinstance(e.data, NoiseLeaf)}
         starts = [sum(counts[:g]) for g in range(len(counts))]
         self.sources = [
             dataclasses.replace(s, start=starts[s.index]) for s in sources
@@ -109,8 +111,9 @@ class _Printer:
         self.group = period(self.sources, len(used))
         self.carried = math.prod(program.signature.states[0])
         self.width = self.carried if program.observed_shape is None else len(plan.observed)
-        roots = [*self.states, *self.observed, *self.invariants]
-        self.parameters = tuple(sorted({e.data[-2] for e in topological(roots) if e.op in ("path", "shared")}))
+        roots = [*self.states, *self.observed, *self.path_invariants]
+        leaves = [e.data for e in topological(roots)]
+        self.parameters = tuple(sorted({a.parameter for a in leaves if isinstance(a, PathEntry | Shared)}))
         self.per_path = {i: math.prod(program.captured[i].shape[1:]) for i in self.parameters if program.by_path[i]}
 
     def kernel(self) -> TritonKernel:
@@ -144,41 +147,30 @@ class _Printer:
         """Numbers of the table that are read at each step."""
         return 0 if self.shape.steady else len(self.plan.columns)
 
-    # Functions --------------------------------------------------------------------------------------------------
     def _leaf(self, e: Expression) -> str:
-        match e.op:
-            case "state" | "noise":
-                return f"{'x' if e.op == 'state' else 'z'}{e.data[1]}"
-            case "invariant":
-                return f"i{e.data}"
-            case "column" | "uniform":
-                name = f"{e.op[0]}{e.data}"  # of the table's type, whatever they are
-                if e.dtype in ("bool", "int64"):
-                    return f"({name} != 0)" if e.dtype == "bool" else f"{name}.to(tl.int64)"
-                return name if e.dtype == self.dtype else f"{name}.to(tl.{e.dtype})"
-            case "shared":
-                return f"tl.load({plus(f'p{e.data[0]}', e.data[1])})"
-            case "path":
-                _, parameter, i = e.data
+        match e.data:
+            case Shared(parameter, i):
+                return f"tl.load({plus(f'p{parameter}', i)})"
+            case PathEntry(_, parameter, i):
                 return f"tl.load({plus(f'p{parameter} + row * {self.per_path[parameter]}', i)})"
+            case Column(i) | LoopInvariant(i):
+                return self._from_table(local(e.data), e)
             case _:
-                raise AssertionError(e)
+                return local(e.data)
+
+    def _from_table(self, name: str, e: Expression) -> str:
+        """A number of the table's type as what was kept in it."""
+        if e.dtype in (BOOL, I64):
+            return f"({name} != 0)" if e.dtype == BOOL else f"{name}.to(tl.int64)"
+        return name if e.dtype == self.dtype else f"{name}.to(tl.{e.dtype})"
 
     def _inputs(self, roots: Sequence[Expression]) -> list[str]:
         """Names of what expressions read, in the order of a function's parameters."""
-        order = topological(roots)
-
-        def numbers(kind: str) -> list[int]:
-            return sorted({e.data if isinstance(e.data, int) else e.data[1] for e in order if e.op == kind})
-
-        return [
-            *(f"x{i}" for i in numbers("state")),
-            *(f"z{i}" for i in numbers("noise")),
-            *(f"c{i}" for i in numbers("column")),
-            *(f"u{i}" for i in numbers("uniform")),
-            *(f"i{i}" for i in numbers("invariant")),
-            *(f"p{i}" for i in sorted({e.data[0] for e in order if e.op == "shared"})),
+        leaves: list[Any] = [e.data for e in topological(roots) if not e.args]
+        names = [
+            f"{letter}{i}" for kind, letter in LOCALS.items() for i in sorted({a.i for a in leaves if type(a) is kind})
         ]
+        return names + [f"p{i}" for i in sorted({a.parameter for a in leaves if isinstance(a, Shared)})]
 
     def _function(self, name: str, roots: Sequence[Expression], title: str) -> list[str]:
         """A device function of what ``roots`` read, with one result each."""
@@ -210,7 +202,6 @@ class _Printer:
             return []
         return wrapped(f"{', '.join(changed)} = {name}(", [leaf.get(i, i) for i in inputs], ")")
 
-    # The kernel -------------------------------------------------------------------------------------------------
     def _trajectory(self) -> list[str]:
         pointers = ["x_in", "x_out", "table", "uniforms", *(f"p{i}" for i in self.parameters)]
         integers = ["paths", "steps"]
@@ -228,14 +219,14 @@ class _Printer:
                 body.append(f"x{i} = tl.load({plus(f'x_in + row * {self.carried}', i)})")
             else:
                 body.append(f"x{i} = tl.zeros_like(x0)")
-        for j in range(len(self.plan.uniforms)):
+        for j in range(len(self.plan.loop_invariants)):
             body.append(f"u{j} = tl.load({plus('uniforms', j)})")
         if self.shape.steady:
             for j in range(len(self.plan.columns)):
                 body.append(f"c{j} = tl.load({plus('table', j)})")
-        if self.invariants:
+        if self.path_invariants:
             writer = Writer(Triton(), self._leaf)
-            body += writer.lines([(f"i{j}", e) for j, e in enumerate(self.invariants)])
+            body += writer.lines([(f"i{j}", e) for j, e in enumerate(self.path_invariants)])
         body += [f"path{s.index} = first_path{s.index} + row" for s in self.sources]
         body.append("k = tl.full((), 0, tl.int64)")
         if self._saving:
@@ -338,7 +329,7 @@ class _Printer:
 
 def _is_own(e: Expression, i: int) -> bool:
     """Whether component ``i`` of the state stays what it is."""
-    return e.op == "state" and e.data[1] == i
+    return isinstance(e.data, State) and e.data.i == i
 
 
 def _written_out(graph: Graph, roots: Sequence[Expression]) -> tuple[Expression, ...]:
@@ -348,15 +339,15 @@ def _written_out(graph: Graph, roots: Sequence[Expression]) -> tuple[Expression,
         if e.op == "product":
             continue
         if e.op != "element":
-            new[e.number] = graph.with_args(e, [new[a.number] for a in e.args]) if e.args else e
+            new[e.id] = graph.with_args(e, [new[a.id] for a in e.args]) if e.args else e
             continue
         product = e.args[0]
         matrix = product.data
         total: Expression | None = None
         for j, a in enumerate(product.args):
-            entry = graph.leaf("shared", (matrix.parameter, matrix.entry(e.data, j)), e.dtype)
-            term = graph.op("mul", entry, new[a.number])
+            entry = graph.leaf(Shared(matrix.parameter, matrix.entry(e.data, j)), e.dtype)
+            term = graph.op("mul", entry, new[a.id])
             total = term if total is None else graph.op("add", total, term)
         assert total is not None
-        new[e.number] = total
-    return tuple(new[e.number] for e in roots)
+        new[e.id] = total
+    return tuple(new[e.id] for e in roots)

@@ -8,10 +8,8 @@ from typing import Any
 
 from sdesolve_kernels.trajectory.alike import mapped
 from sdesolve_kernels.trajectory.expressions import I64, Expression, Graph
-from sdesolve_kernels.trajectory.operations import handles, number, pointwise, whole_quotient
+from sdesolve_kernels.trajectory.pointwise import handles, number, pointwise, whole_quotient
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, dtype_name
-
-__all__: list[str] = []
 
 
 def _sigmoid(g: Graph, a: Expression) -> Expression:
@@ -40,7 +38,7 @@ def _difference(g: Graph, a: Expression, b: Expression) -> Expression:
 
 
 def _ramp(g: Graph, a: Expression) -> Expression:
-    return g.op("max", a, number(g, 0.0, a))
+    return g.op("clamp_min", number(g, 0.0, a), a)  # whose derivative at 0 is 0
 
 
 pointwise("rsub", _difference, whole=_difference)
@@ -89,7 +87,6 @@ def rounded(tracer: Tracer, func: Any, a: Traced, *, decimals: int = 0) -> Trace
     return tracer.traced(mapped(lambda x: g.op(back, g.op("round", g.op(there, x, scale)), scale), a.elements), a.dtype)
 
 
-# Remainders ------------------------------------------------------------------------------------------------------
 def fmod_by_steps(g: Graph, a: Expression, b: Expression) -> Expression:
     """``a - b trunc(a / b)``, of the sign of ``a``; one step mends a quotient that was rounded up to a whole number.
 
@@ -124,7 +121,6 @@ pointwise("fmod", _fmod, whole=_whole_remainder(False))
 pointwise("remainder", _remainder, whole=_whole_remainder(True))
 
 
-# Powers and hyperbolic functions -----------------------------------------------------------------------------------
 def _whole_power(g: Graph, a: Expression, b: Expression) -> Expression:
     if b.op != "const" or not 0 <= b.data <= 16:
         raise Unsupported("it raises whole numbers to a power that is not a small constant")
@@ -177,7 +173,6 @@ pointwise("asinh", _asinh)
 pointwise("acosh", _acosh)
 pointwise("atanh", _atanh)
 
-# Complementary error function ------------------------------------------------------------------------------------
 # (1 + 2 x) e^(x^2) erfc(x) for x >= 0, Chebyshev series in (x - 3.75) / (x + 3.75); its next term is 1e-17.
 _SCALED_ERFC = (
     *(1.17757893456740175, -0.00459005458064647733, -0.0842491333665179156, 0.0592099399981918905),
@@ -229,7 +224,6 @@ pointwise("erfc", _erfc)
 pointwise("special_erfcx", _erfcx)
 
 
-# Activations -----------------------------------------------------------------------------------------------------
 @handles("softplus")
 def softplus(tracer: Tracer, func: Any, a: Traced, beta: float = 1, threshold: float = 20) -> Traced:
     """``log(1 + exp(beta x)) / beta``, and ``x`` above the threshold."""

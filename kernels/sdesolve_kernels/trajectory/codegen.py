@@ -1,20 +1,21 @@
-"""Expressions as lines of source, the same for every target: what differs is in a `Dialect`."""
+"""Expressions as lines of source, the same for every target: what differs is in an `AbstractDialect`."""
 
 from __future__ import annotations
 
 import abc
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import final
+from typing import Any, final
 
-from sdesolve_kernels.trajectory.expressions import Expression, topological
+from sdesolve_kernels.trajectory.expressions import I64, Expression, topological
+from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, NoiseLeaf, PathInvariant, State
+from sdesolve_kernels.trajectory.operations import OPERATIONS, OpSpec
 
-__all__ = ["AbstractDialect", "Writer", "indented", "needed"]
+__all__ = ["LOCALS", "AbstractDialect", "Writer", "indented", "local", "needed"]
 
-_OPERATORS = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
-    "ne": "!=", "and": "&", "or": "|",
-}  # fmt: skip
+# What the local variable of a leaf begins with, in every target; its number follows.
+LOCALS: dict[type[Any], str] = {State: "x", NoiseLeaf: "z", Column: "c", LoopInvariant: "u", PathInvariant: "i"}
+
 _LONGEST = 60  # characters of a subexpression written where it is used
 
 
@@ -26,8 +27,8 @@ class AbstractDialect(abc.ABC):
         """A literal of the given type."""
 
     @abc.abstractmethod
-    def call(self, name: str, args: Sequence[str], dtype: str) -> str:
-        """A function, `where`, `not` or fused multiply-add (`fma`) of operands of type ``dtype``."""
+    def call(self, operation: OpSpec, args: Sequence[str], dtype: str) -> str:
+        """An operation on arguments of type ``dtype``."""
 
     @abc.abstractmethod
     def cast(self, value: str, source: str, target: str) -> str:
@@ -56,28 +57,28 @@ class Writer:
         """
         known = {} if known is None else known
         order = needed([e for _, e in roots], known)
-        uses = Counter(a.number for e in order for a in e.args)
-        uses.update(e.number for _, e in roots)
+        uses = Counter(a.id for e in order for a in e.args)
+        uses.update(e.id for _, e in roots)
         text: dict[int, str] = {}
         fused = self._fused(order, uses) - known.keys()
         out: list[str] = []
-        finals = {e.number for _, e in roots}
+        finals = {e.id for _, e in roots}
         for e in order:
-            if e.number in fused:
+            if e.id in fused:
                 continue
-            if e.op == "sum" and e.number not in known:
+            if e.op == "sum" and e.id not in known:
                 out += self._sum(e, text, known)
                 continue
             words = self._text(e, text, fused, known)
             # A leaf that is a target as well must be read before anything is written.
-            if (e.args and ((uses[e.number] > 1 and e.op != "neg") or len(words) > _LONGEST)) or (
-                not e.args and e.number in finals and e.op != "const"
+            if (e.args and ((uses[e.id] > 1 and e.op != "neg") or len(words) > _LONGEST)) or (
+                not e.args and e.id in finals and e.op != "const"
             ):
                 name = self._name()
                 out.append(f"{name} = {words}")
-                known[e.number] = words = name
-            text[e.number] = words
-        targets = [f"{target} = {_stripped(text[e.number])}" for target, e in roots]
+                known[e.id] = words = name
+            text[e.id] = words
+        targets = [f"{target} = {_stripped(text[e.id])}" for target, e in roots]
         return out + targets
 
     def _name(self) -> str:
@@ -86,68 +87,56 @@ class Writer:
 
     def _sum(self, e: Expression, text: dict[int, str], known: dict[int, str]) -> list[str]:
         """A long sum, a line for each term."""
-        name = known[e.number] = text[e.number] = self._name()
-        first, *rest = (_stripped(text[a.number]) for a in e.args)
+        name = known[e.id] = text[e.id] = self._name()
+        first, *rest = (_stripped(text[a.id]) for a in e.args)
         return [f"{name} = {first}", *(f"{name} = {name} + {_bracketed(term)}" for term in rest)]
 
     def _fused(self, order: Sequence[Expression], uses: Counter[int]) -> set[int]:
         """Products that are used once, by a sum, and go into a fused multiply-add."""
         fused: set[int] = set()
         for e in order:
-            if e.op in ("add", "sub") and e.dtype != "int64":
+            if e.op in ("add", "sub") and e.dtype != I64:
                 for a in e.args:
-                    if a.op == "mul" and uses[a.number] == 1:
-                        fused.add(a.number)
+                    if a.op == "mul" and uses[a.id] == 1:
+                        fused.add(a.id)
                         break
         return fused
 
     def _text(self, e: Expression, text: dict[int, str], fused: set[int], known: dict[int, str]) -> str:
-        if e.number in known:
-            return known[e.number]
+        if e.id in known:
+            return known[e.id]
         if e.op == "const":
             return self._dialect.constant(e.data, e.dtype)
         if not e.args:
             return self._leaf(e)
-        if e.op in ("add", "sub") and any(a.number in fused for a in e.args):
+        if e.op in ("add", "sub") and any(a.id in fused for a in e.args):
             return self._multiply_add(e, text, fused)
-        args = [text[a.number] for a in e.args]
-        if e.op in _OPERATORS:
-            return f"({args[0]} {_OPERATORS[e.op]} {args[1]})"
-        if e.op == "neg":
-            return f"(-{args[0]})"
         if e.op == "cast":
-            return self._dialect.cast(args[0], e.args[0].dtype, e.dtype)
-        return self._dialect.call(e.op, [_stripped(a) for a in args], e.args[-1].dtype)
+            return self._dialect.cast(text[e.args[0].id], e.args[0].dtype, e.dtype)
+        operation = OPERATIONS[e.op]
+        args = sorted(e.args, key=lambda a: a.id) if operation.unordered else e.args
+        words = [text[a.id] if operation.operator else _stripped(text[a.id]) for a in args]
+        return self._dialect.call(operation, words, e.args[-1].dtype)
 
     def _multiply_add(self, e: Expression, text: dict[int, str], fused: set[int]) -> str:
         a, b = e.args
-        left = a.number in fused
+        left = a.id in fused
         product, other = (a, b) if left else (b, a)
-        x, y = (text[f.number] for f in product.args)
-        z = text[other.number]
+        x, y = (text[f.id] for f in product.args)
+        z = text[other.id]
         if e.op == "sub":
             x, z = (x, f"-{z}") if left else (f"-{x}", z)
-        return self._dialect.call("fma", [_stripped(x), _stripped(y), _stripped(z)], e.dtype)
+        return self._dialect.call(OPERATIONS["fma"], [_stripped(x), _stripped(y), _stripped(z)], e.dtype)
+
+
+def local(leaf: Any) -> str:
+    """The local variable of a leaf."""
+    return f"{LOCALS[type(leaf)]}{leaf.i}"
 
 
 def needed(roots: Iterable[Expression], known: dict[int, str]) -> list[Expression]:
     """Topological order that stops at what is known."""
-    if not known:
-        return topological(roots)
-    seen: set[int] = set()
-    order: list[Expression] = []
-    for root in roots:
-        stack = [(root, False)]
-        while stack:
-            e, ready = stack.pop()
-            if ready:
-                order.append(e)
-            elif e.number not in seen:
-                seen.add(e.number)
-                stack.append((e, True))
-                if e.number not in known:
-                    stack.extend((a, False) for a in reversed(e.args))
-    return order
+    return topological(roots, (lambda e: () if e.id in known else e.args) if known else None)
 
 
 def _bracketed(text: str) -> str:

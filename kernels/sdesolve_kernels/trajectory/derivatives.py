@@ -1,0 +1,152 @@
+"""Derivatives of expressions as expressions: forward and reverse accumulation over the rules of `OPERATIONS`.
+
+Rules follow torch where a derivative is not defined: ``abs`` has 0 at 0, the smaller or larger of two equal numbers
+passes half to each, rounding and comparisons pass nothing. What is a constant 0 is not propagated: no ``0 * inf`` comes
+from inputs that an output does not depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdesolve_kernels.trajectory.expressions import FLOATS, Expression, Graph, topological
+from sdesolve_kernels.trajectory.leaves import Shared
+from sdesolve_kernels.trajectory.operations import OPERATIONS, Term
+
+__all__ = ["derivative", "jvp", "vjp"]
+
+
+def derivative(graph: Graph, e: Expression, i: int) -> Expression:
+    """The partial derivative of an operation in its argument ``i``; a constant 0 where it has none.
+
+    Args:
+        graph: makes the expression.
+        e: a float, an operation on floats (of ``where``, also on a truth value).
+        i: which argument.
+
+    Raises:
+        ValueError: ``e`` is a leaf, a product kept whole, or no float.
+    """
+    if not e.args or e.op in ("product", "element") or e.dtype not in FLOATS:
+        raise ValueError(f"{e.op} of type {e.dtype} has no partial derivatives; expected an operation on floats")
+    made = _applied(graph, e, i, graph.const(1, e.dtype))
+    return graph.const(0, e.args[i].dtype) if made is None else made
+
+
+def vjp(
+    graph: Graph, roots: Sequence[Expression], cotangents: Sequence[Expression], wrt: Sequence[Expression]
+) -> list[Expression]:
+    """Reverse accumulation: ``sum_i cotangents[i] d roots[i] / d w`` for each ``w`` in ``wrt``.
+
+    Args:
+        graph: makes the expressions.
+        roots: floats.
+        cotangents: one for each root, of its type.
+        wrt: leaves, or any expressions that the roots are made of; `Shared` entries may lie in matrices kept whole.
+
+    Raises:
+        ValueError: one of ``wrt`` is no float, and has no gradient.
+    """
+    _check_floats(wrt)
+    found: dict[int, list[Expression]] = {}
+    for root, cotangent in zip(roots, cotangents, strict=True):
+        _add(found, root, cotangent)
+    rows: dict[int, dict[int, Expression]] = {}  # of products, the cotangents of their elements
+    for e in reversed(topological(roots)):
+        if e.op == "product":
+            _pull_product(graph, e, rows.get(e.id, {}), wrt, found)
+        elif e.id in found and e.args and e.dtype in FLOATS:
+            v = graph.sum(found[e.id], e.dtype)
+            if e.op == "element":
+                rows.setdefault(e.args[0].id, {})[e.data] = v
+                continue
+            for i, a in enumerate(e.args):
+                _add(found, a, _applied(graph, e, i, v))
+    return [graph.sum(found.get(w.id, ()), w.dtype) for w in wrt]
+
+
+def jvp(
+    graph: Graph, roots: Sequence[Expression], wrt: Sequence[Expression], tangents: Sequence[Expression]
+) -> list[Expression]:
+    """Forward accumulation: ``sum_w d root / d w tangent(w)`` for each root; arguments as for `vjp`."""
+    _check_floats(wrt)
+    found = {w.id: v for w, v in zip(wrt, tangents, strict=True)}
+    rows: dict[int, list[Expression]] = {}
+    for e in topological(roots):
+        if e.id in found or not e.args or e.dtype not in FLOATS:
+            continue
+        if e.op == "product":
+            rows[e.id] = _push_product(graph, e, wrt, found)
+            continue
+        if e.op == "element":
+            found[e.id] = rows[e.args[0].id][e.data]
+            continue
+        parts = [_applied(graph, e, i, found[a.id]) for i, a in enumerate(e.args) if a.id in found]
+        found[e.id] = graph.sum([p for p in parts if p is not None], e.dtype)
+    return [found.get(e.id, graph.const(0, e.dtype)) for e in roots]
+
+
+def _applied(graph: Graph, e: Expression, i: int, v: Expression) -> Expression | None:
+    """What a change ``v`` of argument ``i`` does to ``e``, or of ``e`` to that argument; ``None`` for nothing."""
+    a = e.args[i]
+    if a.dtype not in FLOATS or e.dtype not in FLOATS or (v.op == "const" and v.data == 0):
+        return None
+    if e.op == "cast":
+        return graph.cast(v, e.dtype if v.dtype == a.dtype else a.dtype)
+    if e.op == "sum":
+        return v
+    rule = OPERATIONS[e.op].derivatives[i]
+    return None if rule is None else rule(*(Term(graph, x) for x in (v, e, *e.args))).e
+
+
+def _add(found: dict[int, list[Expression]], e: Expression, v: Expression | None) -> None:
+    if v is not None:
+        found.setdefault(e.id, []).append(v)
+
+
+def _entries(e: Expression, wrt: Sequence[Expression]) -> list[tuple[Expression, int, int]]:
+    """Those of ``wrt`` that are entries of a product's matrix, with row and column."""
+    shared = [w for w in wrt if isinstance(w.data, Shared) and w.data.parameter == e.data.parameter]
+    if not shared:
+        return []
+    places = {e.data.entry(i, j): (i, j) for i in range(e.data.rows) for j in range(e.data.columns)}
+    return [(w, *places[w.data.i]) for w in shared if w.data.i in places]
+
+
+def _pull_product(
+    graph: Graph,
+    e: Expression,
+    rows: dict[int, Expression],
+    wrt: Sequence[Expression],
+    found: dict[int, list[Expression]],
+) -> None:
+    """From the elements of a product to the vector, by the transposed matrix, and to entries of the matrix."""
+    if not rows:
+        return
+    zero = graph.const(0, e.dtype)
+    pulled = graph.product(e.data.transposed, [rows.get(i, zero) for i in range(e.data.rows)], e.dtype)
+    for j, a in enumerate(e.args):
+        _add(found, a, graph.element(pulled, j))
+    for w, i, j in _entries(e, wrt):
+        if i in rows:
+            _add(found, w, graph.op("mul", rows[i], e.args[j]))
+
+
+def _push_product(
+    graph: Graph, e: Expression, wrt: Sequence[Expression], found: dict[int, Expression]
+) -> list[Expression]:
+    """Tangents of the elements of a product."""
+    zero = graph.const(0, e.dtype)
+    parts: list[list[Expression]] = [[] for _ in range(e.data.rows)]
+    if any(a.id in found for a in e.args):
+        pushed = graph.product(e.data, [found.get(a.id, zero) for a in e.args], e.dtype)
+        parts = [[graph.element(pushed, i)] for i in range(e.data.rows)]
+    for w, i, j in _entries(e, wrt):
+        parts[i].append(graph.op("mul", found[w.id], e.args[j]))
+    return [graph.sum(p, e.dtype) for p in parts]
+
+
+def _check_floats(wrt: Sequence[Expression]) -> None:
+    for w in wrt:
+        if w.dtype not in FLOATS:
+            raise ValueError(f"{w!r} is of type {w.dtype} and has no gradient; expected float32 or float64")

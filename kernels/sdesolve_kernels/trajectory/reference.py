@@ -1,0 +1,193 @@
+"""The reference back end: a plan walked in plain torch, all paths side by side, on any device.
+
+Every expression has the dtype that it claims to have. Kernels are compared with this, and machines that compile none
+run it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from sdesolve_kernels.ops import normal, words
+from sdesolve_kernels.trajectory.expressions import Expression, topological
+from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Launch, Moments, Saved, contiguous, tables
+from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, NoiseLeaf, PathEntry, PathInvariant, Shared, State
+from sdesolve_kernels.trajectory.matrices import Matrix
+from sdesolve_kernels.trajectory.operations import BOOL, F32, F64, I64, OPERATIONS
+from sdesolve_kernels.trajectory.plan import Plan
+
+__all__ = ["ReferenceTrajectory", "Walk"]
+
+# By class of leaf, the values of its entries, one by one or in one tensor; of parameters, the tensors.
+Leaves = dict[type, Any]
+_DTYPES = {F32: torch.float32, F64: torch.float64, I64: torch.int64, BOOL: torch.bool}
+_NUMBERS_AT_ONCE = 1 << 22  # of noise
+
+
+@final
+class ReferenceTrajectory(AbstractTrajectory):
+    """A program whose plan is walked in torch."""
+
+    def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
+        self.plan, self._increments = plan, tuple(increments)
+        self._first, self._step, self._observe = map(Walk, (plan.path_invariants, plan.states, plan.observed))
+        self._counts = [math.prod(shape) for shape in plan.program.signature.noises]
+        self.source = "\n".join(
+            ["One step, expression by expression:", *(f"#{e.id} = {e!r}" for e in topological(plan.states) if e.args)]
+        )
+
+    def run(self, launch: Launch) -> Saved:
+        plan, x0 = self.plan, launch.x0.detach()
+        batch, first, end = len(x0), launch.first_step, launch.end
+        columns, loop_invariants = (part.to(x0.device) for part in tables(plan, launch))
+        captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
+        leaves: Leaves = {LoopInvariant: loop_invariants, Shared: captured, PathEntry: captured}
+        leaves[PathInvariant] = self._first(leaves, x0)
+        carried = sum(map(math.prod, plan.program.signature.states))
+        start = x0.reshape(batch, -1)
+        memory = x0.new_zeros(batch, carried - start.shape[1]) if launch.memory is None else launch.memory
+        state = torch.cat([start, memory], dim=1).unbind(1)
+        saved: list[Tensor] = []
+        wanted = set(launch.saves)
+        if first in wanted:
+            saved.append(self._saved(state, leaves, x0, launch.moments))
+        for k, noise in enumerate(self._noise(launch.places, first, end, x0), first):
+            column = columns[k - first] if len(columns) else ()
+            leaves[State], leaves[NoiseLeaf], leaves[Column] = state, noise, column
+            state = self._step(leaves, x0)
+            if launch.progress is not None:
+                launch.progress(batch)
+            if k + 1 in wanted:
+                saved.append(self._saved(state, leaves, x0, launch.moments))
+        x1 = torch.stack(state[: start.shape[1]], 1).reshape(x0.shape)
+        states = torch.stack(saved) if saved else None
+        remembered = torch.stack(state[start.shape[1] :], 1) if carried > start.shape[1] else None
+        if states is not None and launch.moments:
+            return Saved(x1, None, Moments(*states.unbind(1)), remembered)
+        return Saved(x1, states, None, remembered)
+
+    def _saved(self, state: Sequence[Tensor], leaves: Leaves, x0: Tensor, moments: bool) -> Tensor:
+        """What is kept of a state, ``(batch, width)``; or its mean and variance over the batch, ``(2, width)``."""
+        values = state[: math.prod(x0.shape[1:])]
+        if self.plan.program.observed_shape is not None:
+            leaves[State] = state
+            values = self._observe(leaves, x0)
+        kept = torch.stack(tuple(values), 1) if values else x0.new_empty(len(x0), 0)
+        if not moments:
+            return kept
+        kept = kept.double()
+        mean = kept.mean(0)
+        return torch.stack([mean, (kept - mean).square().sum(0) / (len(kept) - 1 if len(kept) > 1 else math.nan)])
+
+    def _noise(
+        self, places: Sequence[tuple[int, int, int, int]], start: int, end: int, x0: Tensor
+    ) -> Iterable[tuple[Tensor, ...]]:
+        """The numbers of each step in turn, ``(batch,)`` each; made for many steps at a time."""
+        chunk = max(1, _NUMBERS_AT_ONCE // max(1, len(x0) * sum(self._counts)))
+        for k in range(start, end, chunk):
+            n = min(chunk, end - k)
+            made = [
+                _numbers(kind, (seed, stream, first_path, first + k * m), n * m, x0).reshape(len(x0), n, m)
+                for m, kind, (seed, stream, first_path, first) in zip(
+                    self._counts, self._increments, places, strict=True
+                )
+            ]
+            for j in range(n):
+                yield tuple(z for source in made for z in source[:, j].unbind(1))
+
+
+def _numbers(kind: str, place: tuple[int, int, int, int], count: int, like: Tensor) -> Tensor:
+    """Entries of the paths' sequences from ``place`` on, ``(batch, count)``."""
+    seed, stream, first_path, first = place
+    batch, device = len(like), like.device
+    if kind == "normal":
+        return normal(
+            batch, count, seed=seed, stream=stream, first_path=first_path, offset=first, dtype=like.dtype, device=device
+        )
+    per_word = 32 if kind == "two-point" else 1
+    skipped = first // per_word
+    w = words(
+        batch, (first + count - 1) // per_word + 1 - skipped if count else 0, seed=seed, stream=stream,
+        first_path=first_path, offset=skipped, device=device,
+    )  # fmt: skip
+    if kind == "three-point":
+        z = math.sqrt(3.0) * ((w >= 2**32 - 2**32 // 6).double() - (w < 2**32 // 6).double())
+    else:
+        bits = (w[:, :, None] >> torch.arange(32, device=device)) & 1
+        z = 2.0 * bits.reshape(batch, -1)[:, first - 32 * skipped :][:, :count] - 1.0
+    return z.to(like.dtype)
+
+
+@final
+class Walk:
+    """Computes expressions in order, and forgets each value after its last use.
+
+    Args:
+        roots: what to compute.
+    """
+
+    def __init__(self, roots: Sequence[Expression]) -> None:
+        self._roots, self._order = roots, topological(roots)
+        last = {a.id: e.id for e in self._order for a in e.args}
+        kept = {e.id for e in roots}
+        self._done = {
+            e.id: [n for n in {a.id for a in e.args} if last[n] == e.id and n not in kept] for e in self._order
+        }
+        self._constants: dict[torch.device, dict[int, Tensor]] = {}
+
+    def __call__(self, leaves: Leaves, like: Tensor) -> tuple[Tensor, ...]:
+        """The values of the roots, ``(batch,)`` each.
+
+        Args:
+            leaves: what expressions start from.
+            like: has the batch and the device of the run.
+        """
+        constants = self._constants.setdefault(like.device, {})
+        values: dict[int, Tensor] = {}
+        matrices: dict[Matrix, Tensor] = {}
+        for e in self._order:
+            if e.op == "const":
+                if e.id not in constants:
+                    constants[e.id] = torch.tensor(e.data, dtype=_DTYPES[e.dtype], device=like.device)
+                value = constants[e.id]
+            elif not e.args:
+                value = _leaf(e.data, leaves).to(_DTYPES[e.dtype])
+            else:
+                value = _value(e, [values[a.id] for a in e.args], leaves, matrices)
+            assert value.dtype == _DTYPES[e.dtype], e
+            values[e.id] = value
+            for n in self._done[e.id]:
+                del values[n]
+        return tuple(values[e.id].expand(len(like)) for e in self._roots)
+
+
+def _leaf(leaf: Any, leaves: Leaves) -> Tensor:
+    match leaf:
+        case PathEntry(_, parameter, i):
+            rows = leaves[PathEntry][parameter]
+            return rows.reshape(len(rows), -1)[:, i]
+        case Shared(parameter, i):
+            return leaves[Shared][parameter].reshape(-1)[i]
+        case _:
+            return leaves[type(leaf)][leaf.i]
+
+
+def _value(e: Expression, args: Sequence[Tensor], leaves: Leaves, matrices: dict[Matrix, Tensor]) -> Tensor:
+    match e.op:
+        case "cast":
+            return args[0].to(_DTYPES[e.dtype])
+        case "sum":
+            return sum(args[1:], args[0])
+        case "product":
+            if e.data not in matrices:
+                matrices[e.data] = leaves[Shared][e.data.parameter].reshape(-1)[e.data.entries(args[0].device)]
+            return matrices[e.data] @ torch.stack(torch.broadcast_tensors(*args))
+        case "element":
+            return args[0][e.data]
+        case name:
+            return OPERATIONS[name].torch(*args)
