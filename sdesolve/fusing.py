@@ -10,24 +10,26 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from sdesolve_kernels.dispatch import backend_for
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
-    Contents,
+    Guards,
     Inputs,
     Launch,
     Signature,
     Unsupported,
-    batch_kind,
-    check_batch,
+    agree,
+    check_size,
     compile_trajectory,
-    contents,
-    settled,
+    look_into,
+    recorded,
+    same_operations,
     trace,
+    unchanged,
 )
 from torch import Tensor
 
@@ -43,6 +45,7 @@ _KERNELS_KEPT = 128
 # 2.3 times on 65,536; two plain hidden layers of 16, 32, 64, 128 are 2.5, 2.0, 1.8, 1.4 and 2.4, 1.8, 1.7, 1.6 times.
 # Compiling takes 1 to 4 s, once for a shape of network: weights are arguments, and the kernel stays on disk.
 _MOST_WEIGHTS = 1 << 16
+_SECONDS = 20.0  # that a trace may take
 
 
 @final
@@ -56,7 +59,6 @@ class Fused:
         variances: with moments.
         evaluations: of the drift, saving included.
         source: of the kernel.
-        anew: why the functions are traced in each call; empty where the kernel is kept.
     """
 
     x1: Tensor
@@ -64,7 +66,6 @@ class Fused:
     variances: Tensor | None
     evaluations: int
     source: str
-    anew: str = ""
 
 
 @final
@@ -75,20 +76,24 @@ class _Kernel:
     Attributes:
         trajectory: the kernel.
         where: for each tensor that it reads, its place among the tensors that the functions hold.
-        captured: those tensors, if their places are not known; then the kernel is for one call.
         evaluations: of the drift, a step.
-        normals: taken from each source of noise in a step.
+        noises: shapes of the normals of each source.
         read: tensors whose values were made into the kernel: places as in ``where``, and the values.
-        batches: kinds of batch that the trace is known to be right for (`check_batch`), and why not for others.
+        bindings: what names in libraries stood for, see `unchanged`.
+        batches: sizes of batch that were compared with torch, and why the kernel is not right for one.
     """
 
     trajectory: AbstractTrajectory
-    where: tuple[int, ...] | None
-    captured: tuple[Tensor, ...]
+    where: tuple[int, ...]
     evaluations: int
-    normals: tuple[int, ...]
+    noises: tuple[tuple[int, ...], ...]
     read: tuple[tuple[int, Tensor], ...]
+    bindings: list[Any]
     batches: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def fits(self, guards: Guards) -> bool:
+        """Whether nothing beyond the key of the guards has changed."""
+        return unchanged(self.bindings) and all(torch.equal(guards.tensors[i], value) for i, value in self.read)
 
 
 _kernels: OrderedDict[Hashable, _Kernel | str] = OrderedDict()
@@ -99,32 +104,25 @@ def fuse(task: Task) -> Fused | str:
     why = _obstacle(task)
     if why:
         return why
+    before = task.watched.evaluations
     try:
-        held = contents(task.solver, task.equation, task.plan.observable, most_weights=_MOST_WEIGHTS)
-    except Unsupported as problem:
-        return str(problem)
-    if _wants_gradient(task.x0, *held.tensors):
-        return _NO_GRADIENT
-    if has_tangent(task.x0, *held.tensors):
-        return _TRANSFORMED
-    recipe = recipe_for(task, task.solver)
-    if isinstance(recipe, str):
-        return recipe
-    with settled():
-        kernel = _kernel_for(task, held, recipe)
-        if isinstance(kernel, str):
-            return kernel
-        if _wants_gradient(*kernel.captured):
+        guards = look_into(*_roots(task), most_weights=_MOST_WEIGHTS)
+        if _wants_gradient(task.x0, *guards.tensors):
             return _NO_GRADIENT
-        if has_tangent(*kernel.captured):
+        if has_tangent(task.x0, *guards.tensors):
             return _TRANSFORMED
-        try:
-            done = _right_for_batch(task, kernel, recipe) or _run(task, kernel, held, recipe)
-        except Unsupported as problem:
-            return str(problem)
-    if isinstance(done, Fused) and kernel.where is None:
-        return dataclasses.replace(done, anew=held.opaque or "a tensor that is made as they run")
-    return done
+        recipe = recipe_for(task, task.solver)
+        if isinstance(recipe, str):
+            return recipe
+        kernel, guards = _kernel_for(task, guards, recipe)
+        return _run(task, kernel, guards, recipe)
+    except Unsupported as problem:
+        task.watched.evaluations = before
+        return str(problem)
+
+
+def _roots(task: Task) -> tuple[object, ...]:
+    return task.solver, task.equation, task.plan.observable
 
 
 _TRANSFORMED = "it takes part in a torch.func transform or in forward-mode differentiation"
@@ -133,21 +131,6 @@ _NO_GRADIENT = "gradients are wanted, of the state or of a tensor that the funct
 
 def _wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _right_for_batch(task: Task, kernel: _Kernel, recipe: Recipe) -> str:
-    """Why a kernel is not right for a batch of this size; empty if it is."""
-    kind = batch_kind(len(task.x0), task.x0[0].numel())
-    if kind not in kernel.batches:
-        before = task.watched.evaluations
-        try:
-            check_batch(kernel.trajectory.plan.program, recipe.step, _observe(task), len(task.x0))
-            kernel.batches[kind] = ""
-        except Unsupported as problem:
-            kernel.batches[kind] = str(problem)
-        finally:
-            task.watched.evaluations = before
-    return kernel.batches[kind]
 
 
 def _obstacle(task: Task) -> str:
@@ -167,11 +150,51 @@ def _obstacle(task: Task) -> str:
     return f"the {name} back end makes no generated kernels" if name == "reference" else ""
 
 
-def _kernel_for(task: Task, held: Contents, recipe: Recipe) -> _Kernel | str:
+def _kernel_for(task: Task, guards: Guards, recipe: Recipe) -> tuple[_Kernel, Guards]:
+    """The kernel of a task, from an earlier call or made now, known to be right for its batch."""
+    batch, found = len(task.x0), _kernels.get(_key(task, guards, recipe))
+    if not (isinstance(found, _Kernel) and not found.fits(guards)) and found is not None:
+        _kernels.move_to_end(_key(task, guards, recipe))
+        if isinstance(found, str):
+            raise Unsupported(found)
+        if batch in found.batches:
+            if found.batches[batch]:
+                raise Unsupported(found.batches[batch])
+            return found, guards
+    made: _Kernel | str
+    try:
+        if isinstance(found, _Kernel) and found.fits(guards):
+            made = found
+        else:
+            made, guards = _build(task, guards, recipe)
+        made.batches[batch] = ""
+        try:
+            with guards.preserved(watched=False):
+                _compare(task, made, guards, recipe)
+        except Unsupported as problem:
+            made.batches[batch] = str(problem)
+            raise
+    except Unsupported as problem:
+        if not isinstance(found, _Kernel) and "made" not in locals():
+            _keep(_key(task, guards, recipe), str(problem))
+        raise
+    finally:
+        if "made" in locals():
+            _keep(_key(task, guards, recipe), made)
+    return made, guards
+
+
+def _keep(key: Hashable, made: _Kernel | str) -> None:
+    _kernels[key] = made
+    while len(_kernels) > _KERNELS_KEPT:
+        _kernels.popitem(last=False)
+
+
+def _key(task: Task, guards: Guards, recipe: Recipe) -> Hashable:
     batch, x0 = len(task.x0), task.x0
-    key = (
-        held.key,
-        tuple(t.ndim > 0 and len(t) == batch for t in held.tensors),
+    return (
+        guards.key,
+        tuple(t.ndim > 0 and len(t) == batch for t in guards.tensors),
         batch == 1,
         tuple(x0.shape[1:]),
         x0.dtype,
@@ -179,67 +202,158 @@ def _kernel_for(task: Task, held: Contents, recipe: Recipe) -> _Kernel | str:
         backend_for("trajectory", x0.device),
         torch.get_default_dtype(),
         torch.is_autocast_enabled(x0.device.type),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
         bool(task.plan.inside),
         recipe.columns,
         recipe.memory,
         tuple((path.kind, draws) for path, draws in recipe.sources),
     )
-    if held.complete and key in _kernels:
-        _kernels.move_to_end(key)
-        found = _kernels[key]
-        if isinstance(found, str) or all(torch.equal(held.tensors[i], value) for i, value in found.read):
-            return found
-    made: _Kernel | str
-    try:
-        made = _build(task, held, recipe)
-        # Making a trace may fill caches that the functions keep; if it changes them each time, it is no function.
-        after = contents(task.solver, task.equation, task.plan.observable)
-        if after.key != held.key:
-            made = _build(task, after, recipe)
-            if contents(task.solver, task.equation, task.plan.observable).key != after.key:
-                return "a function changes Python values that it holds (a counter, a cache) each time it is called"
-            return made
-    except Unsupported as problem:
-        made = str(problem)
-    if held.complete and (isinstance(made, str) or made.where is not None):
-        _kernels[key] = made
-        while len(_kernels) > _KERNELS_KEPT:
-            _kernels.popitem(last=False)
-    return made
 
 
-def _build(task: Task, held: Contents, recipe: Recipe) -> _Kernel:
-    x0 = task.x0
-    evaluations, before = 0, task.watched.evaluations
+def _build(task: Task, guards: Guards, recipe: Recipe) -> tuple[_Kernel, Guards]:
+    x0, watched = task.x0, task.watched
+    evaluations, before = 0, watched.evaluations
 
     def counted(inputs: Inputs) -> Sequence[Tensor]:
         nonlocal evaluations
-        first = task.watched.evaluations
+        first = watched.evaluations
         after = recipe.step(inputs)
-        evaluations = task.watched.evaluations - first
+        evaluations = watched.evaluations - first
         return after
 
+    states = (tuple(x0.shape[1:]),) * (1 + recipe.memory)
     try:
+        check_size(states)
+        failure = None
+        try:
+            noises, guards = _warm(task, guards, recipe)
+        except Unsupported:
+            raise
+        except Exception as problem:  # tracing says more of it
+            failure, noises = problem, recipe.noises()
+        signature = Signature(x0.dtype, x0.device, states, noises, recipe.columns, len(x0))
+        with guards.preserved() as watch:
+            program = trace(counted, signature, _observe(task), seconds=_SECONDS)
+        if failure is not None:
+            text = str(failure).strip().partition("\n")[0]
+            raise Unsupported(f"its first step fails ({type(failure).__name__}: {text})") from failure
+        trajectory = compile_trajectory(program, [path.kind for path, _ in recipe.sources])
+    except Unsupported:
+        raise
+    except Exception as problem:
+        text = str(problem).strip().partition("\n")[0]
+        raise Unsupported(f"it cannot be compiled, a fault of sdesolve ({type(problem).__name__}: {text})") from problem
+    finally:
+        watched.evaluations = before
+    places = {id(t): i for i, t in enumerate(guards.tensors)}
+    if not all(id(c) in places for c in program.captured):
+        raise Unsupported("it uses a tensor that it makes outside torch, or that could not be found beforehand")
+    where = tuple(places[id(c)] for c in program.captured)
+    read = tuple((where[i], program.captured[i].detach().clone()) for i in program.read)
+    return _Kernel(trajectory, where, evaluations, noises, read, watch.bindings()), guards
+
+
+def _warm(task: Task, guards: Guards, recipe: Recipe) -> tuple[tuple[tuple[int, ...], ...], Guards]:
+    """Does the first step in torch, so that caches fill as they do in an eager run; the noise's shapes, and new guards.
+
+    Raises:
+        Unsupported: what the functions hold changes again in a second call, or that gives another result. It is put
+            back as it was.
+    """
+    with guards.put_back_on_error() as changed:
         noises = recipe.noises()
-        states = (tuple(x0.shape[1:]),) * (1 + recipe.memory)
-        program = trace(
-            counted, Signature(x0.dtype, x0.device, states, noises, recipe.columns, len(x0)), _observe(task)
-        )
+        inputs = _inputs(task, recipe, noises, 0, len(task.times) - 1, task.x0.detach())
+        first = _evaluated(task, recipe, inputs)
+        what = changed()
+        if what:
+            guards = look_into(*_roots(task))
+            with guards.put_back_on_error() as changed_again:
+                second = _evaluated(task, recipe, inputs)
+                same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+                if changed_again() or not same:
+                    raise Unsupported(f"it changes Python values that it holds ({what}) each time it is called")
+    return noises, guards
+
+
+def _evaluated(task: Task, recipe: Recipe, inputs: Inputs) -> list[Tensor]:
+    made = [*recipe.step(inputs)]
+    observe = _observe(task)
+    return made if observe is None else [*made, observe(inputs.states[0])]
+
+
+def _inputs(task: Task, recipe: Recipe, noises: Sequence[tuple[int, ...]], k: int, end: int, x: Tensor) -> Inputs:
+    """What step ``k``, taken to grid point ``end``, is called with in torch."""
+    times, batch = task.times[[k, end]], len(x)
+    t, dt = times.to(x), times.diff().to(x)[0]
+    normals = []
+    for (path, draws), shape in zip(recipe.sources, noises, strict=True):
+        m = math.prod(shape)
+        numbers = dataclasses.replace(path, first_step=path.first_step * (m // draws) + k * m)
+        units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
+        z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
+        normals.append(z.reshape(m, batch).T.reshape(batch, *shape))
+    row = x.new_zeros(0) if recipe.numbers is None else recipe.numbers[k].to(x)
+    states = (x, *(torch.zeros_like(x) for _ in range(recipe.memory)))
+    return Inputs(states, tuple(normals), t[0], t[1], dt, times.diff()[0].abs().sqrt().to(x), row)
+
+
+def _compare(task: Task, kernel: _Kernel, guards: Guards, recipe: Recipe) -> None:
+    """Compares a kernel with the step in torch on all rows of the batch, at the first, middle and last grid times."""
+    last, before, x0 = len(task.times) - 1, task.watched.evaluations, task.x0.detach()
+    observe = _observe(task)
+    try:
+        for k in sorted({0, (last - 1) // 2, last - 1}):
+            end = last if recipe.numbers is None else k + 1
+
+            def eager(x: Tensor, k: int = k, end: int = end) -> Tensor:
+                return recipe.step(_inputs(task, recipe, kernel.noises, k, end, x))[0]
+
+            def fused(x: Tensor, k: int = k, end: int = end) -> Tensor:
+                rows = None if recipe.numbers is None else recipe.numbers[k : k + 1]
+                places = _places(task, kernel, recipe, k)
+                captured = tuple(guards.tensors[i] for i in kernel.where)
+                return kernel.trajectory.run(
+                    Launch(x.contiguous(), task.times[[k, end]], rows, places, (), False, captured)
+                ).x1
+
+            if k == 0:
+                inputs = _inputs(task, recipe, kernel.noises, k, end, x0)
+                calls = recorded(recipe.step, observe, inputs)
+                same_operations(kernel.trajectory.plan.program, calls, len(x0))
+            agree(eager, fused, x0)
+        if observe is not None:
+            shape = kernel.trajectory.plan.program.observed_shape or ()
+
+            def seen(x: Tensor) -> Tensor:
+                captured = tuple(guards.tensors[i] for i in kernel.where)
+                rows = None if recipe.numbers is None else recipe.numbers[:1]
+                launch = Launch(
+                    x.contiguous(), task.times[:2], rows, _places(task, kernel, recipe, 0), (0,), False, captured
+                )
+                states = kernel.trajectory.run(launch).states
+                assert states is not None
+                return states.reshape(len(x), *shape)
+
+            agree(observe, seen, x0)
+    except Unsupported:
+        raise
+    except Exception as problem:
+        text = str(problem).strip().partition("\n")[0]
+        raise Unsupported(f"comparing it with torch fails ({type(problem).__name__}: {text})") from problem
     finally:
         task.watched.evaluations = before
-    trajectory = compile_trajectory(program, [path.kind for path, _ in recipe.sources])
-    places = {id(t): i for i, t in enumerate(held.tensors)}
-    where = None
-    if held.complete and all(id(c) in places for c in program.captured):
-        where = tuple(places[id(c)] for c in program.captured)
-    return _Kernel(
-        trajectory,
-        where,
-        () if where is not None else program.captured,
-        evaluations,
-        tuple(math.prod(n) for n in noises),
-        () if where is None else tuple((where[i], program.captured[i].detach().clone()) for i in program.read),
-    )
+
+
+def _places(task: Task, kernel: _Kernel, recipe: Recipe, step: int = 0) -> list[tuple[int, int, int, int]]:
+    """Where the numbers of each source begin, ``step`` steps after the first."""
+    steps = len(task.times) - 1
+    found = []
+    for (path, draws), m in zip(recipe.sources, map(math.prod, kernel.noises), strict=True):
+        offset = path.first_step * (m // draws)
+        seed, stream, first_path, offset = _place(path, offset, len(task.x0), m * steps)
+        found.append((seed, stream, first_path, offset + step * m))
+    return found
 
 
 def _observe(task: Task) -> Callable[[Tensor], Tensor] | None:
@@ -247,13 +361,10 @@ def _observe(task: Task) -> Callable[[Tensor], Tensor] | None:
     return None if observable is None else lambda x: observed(observable, x)
 
 
-def _run(task: Task, kernel: _Kernel, held: Contents, recipe: Recipe) -> Fused:
+def _run(task: Task, kernel: _Kernel, guards: Guards, recipe: Recipe) -> Fused:
     plan, rows = task.plan, recipe.numbers
-    places = [
-        _place(path, path.first_step * (m // draws), len(task.x0), m * (len(task.times) - 1))
-        for (path, draws), m in zip(recipe.sources, kernel.normals, strict=True)
-    ]
-    captured = kernel.captured if kernel.where is None else tuple(held.tensors[i] for i in kernel.where)
+    places = _places(task, kernel, recipe)
+    captured = tuple(guards.tensors[i] for i in kernel.where)
     if plan.inside:
         return _between(task, kernel, Launch(task.x0, task.times, rows, places, _around(plan), False, captured))
     evaluations = kernel.evaluations * (len(task.times) - 1)

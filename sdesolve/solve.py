@@ -133,8 +133,7 @@ def solve(
                 steps=len(times) - 1,
                 nfe=fused.evaluations,
                 backend="fused",
-                reason="the whole trajectory is one generated kernel"
-                + (f", traced in each call, as the functions hold {fused.anew}" if fused.anew else ""),
+                reason="the whole trajectory is one generated kernel",
                 seed=seed_used,
                 source=fused.source,
             )

@@ -11,10 +11,9 @@ from typing import Any, final
 
 import numpy as np
 
-from sdesolve_kernels.trajectory.alike import mapped, spread, thin_axis
 from sdesolve_kernels.trajectory.expressions import Expression, Graph
 from sdesolve_kernels.trajectory.operations import handles
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name, mapped
 
 __all__ = ["Matrix"]
 
@@ -67,12 +66,6 @@ def _dot(g: Graph, a: Any, b: Any, dtype: str) -> Expression:
 
 def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     """``(m, k) @ (k, n)``."""
-    (a,), down = thin_axis(-2, a)
-    (b,), across = thin_axis(-1, b)
-    return spread(_matmul(g, a, b, dtype), (*down, *across))
-
-
-def _matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     out = np.empty((a.shape[0], b.shape[1]), dtype=object)
     whole = shared_matrix(b.T) if b.size > _WRITTEN_OUT else None
     if whole is None and a.size > _WRITTEN_OUT and shared_matrix(a) is not None:
@@ -104,11 +97,10 @@ def mm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
 def bmm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
     x, y, name = _operands(tracer, a, b)
     _check(x.shape[0] == y.shape[0] and x.shape[2] == y.shape[1], a, b)
-    (x, y), alike = thin_axis(-3, x, y)
     out = np.empty((x.shape[0], x.shape[1], y.shape[2]), dtype=object)
     for i in range(x.shape[0]):
         out[i] = matmul(tracer.graph, x[i], y[i], name)
-    return tracer.traced(spread(out, alike), a.dtype)
+    return tracer.traced(out, a.dtype)
 
 
 @handles("mv")
