@@ -152,36 +152,33 @@ def _obstacle(task: Task) -> str:
 
 def _kernel_for(task: Task, guards: Guards, recipe: Recipe) -> tuple[_Kernel, Guards]:
     """The kernel of a task, from an earlier call or made now, known to be right for its batch."""
-    batch, found = len(task.x0), _kernels.get(_key(task, guards, recipe))
-    if not (isinstance(found, _Kernel) and not found.fits(guards)) and found is not None:
-        _kernels.move_to_end(_key(task, guards, recipe))
-        if isinstance(found, str):
-            raise Unsupported(found)
-        if batch in found.batches:
-            if found.batches[batch]:
-                raise Unsupported(found.batches[batch])
-            return found, guards
-    made: _Kernel | str
+    batch, key = len(task.x0), _key(task, guards, recipe)
+    found = _kernels.get(key)
+    if isinstance(found, str):
+        raise Unsupported(found)
+    fits = found is not None and found.fits(guards)
+    if fits and batch in found.batches:
+        _kernels.move_to_end(key)
+        if found.batches[batch]:
+            raise Unsupported(found.batches[batch])
+        return found, guards
     try:
-        if isinstance(found, _Kernel) and found.fits(guards):
-            made = found
-        else:
-            made, guards = _build(task, guards, recipe)
-        made.batches[batch] = ""
-        try:
-            with guards.preserved(watched=False):
-                _compare(task, made, guards, recipe)
-        except Unsupported as problem:
-            made.batches[batch] = str(problem)
-            raise
+        kernel, guards = (found, guards) if fits else _build(task, guards, recipe)
     except Unsupported as problem:
-        if not isinstance(found, _Kernel) and "made" not in locals():
-            _keep(_key(task, guards, recipe), str(problem))
+        _keep(_key(task, guards, recipe), str(problem))
+        raise
+    why = ""
+    try:
+        with guards.preserved(watched=False):
+            kernel.batches[batch] = ""
+            _compare(task, kernel, guards, recipe)
+    except Unsupported as problem:
+        why = str(problem)
         raise
     finally:
-        if "made" in locals():
-            _keep(_key(task, guards, recipe), made)
-    return made, guards
+        kernel.batches[batch] = why
+        _keep(_key(task, guards, recipe), kernel)
+    return kernel, guards
 
 
 def _keep(key: Hashable, made: _Kernel | str) -> None:
@@ -265,9 +262,9 @@ def _warm(task: Task, guards: Guards, recipe: Recipe) -> tuple[tuple[tuple[int, 
         noises = recipe.noises()
         inputs = _inputs(task, recipe, noises, 0, len(task.times) - 1, task.x0.detach())
         first = _evaluated(task, recipe, inputs)
-        what = changed()
-        if what:
-            guards = look_into(*_roots(task))
+        what, now = changed(), look_into(*_roots(task))
+        if what or now.key != guards.key:
+            guards = now
             with guards.put_back_on_error() as changed_again:
                 second = _evaluated(task, recipe, inputs)
                 same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
@@ -299,11 +296,14 @@ def _inputs(task: Task, recipe: Recipe, noises: Sequence[tuple[int, ...]], k: in
 
 
 def _compare(task: Task, kernel: _Kernel, guards: Guards, recipe: Recipe) -> None:
-    """Compares a kernel with the step in torch on all rows of the batch, at the first, middle and last grid times."""
+    """Compares a kernel with the step in torch on all rows of the batch.
+
+    At the first, middle and last grid times when it is new, and at the first for other sizes of the batch.
+    """
     last, before, x0 = len(task.times) - 1, task.watched.evaluations, task.x0.detach()
     observe = _observe(task)
     try:
-        for k in sorted({0, (last - 1) // 2, last - 1}):
+        for k in sorted({0, (last - 1) // 2, last - 1} if len(kernel.batches) == 1 else {0}):
             end = last if recipe.numbers is None else k + 1
 
             def eager(x: Tensor, k: int = k, end: int = end) -> Tensor:

@@ -15,6 +15,7 @@ import decimal
 import dis
 import enum
 import functools
+import gc
 import itertools
 import operator
 import os
@@ -283,8 +284,13 @@ class _Walk:
     def wrapper(self, value: Any, kind: type) -> None:
         """Properties, static and class methods, cached functions."""
         self.key.append(kind)
-        if hasattr(value, "cache_parameters") and isinstance(value.__wrapped__, types.FunctionType):
-            self.cached.add(value.__wrapped__.__code__)
+        if hasattr(value, "cache_parameters"):
+            if isinstance(value.__wrapped__, types.FunctionType):
+                self.cached.add(value.__wrapped__.__code__)
+            for entries in gc.get_referents(value):
+                if type(entries) is dict and entries is not vars(value):
+                    for result in entries.values():
+                        self.visit(gc.get_referents(result) if type(result).__name__ == "_lru_list_elem" else result)
         for name in ("__wrapped__", "__func__", "fget", "fset", "func"):
             inner = getattr(value, name, None)
             if inner is not None:
@@ -435,8 +441,8 @@ class _Walk:
             for name, value in vars(base).items():
                 if name in _NO_MEMBERS or type(value) in _FIELDS:
                     continue
-                called = name[:2] == "__" and name not in _UNCALLED
-                if called or name in self._names or any(name in vars(b) for b in base.__mro__[1:] if b is not object):
+                called = name[:2] == "__" or any(name in vars(b) for b in base.__mro__[1:] if b is not object)
+                if (called and name not in _UNCALLED) or name in self._names:
                     self._named(name, value)
                 else:
                     self._members.setdefault(name, []).append(value)
@@ -456,10 +462,13 @@ class _Walk:
                     self.key.append(version(module))
                 for name in sorted((space.keys() if every and not library else space.keys() & self._names) - known):
                     known.add(name)
-                    if library and type(space[name]) in _LIBRARY_PARTS:
-                        self.key += (name, space[name])
+                    part = space[name]
+                    if library and type(part) in _LIBRARY_PARTS:
+                        self.key += (name, part)
+                    elif library and type(part) is types.ModuleType and not is_pure(part.__name__):
+                        continue  # an attribute of another object may have this name; calls are watched
                     elif name[:2] != "__" or name == "__getattr__":
-                        self._named(name, space[name])
+                        self._named(name, part)
                 if not library:
                     self.namespaces[id(space)] = space
             for name in sorted(self._members if reflective else self._members.keys() & self._names):

@@ -170,7 +170,7 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
         tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
         try:
             with tracer, Unread(tracer):
-                made = _called(function, _inputs(tracer, signature))
+                made = _called(tracer, function, _inputs(tracer, signature))
             _check(tracer)
         except Unsupported as problem:
             problems.append(problem)
@@ -245,8 +245,8 @@ def _rows(
     inputs = _inputs(tracer, signature)
     states = inputs.states
     with tracer, Unread(tracer):
-        outputs = [_result(tracer, a) for a in _called(step, inputs)]
-        seen = None if observe is None else _result(tracer, _called(observe, states[0]))
+        outputs = [_result(tracer, a) for a in _called(tracer, step, inputs)]
+        seen = None if observe is None else _result(tracer, _called(tracer, observe, states[0]))
     _check(tracer)
     wrong = [(a, s) for a, s in zip(outputs, states, strict=True) if a.shape != s.shape or a.dtype != s.dtype]
     if wrong:
@@ -302,13 +302,14 @@ def _result(tracer: Tracer, a: Any) -> Traced:
     return made
 
 
-def _called(function: Callable[..., Any], argument: Any) -> Any:
+def _called(tracer: Tracer, function: Callable[..., Any], argument: Any) -> Any:
     """The call, with whatever goes wrong in it turned into `Unsupported`."""
     try:
         return function(argument)
     except Unsupported:
         raise
     except Exception as problem:
+        _check(tracer)
         frames = [f for f in traceback.extract_tb(problem.__traceback__) if not _is_internal(f.filename)]
         line = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else user_line()
         text = str(problem).strip().split("\n")[0]

@@ -149,7 +149,7 @@ class Unread(TorchFunctionMode):
             raise self._tracer.refuse(READS.format(f"Tensor.{func.__name__}()"))
         if func in _ACCESSORS and _asked_by_user():
             raise self._tracer.refuse(f"it looks at {_ACCESSORS[func]}, which a trace cannot repeat")
-        if func is _REQUIRES_GRAD and isinstance(args[0], Traced) and _asked_by_user():
+        if func == _REQUIRES_GRAD and isinstance(args[0], Traced) and _asked_by_user():
             raise self._tracer.refuse("it looks at Tensor.requires_grad of the state, which a trace cannot repeat")
         if func in _SETTERS and not _symbolic(args[0]):
             raise self._tracer.refuse("it changes a tensor in place that lives outside it (data, grad, requires_grad)")
