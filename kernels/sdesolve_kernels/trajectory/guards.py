@@ -287,10 +287,11 @@ class _Walk:
         if hasattr(value, "cache_parameters"):
             if isinstance(value.__wrapped__, types.FunctionType):
                 self.cached.add(value.__wrapped__.__code__)
-            for entries in gc.get_referents(value):
-                if type(entries) is dict and entries is not vars(value):
-                    for result in entries.values():
-                        self.visit(gc.get_referents(result) if type(result).__name__ == "_lru_list_elem" else result)
+            for part in gc.get_referents(value):  # what it was called with and returned, and the table of that
+                for entry in part.values() if type(part) is dict and part is not vars(value) else (part,):
+                    kind = type(entry)
+                    if entry is not vars(value) and kind not in _CACHE_PARTS and kind.__name__ != "_lru_list_elem":
+                        self.visit(entry)
         for name in ("__wrapped__", "__func__", "fget", "fset", "func"):
             inner = getattr(value, name, None)
             if inner is not None:
@@ -469,7 +470,7 @@ class _Walk:
                         continue  # an attribute of another object may have this name; calls are watched
                     elif name[:2] != "__" or name == "__getattr__":
                         self._named(name, part)
-                if not library:
+                if module is not torch.Tensor:
                     self.namespaces[id(space)] = space
             for name in sorted(self._members if reflective else self._members.keys() & self._names):
                 for value in self._members.pop(name):
@@ -487,6 +488,7 @@ class _Walk:
 
 # Kinds -----------------------------------------------------------------------------------------------------------
 _BUILTINS = vars(builtins)
+_CACHE_PARTS = (type, types.FunctionType, object)
 _HOLDERS = frozenset(("argparse", "types", "uuid", "pathlib"))
 _PLAIN_BASES = (object, types.SimpleNamespace)
 _VALUES = frozenset(

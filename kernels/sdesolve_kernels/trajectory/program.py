@@ -122,6 +122,10 @@ Step = Callable[[Inputs], Sequence[Tensor]]
 Observe = Callable[[Tensor], Tensor]
 
 
+def _nothing() -> None:
+    pass
+
+
 def check_size(states: Sequence[tuple[int, ...]], noises: Sequence[tuple[int, ...]] = ()) -> None:
     """Refuses paths that are too large for a kernel."""
     size = sum(map(math.prod, (*states, *noises)))
@@ -181,6 +185,7 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
 
 def _check(tracer: Tracer) -> None:
     """Raises what went wrong in a trace, though the code that was traced may have caught it."""
+    tracer.graph.on_growth = _nothing  # the graph stays, and the tracer with all its tensors need not
     if tracer.problem is not None:
         raise tracer.problem
 

@@ -318,7 +318,7 @@ class Tracer(TorchDispatchMode):
     def check_time(self) -> None:
         """Gives up when tracing has taken too long."""
         if time.perf_counter() > self._deadline:
-            raise self.refuse(f"tracing takes longer than {self._deadline - self._began:.3g} s")
+            raise self.refuse(f"tracing takes longer than {self._deadline - self._began:.2g} s")
 
     def known(self, tensor: Tensor) -> Traced:
         """The tensor as a traced one."""
