@@ -32,16 +32,7 @@ _SPANS = 64  # steps whose times are made tensors at once
 
 
 class CannotExecute(Exception):
-    """An executor cannot carry out an integration; the message says why.
-
-    Attributes:
-        begun: the integration step by step, if its first step has been taken already. The next executor goes on with
-            it, and does not call the user's functions for that step again.
-    """
-
-    def __init__(self, reason: str, begun: Stepwise | None = None) -> None:
-        super().__init__(reason)
-        self.begun = begun
+    """An executor cannot carry out an integration; the message says why."""
 
 
 class Executor(Protocol):

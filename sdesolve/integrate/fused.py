@@ -6,13 +6,14 @@ solver goes into it, and `sdesolve_kernels.trajectory` makes and runs it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import final
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, final
 
 import torch
 from sdesolve_kernels import Stream
@@ -20,17 +21,20 @@ from sdesolve_kernels.dispatch import backend_for, requested_backend
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
-    Contents,
+    Guards,
     Inputs,
     Launch,
     Signature,
     Unsupported,
-    batch_kind,
-    check_batch,
+    agree,
+    check_size,
+    coarsest,
     compile_trajectory,
-    contents,
-    settled,
+    look_into,
+    recorded,
+    same_operations,
     trace,
+    unchanged,
 )
 from torch import Tensor
 from tqdm import tqdm
@@ -55,6 +59,9 @@ _KERNELS_KEPT = 128
 _MOST_WEIGHTS = 1 << 16
 
 
+_SECONDS = 20.0  # that a trace may take
+
+
 @final
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
@@ -63,20 +70,24 @@ class _Kernel:
     Attributes:
         trajectory: the kernel.
         where: for each tensor that it reads, its place among the tensors that the functions hold.
-        captured: those tensors, if their places are not known; then the kernel is for one call.
         evaluations: of the drift, a step.
-        normals: taken from each source of noise in a step.
+        noises: shapes of a step's numbers from each source of noise.
         read: tensors whose values were made into the kernel: places as in ``where``, and the values.
-        batches: kinds of batch that the trace is known to be right for (`check_batch`), and why not for others.
+        bindings: what names in libraries stood for (`unchanged`).
+        batches: sizes of batch for which it was compared with torch, and why it is not right for one.
     """
 
     trajectory: AbstractTrajectory
-    where: tuple[int, ...] | None
-    captured: tuple[Tensor, ...]
+    where: tuple[int, ...]
     evaluations: int
-    normals: tuple[int, ...]
+    noises: tuple[tuple[int, ...], ...]
     read: tuple[tuple[int, Tensor], ...]
+    bindings: list[Any]
     batches: dict[int, Unsupported | None] = dataclasses.field(default_factory=dict)
+
+    def fits(self, guards: Guards) -> bool:
+        """Whether nothing beyond the key of the guards has changed."""
+        return unchanged(self.bindings) and all(torch.equal(guards.tensors[i], value) for i, value in self.read)
 
 
 _kernels: OrderedDict[Hashable, _Kernel | Unsupported] = OrderedDict()
@@ -97,25 +108,31 @@ class Fused:
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
         _check_fusible(problem, lowered, self._wanted)
         try:
-            held = contents(problem.solver, problem.equation, problem.save.observable, most_weights=_MOST_WEIGHTS)
-            _check_untransformed(problem.x0, *held.tensors)
-            with settled():
-                kernel = _kernel_for(problem, held, lowered)
-                _check_untransformed(*kernel.captured)
-                _check_batch(problem, kernel, lowered)
-                with tqdm(total=problem.steps, disable=not problem.progress, unit="step", leave=False) as bar:
-                    saved = _run(problem, kernel, held, lowered)
-                    bar.update(problem.steps)
-        except Unsupported as problem_met:
-            raise CannotExecute(str(problem_met)) from None
+            with _uncounted(problem):
+                guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
+                _check_untransformed(problem.x0, *guards.tensors)
+                kernel, guards = _kernel_for(problem, guards, lowered)
+            saved = _run(problem, kernel, guards, lowered)
+        except Unsupported as met:
+            raise CannotExecute(str(met)) from None
         if problem.check_finite and not all_finite(saved.x1):
             Eager().begin(problem, lowered).report_divergence()
             refuse_end(problem, saved.x1)  # rounding took the kernel alone over the edge
-        if kernel.where is None:
-            anew = held.opaque or "a tensor that is made as they run"
-            reason = f"{saved.reason}, traced in each call, as the functions hold {anew}"
-            return dataclasses.replace(saved, reason=reason)
         return saved
+
+
+def _roots(problem: Problem) -> tuple[object, ...]:
+    return problem.solver, problem.equation, problem.save.observable
+
+
+@contextlib.contextmanager
+def _uncounted(problem: Problem) -> Iterator[None]:
+    """Evaluations of the functions inside the ``with`` block are no part of the integration."""
+    before = problem.watched.evaluations
+    try:
+        yield
+    finally:
+        problem.watched.evaluations = before
 
 
 @final
@@ -164,23 +181,6 @@ def _check_untransformed(*tensors: Tensor) -> None:
         raise CannotExecute(_TRANSFORMED)
 
 
-def _check_batch(problem: Problem, kernel: _Kernel, lowered: Lowered) -> None:
-    """Refuses a kernel that is not right for a batch of this size."""
-    kind = batch_kind(len(problem.x0), problem.x0[0].numel())
-    if kind not in kernel.batches:
-        before = problem.watched.evaluations
-        try:
-            check_batch(kernel.trajectory.plan.program, _traced_step(lowered), _observe(problem), len(problem.x0))
-            kernel.batches[kind] = None
-        except Unsupported as met:
-            kernel.batches[kind] = met
-        finally:
-            problem.watched.evaluations = before
-    refusal = kernel.batches[kind]
-    if refusal is not None:
-        raise refusal
-
-
 def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
     """Refuses what cannot be fused whatever the functions are."""
     solver, x0 = problem.solver, problem.x0
@@ -211,11 +211,51 @@ def _path(source: NoiseSource) -> BrownianPath:
     return dataclasses.replace(path, stream=Stream.LEVY) if source.of == "H" else path
 
 
-def _kernel_for(problem: Problem, held: Contents, lowered: Lowered) -> _Kernel:
+def _kernel_for(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[_Kernel, Guards]:
+    """The kernel of an integration, from an earlier call or made now, known to be right for its batch."""
+    batch, key = len(problem.x0), _key(problem, guards, lowered)
+    with _lock:
+        found = _kernels.get(key)
+        if found is not None:
+            _kernels.move_to_end(key)
+    if isinstance(found, Unsupported):
+        raise found
+    fits = found is not None and found.fits(guards)
+    if found is not None and fits and batch in found.batches:
+        refusal = found.batches[batch]
+        if refusal is not None:
+            raise refusal
+        return found, guards
+    try:
+        kernel, guards = (found, guards) if found is not None and fits else _build(problem, guards, lowered)
+    except Unsupported as met:
+        _keep(_key(problem, guards, lowered), met)
+        raise
+    try:
+        with guards.preserved(watched=False):
+            _compare(problem, kernel, guards, lowered)
+        kernel.batches[batch] = None
+    except Unsupported as met:
+        kernel.batches[batch] = met
+        raise
+    finally:
+        if batch in kernel.batches:
+            _keep(_key(problem, guards, lowered), kernel)
+    return kernel, guards
+
+
+def _keep(key: Hashable, made: _Kernel | Unsupported) -> None:
+    with _lock:
+        _kernels[key] = made
+        while len(_kernels) > _KERNELS_KEPT:
+            _kernels.popitem(last=False)
+
+
+def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
     batch, x0 = len(problem.x0), problem.x0
-    key = (
-        held.key,
-        tuple(t.ndim > 0 and len(t) == batch for t in held.tensors),
+    return (
+        guards.key,
+        tuple(t.ndim > 0 and len(t) == batch for t in guards.tensors),
         batch == 1,
         tuple(x0.shape[1:]),
         x0.dtype,
@@ -223,76 +263,159 @@ def _kernel_for(problem: Problem, held: Contents, lowered: Lowered) -> _Kernel:
         backend_for("trajectory", x0.device).name,
         torch.get_default_dtype(),
         torch.is_autocast_enabled(x0.device.type),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
         bool(problem.save.inside),
         lowered.columns,
         lowered.memory,
         tuple((_path(s).kind, s.draws, s.of) for s in lowered.sources),
     )
-    with _lock:
-        found = _kernels.get(key) if held.complete else None
-        if found is not None:
-            _kernels.move_to_end(key)
-    if isinstance(found, Unsupported):
-        raise found
-    if found is not None and all(torch.equal(held.tensors[i], value) for i, value in found.read):
-        return found
-    made: _Kernel | Unsupported
-    try:
-        made = _build(problem, held, lowered)
-        # Making a trace may fill caches that the functions keep; if it changes them each time, it is no function.
-        after = contents(problem.solver, problem.equation, problem.save.observable)
-        if after.key != held.key:
-            made = _build(problem, after, lowered)
-            if contents(problem.solver, problem.equation, problem.save.observable).key != after.key:
-                raise CannotExecute(
-                    "a function changes Python values that it holds (a counter, a cache) each time it is called"
-                )
-            return made
-    except Unsupported as met:
-        made = met
-    if held.complete and (isinstance(made, Unsupported) or made.where is not None):
-        with _lock:
-            _kernels[key] = made
-            while len(_kernels) > _KERNELS_KEPT:
-                _kernels.popitem(last=False)
-    if isinstance(made, Unsupported):
-        raise made
-    return made
 
 
-def _build(problem: Problem, held: Contents, lowered: Lowered) -> _Kernel:
-    x0 = problem.x0
-    evaluations, before = 0, problem.watched.evaluations
+def _build(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[_Kernel, Guards]:
+    x0, watched = problem.x0, problem.watched
+    evaluations = 0
     step = _traced_step(lowered)
 
     def counted(inputs: Inputs) -> Sequence[Tensor]:
         nonlocal evaluations
-        first = problem.watched.evaluations
+        first = watched.evaluations
         after = step(inputs)
-        evaluations = problem.watched.evaluations - first
+        evaluations = watched.evaluations - first
         return after
 
+    states = (tuple(x0.shape[1:]),) * (1 + lowered.memory)
     try:
+        check_size(states)
+        failure = None
+        try:
+            noises, guards = _warm(problem, guards, lowered)
+        except Unsupported:
+            raise
+        except Exception as met:  # tracing says more of it
+            failure, noises = met, tuple(source.shape() for source in lowered.sources)
+        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0))
+        with guards.preserved() as watch:
+            program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
+        if failure is not None:
+            raise Unsupported(f"its first step fails ({_described(failure)})") from failure
+        trajectory = compile_trajectory(program, [_path(source).kind for source in lowered.sources])
+    except Unsupported:
+        raise
+    except Exception as met:
+        raise Unsupported(f"it cannot be compiled, a fault of sdesolve ({_described(met)})") from met
+    places = {id(t): i for i, t in enumerate(guards.tensors)}
+    if not all(id(c) in places for c in program.captured):
+        raise Unsupported("it uses a tensor that it makes outside torch, or that could not be found beforehand")
+    where = tuple(places[id(c)] for c in program.captured)
+    read = tuple((where[i], program.captured[i].detach().clone()) for i in program.read)
+    return _Kernel(trajectory, where, evaluations, noises, read, watch.bindings()), guards
+
+
+def _warm(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[tuple[tuple[int, ...], ...], Guards]:
+    """Does the first step in torch, so that caches fill as they do in an eager run.
+
+    Returns:
+        Shapes of a step's numbers from each source of noise, and what the functions hold now.
+
+    Raises:
+        Unsupported: what the functions hold changes again in a second call, or that gives another result. It is put
+            back as it was.
+    """
+    with guards.put_back_on_error() as changed:
         noises = tuple(source.shape() for source in lowered.sources)
-        states = (tuple(x0.shape[1:]),) * (1 + lowered.memory)
-        program = trace(
-            counted, Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0)), _observe(problem)
-        )
-    finally:
-        problem.watched.evaluations = before
-    trajectory = compile_trajectory(program, [_path(source).kind for source in lowered.sources])
-    places = {id(t): i for i, t in enumerate(held.tensors)}
-    where = None
-    if held.complete and all(id(c) in places for c in program.captured):
-        where = tuple(places[id(c)] for c in program.captured)
-    return _Kernel(
-        trajectory,
-        where,
-        () if where is not None else program.captured,
-        evaluations,
-        tuple(math.prod(n) for n in noises),
-        () if where is None else tuple((where[i], program.captured[i].detach().clone()) for i in program.read),
-    )
+        inputs = _inputs(problem, lowered, noises, 0, problem.steps, problem.x0.detach())
+        first = _evaluated(problem, lowered, inputs)
+        what, now = changed(), look_into(*_roots(problem))
+        if what or now.key != guards.key:
+            guards = now
+            with guards.put_back_on_error() as changed_again:
+                second = _evaluated(problem, lowered, inputs)
+                same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+                if changed_again() or not same:
+                    raise Unsupported(f"it changes Python values that it holds ({what}) each time it is called")
+    return noises, guards
+
+
+def _evaluated(problem: Problem, lowered: Lowered, inputs: Inputs) -> list[Tensor]:
+    made = [*_traced_step(lowered)(inputs)]
+    observe = _observe(problem)
+    return made if observe is None else [*made, observe(inputs.states[0])]
+
+
+def _inputs(
+    problem: Problem, lowered: Lowered, noises: Sequence[tuple[int, ...]], k: int, end: int, x: Tensor
+) -> Inputs:
+    """What step ``k``, taken to grid point ``end``, is called with in torch."""
+    times, batch = problem.times[[k, end]], len(x)
+    t, dt = times.to(x), times.diff()
+    normals = []
+    for source, shape in zip(lowered.sources, noises, strict=True):
+        path, m = _path(source), math.prod(shape)
+        numbers = dataclasses.replace(path, first_step=path.first_step * (m // source.draws) + k * m)
+        units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
+        z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
+        normals.append(z.reshape(m, batch).T.reshape(batch, *shape))
+    row = x.new_zeros(0) if lowered.table is None else lowered.table[k].to(x)
+    return Inputs(lowered.start(x), tuple(normals), t[0], t[1], dt[0].to(x), dt[0].abs().sqrt().to(x), row)
+
+
+def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> None:
+    """Compares a kernel with the step in torch on all rows of the batch.
+
+    At the first, middle and last grid times when it is new, and at the first for other sizes of the batch.
+
+    Raises:
+        Unsupported: they differ.
+    """
+    last, x0, step, table = problem.steps, problem.x0.detach(), _traced_step(lowered), lowered.table
+    observe, captured = _observe(problem), tuple(guards.tensors[i] for i in kernel.where)
+    program = kernel.trajectory.plan.program
+    eps = coarsest(program)
+
+    def launch(x: Tensor, k: int, end: int, saves: Sequence[int]) -> Launch:
+        rows = None if table is None else table[k : k + 1]
+        offsets = _offsets(problem, kernel, lowered, k)
+        return Launch(x.contiguous(), problem.times[[k, end]], rows, offsets, saves, False, captured)
+
+    try:
+        for k in sorted({0} if kernel.batches else {0, (last - 1) // 2, last - 1}):
+            end = last if table is None else k + 1
+            if k == 0:
+                calls = recorded(step, observe, _inputs(problem, lowered, kernel.noises, k, end, x0))
+                same_operations(program, calls, len(x0))
+            agree(
+                lambda x, k=k, end=end: step(_inputs(problem, lowered, kernel.noises, k, end, x))[0],
+                lambda x, k=k, end=end: kernel.trajectory.run(launch(x, k, end, ())).x1,
+                x0,
+                eps,
+            )
+        if observe is not None:
+            shape = program.observed_shape or ()
+
+            def seen(x: Tensor) -> Tensor:
+                states = kernel.trajectory.run(launch(x, 0, 1, (0,))).states
+                assert states is not None
+                return states.reshape(len(x), *shape)
+
+            agree(observe, seen, x0, eps)
+    except Unsupported:
+        raise
+    except Exception as met:
+        raise Unsupported(f"comparing it with torch fails ({_described(met)})") from met
+
+
+def _described(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
+
+
+def _offsets(problem: Problem, kernel: _Kernel, lowered: Lowered, step: int = 0) -> list[tuple[int, int, int, int]]:
+    """Where the numbers of each source begin, ``step`` steps after the first."""
+    found = []
+    for source, m in zip(lowered.sources, map(math.prod, kernel.noises), strict=True):
+        seed, stream, first_path, first = _offset(_path(source), m // source.draws, len(problem.x0), m * problem.steps)
+        found.append((seed, stream, first_path, first + step * m))
+    return found
 
 
 def _observe(problem: Problem) -> Callable[[Tensor], Tensor] | None:
@@ -303,21 +426,32 @@ def _observe(problem: Problem) -> Callable[[Tensor], Tensor] | None:
 _REASON = "the whole trajectory is one generated kernel"
 
 
-def _run(problem: Problem, kernel: _Kernel, held: Contents, lowered: Lowered) -> Saved:
-    save, x0, times = problem.save, problem.x0, problem.times
-    offsets = [
-        _offset(_path(source), m // source.draws, len(x0), m * problem.steps)
-        for source, m in zip(lowered.sources, kernel.normals, strict=True)
-    ]
-    captured = kernel.captured if kernel.where is None else tuple(held.tensors[i] for i in kernel.where)
+def _run(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Saved:
+    with tqdm(
+        total=problem.steps * len(problem.x0), disable=not problem.progress, unit="path-step", leave=False
+    ) as bar:
+        launch = Launch(
+            problem.x0,
+            problem.times,
+            lowered.table,
+            _offsets(problem, kernel, lowered),
+            (),
+            False,
+            tuple(guards.tensors[i] for i in kernel.where),
+            progress=bar.update if problem.progress else None,
+        )
+        return (_between if problem.save.inside else _on_grid)(problem, kernel, launch)
+
+
+def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
+    """A run whose plan has times on the grid alone."""
+    save, x0 = problem.save, problem.x0
     trajectory, source = kernel.trajectory, kernel.trajectory.source
-    if save.inside:
-        return _between(problem, kernel, Launch(x0, times, lowered.table, offsets, _around(save), False, captured))
     evaluations = kernel.evaluations * problem.steps
     saves = sorted(k for k, slots in save.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
     plain = saves == [problem.steps] and save.observable is None and not save.moments
-    saved = trajectory.run(Launch(x0, times, lowered.table, offsets, () if plain else saves, save.moments, captured))
+    saved = trajectory.run(dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments))
     # Two times at one grid point are two entries of what is returned.
     entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
     order = [entry[slot] for slot in range(len(save.ts))]
@@ -356,9 +490,10 @@ def _around(save: SavePlan) -> list[int]:
 
 def _between(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     """A run whose plan has times between grid points: states there follow from those on both sides."""
+    save, watched = problem.save, problem.watched
+    launch = dataclasses.replace(launch, saves=_around(save))
     saved = kernel.trajectory.run(launch)
     assert saved.states is not None
-    save, watched = problem.save, problem.watched
     before = watched.evaluations
     states = dict(zip(launch.saves, saved.states.reshape(-1, *problem.x0.shape), strict=True))
     for k, x in states.items():

@@ -180,10 +180,8 @@ def _executed(problem: Problem, backend: Backend) -> tuple[Saved, str]:
             if backend != "auto":
                 raise ValueError(f"{_REFUSED[name]}: {met}. backend='auto' runs it in another way") from None
             passed.append(f"{_PASSED[name]}{met}")
-            if met.begun is None:
-                continue
-            saved = met.begun.finish()
-        return saved, "; ".join(filter(None, [saved.reason, *passed])) or "requested"
+        else:
+            return saved, "; ".join(filter(None, [saved.reason, *passed])) or "requested"
     raise AssertionError("the eager executor can carry out everything")
 
 

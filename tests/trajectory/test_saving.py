@@ -127,7 +127,8 @@ def test_a_run_that_diverges_in_the_kernel_alone_is_not_silent(interpreted, monk
 
     def spoilt(self, launch):
         saved = run(self, launch)
-        saved.x1[2, 0] = float("nan")
+        if len(launch.times) > 2:  # not where the kernel is compared with torch
+            saved.x1[2, 0] = float("nan")
         return saved
 
     monkeypatch.setattr(interpreted, "run", spoilt)

@@ -24,6 +24,13 @@ __all__ = [
 ]
 
 
+def _written(out: Tensor, value: Tensor) -> Tensor:
+    """``out`` with these values. Its version stays, as where a kernel writes: whoever needs it counted says so."""
+    out.data.copy_(value)
+    return out
+
+
+
 def _unsigned(noise: NoiseKeywords) -> dict[str, int]:
     """Integers as `reference_steps` takes them; they come in two's complement, or as tensors."""
     return {
@@ -44,14 +51,14 @@ def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, off
     dtype = {} if kind == "words" else {"dtype": out.dtype}
     rows, count = len(out), out[0].numel()
     where = {"seed": seed, "stream": stream, "first_path": first_path, "offset": offset}
-    return out.copy_(make(rows, count, **where, device=out.device, **dtype).reshape(out.shape))
+    return _written(out, make(rows, count, **where, device=out.device, **dtype).reshape(out.shape))
 
 
 def euler_maruyama_step(
     x: Tensor, f: Tensor, g: Coefficient, dt: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]
 ) -> Tensor:
     """See `reference_steps.euler_maruyama_step`."""
-    return out.copy_(reference_steps.euler_maruyama_step(x, f, _tensor(g), _tensor(dt), **_unsigned(noise)))
+    return _written(out, reference_steps.euler_maruyama_step(x, f, _tensor(g), _tensor(dt), **_unsigned(noise)))
 
 
 def linear_step(
@@ -60,7 +67,7 @@ def linear_step(
 ) -> Tensor:  # fmt: skip
     """See `reference_steps.linear_step`."""
     made = reference_steps.linear_step(x, list(history), table, int(row), stochastic=stochastic, **_unsigned(noise))
-    return out.copy_(made)
+    return _written(out, made)
 
 
 def langevin_step(
@@ -70,26 +77,26 @@ def langevin_step(
     """See `reference_steps.langevin_step`."""
     size = size.to(x.device) if isinstance(size, Tensor) else size
     alpha = _tensor(alpha, x.device)
-    return out.copy_(reference_steps.langevin_step(x, score, mode=mode, size=size, alpha=alpha, **_unsigned(noise)))
+    return _written(out, reference_steps.langevin_step(x, score, mode=mode, size=size, alpha=alpha, **_unsigned(noise)))
 
 
 def perturb(
     x0: Tensor, alpha: Coefficient, sigma: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]
 ) -> Tensor:
     """See `reference_steps.perturb`."""
-    return out.copy_(reference_steps.perturb(x0, _tensor(alpha), _tensor(sigma), **_unsigned(noise)))
+    return _written(out, reference_steps.perturb(x0, _tensor(alpha), _tensor(sigma), **_unsigned(noise)))
 
 
 def noise_product(v: Tensor, c: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]) -> Tensor:
     """See `reference_steps.noise_product`."""
-    return out.copy_(reference_steps.noise_product(v, _tensor(c), **_unsigned(noise)))
+    return _written(out, reference_steps.noise_product(v, _tensor(c), **_unsigned(noise)))
 
 
 def scaled(v: Tensor, c: Coefficient, *, out: Tensor) -> Tensor:
     """``c v``, rounded once."""
     wide = reference_steps.compute_dtype(v.dtype)
     c = _tensor(c, v.device).to(wide)
-    return out.copy_(v.to(wide) * c.reshape(-1, *(1,) * (v.dim() - 1)))
+    return _written(out, v.to(wide) * c.reshape(-1, *(1,) * (v.dim() - 1)))
 
 
 def dsm_loss(
@@ -100,7 +107,7 @@ def dsm_loss(
     loss = reference_steps.dsm_loss(r.output, r.x0, p, q, weight, **_unsigned(noise))
     if gradient is not None:
         dsm_gradient(r, 1.0, mean=mean, out=gradient, made=False, **noise)
-    return out.copy_(loss.mean() if mean else loss)
+    return _written(out, loss.mean() if mean else loss)
 
 
 def dsm_gradient(
@@ -110,4 +117,4 @@ def dsm_gradient(
     residual = reference_steps.dsm_residual(r.output, r.x0, _tensor(r.p), _tensor(r.q), **_unsigned(noise))
     factor = 2.0 / (r.output.numel() if mean else r.output[0].numel())
     scale = _tensor(upstream).to(residual) * _tensor(r.weight).to(residual) * factor
-    return out.copy_(scale.reshape(-1, *(1,) * (residual.dim() - 1)) * residual if scale.dim() else scale * residual)
+    return _written(out, scale.reshape(-1, *(1,) * (residual.dim() - 1)) * residual if scale.dim() else scale * residual)

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sdesolve_kernels.trajectory.alike import mapped
 from sdesolve_kernels.trajectory.expressions import I64, Expression, Graph
 from sdesolve_kernels.trajectory.pointwise import handles, number, pointwise, whole_quotient
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, dtype_name
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, dtype_name, mapped
 
 
 def _sigmoid(g: Graph, a: Expression) -> Expression:

@@ -59,6 +59,7 @@ class Graph:
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Expression] = {}
         self._int32: set[int] = set()
+        self.on_growth: Callable[[], None] = lambda: None  # called now and then while expressions are made
 
     def __len__(self) -> int:
         return len(self._made)
@@ -70,6 +71,8 @@ class Graph:
         made = self._made.get(key)
         if made is None:
             made = self._made[key] = Expression(op, args, data, dtype, depends, len(self._made))
+            if not len(self._made) % 4096:
+                self.on_growth()
         return made
 
     def const(self, value: float | bool, dtype: str) -> Expression:

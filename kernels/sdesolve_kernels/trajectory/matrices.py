@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.alike import mapped, spread, thin_axis
 from sdesolve_kernels.trajectory.expressions import FLOATS, Expression, Graph
 from sdesolve_kernels.trajectory.leaves import Shared
 from sdesolve_kernels.trajectory.pointwise import HANDLERS, handles
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name, mapped
 
 __all__ = ["Matrix"]
 
@@ -74,12 +73,6 @@ def _dot(g: Graph, a: Any, b: Any, dtype: str) -> Expression:
 
 def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     """``(m, k) @ (k, n)``."""
-    (a,), down = thin_axis(-2, a)
-    (b,), across = thin_axis(-1, b)
-    return spread(_matmul(g, a, b, dtype), (*down, *across))
-
-
-def _matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
     out = np.empty((a.shape[0], b.shape[1]), dtype=object)
     whole = shared_matrix(b.T) if b.size > _WRITTEN_OUT and dtype in FLOATS else None
     if whole is None and a.size > _WRITTEN_OUT and dtype in FLOATS and shared_matrix(a) is not None:
@@ -111,11 +104,10 @@ def mm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
 def bmm(tracer: Tracer, func: Any, a: Traced, b: Traced) -> Traced:
     x, y, name = _operands(tracer, a, b)
     _check(x.shape[0] == y.shape[0] and x.shape[2] == y.shape[1], a, b)
-    (x, y), alike = thin_axis(-3, x, y)
     out = np.empty((x.shape[0], x.shape[1], y.shape[2]), dtype=object)
     for i in range(x.shape[0]):
         out[i] = matmul(tracer.graph, x[i], y[i], name)
-    return tracer.traced(spread(out, alike), a.dtype)
+    return tracer.traced(out, a.dtype)
 
 
 @handles("mv")

@@ -10,9 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.alike import mapped
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, FLOATS, I64, Expression, Graph
-from sdesolve_kernels.trajectory.tracing import READS, Traced, Tracer, Unsupported, cast, dtype_name, result_dtype
+from sdesolve_kernels.trajectory.tracing import (
+    READS,
+    Traced,
+    Tracer,
+    Unsupported,
+    cast,
+    dtype_name,
+    mapped,
+    result_dtype,
+)
 
 __all__ = ["EXTREMES", "HANDLERS"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,31 +15,28 @@ import torch
 from torch import Tensor
 
 from sdesolve_kernels.trajectory import decompositions, layouts, matrices, reductions
-from sdesolve_kernels.trajectory.alike import TooMuchWork, alike_rows, thin_axis
 from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
 from sdesolve_kernels.trajectory.leaves import NoiseLeaf, PathEntry, State, TableColumn, Time
 from sdesolve_kernels.trajectory.pointwise import HANDLERS
 from sdesolve_kernels.trajectory.tracing import (
     NOT_ALIKE,
+    Call,
     Traced,
     Tracer,
     Unread,
     Unsupported,
-    cast,
     dtype_name,
     filled,
     user_line,
 )
 
-__all__ = ["Inputs", "Program", "Signature", "batch_kind", "check_batch", "trace", "traced_shape"]
+__all__ = ["Inputs", "Program", "Signature", "check_size", "trace", "traced_shape"]
 
 _HANDLERS = {**HANDLERS}
 _REGISTERED = (decompositions, layouts, matrices, reductions)  # importing them adds their handlers
 
 _LARGEST_PROGRAM = 40_000
 _LARGEST_STATE = 8192
-# Of the batch that a program is checked for, by the size of a state; primes, so that few axes are as long by chance.
-_MOST_ROWS, _MOST_SMALL_ROWS, _MOST_NUMBERS = 1021, 65_521, 1 << 18
 
 
 @final
@@ -102,6 +99,7 @@ class Program:
         by_path: which of them have a row per path.
         split: whether tensors of as many rows as the batch were taken to have a row per path.
         read: which of them an index was read from: the program is right while their values stay the same.
+        calls: operations of the trace of two rows, and of three: those of other batches follow from them (`agreement`).
     """
 
     signature: Signature
@@ -113,65 +111,57 @@ class Program:
     by_path: tuple[bool, ...]
     split: bool
     read: tuple[int, ...] = ()
+    calls: tuple[tuple[Call, ...], tuple[Call, ...]] = ((), ())
+
+    @property
+    def operations(self) -> int:
+        """How many operations a step of one path takes, which is what compiling it costs."""
+        return len(topological([*self.states, *self.observed]))
 
 
 Step = Callable[[Inputs], Sequence[Tensor]]
 Observe = Callable[[Tensor], Tensor]
 
 
-def trace(step: Step, signature: Signature, observe: Observe | None = None) -> Program:
+def _nothing() -> None:
+    pass
+
+
+def check_size(states: Sequence[tuple[int, ...]], noises: Sequence[tuple[int, ...]] = ()) -> None:
+    """Refuses paths that are too large for a kernel."""
+    size = sum(map(math.prod, (*states, *noises)))
+    if size > _LARGEST_STATE:
+        raise Unsupported(f"a path has {size} numbers, state and noise, more than the {_LARGEST_STATE} of a kernel")
+
+
+def trace(step: Step, signature: Signature, observe: Observe | None = None, *, seconds: float = math.inf) -> Program:
     """Traces ``step``, and ``observe`` on the first state.
 
     The batch that is traced has two rows and, once more, three: a step that is right for a path on its own gives every
     row the same expression of that row's inputs. One that does not couples the paths of the batch, or depends on its
-    size.
+    size. What it does for the batch of a call is compared by `agreement`.
 
     A tensor with one row for each path of the call is read as such, and if that fails as one that all paths share.
+
+    Args:
+        step: the step.
+        signature: what it takes.
+        observe: the observable; `None` for the state itself.
+        seconds: how long tracing may take.
 
     Raises:
         Unsupported: the step cannot become a kernel; says which operation stands in the way, and in which line.
     """
-    size = sum(map(math.prod, (*signature.states, *signature.noises)))
-    if size > _LARGEST_STATE:
-        raise Unsupported(f"a path has {size} numbers, state and noise, more than the {_LARGEST_STATE} of a kernel")
+    check_size(signature.states, signature.noises)
     orders = (False, True) if signature.batch == 1 else (True, False)
+    deadline = time.perf_counter() + seconds
     problems: list[Unsupported] = []
     for by_path in orders:
         try:
-            return _trace(step, signature, observe, by_path)
+            return _trace(step, signature, observe, by_path, deadline)
         except Unsupported as problem:
             problems.append(problem)
     raise problems[0]
-
-
-def check_batch(program: Program, step: Step, observe: Observe | None, batch: int) -> None:
-    """Traces once more with the rows of a call, all alike: a step may do something else from some number on.
-
-    Raises:
-        Unsupported: it is another program for a batch of this size, or in some of its rows.
-    """
-    rows = batch_kind(batch, math.prod(program.signature.states[0]))
-    signature = dataclasses.replace(program.signature, batch=batch)
-    try:
-        with alike_rows(rows):
-            (after, observed, _), _ = _rows(program.graph, step, signature, observe, program.split, rows, alike=True)
-    except TooMuchWork as problem:
-        if problem.told_apart:
-            raise Unsupported(NOT_ALIKE) from problem
-        return
-    own, seen = list(program.states), list(program.observed)
-    if any(e != own for e in after) or any(e != seen for e in observed):
-        raise Unsupported(NOT_ALIKE)
-
-
-def batch_kind(batch: int, size: int) -> int:
-    """Batches of one kind, of states of ``size`` numbers, need one `check_batch`."""
-    return min(batch, max(_MOST_ROWS, min(_MOST_SMALL_ROWS, _MOST_NUMBERS // size)))
-
-
-def _kinds_of_rows(results: Sequence[Traced]) -> int:
-    """How many rows there are to look at: one if they are all alike."""
-    return 1 if all(len(thin_axis(-a.ndim, a.elements)[1]) for a in results) else len(results[0])
 
 
 def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> tuple[int, ...]:
@@ -184,8 +174,9 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
     for by_path in orders:
         tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
         try:
-            with tracer, Unread(), torch.no_grad():
-                made = _called(function, _inputs(tracer, signature))
+            with tracer, Unread(tracer):
+                made = _called(tracer, function, _inputs(tracer, signature))
+            _check(tracer)
         except Unsupported as problem:
             problems.append(problem)
         else:
@@ -193,16 +184,20 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
     raise problems[0]
 
 
-def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool) -> Program:
+def _check(tracer: Tracer) -> None:
+    """Raises what went wrong in a trace, though the code that was traced may have caught it."""
+    tracer.graph.on_growth = _nothing  # the graph stays, and the tracer with all its tensors need not
+    if tracer.problem is not None:
+        raise tracer.problem
+
+
+def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool, deadline: float) -> Program:
     graph = Graph()
-    drawn = _drawn()
-    first, tracer = _rows(graph, step, signature, observe, by_path, 2)
+    first, tracer = _rows(graph, step, signature, observe, by_path, 2, deadline)
     size = len(topological([*first[0][0], *first[1][0]]))
     if size > _LARGEST_PROGRAM:
         raise Unsupported(f"its step has {size} operations for each path, more than the {_LARGEST_PROGRAM} of a kernel")
-    second, other = _rows(graph, step, signature, observe, by_path, 3)
-    if drawn != _drawn():
-        raise Unsupported("it draws random numbers in Python; all noise comes from the solver's increments")
+    second, other = _rows(graph, step, signature, observe, by_path, 3, deadline)
     if [id(a) for a in tracer.captured] != [id(a) for a in other.captured]:
         raise Unsupported("it makes new tensors from data outside torch each time it is called")
     own = [_own_row(graph, e, r) for rows in (first, second) for r, e in enumerate(rows[0])]
@@ -220,13 +215,8 @@ def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: b
         tuple(tracer.captured_by_path),
         by_path,
         tuple(sorted(tracer.read)),
+        (tuple(tracer.calls), tuple(other.calls)),
     )
-
-
-def _drawn() -> object:
-    """Changes with every random number that Python's or numpy's global generator makes."""
-    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    return random.getstate(), state["state"]["pos"], state["has_gauss"], state["state"]["key"].tobytes()
 
 
 def _own_row(graph: Graph, roots: Sequence[Expression], row: int) -> list[Expression]:
@@ -254,27 +244,30 @@ def _rows(
     observe: Observe | None,
     by_path: bool,
     rows: int,
-    alike: bool = False,
+    deadline: float,
 ) -> tuple[tuple[list[list[Expression]], list[list[Expression]], tuple[int, ...] | None], Tracer]:
     """Expressions of each row of the state after a step, and of the observation, and the observation's shape."""
-    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, alike)
-    name, inputs = dtype_name(signature.dtype), _inputs(tracer, signature)
+    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, deadline)
+    inputs = _inputs(tracer, signature)
     states = inputs.states
-    with tracer, Unread(), torch.no_grad():
-        outputs = [_result(tracer, a) for a in _called(step, inputs)]
-        seen = None if observe is None else _result(tracer, _called(observe, states[0]))
+    with tracer, Unread(tracer):
+        outputs = [_result(tracer, a) for a in _called(tracer, step, inputs)]
+        seen = None if observe is None else _result(tracer, _called(tracer, observe, states[0]))
+    _check(tracer)
     wrong = [(a, s) for a, s in zip(outputs, states, strict=True) if a.shape != s.shape or a.dtype != s.dtype]
     if wrong:
         a, s = wrong[0]
         raise Unsupported(f"the step turns {s.dtype} {tuple(s.shape)} into {a.dtype} {tuple(a.shape)}")
-    if alike:
-        rows = _kinds_of_rows([*outputs, *([] if seen is None else [seen])])
     after = [[e for a in outputs for e in a.elements[r : r + 1].flat] for r in range(rows)]
     if seen is None:
         return (after, [[] for _ in range(rows)], None), tracer
     if seen.ndim == 0 or seen.shape[0] != tracer.rows:
         raise Unsupported(f"the observable must return one row per path, (batch, ...), got shape {tuple(seen.shape)}")
-    observed = [list(cast(graph, seen.elements[r : r + 1], name).flat) for r in range(rows)]
+    if seen.dtype != signature.dtype:
+        raise Unsupported(
+            f"the observable returns {seen.dtype} for a state of {signature.dtype}, and a kernel saves one dtype"
+        )
+    observed = [list(seen.elements[r : r + 1].flat) for r in range(rows)]
     return (after, observed, tuple(seen.shape[1:])), tracer
 
 
@@ -315,13 +308,14 @@ def _result(tracer: Tracer, a: Any) -> Traced:
     return made
 
 
-def _called(function: Callable[..., Any], argument: Any) -> Any:
+def _called(tracer: Tracer, function: Callable[..., Any], argument: Any) -> Any:
     """The call, with whatever goes wrong in it turned into `Unsupported`."""
     try:
         return function(argument)
-    except (Unsupported, TooMuchWork):
+    except Unsupported:
         raise
     except Exception as problem:
+        _check(tracer)
         frames = [f for f in traceback.extract_tb(problem.__traceback__) if not _is_internal(f.filename)]
         line = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else user_line()
         text = str(problem).strip().split("\n")[0]

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdesolve_kernels.trajectory.alike import mapped, spread, thin
 from sdesolve_kernels.trajectory.expressions import BOOL, I64, Expression
 from sdesolve_kernels.trajectory.pointwise import EXTREMES, HANDLERS, elements_of, handles
-from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name
+from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, mapped
 
 
 def _axes(a: Traced, dim: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -26,16 +25,12 @@ def _reduced(
     elements: np.ndarray, axes: tuple[int, ...], keepdim: bool, fold: Callable[[list[Expression]], Expression]
 ) -> np.ndarray:
     """``fold`` over the given axes."""
-    (elements,), same = thin(elements)
-    if any(i - elements.ndim in dict(same) for i in axes):  # a sum over the batch is long, whatever its rows are
-        elements, same = spread(elements, same), ()
     kept = [i for i in range(elements.ndim) if i not in axes]
     moved = elements.transpose(kept + list(axes)).reshape(*(elements.shape[i] for i in kept), -1)
     out = np.empty(moved.shape[:-1], dtype=object)
     for i in np.ndindex(out.shape):
         out[i] = fold(list(moved[i]))
     out = np.expand_dims(out, axes)
-    out = spread(out, same)
     return out if keepdim else out.squeeze(axes)
 
 

@@ -11,8 +11,11 @@ values that ``Tensor.numpy()`` reads while tracing for constants, and it knows n
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from sdesolve_kernels.trajectory.alike import mapped, overwritten, repeated
 from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
-from sdesolve_kernels.trajectory.kept import note
 from sdesolve_kernels.trajectory.leaves import PathEntry, Shared
 
 __all__ = ["Traced", "Tracer", "Unsupported", "dtype_name"]
@@ -78,8 +79,11 @@ class Traced(Tensor):
             cls, elements.shape, strides=tracer.strides(elements), dtype=dtype, device=tracer.device
         )
         made.elements, made.tracer = elements, tracer
-        note(made)
         return made
+
+    @property  # `x.__class__ is torch.Tensor` holds in the trace as it does outside
+    def __class__(self) -> type:  # type: ignore[override]
+        return Tensor
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)}, {self.dtype})"
@@ -113,9 +117,27 @@ _READERS = {
 }
 
 
+# What differs between a traced tensor and an ordinary one, or between two calls, and no key tells of.
+_ACCESSORS = {
+    **{getattr(Tensor, name): f"Tensor.{name}()" for name in (
+        "stride", "is_contiguous", "storage_offset", "is_set_to", "is_shared", "is_inference", "_is_view", "dim_order")},
+    **{getattr(Tensor, name).__get__: f"Tensor.{name}" for name in (
+        "_version", "is_leaf", "grad_fn", "_base", "grad", "_backward_hooks")},
+}  # fmt: skip
+_SETTERS = {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")} | {Tensor.requires_grad_}
+
+
 @final
 class Unread(TorchFunctionMode):
-    """Refuses what reads a tensor's memory without an operation, which a `Tracer` does not get to see."""
+    """Refuses what reads a tensor's memory, or tells a traced tensor from another, without an operation.
+
+    Args:
+        tracer: remembers what was refused.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READERS:
@@ -125,8 +147,56 @@ class Unread(TorchFunctionMode):
                 and all(e.op == "const" for e in args[0].elements.flat)
             ):
                 return np.frompyfunc(lambda e: e.data, 1, 1)(args[0].elements).tolist()
-            raise Unsupported(READS.format(f"Tensor.{func.__name__}()"), user_line())
+            raise self._tracer.refuse(READS.format(f"Tensor.{func.__name__}()"))
+        if func in _ACCESSORS and _asked_by_user():
+            raise self._tracer.refuse(f"it looks at {_ACCESSORS[func]}, which a trace cannot repeat")
+        if func == _REQUIRES_GRAD and isinstance(args[0], Traced) and _asked_by_user():
+            raise self._tracer.refuse("it looks at Tensor.requires_grad of the state, which a trace cannot repeat")
+        if func in _SETTERS and not _symbolic(args[0]):
+            raise self._tracer.refuse("it changes a tensor in place that lives outside it (data, grad, requires_grad)")
         return func(*args, **(kwargs or {}))
+
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _symbolic(tensor: Tensor) -> bool:
+    return type(tensor) is Traced or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _asked_by_user() -> bool:
+    """Whether code outside this package and torch called the function that a mode is seeing."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in ("torch.overrides", "torch._tensor"):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "sdesolve", "sdesolve_kernels")
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """An operation of a trace, to be compared with those of other traces and of eager runs.
+
+    Attributes:
+        name: of the aten operation.
+        facts: its arguments, a tensor as ``(shape, dtype)``.
+        sources: for each tensor among them, the call that made it, or -1.
+        constant: whether the result has known values.
+        varies: axes of the result along which known values differ.
+        shape: of the result.
+    """
+
+    name: str
+    facts: tuple[Any, ...]
+    sources: tuple[int, ...] = ()
+    constant: bool = False
+    varies: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+def facts_of(flat: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of an operation as `Call` keeps them."""
+    return tuple((tuple(a.shape), a.dtype) if isinstance(a, Tensor) else a for a in flat)
 
 
 @final
@@ -141,7 +211,12 @@ class Tracer(TorchDispatchMode):
         batch: the batch of the call the trace is for. A tensor of that many rows that the function holds is read as
             one row per path, if ``by_path``.
         by_path: see ``batch``.
-        alike: give all rows the inputs of the first.
+        deadline: when to give up, on the clock of ``time.perf_counter``.
+
+    Attributes:
+        problem: the first thing that went wrong. Code that is traced may catch the exception and go on, and what it
+            does then is not what it does otherwise.
+        calls: operations in order, without those that one is made of.
     """
 
     def __init__(
@@ -152,11 +227,16 @@ class Tracer(TorchDispatchMode):
         rows: int,
         batch: int | None = None,
         by_path: bool = True,
-        alike: bool = False,
+        deadline: float = math.inf,
     ) -> None:
         super().__init__()
         self.graph, self.device, self.rows = graph, device, rows
-        self._handlers, self._batch, self._by_path, self._alike = handlers, batch, by_path, alike
+        self._handlers, self._batch, self._by_path, self._deadline = handlers, batch, by_path, deadline
+        self._began, self._depth = time.perf_counter(), 0
+        self.problem: Unsupported | None = None
+        self.calls: list[Call] = []
+        self._origins: dict[int, tuple[Any, int]] = {}
+        graph.on_growth = self.check_time
         self.captured: list[Tensor] = []
         self.captured_by_path: list[bool] = []
         self.read: set[int] = set()
@@ -180,9 +260,7 @@ class Tracer(TorchDispatchMode):
         return mapped(lambda e: self.graph.op("wrap32", e), elements)
 
     def strides(self, elements: np.ndarray) -> list[int]:
-        """Those that torch sees; rows that are alike lie in one place, and torch is not to know."""
-        if self._alike:
-            elements = np.empty(elements.shape, dtype=np.bool_)
+        """Those that torch sees."""
         return [s // elements.itemsize for s in elements.strides]
 
     def constant(self, value: Tensor) -> Traced:
@@ -216,10 +294,8 @@ class Tracer(TorchDispatchMode):
         return made
 
     def per_row(self, leaf: Callable[[int, int], Expression], shape: Sequence[int]) -> np.ndarray:
-        """``(rows, *shape)`` leaves, from functions of row and place; those of the first row in all, if ``alike``."""
+        """``(rows, *shape)`` leaves, from a function of row and place."""
         count = range(math.prod(shape))
-        if self._alike:
-            return repeated(filled([leaf(0, i) for i in count], tuple(shape)), self.rows)
         return filled([leaf(r, i) for r in range(self.rows) for i in count], (self.rows, *shape))
 
     def values(self, a: Traced) -> list[Any] | None:
@@ -240,49 +316,83 @@ class Tracer(TorchDispatchMode):
             parameters = [c.double() if c is not None and c.is_floating_point() else c for c in tensors]
             return [v.item() for v in evaluate(flat, {}, None, parameters)]
 
-    def forget(self) -> None:
-        """Lets go of the traced form of tensors from outside."""
-        self._inputs.clear()
+    def refuse(self, reason: str) -> Unsupported:
+        """The exception to raise, remembered."""
+        problem = Unsupported(reason, user_line())
+        self.problem = self.problem or problem
+        return problem
+
+    def check_time(self) -> None:
+        """Gives up when tracing has taken too long."""
+        if time.perf_counter() > self._deadline:
+            raise self.refuse(f"tracing takes longer than {self._deadline - self._began:.2g} s")
 
     def known(self, tensor: Tensor) -> Traced:
         """The tensor as a traced one."""
         if isinstance(tensor, Traced):
-            return tensor if tensor.tracer is self else self._of_another_call(tensor)
+            if tensor.tracer is not self:
+                raise Unsupported("it keeps what it computes in one call for the next")
+            return tensor
         if tensor.device.type == "meta":
             raise Unsupported("it uses a tensor on the meta device")
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise Unsupported("it uses a sparse or nested tensor")
         return self.input(tensor, by_path=self._by_path and tensor.ndim > 0 and len(tensor) == self._batch)
 
-    def _of_another_call(self, tensor: Traced) -> Traced:
-        """What a function made when it was traced before, and kept; other traces have other expressions."""
-        if any(e is None or e.op != "const" for e in tensor.elements.flat):
-            raise Unsupported("it keeps what it computes in one call for the next")
-        made = mapped(lambda e: self.graph.const(e.data, e.dtype), tensor.elements)
-        return self.traced(made, tensor.dtype)
-
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operation."""
+        watch = sys.getprofile()
+        if watch is not None and type(getattr(watch, "__self__", None)).__name__ == "Watch":
+            sys.setprofile(None)  # it is not to see what the tracer does
+        else:
+            watch = None
+        self._depth += 1
+        try:
+            return self._logged(func, args, kwargs)
+        except BaseException as problem:
+            if self.problem is None:
+                self.problem = problem if isinstance(problem, Unsupported) else Unsupported(_failure(problem, func))
+                self.problem.line = self.problem.line or user_line()
+            raise
+        finally:
+            self._depth -= 1
+            if watch is not None:
+                sys.setprofile(watch)
+
+    def _logged(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise Unsupported(
-                f"it draws random numbers ({name}); all noise comes from the solver's increments", user_line()
-            )
+            raise Unsupported(f"it draws random numbers ({name}); all noise comes from the solver's increments")
+        self.check_time()
         if len(self.graph) > _MOST_EXPRESSIONS:
             raise Unsupported("its step has too many operations for a generated kernel")
         flat, spec = tree_flatten((args, kwargs))
-        if not any(isinstance(a, Tensor) for a in flat):
-            return self._factory(func, args, kwargs)
-        if name in ("lift_fresh", "lift_fresh_copy") and not isinstance(args[0], Traced):
-            return self.constant(args[0])
-        try:
+        made: Any
+        lifted = name in ("lift_fresh", "lift_fresh_copy") and not isinstance(args[0], Traced)
+        if lifted:
+            facts, made = facts_of(flat), self.constant(args[0])
+        elif not any(isinstance(a, Tensor) for a in flat):
+            facts, made = facts_of(flat), self._factory(func, args, kwargs)
+        else:
             flat = [self.known(a) if isinstance(a, Tensor) else a for a in flat]
+            facts = facts_of(flat)  # before the tensors' shapes change in place
             args, kwargs = tree_unflatten(flat, spec)
-            return self._handle(func, name, args, kwargs)
-        except Unsupported as problem:
-            if not problem.line:
-                problem.line = user_line()
-            raise
+            made = self._handle(func, name, args, kwargs)
+        if self._depth == 1:
+            self._log(name, flat, facts, made, lifted)
+        return made
+
+    def _log(self, name: str, flat: Sequence[Any], facts: tuple[Any, ...], made: Any, lifted: bool) -> None:
+        results = [a for a in tree_flatten(made)[0] if isinstance(a, Traced)]
+        sources = tuple(self._origins.get(id(a), (a, -1))[1] for a in flat if isinstance(a, Tensor))
+        constant = bool(results) and all(e is not None and e.op == "const" for a in results for e in a.elements.flat)
+        first = results[0].elements if results else np.empty(0)
+        varies = tuple(axis for axis in range(first.ndim) if _varies(first, axis)) if constant else ()
+        if lifted:
+            facts = (*facts, *((e.data if not varies else None) for e in first.flat[:1]))
+        self.calls.append(Call(name, facts, sources, constant, varies, tuple(first.shape)))
+        for a in results:
+            self._origins[id(a)] = a, len(self.calls) - 1  # kept alive, so that no other gets its identity
 
     def _factory(self, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
@@ -325,10 +435,19 @@ class Tracer(TorchDispatchMode):
             raise Unsupported(
                 "it changes a tensor in place that it was given or that lives outside it; write x = x + 1, not x += 1"
             )
-        elements = self._within(cast(self.graph, value.elements, dtype_name(target.dtype)), target.dtype)
-        if not overwritten(target.elements, elements):
-            raise Unsupported(NOT_ALIKE)
-        target.elements[...] = elements
+        target.elements[...] = self._within(cast(self.graph, value.elements, dtype_name(target.dtype)), target.dtype)
+
+
+def _varies(elements: np.ndarray, axis: int) -> bool:
+    return elements.shape[axis] > 1 and not bool((elements == elements.take([0], axis)).all())
+
+
+def _failure(problem: BaseException, func: Any) -> str:
+    text = str(problem).strip().split("\n")[0]
+    kind = type(problem).__name__
+    if isinstance(problem, RuntimeError | ValueError | IndexError | TypeError):
+        return f"it fails while it is traced, in {func} ({kind}: {text})"
+    return f"{func} cannot be traced, a fault of sdesolve ({kind}: {text})"
 
 
 READS = "it reads the value of a tensor in Python ({}); write it with torch operations, torch.where for a choice"
@@ -348,6 +467,16 @@ def filled(flat: Sequence[Expression], shape: tuple[int, ...]) -> np.ndarray:
 def cast(graph: Graph, elements: np.ndarray, dtype: str) -> np.ndarray:
     """Elements in another type."""
     return mapped(lambda e: graph.cast(e, dtype), elements)
+
+
+def mapped(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
+    """``function`` elementwise, with broadcasting; always an array."""
+    out = np.frompyfunc(function, len(arrays), 1)(*arrays)
+    if isinstance(out, np.ndarray):
+        return out
+    made = np.empty((), dtype=object)
+    made[()] = out
+    return made
 
 
 def result_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype:

@@ -1,0 +1,189 @@
+"""What objects hold at one moment, to be put back later."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import random
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Snapshot"]
+
+_LARGEST = 1 << 20  # elements of a tensor that is copied; no operation of a trace reaches its values anyway
+_NUMBERS = "it draws random numbers"
+_PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.Size)
+
+
+@final
+class Snapshot:
+    """Contents of containers, attributes, cells, functions, classes, namespaces, arrays, tensors and generators."""
+
+    def __init__(self, held: Iterable[object], namespaces: dict[int, dict[str, Any]]) -> None:
+        self._parts: list[tuple[str, Any, Callable[[], Any], Callable[[Any], None]]] = []
+        seen: set[int] = set()
+        for thing in held:
+            self._note(thing, seen)
+        for space in namespaces.values():
+            self._entries(space, seen)
+        self._add(random.getstate, random.setstate, _NUMBERS)
+        self._add(np.random.get_state, np.random.set_state, _NUMBERS)
+        self._add(torch.get_rng_state, torch.set_rng_state, _NUMBERS)
+
+    def changed(self) -> str:
+        """Names what is not as it was; empty if all is."""
+        return next((what for what, _, _ in self._differences()), "")
+
+    def put_back(self) -> str:
+        """Puts back what is not as it was, and names the first of it."""
+        what = ""
+        for name, before, put in self._differences():
+            put(before)
+            what = what or name
+        return what
+
+    def _differences(self) -> list[tuple[str, Any, Callable[[Any], None]]]:
+        found = []
+        for what, before, get, put in self._parts:
+            now = get()
+            if not _same(before, now):
+                found.append((_difference(before, now) or what, before, put))
+        return found
+
+    def _add(self, get: Callable[[], Any], put: Callable[[Any], None], what: str = "a container or a cell") -> None:
+        self._parts.append((what, get(), get, put))
+
+    def _entries(self, entries: dict[Any, Any], seen: set[int]) -> None:
+        if id(entries) not in seen:
+            seen.add(id(entries))
+            kind = collections.OrderedDict if isinstance(entries, collections.OrderedDict) else dict
+            self._add(lambda: tuple(kind.items(entries)), functools.partial(_put_entries, kind, entries))  # type: ignore[call-overload]
+
+    def _note(self, thing: Any, seen: set[int]) -> None:
+        if id(thing) in seen:
+            return
+        match thing:
+            case dict():
+                self._entries(thing, seen)
+            case list():
+                self._add(lambda: tuple(list.__iter__(thing)), lambda old: list.__setitem__(thing, slice(None), old))
+            case collections.deque():
+                self._add(lambda: tuple(thing), lambda old: (thing.clear(), thing.extend(old)))  # type: ignore[func-returns-value]
+            case set():
+                self._add(lambda: tuple(sorted(thing, key=id)), lambda old: (set.clear(thing), set.update(thing, old)))  # type: ignore[func-returns-value]
+            case types.CellType():
+                self._add(lambda: (thing.cell_contents,), lambda old: setattr(thing, "cell_contents", old[0]))
+            case types.FunctionType():
+                names = ("__code__", "__defaults__", "__kwdefaults__")
+                self._add(
+                    lambda: tuple((n, getattr(thing, n)) for n in names), functools.partial(_put_attributes, thing)
+                )
+            case type():
+                self._add(lambda: tuple(vars(thing).items()), functools.partial(_put_class, thing))
+            case np.ndarray():
+                self._add(thing.copy, lambda old: np.copyto(thing, old), "an array in place")
+            case Tensor():
+                self._tensor(thing)
+            case random.Random():
+                self._add(thing.getstate, thing.setstate, _NUMBERS)
+            case np.random.Generator():
+                bits = thing.bit_generator
+                self._add(lambda: bits.state, lambda old: setattr(bits, "state", old), _NUMBERS)
+            case np.random.RandomState():
+                self._add(thing.get_state, thing.set_state, _NUMBERS)
+            case torch.Generator():
+                self._add(thing.get_state, thing.set_state, _NUMBERS)
+        seen.add(id(thing))
+        if not isinstance(thing, type | types.ModuleType):
+            state = getattr(thing, "__dict__", None)
+            if type(state) is dict:
+                self._entries(state, seen)
+            for slot in _slots(type(thing)):
+                self._add(lambda slot=slot: _slot(slot, thing), functools.partial(_put_slot, slot, thing))
+
+    def _tensor(self, thing: Tensor) -> None:
+        names = ("grad", "requires_grad") if thing.is_leaf else ()
+        self._add(lambda: tuple((n, getattr(thing, n)) for n in names), functools.partial(_put_attributes, thing))
+        if thing.layout is torch.strided and thing.numel() <= _LARGEST and not thing.is_meta:
+            self._add(lambda: thing.detach().clone(), lambda old: thing.detach().copy_(old), "a tensor in place")
+
+
+def _slots(kind: type) -> list[types.MemberDescriptorType]:
+    if kind.__flags__ & 1 << 9 == 0:
+        return []
+    return [
+        a for b in kind.__mro__ if "__slots__" in vars(b) for a in vars(b).values()
+        if type(a) is types.MemberDescriptorType
+    ]  # fmt: skip
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) is tuple:
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Tensor):
+        # A shape or dtype that has changed differs in memory; nan is compared by its bits.
+        return a.shape == b.shape and a.dtype == b.dtype and bool((_bits(a) == _bits(b)).all())
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.dtype == b.dtype and (a.dtype.hasobject or a.tobytes() == b.tobytes())
+    if type(a) is dict:
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return type(a) in _PLAIN and (a == b or a != a)
+
+
+def _bits(a: Tensor) -> Tensor:
+    return a.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _difference(before: Any, now: Any) -> str:
+    """The name of an attribute or entry that has changed, if it has one."""
+    if type(before) is tuple and all(type(e) is tuple and len(e) == 2 for e in (*before, *now)):
+        old = {k: v for k, v in before if isinstance(k, str)}
+        new = {k: v for k, v in now if isinstance(k, str)}
+        for name in (*new, *old):
+            if name not in old or name not in new or not _same(old[name], new[name]):
+                return f"`{name}`"
+    return ""
+
+
+def _put_entries(kind: Any, entries: dict[Any, Any], old: tuple[tuple[Any, Any], ...]) -> None:
+    kind.clear(entries)
+    kind.update(entries, old)
+
+
+def _put_attributes(thing: Any, old: tuple[tuple[str, Any], ...]) -> None:
+    for name, value in old:
+        setattr(thing, name, value)
+
+
+def _put_class(thing: type, old: tuple[tuple[str, Any], ...]) -> None:
+    before = dict(old)
+    for name in vars(thing).keys() - before.keys():
+        delattr(thing, name)
+    for name, value in old:
+        if vars(thing).get(name, before) is not value:
+            with contextlib.suppress(AttributeError, TypeError):
+                setattr(thing, name, value)
+
+
+def _slot(slot: types.MemberDescriptorType, thing: object) -> tuple[Any, ...]:
+    try:
+        return ((slot.__name__, slot.__get__(thing)),)
+    except AttributeError:
+        return ()
+
+
+def _put_slot(slot: types.MemberDescriptorType, thing: object, old: tuple[Any, ...]) -> None:
+    if old:
+        slot.__set__(thing, old[0][1])
+    else:
+        slot.__delete__(thing)

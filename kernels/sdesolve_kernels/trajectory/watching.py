@@ -1,0 +1,162 @@
+"""What Python runs while a step is traced: code that was not looked into, and libraries that might be patched later."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import operator
+import sys
+import types
+from typing import Any, final
+
+from torch import Tensor
+
+from sdesolve_kernels.trajectory.tracing import Traced, Unsupported, user_line
+
+__all__ = ["Watch", "is_library", "is_pure"]
+
+# What code of these does depends on its arguments alone, or on what `Tracer` and the key of `Guards` see.
+_PURE = frozenset(
+    ("torch", "numpy", "scipy", "sdesolve", "sdesolve_kernels", "jaxtyping", "typing_extensions", "builtins", "math",
+     "cmath", "operator", "_operator", "functools", "_functools", "itertools", "collections", "_collections",
+     "dataclasses", "typing", "enum", "abc", "_abc", "copy", "copyreg", "types", "numbers", "fractions", "decimal",
+     "_decimal", "re", "_sre", "string", "_string", "contextlib", "statistics", "bisect", "_bisect", "heapq", "_heapq",
+     "reprlib", "_collections_abc", "weakref", "_weakref", "_weakrefset", "keyword", "__future__", "annotationlib")
+)  # fmt: skip
+_FOREIGN = frozenset(sys.stdlib_module_names) | _PURE
+_IMPURE_MODULES = (
+    "numpy.random", "torch.random", "torch.utils._python_dispatch", "torch.utils.data", "torch.cuda", "torch.backends",
+    "torch.serialization", "torch.overrides", "torch.profiler", "torch.multiprocessing",
+)  # fmt: skip
+_IMPURE = frozenset(
+    ("get_num_threads", "set_num_threads", "set_default_dtype", "set_default_device", "set_printoptions", "manual_seed",
+     "initial_seed", "seed", "get_rng_state", "set_rng_state", "load", "save", "fromfile", "loadtxt", "savetxt",
+     "genfromtxt", "_len_torch_dispatch_stack", "_len_torch_function_stack", "is_inference_mode_enabled", "memmap",
+     "seterr", "geterr", "signature", "_getframe", "use_deterministic_algorithms", "set_float32_matmul_precision")
+)  # fmt: skip
+_REFUSED_BUILTINS = frozenset(("id", "globals", "locals", "dir", "eval", "exec", "compile", "open", "print", "input"))
+_PATCHED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, float)
+
+
+@functools.cache
+def is_library(module: str | None) -> bool:
+    """Whether code of a module is taken as it is: the standard library's, torch's, NumPy's and this package's own."""
+    return module is not None and (module.partition(".")[0] in _FOREIGN or module.startswith("namedtuple_"))
+
+
+def is_pure(module: str, name: str = "") -> bool:
+    """Whether a function of a library may be called in a trace."""
+    if module.startswith("namedtuple_"):  # methods that `collections.namedtuple` writes
+        return True
+    return module.partition(".")[0] in _PURE and not module.startswith(_IMPURE_MODULES) and name not in _IMPURE
+
+
+@final
+class Watch:
+    """Sees calls in this thread while it is entered, but for those inside a `Tracer`'s operations.
+
+    Args:
+        codes: of the user's functions that were looked into.
+        cached: code that fills an ``lru_cache``: a symbolic tensor must not get into one.
+
+    Attributes:
+        problem: the first thing that no kernel can repeat; whatever the user's code does with the exception.
+    """
+
+    def __init__(self, codes: set[types.CodeType], cached: set[types.CodeType]) -> None:
+        self._codes, self._cached = codes, cached
+        self._known: set[types.CodeType] = set()
+        self._spaces: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.problem: Unsupported | None = None
+
+    def __enter__(self) -> Watch:
+        self._before: Any = sys.getprofile()
+        self._collecting = gc.isenabled()
+        gc.disable()  # finalizers of others are not to be seen
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        if self._collecting:
+            gc.enable()
+        if hasattr(self._before, "enable"):  # cProfile
+            self._before.enable()
+        elif self._before is not None:
+            sys.setprofile(self._before)
+
+    def check(self) -> None:
+        """Raises what was seen."""
+        if self.problem is not None:
+            raise self.problem
+
+    def bindings(self) -> list[tuple[dict[str, Any], tuple[str, ...], tuple[object, ...]]]:
+        """What names in the libraries' code that ran stand for; see `unchanged`."""
+        return [(space, tuple(names), tuple(names.values())) for space, names in self._spaces.values()]
+
+    def _refuse(self, reason: str) -> None:
+        problem = Unsupported(reason, user_line())
+        self.problem = self.problem or problem
+        raise problem
+
+    def _event(self, frame: types.FrameType, event: str, called: Any) -> None:
+        if event == "call":
+            code, module = frame.f_code, frame.f_globals.get("__name__")
+            if not is_library(module):
+                if code in self._cached:
+                    self._refuse(f"it fills a cache in each call ({code.co_qualname} of an lru_cache)")
+                if code not in self._codes and not _finalizing(frame):
+                    self._refuse(f"it runs {code.co_qualname}, which no name in the functions' code leads to")
+                return
+            before = frame.f_back
+            by_user = before is not None and not is_library(before.f_globals.get("__name__"))
+            if by_user and not is_pure(module, code.co_name) and not _finalizing(frame):  # type: ignore[arg-type]  # a library's has a name
+                self._refuse(_calls(f"{module}.{code.co_qualname}"))
+            if by_user and code.co_name == "__hash__" and isinstance(frame.f_locals.get("self"), Traced):
+                self._refuse("it looks a tensor up by its identity, in a dictionary, a set or a cache")
+            if code not in self._known:
+                self._known.add(code)
+                self._bind(code, frame.f_globals)
+        elif event == "c_call" and not is_library(frame.f_globals.get("__name__")):
+            owner, name = getattr(called, "__self__", None), called.__name__
+            if isinstance(owner, types.ModuleType):
+                if (owner.__name__ == "builtins" and name in _REFUSED_BUILTINS) or not is_pure(owner.__name__, name):
+                    self._refuse(_calls(f"{owner.__name__}.{name}"))
+            elif owner is not None and not isinstance(owner, Tensor):
+                kind = owner if isinstance(owner, type) else type(owner)
+                library = is_library(kind.__module__)
+                if library and not is_pure(kind.__module__, name) and kind.__module__ not in ("datetime", "pathlib"):
+                    self._refuse(_calls(f"{kind.__module__}.{kind.__qualname__}.{name}"))
+                if isinstance(owner, type) and kind.__module__ == "datetime":
+                    self._refuse(_calls(f"datetime.{kind.__qualname__}.{name}"))
+
+    def _bind(self, code: types.CodeType, space: dict[str, Any]) -> None:
+        for name in code.co_names:
+            value = space.get(name)
+            if isinstance(value, _PATCHED):
+                self._spaces.setdefault(id(space), (space, {}))[1][name] = value
+            if isinstance(value, types.ModuleType):
+                inside = vars(value)
+                for part in code.co_names:
+                    if isinstance(inside.get(part), _PATCHED):
+                        self._spaces.setdefault(id(inside), (inside, {}))[1][part] = inside[part]
+
+
+def _finalizing(frame: types.FrameType | None) -> bool:
+    """Whether an object that nothing refers to any more is being taken down."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def unchanged(bindings: list[tuple[dict[str, Any], tuple[str, ...], tuple[object, ...]]]) -> bool:
+    """Whether the names of `Watch.bindings` stand for the same things."""
+    return all(all(map(operator.is_, map(space.get, names), values)) for space, names, values in bindings)
+
+
+def _calls(what: str) -> str:
+    if "random" in what:
+        return f"it draws random numbers ({what}); all noise comes from the solver's increments"
+    return f"it calls {what}, whose results or effects a kernel cannot repeat"
