@@ -94,7 +94,7 @@ class Lanes:
         known = {n: f"y{row}" for n, row in kept.items()}
         roots = [e for _, e in targets]
         body = self._reads(roots, known, kept) + self._writer.lines(targets, known)
-        return ["for l in range(LANES):", *indented(body, 1)]
+        return ["for l in range(used):", *indented(body, 1)]
 
     def _reads(self, roots: Sequence[Expression], known: dict[int, str], kept: dict[int, int]) -> list[str]:
         """Lines that read what some expressions start from."""
@@ -134,7 +134,7 @@ class Lanes:
             body += self._writer.lines([(target, rolled.template)], known)
         return [
             f"for j in range({rolled.count}):",
-            *indented([*outer, "for l in range(LANES):", *indented(body, 1)], 1),
+            *indented([*outer, "for l in range(used):", *indented(body, 1)], 1),
         ]
 
     def _row_of(self, m: Mapped, kept: dict[int, int]) -> str:
@@ -147,13 +147,13 @@ class Lanes:
         return f"{base} + j * {m.stride * self.lanes}"
 
     def _sum(self, rolled: Rolled, row: int, kept: dict[int, int]) -> list[str]:
-        clear = ["for l in range(LANES):", f"    {self.at(row)} = REAL(0)"]
+        clear = ["for l in range(used):", f"    {self.at(row)} = REAL(0)"]
         return clear + self._loop(rolled, row, kept, accumulate=True)
 
     def _product(self, m: Matrix, vector: int, result: int) -> str:
         return (
             f"product(s, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, {m.offset}, {m.rows}, "
-            f"{m.columns}, {m.down}, {m.across}, LANES)"
+            f"{m.columns}, {m.down}, {m.across}, used, LANES)"
         )
 
 
