@@ -149,10 +149,12 @@ def test_the_folder_may_be_given_relative_to_the_home(monkeypatch):
     assert trajectory.cache_folder() == Path.home() / "kernels"
 
 
-def test_a_debugger_that_disables_numba_breaks_no_solve(tmp_path):
+def test_a_debugger_that_disables_numba_breaks_nothing(tmp_path):
     """``NUMBA_DISABLE_JIT=1``, as coverage tools have it: kernels work on addresses and are compiled all the same."""
+    variables = {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    steps = "import sdesolve_kernels as k; k.perturb(torch.ones(4, 3), 0.5, 1.0, seed=0); k.normal(4, 3, seed=0)"
     enabled = finish(start(tmp_path / "one"))
-    assert finish(start(tmp_path / "two", variables={"NUMBA_DISABLE_JIT": "1"})) == enabled
+    assert finish(start(tmp_path / "two", RUN + steps, variables)) == enabled
 
 
 def test_code_is_unloaded_when_nothing_refers_to_it(folder):

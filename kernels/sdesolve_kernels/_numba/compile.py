@@ -29,7 +29,17 @@ def _njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         with compiling():
             # Numba's annotations describe each combination of arguments apart and fit no dictionary of options.
             njit: Any = numba.njit
-            return njit(**options)(function)
+            compiled = njit(**options)(function)
+        config: Any = numba.config
+        if config.DISABLE_JIT:  # Numba looks again when it compiles, at the first call
+            compile_now = compiled.compile
+
+            def compile_always(signature: Any) -> Any:
+                with compiling():
+                    return compile_now(signature)
+
+            compiled.compile = compile_always
+        return compiled
 
     return decorate
 
