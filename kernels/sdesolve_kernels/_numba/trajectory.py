@@ -183,6 +183,7 @@ def _compiled(source: str, key: str, llvm: Any) -> tuple[bytes, bool]:
     with compiling():
         make: Any = numba.cfunc(numba.types.void(*integers), error_model="numpy")
         compiled = make(names["trajectory"])
+    linecache.cache.pop(name, None)
     text = compiled.inspect_llvm()
     module = llvm.parse_assembly(text)
     for function in module.functions:
