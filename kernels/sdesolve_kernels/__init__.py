@@ -2,7 +2,7 @@
 
 from ._reference.backend import ReferenceBackend as ReferenceBackend
 from .backend import Backend as Backend
-from .backend import NoiseKeywords as NoiseKeywords
+from .backend import NoiseOffset as NoiseOffset
 from .backend import Ops as Ops
 from .backend import Residual as Residual
 from .denoising import dsm_loss as dsm_loss

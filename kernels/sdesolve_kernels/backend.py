@@ -6,7 +6,7 @@ import abc
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ __all__ = [
     "Backend",
     "Coefficient",
     "Index",
-    "NoiseKeywords",
     "NoiseOffset",
     "Ops",
     "Residual",
@@ -46,15 +45,6 @@ class NoiseOffset(NamedTuple):
     step: Index
 
 
-class NoiseKeywords(TypedDict):
-    """A `NoiseOffset` as keyword arguments."""
-
-    seed: Index
-    stream: int
-    first_path: Index
-    step: Index
-
-
 class Residual(NamedTuple):
     """``output - p x0 - q z`` and its weight: what `dsm_loss` sums the squares of; ``x0=None`` stands for ``p = 0``."""
 
@@ -69,8 +59,7 @@ class Ops(Protocol):
     """The ops of a back end, a module or an object with these functions.
 
     Arguments are validated before, and no tensor is empty. `reference_steps` says what each op computes; here it writes
-    the result to `out` (of any strides, possibly one of the inputs) and returns it. Keyword arguments `noise` are those
-    of a `NoiseOffset`.
+    the result to `out` (of any strides, possibly one of the inputs) and returns it.
     """
 
     def fill(self, kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, offset: int) -> Any:
@@ -80,22 +69,20 @@ class Ops(Protocol):
         """
 
     def euler_maruyama_step(
-        self, x: Tensor, f: Tensor, g: Coefficient, dt: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]
+        self, x: Tensor, f: Tensor, g: Coefficient, dt: Coefficient, *, out: Tensor, noise: NoiseOffset
     ) -> Tensor:
         """``x + f dt + g sqrt|dt| z``; `g` may have the shape of `x`."""
 
     def linear_step(
         self, x: Tensor, history: Sequence[Tensor], table: Tensor, row: Any, *, stochastic: bool, out: Tensor,
-        **noise: Unpack[NoiseKeywords],
+        noise: NoiseOffset,
     ) -> Tensor:  # fmt: skip
         """``a x + sum_i b_i history_i + c z`` with coefficients from row `row` of a table."""
 
-    def perturb(
-        self, x0: Tensor, alpha: Coefficient, sigma: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]
-    ) -> Tensor:
+    def perturb(self, x0: Tensor, alpha: Coefficient, sigma: Coefficient, *, out: Tensor, noise: NoiseOffset) -> Tensor:
         """``alpha x0 + sigma z``."""
 
-    def noise_product(self, v: Tensor, c: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]) -> Tensor:
+    def noise_product(self, v: Tensor, c: Coefficient, *, out: Tensor, noise: NoiseOffset) -> Tensor:
         """``c v z``."""
 
     def scaled(self, v: Tensor, c: Coefficient, *, out: Tensor) -> Tensor:
@@ -103,17 +90,15 @@ class Ops(Protocol):
 
     def langevin_step(
         self, x: Tensor, score: Tensor, *, mode: str, size: Coefficient, alpha: Coefficient, out: Tensor,
-        **noise: Unpack[NoiseKeywords],
+        noise: NoiseOffset,
     ) -> Tensor:  # fmt: skip
         """``x + delta s + sqrt(2 delta) z``, `delta` by `mode`."""
 
-    def dsm_loss(
-        self, r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, **noise: Unpack[NoiseKeywords]
-    ) -> Tensor:
+    def dsm_loss(self, r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, noise: NoiseOffset) -> Tensor:
         """``weight mean_j r_j^2`` for each sample, ``(batch,)``, or its mean ``()``; and its gradient to `gradient`."""
 
     def dsm_gradient(
-        self, r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, **noise: Unpack[NoiseKeywords]
+        self, r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, noise: NoiseOffset
     ) -> Tensor:
         """``2 upstream weight r / m``, and over the batch if `mean`: the gradient of `dsm_loss`.
 

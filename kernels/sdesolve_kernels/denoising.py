@@ -31,7 +31,7 @@ def _loss_into(loss: Tensor, gradient: Tensor | None, inputs: Sequence[Any]) -> 
     r = Residual(*residual)
     if r.output.numel():
         run = implementation("dsm_loss", r.output.device)
-        run(r, mean=mean, out=loss, gradient=gradient, **noise._asdict())
+        run(r, mean=mean, out=loss, gradient=gradient, noise=noise)
     else:
         loss.fill_(math.nan)  # the mean of nothing, as torch has it
 
@@ -40,7 +40,7 @@ def _gradient_into(out: Tensor, made: bool, upstream: Any, inputs: Sequence[Any]
     *residual, mean, noise = inputs
     if out.numel():
         run = implementation("dsm_gradient", out.device)
-        run(Residual(*residual), upstream, mean=mean, out=out, made=made, **noise._asdict())
+        run(Residual(*residual), upstream, mean=mean, out=out, made=made, noise=noise)
 
 
 def _gradient(upstream: Any, *inputs: Any) -> Tensor:

@@ -37,6 +37,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
     if backend.name == "auto" or (backend.name in _backends and not replace):
         raise ValueError(f"the name {backend.name!r} is taken; choose another, or pass replace=True for a back end's")
     _backends[backend.name] = backend
+    _chosen.cache_clear()
     _ops.cache_clear()
     _implementation.cache_clear()
 
@@ -83,6 +84,9 @@ def _choose(requested: str, op: str, device_type: str) -> Backend:
     return backend
 
 
+_chosen = functools.cache(_choose)
+
+
 def requested_backend() -> str:
     """What `use_backend` asked for; "auto" outside of it."""
     return _requested.get()
@@ -94,7 +98,7 @@ def backend_for(op: str, device: torch.device) -> Backend:
     Raises:
         ValueError: `use_backend` asked for a backend that does not run on `device`.
     """
-    return _choose(_requested.get(), op, device.type)
+    return _chosen(_requested.get(), op, device.type)
 
 
 @functools.cache
@@ -104,7 +108,7 @@ def _ops(backend: Backend) -> Ops:
 
 @functools.cache
 def _implementation(requested: str, op: str, device_type: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(_ops(_choose(requested, op, device_type)), op)
+    function: Callable[..., Any] = getattr(_ops(_chosen(requested, op, device_type)), op)
     return function
 
 

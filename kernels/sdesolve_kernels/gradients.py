@@ -53,7 +53,7 @@ def reduced(v: Tensor, c: Tensor) -> Tensor:
 def _product(v: Tensor, c: Any, noise: NoiseOffset) -> Tensor:
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if out.numel():
-        implementation("noise_product", v.device)(v, c, out=out, **noise._asdict())
+        implementation("noise_product", v.device)(v, c, out=out, noise=noise)
     return out
 
 

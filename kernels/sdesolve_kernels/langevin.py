@@ -23,7 +23,7 @@ MODES = ("fixed", "batch", "sample", "dimension")
 def _into(out: Tensor, x: Tensor, score: Tensor, mode: str, size: Any, alpha: Any, noise: NoiseOffset) -> None:
     if out.numel():
         run = implementation("langevin_step", x.device)
-        run(x, score, mode=mode, size=size, alpha=alpha, out=out, **noise._asdict())
+        run(x, score, mode=mode, size=size, alpha=alpha, out=out, noise=noise)
 
 
 def _step(x: Tensor, *rest: Any) -> Tensor:

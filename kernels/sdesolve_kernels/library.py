@@ -60,7 +60,9 @@ def call_context(*tensors: Any) -> CallContext:
         # Asking a float or None whether it is a tensor takes three times as long as looking its type up.
         if type(t) not in _PLAIN and isinstance(t, Tensor):
             return CallContext.REGISTERED
-    if torch._C._functorch.peek_interpreter_stack() is not None or has_tangent(*tensors):
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return CallContext.TRANSFORMED
+    if forward_ad._current_level >= 0 and has_tangent(*tensors):
         return CallContext.TRANSFORMED
     return CallContext.PLAIN
 

@@ -28,7 +28,7 @@ def empty_like(x: Tensor, *_: Any) -> Tensor:
 
 def _euler_into(out: Tensor, x: Tensor, f: Tensor, g: Any, dt: Any, noise: NoiseOffset) -> None:
     if out.numel():
-        implementation("euler_maruyama_step", x.device)(x, f, g, dt, out=out, **noise._asdict())
+        implementation("euler_maruyama_step", x.device)(x, f, g, dt, out=out, noise=noise)
 
 
 def _euler(x: Tensor, *rest: Any) -> Tensor:
@@ -128,7 +128,7 @@ def _linear_into(
         terms = [s for s in history if s is not None]
         at = row if row_at is None else read(row_at)
         run = implementation("linear_step", x.device)
-        run(x, terms, table, at, stochastic=stochastic, out=out, **noise._asdict())
+        run(x, terms, table, at, stochastic=stochastic, out=out, noise=noise)
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
@@ -236,7 +236,7 @@ def linear_step(
 
 def _perturb_into(out: Tensor, x0: Tensor, alpha: Any, sigma: Any, noise: NoiseOffset) -> None:
     if out.numel():
-        implementation("perturb", x0.device)(x0, alpha, sigma, out=out, **noise._asdict())
+        implementation("perturb", x0.device)(x0, alpha, sigma, out=out, noise=noise)
 
 
 def _perturb(x0: Tensor, *rest: Any) -> Tensor:

@@ -18,12 +18,13 @@ import sdesolve as sds
 CALLS = []
 
 
-def perturb(x0, alpha, sigma, *, out, seed, stream, first_path, step):
+def perturb(x0, alpha, sigma, *, out, noise):
     """``alpha x0 + sigma z``, the noise from wherever the library has it."""
     CALLS.append("perturb")
     m = x0[0].numel()
-    where = {"seed": seed % 2**64, "first_path": first_path % 2**64, "stream": stream}  # they come as int64
-    z = k.normal(len(x0), m, **where, offset=step * m, dtype=torch.float64)
+    seed, first_path = noise.seed % 2**64, noise.first_path % 2**64  # they come as int64
+    where = {"seed": seed, "first_path": first_path, "stream": noise.stream, "offset": noise.step * m}
+    z = k.normal(len(x0), m, **where, dtype=torch.float64)
     made = np.asarray(alpha) * x0.numpy() + np.asarray(sigma) * z.numpy().reshape(x0.shape)
     return out.copy_(torch.from_numpy(made))
 

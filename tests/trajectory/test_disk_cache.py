@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -35,9 +39,9 @@ sds.sample(score.process, score, (64, 2), steps=2, seed=0, backend="fused")
 """
 
 
-def start(cache: Path, code: str = RUN) -> subprocess.Popen[str]:
+def start(cache: Path, code: str = RUN, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = os.environ | {"PYTHONPATH": path, "SDESOLVE_CACHE": str(cache)}
+    environment = os.environ | {"PYTHONPATH": path, "SDESOLVE_CACHE": str(cache), **(variables or {})}
     return subprocess.Popen(
         [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -73,6 +77,99 @@ def test_processes_print_the_same_source_for_a_network(tmp_path):
     assert sources[0] == sources[1]
 
 
+NETWORK = """
+import sys, torch, sdesolve as sds
+W, V = torch.linspace(-1, 1, 128).reshape(2, 64), torch.linspace(-1, 1, 128).reshape(64, 2)
+sde = sds.SDE(lambda x, t: torch.tanh(x @ W) @ V, lambda x, t: 0.1, noise="additive")
+x = sds.solve(sde, torch.ones(300, 2), 0.0, 1.0, 7, solver=sds.EulerMaruyama(), seed=3, backend="fused").x1
+print(x.double().sum().item(), "numba" in sys.modules)
+"""
+
+
+def test_a_later_process_finds_what_the_compiler_calls_of_itself(tmp_path):
+    """Such as memset, for a vector that starts at zero: without Numba nothing had told the loader where it is."""
+    first, compiled = finish(start(tmp_path, NETWORK))
+    assert compiled
+    assert finish(start(tmp_path, NETWORK)) == (first, False)
+
+
+def test_a_file_under_another_name_is_not_taken(tmp_path):
+    finish(start(tmp_path))
+    (code,) = tmp_path.glob("*.o")
+    other = code.with_name("0" * 40 + ".o")
+    shutil.copy(code, other)
+    assert trajectory._read(code) is not None
+    assert trajectory._read(other) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="owners and modes are those of POSIX")
+def test_code_that_others_could_have_written_is_not_loaded(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    trajectory._write(folder / "x.o", b"machine code")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert trajectory._read(folder / "x.o") == b"machine code"
+    for path, open_to_all, closed in ((folder, 0o777, 0o700), (folder / "x.o", 0o666, 0o600)):
+        path.chmod(open_to_all)
+        assert trajectory._read(folder / "x.o") is None
+        if path is folder:
+            trajectory._write(folder / "y.o", b"machine code")
+            assert not (folder / "y.o").exists()
+        path.chmod(closed)
+    (folder / "z.o").symlink_to(folder / "x.o")
+    assert trajectory._read(folder / "z.o") is None
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    if os.getuid() != 0:  # root's files are trusted by all
+        assert trajectory._read(folder / "x.o") is None
+
+
+def test_a_planted_folder_is_done_without(tmp_path):
+    """A solve compiles its own, leaves nothing, and gives what it gives elsewhere."""
+    expected = finish(start(tmp_path / "own"))
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    for file in (tmp_path / "own").iterdir():
+        (planted / file.name).write_bytes(b"planted")
+    planted.chmod(0o777)
+    assert finish(start(planted)) == expected
+    assert all(file.read_bytes() == b"planted" for file in planted.iterdir())
+
+
+def test_a_full_disk_leaves_no_temporary_files(tmp_path, monkeypatch):
+    def full(descriptor, mode):
+        os.close(descriptor)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    trajectory._write(tmp_path / "x.o", b"machine code")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_may_be_given_relative_to_the_home(monkeypatch):
+    monkeypatch.setenv("SDESOLVE_CACHE", "~/kernels")
+    assert trajectory.cache_folder() == Path.home() / "kernels"
+
+
+def test_a_debugger_that_disables_numba_breaks_nothing(tmp_path):
+    """``NUMBA_DISABLE_JIT=1``, as coverage tools have it: kernels work on addresses and are compiled all the same."""
+    variables = {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    steps = "import sdesolve_kernels as k; k.perturb(torch.ones(4, 3), 0.5, 1.0, seed=0); k.normal(4, 3, seed=0)"
+    enabled = finish(start(tmp_path / "one"))
+    assert finish(start(tmp_path / "two", RUN + steps, variables)) == enabled
+
+
+def test_code_is_unloaded_when_nothing_refers_to_it(folder):
+    """And not before: kernels are dropped from a full cache while somebody holds and runs them."""
+    entry = trajectory.load("def trajectory(arguments, scratch, start, stop):\n    pass\n")
+    engine = weakref.ref(entry._engine)
+    trajectory.load.cache_clear()
+    gc.collect()
+    entry(0, 0, 0, 0)
+    assert engine() is not None
+    del entry
+    gc.collect()
+    assert engine() is None
+
+
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     blocked = tmp_path / "a file, not a folder"
     blocked.write_text("")
@@ -97,7 +194,9 @@ def test_a_user_without_a_home_has_no_folder(monkeypatch):
     assert sol.stats.backend == "fused", sol.stats.reason
 
 
-@pytest.mark.parametrize("damage", [b"", b"short", bytes(100)])
+@pytest.mark.parametrize(
+    "damage", [b"", b"short", bytes(100), hashlib.sha256(b"").digest(), hashlib.sha256(b"x").digest()]
+)
 def test_a_file_that_is_not_whole_is_no_code(tmp_path, damage):
     (tmp_path / "x.o").write_bytes(damage)
     assert trajectory._read(tmp_path / "x.o") is None

@@ -24,11 +24,24 @@ def compiling() -> Iterator[None]:
         config.DISABLE_JIT = disabled
 
 
-def _njit(function: Callable[..., Any], **options: Any) -> Any:
-    with compiling():
-        # Numba's annotations describe each combination of arguments apart and fit no dictionary of options.
-        decorate: Any = numba.njit
-        return decorate(**options)(function)
+def _njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
+        with compiling():
+            # Numba's annotations describe each combination of arguments apart and fit no dictionary of options.
+            njit: Any = numba.njit
+            compiled = njit(**options)(function)
+        config: Any = numba.config
+        if config.DISABLE_JIT:  # Numba looks again when it compiles, at the first call
+            compile_now = compiled.compile
+
+            def compile_always(signature: Any) -> Any:
+                with compiling():
+                    return compile_now(signature)
+
+            compiled.compile = compile_always
+        return compiled
+
+    return decorate
 
 
 # No fastmath: it lets LLVM contract and reassociate differently in a vector body and in its scalar tail, and then the
@@ -48,7 +61,7 @@ _DIGEST = _source_digest()
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a helper so that it is always inlined: a call inside a loop body keeps LLVM from vectorising it."""
-    compiled: Callable[..., Any] = _njit(function, forceinline=True, **_OPTIONS)
+    compiled: Callable[..., Any] = _njit(forceinline=True, **_OPTIONS)(function)
     return compiled
 
 
@@ -68,11 +81,11 @@ def kernel(function: Callable[..., Any], variant: str = "") -> Callable[..., Any
     """
     function.__qualname__ = f"{function.__qualname__}-{variant}-{_DIGEST}"
     try:
-        compiled: Any = _njit(function, nogil=True, cache=True, **_OPTIONS)
+        compiled: Any = _njit(nogil=True, cache=True, **_OPTIONS)(function)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
-        compiled = _njit(function, nogil=True, **_OPTIONS)
+        compiled = _njit(nogil=True, **_OPTIONS)(function)
     if variant:
         compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), _DIGEST)
     named: Callable[..., Any] = compiled

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Coefficient, NoiseKeywords, Residual
+from ..backend import Coefficient, NoiseOffset, Residual
 from ..reference_steps import chi_mean, compute_dtype
 from ..threads import scratch
 from .arguments import ALONE, NAMES, Operands, noise_numbers, number_or_rows, rows_of, run
@@ -25,7 +25,7 @@ def _scalar(c: Any) -> bool:
 
 
 def langevin_step(
-    x: Tensor, score: Tensor, *, mode: str, size: Any, alpha: Any, out: Tensor, **noise: Unpack[NoiseKeywords]
+    x: Tensor, score: Tensor, *, mode: str, size: Any, alpha: Any, out: Tensor, noise: NoiseOffset
 ) -> Tensor:
     """See `reference_steps.langevin_step`."""
     if mode == "fixed":
@@ -56,7 +56,7 @@ def _can_hold_noise(out: Tensor, *inputs: Any) -> bool:
     return all(t.is_contiguous() and (t.data_ptr() >= end or t.data_ptr() + t.nbytes <= begin) for t in tensors)
 
 
-def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None, noise: NoiseKeywords) -> Any:
+def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None, noise: NoiseOffset) -> Any:
     """Step size from norms in float64: a number, or ``(batch,)`` in the compute dtype; the noise is left in `kept`."""
     score = score.contiguous()
     rows = score.shape[0]
@@ -81,9 +81,7 @@ def _scaled(ratio: Any, snr: float, alpha: Any, x: Tensor) -> Any:
     return delta.to(compute_dtype(x.dtype)) if isinstance(delta, Tensor) else delta
 
 
-def dsm_loss(
-    r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, **noise: Unpack[NoiseKeywords]
-) -> Tensor:
+def dsm_loss(r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, noise: NoiseOffset) -> Tensor:
     """See `reference_steps.dsm_loss`."""
     output, x0, p, q, weight = r
     rows, size, name = output.shape[0], output.numel(), NAMES[output.dtype]
@@ -109,7 +107,7 @@ def dsm_loss(
 
 
 def dsm_gradient(
-    r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, **noise: Unpack[NoiseKeywords]
+    r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, noise: NoiseOffset
 ) -> Tensor:
     """The gradient of `dsm_loss`."""
     output, x0, p, q, weight = r

@@ -39,14 +39,15 @@ def _fill_with(numbers: Any) -> Any:
 
     @inline
     def fill(
-        s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, lanes: Any
-    ) -> Any:
-        """Rows from ``base`` on; returns how many rows lie before the one for entry ``index``."""
+        s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, used: Any,
+        lanes: Any,
+    ) -> Any:  # fmt: skip
+        """Rows from ``base`` on, in `used` lanes; returns how many rows lie before the one for entry ``index``."""
         seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
         path = _U64(noise[4 * source + 2]) + _U64(first)
         q, skip = _U64(index) >> _2, index & 3
         for b in range((skip + count + 3) // 4):
-            for l in range(lanes):  # noqa: E741
+            for l in range(used):  # noqa: E741
                 w0, w1, w2, w3 = philox(seed, stream, path + _U64(l), q + _U64(b))
                 words[l] = np.uint32(w0)
                 words[lanes + l] = np.uint32(w1)
@@ -54,7 +55,7 @@ def _fill_with(numbers: Any) -> Any:
                 words[3 * lanes + l] = np.uint32(w3)
             row = base + 4 * b * lanes
             for pair in range(2):
-                for l in range(lanes):  # noqa: E741
+                for l in range(used):  # noqa: E741
                     z0, z1 = numbers(words[2 * pair * lanes + l], words[(2 * pair + 1) * lanes + l])
                     s[row + 2 * pair * lanes + l] = z0
                     s[row + (2 * pair + 1) * lanes + l] = z1
@@ -85,17 +86,9 @@ def _signs(kind: Any) -> Any:
 
     @inline
     def fill(
-        s: Any,
-        base: Any,
-        words: Any,
-        noise: Any,
-        source: Any,
-        first: Any,
-        index: Any,
-        count: Any,
-        fresh: Any,
-        lanes: Any,
-    ) -> Any:
+        s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, fresh: Any,
+        used: Any, lanes: Any,
+    ) -> Any:  # fmt: skip
         """Rows of +-1, from one bit each; `words` is kept between calls, and made anew where 128 bits are used up."""
         seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
         path = _U64(noise[4 * source + 2]) + _U64(first)
@@ -103,14 +96,14 @@ def _signs(kind: Any) -> Any:
             bit = (index + j) & 127
             if bit == 0 or (fresh and j == 0):
                 q = _U64((index + j) >> 7)
-                for l in range(lanes):  # noqa: E741
+                for l in range(used):  # noqa: E741
                     w0, w1, w2, w3 = philox(seed, stream, path + _U64(l), q)
                     words[l] = np.uint32(w0)
                     words[lanes + l] = np.uint32(w1)
                     words[2 * lanes + l] = np.uint32(w2)
                     words[3 * lanes + l] = np.uint32(w3)
             row, shift, word_row = base + j * lanes, np.uint32(bit & 31), (bit >> 5) * lanes
-            for l in range(lanes):  # noqa: E741
+            for l in range(used):  # noqa: E741
                 s[row + l] = kind((words[word_row + l] >> shift) & np.uint32(1)) * two - one
         return 0
 
@@ -145,8 +138,9 @@ def accumulate(out: Any, offset: Any, s: Any, start: Any, width: Any, count: Any
 
 @inline
 def product(
-    s: Any, vector: Any, result: Any, m: Any, offset: Any, rows: Any, columns: Any, down: Any, across: Any, lanes: Any
-) -> Any:
+    s: Any, vector: Any, result: Any, m: Any, offset: Any, rows: Any, columns: Any, down: Any, across: Any, used: Any,
+    lanes: Any,
+) -> Any:  # fmt: skip
     """``rows x columns`` matrix times the vector in rows ``vector`` on, to rows ``result`` on.
 
     Four columns at a time: then a sum is loaded and stored once for four products.
@@ -154,22 +148,22 @@ def product(
     zero, fours = m[offset] - m[offset], columns // 4 * 4
     for i in range(rows):
         out, at = result + i * lanes, offset + i * down
-        for l in range(lanes):  # noqa: E741
+        for l in range(used):  # noqa: E741
             s[out + l] = zero
         for j in range(0, fours, 4):
             c0, c1 = m[at + j * across], m[at + (j + 1) * across]
             c2, c3 = m[at + (j + 2) * across], m[at + (j + 3) * across]
             row = vector + j * lanes
-            for l in range(lanes):  # noqa: E741
+            for l in range(used):  # noqa: E741
                 total = fma(c1, s[row + lanes + l], fma(c0, s[row + l], s[out + l]))
                 s[out + l] = fma(c3, s[row + 3 * lanes + l], fma(c2, s[row + 2 * lanes + l], total))
         for j in range(fours, columns):
             c, row = m[at + j * across], vector + j * lanes
-            for l in range(lanes):  # noqa: E741
+            for l in range(used):  # noqa: E741
                 s[out + l] = fma(c, s[row + l], s[out + l])
 
 
-for (_name, _dtype), _function in FUNCTIONS.items():
-    globals()[f"{_name}_{_dtype}"] = _function
-
-# Generated code imports every public name of this module.
+def namespace() -> dict[str, Any]:
+    """The names that generated code uses: those of this module, and elementary functions such as ``exp_float32``."""
+    own = {name: value for name, value in globals().items() if not name.startswith("_")}
+    return own | {f"{name}_{dtype}": function for (name, dtype), function in FUNCTIONS.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference, reference_steps
-from ..backend import Coefficient, NoiseKeywords, Residual
+from ..backend import Coefficient, NoiseOffset, Residual
 
 __all__ = [
     "dsm_gradient",
@@ -30,14 +30,13 @@ def _written(out: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-
-def _unsigned(noise: NoiseKeywords) -> dict[str, int]:
+def _unsigned(noise: NoiseOffset) -> dict[str, int]:
     """Integers as `reference_steps` takes them; they come in two's complement, or as tensors."""
     return {
-        "seed": int(noise["seed"]) % (1 << 64),
-        "stream": noise["stream"],
-        "first_path": int(noise["first_path"]) % (1 << 64),
-        "step": int(noise["step"]),
+        "seed": int(noise.seed) % (1 << 64),
+        "stream": noise.stream,
+        "first_path": int(noise.first_path) % (1 << 64),
+        "step": int(noise.step),
     }
 
 
@@ -55,7 +54,7 @@ def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, off
 
 
 def euler_maruyama_step(
-    x: Tensor, f: Tensor, g: Coefficient, dt: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]
+    x: Tensor, f: Tensor, g: Coefficient, dt: Coefficient, *, out: Tensor, noise: NoiseOffset
 ) -> Tensor:
     """See `reference_steps.euler_maruyama_step`."""
     return _written(out, reference_steps.euler_maruyama_step(x, f, _tensor(g), _tensor(dt), **_unsigned(noise)))
@@ -63,7 +62,7 @@ def euler_maruyama_step(
 
 def linear_step(
     x: Tensor, history: Sequence[Tensor], table: Tensor, row: int | Tensor, *, stochastic: bool, out: Tensor,
-    **noise: Unpack[NoiseKeywords],
+    noise: NoiseOffset,
 ) -> Tensor:  # fmt: skip
     """See `reference_steps.linear_step`."""
     made = reference_steps.linear_step(x, list(history), table, int(row), stochastic=stochastic, **_unsigned(noise))
@@ -72,7 +71,7 @@ def linear_step(
 
 def langevin_step(
     x: Tensor, score: Tensor, *, mode: str, size: Coefficient, alpha: Coefficient, out: Tensor,
-    **noise: Unpack[NoiseKeywords],
+    noise: NoiseOffset,
 ) -> Tensor:  # fmt: skip
     """See `reference_steps.langevin_step`."""
     size = size.to(x.device) if isinstance(size, Tensor) else size
@@ -80,14 +79,12 @@ def langevin_step(
     return _written(out, reference_steps.langevin_step(x, score, mode=mode, size=size, alpha=alpha, **_unsigned(noise)))
 
 
-def perturb(
-    x0: Tensor, alpha: Coefficient, sigma: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]
-) -> Tensor:
+def perturb(x0: Tensor, alpha: Coefficient, sigma: Coefficient, *, out: Tensor, noise: NoiseOffset) -> Tensor:
     """See `reference_steps.perturb`."""
     return _written(out, reference_steps.perturb(x0, _tensor(alpha), _tensor(sigma), **_unsigned(noise)))
 
 
-def noise_product(v: Tensor, c: Coefficient, *, out: Tensor, **noise: Unpack[NoiseKeywords]) -> Tensor:
+def noise_product(v: Tensor, c: Coefficient, *, out: Tensor, noise: NoiseOffset) -> Tensor:
     """See `reference_steps.noise_product`."""
     return _written(out, reference_steps.noise_product(v, _tensor(c), **_unsigned(noise)))
 
@@ -99,22 +96,22 @@ def scaled(v: Tensor, c: Coefficient, *, out: Tensor) -> Tensor:
     return _written(out, v.to(wide) * c.reshape(-1, *(1,) * (v.dim() - 1)))
 
 
-def dsm_loss(
-    r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, **noise: Unpack[NoiseKeywords]
-) -> Tensor:
+def dsm_loss(r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, noise: NoiseOffset) -> Tensor:
     """See `reference_steps.dsm_loss`."""
     p, q, weight = _tensor(r.p), _tensor(r.q), _tensor(r.weight)
     loss = reference_steps.dsm_loss(r.output, r.x0, p, q, weight, **_unsigned(noise))
     if gradient is not None:
-        dsm_gradient(r, 1.0, mean=mean, out=gradient, made=False, **noise)
+        dsm_gradient(r, 1.0, mean=mean, out=gradient, made=False, noise=noise)
     return _written(out, loss.mean() if mean else loss)
 
 
 def dsm_gradient(
-    r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, **noise: Unpack[NoiseKeywords]
+    r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, noise: NoiseOffset
 ) -> Tensor:
     """The gradient of `dsm_loss`, made anew whether or not `out` holds it for an upstream of 1."""
     residual = reference_steps.dsm_residual(r.output, r.x0, _tensor(r.p), _tensor(r.q), **_unsigned(noise))
     factor = 2.0 / (r.output.numel() if mean else r.output[0].numel())
     scale = _tensor(upstream).to(residual) * _tensor(r.weight).to(residual) * factor
-    return _written(out, scale.reshape(-1, *(1,) * (residual.dim() - 1)) * residual if scale.dim() else scale * residual)
+    return _written(
+        out, scale.reshape(-1, *(1,) * (residual.dim() - 1)) * residual if scale.dim() else scale * residual
+    )

@@ -26,11 +26,9 @@ __all__ = [
     "fill",
     "linear_step",
     "noise_product",
-    "normal",
     "numbered_words",
     "perturb",
     "scaled",
-    "uniform",
 ]
 
 Index = int | Tensor
@@ -66,27 +64,9 @@ def fill(
     return out
 
 
-def _made(op: str, dtype: torch.dtype, paths: int, count: int, device: Any, where: dict[str, Any]) -> Tensor:
-    return fill(op, torch.empty((paths, count), dtype=dtype, device=device), **where)
-
-
-def normal(
-    paths: int, count: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cuda", **where: Any
-) -> Tensor:
-    """Normals ``Z(seed, stream, first_path + i, offset + j)``, shape ``(paths, count)``."""
-    return _made("normal", dtype, paths, count, device, where)
-
-
-def uniform(
-    paths: int, count: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cuda", **where: Any
-) -> Tensor:
-    """Uniforms of the same words, shape ``(paths, count)``; the bits of the reference in every dtype."""
-    return _made("uniform", dtype, paths, count, device, where)
-
-
 def numbered_words(paths: int, count: int, *, device: torch.device | str = "cuda", **where: Any) -> Tensor:
     """The words themselves as int64, shape ``(paths, count)``."""
-    return _made("words", torch.int64, paths, count, device, where)
+    return fill("words", torch.empty((paths, count), dtype=torch.int64, device=device), **where)
 
 
 def euler_maruyama_step(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backend import Coefficient, Residual
 from .arguments import bits, coefficient, launch, prepare, result, state
 from .denoising import denoising_kernel, loss_kernel, mean_kernel
 from .geometry import row_grid, splits_of
 from .launch import Index, tile_of
 from .launch_langevin import GROUP
 
-__all__ = ["DenoisingLoss", "dsm_gradient", "dsm_loss", "dsm_loss_parts"]
+__all__ = ["DenoisingLoss", "dsm_loss_parts"]
 
 
 class DenoisingLoss(NamedTuple):
@@ -89,15 +88,3 @@ def dsm_loss_parts(
     if out is not None and dense is not out:
         out.copy_(dense)  # type: ignore[arg-type]
     return DenoisingLoss(loss_out, out)
-
-
-def dsm_loss(r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, **noise: Any) -> Tensor:
-    """See `reference_steps.dsm_loss`."""
-    dsm_loss_parts(*r, mean=mean, loss_out=out, grad=gradient is not None, out=gradient, **noise)
-    return out
-
-
-def dsm_gradient(r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, **noise: Any) -> Tensor:
-    """The gradient of `dsm_loss`."""
-    dsm_loss_parts(*r, mean=mean, loss=False, grad=True, out=out, upstream=upstream, made=made, **noise)
-    return out

@@ -1,11 +1,45 @@
 """The ops of the Triton back end, by the names of `sdesolve_kernels.backend.Ops`."""
 
-from .launch import euler_maruyama_step as euler_maruyama_step
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..backend import Coefficient, NoiseOffset, Residual
+from . import launch, launch_langevin
 from .launch import fill as fill
-from .launch import linear_step as linear_step
-from .launch import noise_product as noise_product
-from .launch import perturb as perturb
 from .launch import scaled as scaled
-from .launch_denoising import dsm_gradient as dsm_gradient
-from .launch_denoising import dsm_loss as dsm_loss
-from .launch_langevin import langevin_step as langevin_step
+from .launch_denoising import dsm_loss_parts
+
+
+def _with_offset(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A launcher, which takes the parts of a `NoiseOffset` as keywords, as an op."""
+
+    def op(*args: Any, noise: NoiseOffset, **options: Any) -> Tensor:
+        return launcher(*args, **noise._asdict(), **options)
+
+    return op
+
+
+euler_maruyama_step = _with_offset(launch.euler_maruyama_step)
+linear_step = _with_offset(launch.linear_step)
+perturb = _with_offset(launch.perturb)
+noise_product = _with_offset(launch.noise_product)
+langevin_step = _with_offset(launch_langevin.langevin_step)
+
+
+def dsm_loss(r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, noise: NoiseOffset) -> Tensor:
+    """See `reference_steps.dsm_loss`."""
+    keep = gradient is not None
+    dsm_loss_parts(*r, mean=mean, loss_out=out, grad=keep, out=gradient, **noise._asdict())
+    return out
+
+
+def dsm_gradient(
+    r: Residual, upstream: Coefficient, *, mean: bool, out: Tensor, made: bool, noise: NoiseOffset
+) -> Tensor:
+    """The gradient of `dsm_loss`."""
+    dsm_loss_parts(*r, mean=mean, loss=False, grad=True, out=out, upstream=upstream, made=made, **noise._asdict())
+    return out

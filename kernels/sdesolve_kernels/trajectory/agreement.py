@@ -194,9 +194,7 @@ def agree(
         )
 
 
-def _differing(
-    eager: Callable[[Tensor], Tensor], kernel: Callable[[Tensor], Tensor], x: Tensor, eps: float
-) -> Tensor:
+def _differing(eager: Callable[[Tensor], Tensor], kernel: Callable[[Tensor], Tensor], x: Tensor, eps: float) -> Tensor:
     """Rows in which the two differ, ``(batch,)``."""
     wanted, given = eager(x).double(), kernel(x).double()
     if given.shape != wanted.shape:

@@ -16,8 +16,8 @@ import dis
 import enum
 import functools
 import gc
-import itertools
 import inspect
+import itertools
 import operator
 import os
 import random

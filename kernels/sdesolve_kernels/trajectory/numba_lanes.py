@@ -117,7 +117,7 @@ class Lanes:
                     assert rerolled is not None
                     row = kept[e.id] = Row(self.rows(1, e.dtype), e.dtype)
                     zero = f"{'REAL' if e.dtype == self.dtype else kind(e.dtype)}(0)"
-                    after += ["for l in range(LANES):", f"    {self.at(*row)} = {zero}"]
+                    after += ["for l in range(used):", f"    {self.at(*row)} = {zero}"]
                     after += self._loop(rerolled, row, kept, accumulate=True)
                     continue
                 result = self.rows(e.data.rows, e.dtype)
@@ -141,7 +141,7 @@ class Lanes:
             return []
         known = {n: self._name(row) for n, row in kept.items()}
         body = self._reads([e for _, e in targets], known, kept) + self._writer.lines(targets, known)
-        return ["for l in range(LANES):", *indented(body, 1)]
+        return ["for l in range(used):", *indented(body, 1)]
 
     def _reads(self, roots: Sequence[Expression], known: dict[int, str], kept: dict[int, Row]) -> list[str]:
         """Lines that read what some expressions start from."""
@@ -182,7 +182,7 @@ class Lanes:
             body += self._writer.lines([(target, rerolled.template)], known)
         return [
             f"for j in range({rerolled.count}):",
-            *indented([*outer, "for l in range(LANES):", *indented(body, 1)], 1),
+            *indented([*outer, "for l in range(used):", *indented(body, 1)], 1),
         ]
 
     def _row_of(self, m: StridedInput, kept: dict[int, Row]) -> str:
@@ -199,7 +199,7 @@ class Lanes:
         m = e.data
         return (
             f"product({self._array(e.dtype)}, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, "
-            f"{m.offset}, {m.rows}, {m.columns}, {m.row_stride}, {m.column_stride}, LANES)"
+            f"{m.offset}, {m.rows}, {m.columns}, {m.row_stride}, {m.column_stride}, used, LANES)"
         )
 
 

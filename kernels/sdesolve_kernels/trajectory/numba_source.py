@@ -43,6 +43,7 @@ ARGUMENTS = {
 }
 
 _LANES = {"float32": 128, "float64": 64}
+_VECTOR = 16  # lanes that are computed at least, and a multiple of which is
 _CHUNK = 12  # normals a path that are made at a time, at least
 
 
@@ -129,6 +130,8 @@ class _Printer:
         width = len(plan.observed) if plan.program.observed_shape is not None else self._carried()
         body: list[str] = []
         block = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
+        # Those that are computed: whole vectors, so that the last block need not be computed whole.
+        block.append(f"used = min((lanes + {_VECTOR - 1}) // {_VECTOR} * {_VECTOR}, LANES)")
         block += self._load()
         block += ["slot = first_slot", "for k in range(first_step, last_step + 1):", *indented(self._step(width), 1)]
         block += self._store()
@@ -139,7 +142,7 @@ class _Printer:
         head = [
             '"""A trajectory kernel, generated: state in rows of s, one column per path of a block."""',
             "",
-            "from sdesolve_kernels._numba.paths import *",
+            "# Runs with the names of sdesolve_kernels._numba.paths.namespace().",
             "",
             f"REAL = {kind(self.dtype)}",
             f"LANES = {self.lanes}  # paths in a block",
@@ -171,7 +174,7 @@ class _Printer:
     def _load(self) -> list[str]:
         """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
         plan, carried = self.plan, self._carried()
-        lines = ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
+        lines = ["for l in range(used):", "    path = min(first + l, paths - 1)"]
         for i in range(len(plan.states)):
             value = f"x_in[path * in_width + {i}]"
             value = value if i < carried else f"{value} if in_width > {i} else REAL(0)"
@@ -180,7 +183,7 @@ class _Printer:
             targets = [
                 (self.rows.at(self.path_invariant + i), self._real(e)) for i, e in enumerate(plan.path_invariants)
             ]
-            lines += ["for l in range(LANES):", "    path = min(first + l, paths - 1)"]
+            lines += ["for l in range(used):", "    path = min(first + l, paths - 1)"]
             lines += indented(self.writer.lines(targets), 1)
         return lines
 
@@ -216,7 +219,7 @@ class _Printer:
             if maker == "two_point":
                 lines += [
                     f"{fill}(s, {base * self.lanes}, word({self._words(g)}), noise, {g}, first, {index}, {m}, "
-                    "k == first_step, LANES)",
+                    "k == first_step, used, LANES)",
                     f"n{g} = {base * self.lanes}",
                 ]
                 continue
@@ -224,7 +227,8 @@ class _Printer:
             index = f"noise[{4 * g + 3}] + (k - k % {n}) * {m}"
             lines += [
                 f"if k % {n} == 0 or k == first_step:",
-                f"    skip{g} = {fill}(s, {base * self.lanes}, words, noise, {g}, first, {index}, {n * m}, LANES)",
+                f"    skip{g} = {fill}(s, {base * self.lanes}, words, noise, {g}, first, {index}, {n * m}, "
+                "used, LANES)",
                 f"n{g} = {base * self.lanes} + (skip{g} + k % {n} * {m}) * LANES",
             ]
         computed = self._compute(self.state, plan.states)

@@ -1,16 +1,20 @@
 """Generated Triton kernels behind the launch layer: from source to launches.
 
-Triton keeps compiled kernels on disk under their content; what is kept here is one compiled kernel for each source and
-device in this process. After the first launch Triton's own argument handling is passed by: no argument is specialised
-on its value or alignment, so nothing is left for it to decide.
+Triton keeps compiled kernels on disk under their content; a trajectory keeps one for each shape and device. After the
+first launch Triton's own argument handling is passed by: no argument is specialised on its value or alignment, so
+nothing is left for it to decide.
 """
 
 from __future__ import annotations
 
+import bisect
+import collections
 import functools
 import hashlib
 import linecache
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -18,8 +22,9 @@ from torch import Tensor
 
 from sdesolve_kernels._triton import arguments as triton
 from sdesolve_kernels.backend import int64_bits
+from sdesolve_kernels.threads import Job
 from sdesolve_kernels.trajectory.expressions import topological
-from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Launch, Saved, combined, contiguous, tables
+from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Launch, Saved, Tables, combined, contiguous
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.triton_source import Shape, TritonKernel, triton_kernel
 
@@ -28,7 +33,8 @@ __all__ = ["TritonTrajectory", "shape_for"]
 _WIDE_FROM = 1 << 16  # paths
 _SMALL_STEP = 60  # operations
 _OPTIONS = {"enable_fp_fusion": False}  # multiply-adds are in the source
-_compiled: dict[tuple[str, int], Any] = {}
+_AT_ONCE = 500_000_000.0  # nanoseconds of a run that is one launch
+_LATENCY, _THROUGHPUT = 4.0, 1e-4  # nanoseconds, at most, of an operation: of one path, and for each of very many
 
 
 def shape_for(paths: int, operations: int, *, keep: bool, moments: bool, steady: bool) -> Shape:
@@ -43,7 +49,7 @@ def shape_for(paths: int, operations: int, *, keep: bool, moments: bool, steady:
     return Shape(128 * each, 4, keep, moments, steady)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def load(source: str) -> Any:
     """The kernel of a generated source."""
     name = f"<sdesolve {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
@@ -57,6 +63,10 @@ def load(source: str) -> Any:
 class TritonTrajectory(AbstractTrajectory):
     """Generated Triton kernels of one plan: one for each `Shape` that a launch turns out to need.
 
+    A run is one launch unless it is expected to take more than `_AT_ONCE`. A longer one is launched in segments of
+    steps: the first is expected to take a tenth of that, the others are sized by how long those before them took. One
+    segment is always queued while another runs; the host waits for the one before, and can be interrupted there.
+
     Attributes:
         source: of the kernel that ran last.
     """
@@ -64,7 +74,9 @@ class TritonTrajectory(AbstractTrajectory):
     def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
         self.plan, self._increments = plan, tuple(increments)
         self._operations = len(topological(plan.states))
+        self._tables = Tables(plan)
         self._kernels: dict[Shape, TritonKernel] = {}
+        self._compiled: dict[tuple[Shape, int], Any] = {}
         self.source = self._kernel(Shape(128, 4)).source
 
     def _kernel(self, shape: Shape) -> TritonKernel:
@@ -73,17 +85,21 @@ class TritonTrajectory(AbstractTrajectory):
         return self._kernels[shape]
 
     def run(self, launch: Launch) -> Saved:
-        plan, device = self.plan, launch.x0.device
+        plan, device, job = self.plan, launch.x0.device, Job(launch.progress)
         x0 = launch.x0.detach().contiguous()
-        batch, steps, slots = len(x0), len(launch.times) - 1, len(launch.saves)
-        table, uniforms = tables(plan, launch)
-        steady = bool(plan.columns) and steps > 0 and torch.equal(table, table[:1].expand_as(table))
+        batch, slots, width, full = len(x0), len(launch.saves), math.prod(x0.shape[1:]), len(plan.states)
+        table, uniforms = self._tables(launch, launch.first_step, launch.end)
+        steady = bool(plan.columns) and len(table) > 0 and torch.equal(table, table[:1].expand_as(table))
         keep, moments = slots > 0 and not launch.moments, slots > 0 and launch.moments
         kernel = self._kernel(shape_for(batch, self._operations, keep=keep, moments=moments, steady=steady))
         self.source = kernel.source
         table, uniforms = _moved(table[:1] if steady else table, uniforms, device)
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
-        x1 = torch.empty_like(x0)
+        x_in, x_out = x0, torch.empty_like(x0)
+        if full > width:
+            memory = x0.new_zeros(batch, full - width) if launch.memory is None else launch.memory.to(x0)
+            x_in = torch.cat([x0.reshape(batch, width), memory], 1)
+            x_out = torch.empty_like(x_in)
         saves: Tensor | None = None
         saved: Tensor | None = None
         if slots:
@@ -91,72 +107,132 @@ class TritonTrajectory(AbstractTrajectory):
             programs = -(-batch // kernel.shape.lanes)
             size, dtype = ((programs, 2), torch.float64) if moments else ((batch,), x0.dtype)
             saved = torch.empty(slots, *size, kernel.width, dtype=dtype, device=device)
-        if batch:
-            _run(kernel, x0, x1, table, uniforms, captured, launch.places, steps, saves, saved)
+        for k, stop in self._segments(launch, batch, job) if batch else ():
+            begin = k - launch.first_step
+            rows = table if steady or not plan.columns else table[begin:]
+            chosen = None
+            if saves is not None and saved is not None:
+                chosen = _saves_between(launch, saves, saved, k, stop)
+            normals = [math.prod(shape) for shape in plan.program.signature.noises]
+            places = [(*place[:3], place[3] + k * m) for place, m in zip(launch.places, normals, strict=True)]
+            self._launch(kernel, x_in, x_out, rows, uniforms, captured, places, stop - k, chosen)
+            x_in = x_out
+        x1, remembered = x_out, None
+        if full > width:
+            x1, remembered = x_out[:, :width].reshape(x0.shape), x_out[:, width:]
         if saved is not None and moments:
-            return Saved(x1, None, combined(saved, kernel.shape.lanes, batch))
-        return Saved(x1, saved, None)
+            return Saved(x1, None, combined(saved, kernel.shape.lanes, batch), remembered)
+        return Saved(x1, saved, None, remembered)
+
+    def _segments(self, launch: Launch, batch: int, job: Job) -> Iterator[tuple[int, int]]:
+        """Pairs of steps between which to launch; waits, in between, for the launch before the last."""
+        device, k, last = launch.x0.device, launch.first_step, launch.end
+        cost = self._operations * max(_LATENCY, _THROUGHPUT * batch)
+        count = max(last - k, 1)
+        if cost * count > _AT_ONCE and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            count = max(1, int(_AT_ONCE / 10 / cost))
+        queued: collections.deque[tuple[Any, int]] = collections.deque()
+        before = time.perf_counter_ns()
+        while True:
+            stop = min(k + count, last)
+            yield k, stop
+            if stop == last:
+                break
+            queued.append((_mark(device), stop - k))
+            if len(queued) > 1:
+                mark, taken = queued.popleft()
+                mark.synchronize()
+                job.advance(batch * taken)
+                now = time.perf_counter_ns()
+                took, before = max(now - before, 1), now
+                count = max(1, min(8 * taken, int(_AT_ONCE / 5 * taken / took)))
+            k = stop
+        job.advance(batch * (last - k + sum(taken for _, taken in queued)))
+
+    def _launch(
+        self, kernel: TritonKernel, x_in: Tensor, x_out: Tensor, table: Tensor, uniforms: Tensor,
+        captured: Sequence[Tensor], places: Sequence[tuple[int, ...]], steps: int,
+        saves: tuple[Tensor, Tensor, int] | None,
+    ) -> None:  # fmt: skip
+        """Launches a kernel on the current stream.
+
+        Args:
+            kernel: made for the device of ``x_in``.
+            x_in: ``(paths, states)``, contiguous; with what the solver remembers, if it does.
+            x_out: likewise; may be ``x_in``.
+            table: ``(steps, columns)``, contiguous.
+            uniforms: ``(uniforms,)``.
+            captured: tensors the program reads, contiguous.
+            places: seed, stream, first path and index of the first number of each source of noise.
+            steps: how many to take.
+            saves: steps after which to save, increasing, int64; where to, ``(saves, paths, width)``, or for moments
+                float64 ``(saves, programs, 2, width)``: mean, then sum of squared deviations; and how many. ``None`` if
+                the kernel does not save.
+        """
+        paths = len(x_in)
+        arguments: list[Any] = [x_in, x_out, table, uniforms, *(captured[i] for i in kernel.parameters)]
+        if saves is not None:
+            arguments += saves[:2]
+        arguments += [paths, steps]
+        for g in kernel.sources:
+            seed, stream, first_path, first = places[g]
+            arguments += [int64_bits(seed), stream, first_path, first]
+        if saves is not None:
+            arguments.append(saves[2])
+        grid = (-(-paths // kernel.shape.lanes), 1, 1)
+        function = load(kernel.source)
+        warps = kernel.shape.warps
+
+        def recorded() -> triton.Launch:
+            named = dict(zip(function.arg_names, arguments, strict=True))
+            path_steps = max(kernel.group, 1) * kernel.shape.lanes // (32 * warps)
+            return triton.Launch(function, grid, named, warps, False, path_steps)
+
+        if triton.record(recorded):
+            return
+        if triton.INTERPRETED:
+            function[grid](*arguments, num_warps=warps, **_OPTIONS)
+            return
+        with torch.cuda.device(x_in.device):
+            key = kernel.shape, torch.cuda.current_device()
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                options = {"num_warps": warps, **_OPTIONS}
+                compiled = self._compiled[key] = function.warmup(*arguments, **options, grid=grid)
+            compiled[grid](*arguments)
+
+
+def _saves_between(launch: Launch, saves: Tensor, saved: Tensor, k: int, stop: int) -> tuple[Tensor, Tensor, int]:
+    """Steps of a segment after which to save, counted from its start; where to; and how many they are."""
+    # What is saved at the start of a segment was saved at the end of the one before.
+    first = (bisect.bisect_left if k == launch.first_step else bisect.bisect_right)(launch.saves, k)
+    count = bisect.bisect_right(launch.saves, stop) - first
+    if count == 0:
+        return saves, saved, 0
+    chosen = saves[first : first + count]
+    return chosen - k if k else chosen, saved[first:], count
+
+
+class _Done:
+    """A mark that is reached at once: the interpreter returns when it is done."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _mark(device: torch.device) -> Any:
+    """A mark after what was launched so far, to wait for."""
+    if device.type != "cuda":
+        return _Done()
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _moved(table: Tensor, uniforms: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both on the device, in one copy."""
     if device.type == "cpu":
         return table, uniforms
+    columns = table.shape[1:]
     both = torch.cat([table.reshape(-1), uniforms]).to(device, non_blocking=True)
-    return both[: table.numel()], both[table.numel() :]
-
-
-def _run(
-    kernel: TritonKernel, x_in: Tensor, x_out: Tensor, table: Tensor, uniforms: Tensor, captured: Sequence[Tensor],
-    places: Sequence[tuple[int, int, int, int]], steps: int,
-    saves: Tensor | None = None, saved: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Launches a kernel on the current stream.
-
-    Args:
-        kernel: made for the device of ``x_in``.
-        x_in: ``(paths, carried)``, contiguous.
-        x_out: likewise; may be ``x_in``.
-        table: ``(steps, columns)``, contiguous.
-        uniforms: ``(uniforms,)``.
-        captured: tensors the program reads, contiguous.
-        places: seed, stream, first path and index of the first number of each source of noise.
-        steps: how many to take.
-        saves: steps after which to save, increasing, int64, if the kernel's shape says to save.
-        saved: ``(saves, paths, width)``, or for moments float64 ``(saves, programs, 2, width)``: mean, then sum of
-            squared deviations.
-    """
-    paths = len(x_in)
-    arguments: list[Any] = [x_in, x_out, table, uniforms, *(captured[i] for i in kernel.parameters)]
-    slots = 0
-    if saves is not None:
-        arguments += [saves, saved]
-        slots = len(saves)
-    arguments += [paths, steps]
-    for g in kernel.sources:
-        seed, *rest = places[g]
-        arguments += [int64_bits(seed), *rest]
-    if saves is not None:
-        arguments.append(slots)
-    grid = (-(-paths // kernel.shape.lanes), 1, 1)
-    function = load(kernel.source)
-    warps = kernel.shape.warps
-
-    def launch() -> triton.Launch:
-        named = dict(zip(function.arg_names, arguments, strict=True))
-        return triton.Launch(
-            function, grid, named, warps, False, max(kernel.group, 1) * kernel.shape.lanes // (32 * warps)
-        )
-
-    if triton.record(launch):
-        return
-    if triton.INTERPRETED:
-        function[grid](*arguments, num_warps=warps, **_OPTIONS)
-        return
-    with torch.cuda.device(x_in.device):
-        key = kernel.source, torch.cuda.current_device()
-        compiled = _compiled.get(key)
-        if compiled is None:
-            options = {"num_warps": warps, **_OPTIONS}
-            compiled = _compiled[key] = function.warmup(*arguments, **options, grid=grid)
-        compiled[grid](*arguments)
+    return both[: table.numel()].reshape(-1, *columns), both[table.numel() :]

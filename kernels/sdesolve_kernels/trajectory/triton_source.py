@@ -215,10 +215,7 @@ class _Printer:
             "row = tl.minimum(path, paths - 1)  # lanes past the last path repeat it and store nothing",
         ]
         for i in range(len(self.states)):
-            if i < self.carried:
-                body.append(f"x{i} = tl.load({plus(f'x_in + row * {self.carried}', i)})")
-            else:
-                body.append(f"x{i} = tl.zeros_like(x0)")
+            body.append(f"x{i} = tl.load({plus(f'x_in + row * {len(self.states)}', i)})")
         for j in range(len(self.plan.loop_invariants)):
             body.append(f"u{j} = tl.load({plus('uniforms', j)})")
         if self.shape.steady:
@@ -241,8 +238,8 @@ class _Printer:
             body += ["for slot in range(0, slots + 1):", *indented(advance, 1)]
         else:
             body += ["stop = steps", *self._advance()]
-        for i in range(self.carried):
-            body.append(f"tl.store({plus(f'x_out + path * {self.carried}', i)}, x{i}, mask=path < paths)")
+        for i in range(len(self.states)):
+            body.append(f"tl.store({plus(f'x_out + path * {len(self.states)}', i)}, x{i}, mask=path < paths)")
         names = ", ".join(f'"{n}"' for n in (*pointers, *integers))
         return [
             *wrapped("@triton.jit(do_not_specialize=[", names.split(", "), "])"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from sdesolve_kernels import register_backend, use_backend
@@ -247,3 +249,67 @@ def test_state_that_depends_on_time_alone():
 
     sde = sds.SDE(f, lambda x, t: torch.zeros(()), noise="additive")
     assert_same(sde, start(), 0.0, 1.0, 5, solver=sds.EulerMaruyama(), seed=0)
+
+
+@pytest.mark.parametrize("case", ["saves", "moments", "memory", "two-point"])
+def test_long_runs_are_launched_in_segments(case, monkeypatch, programs_of_four):
+    """To the bit as in one launch; an exception between two launches leaves the others out."""
+    solver = sds.DPMSolverPP(order=2)
+    options = {"solver": sds.EulerMaruyama(), "noise": sds.BrownianPath(2**40 + 3, first_step=5)}
+    if case == "saves":
+        options["save_at"] = [0.0, 0.25, 0.3125, 0.9375, 1.0]
+    elif case == "moments":
+        options |= {"save_at": [0.25, 0.3125, 1.0], "reduce": "moments"}
+    elif case == "two-point":
+        options["noise"] = sds.BrownianPath(3, first_step=125, kind="two-point")
+
+    def run():
+        if case == "memory":
+            score = sds.Gaussian(torch.zeros(3), torch.eye(3)).score(sds.VP())
+            with use_backend(OnTheHost.name):
+                return sds.sample(sds.VP(), score, (6, 3), solver=solver, steps=16, seed=0, backend="fused"), None
+        sol = triton(SDES["diagonal"], start(6), 0.0, 1.0, 16, **options)
+        return sol.x1, (sol.mean, sol.variance) if case == "moments" else (sol.xs,)
+
+    launched = []
+    plain = launcher.TritonTrajectory._launch
+
+    def launch(self, *args):
+        launched.append(args[7])
+        plain(self, *args)
+
+    monkeypatch.setattr(launcher.TritonTrajectory, "_launch", launch)
+    x1, saved = run()
+    assert launched == [16]
+    launched.clear()
+    monkeypatch.setattr(launcher, "_AT_ONCE", 1.0)  # as if a step took long: segments of one step, then of more
+    again, saved_again = run()
+    assert len(launched) > 2
+    assert sum(launched) == 16
+    assert torch.equal(again, x1)
+    assert saved is None or all(map(torch.equal, saved_again, saved))
+
+
+def test_progress_and_interrupts_between_launches(monkeypatch):
+    sde, x0 = SDES["diagonal"], start(6)
+    monkeypatch.setattr(launcher, "_AT_ONCE", 1.0)
+    got = []
+    plain = launcher.TritonTrajectory.run
+    monkeypatch.setattr(
+        launcher.TritonTrajectory, "run", lambda self, launch: got.append((self, launch)) or plain(self, launch)
+    )
+    triton(sde, x0, 0.0, 1.0, 16, solver=sds.EulerMaruyama(), seed=0)
+    ((trajectory, launch),) = got
+    done = []
+    plain(trajectory, dataclasses.replace(launch, progress=done.append))
+    assert sum(done) == 6 * 16
+    assert len(done) > 2
+
+    def stop(amount):
+        done.append(amount)
+        raise KeyboardInterrupt
+
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        plain(trajectory, dataclasses.replace(launch, progress=stop))
+    assert len(done) == 1
