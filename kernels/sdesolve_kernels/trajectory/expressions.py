@@ -45,9 +45,6 @@ class Expression:
         return f"{self.op}({', '.join(f'#{a.id}' if a.args else repr(a) for a in self.args)})"
 
 
-_TRUTH = frozenset(name for name, row in OPERATIONS.items() if row.truth)
-_COMMUTATIVE = frozenset(name for name, row in OPERATIONS.items() if row.commutative)
-_EXACT = frozenset(name for name, row in OPERATIONS.items() if row.exact)
 _LARGEST_POWER = 16
 _LONG_SUM = 8
 
@@ -127,16 +124,17 @@ class Graph:
 
     def op(self, name: str, *args: Expression) -> Expression:
         """The operation ``name`` on arguments of one type (``where``: a bool and two of one type)."""
-        dtype = BOOL if name in _TRUTH else args[-1].dtype
-        if all(a.op == "const" for a in args) and (dtype != I64 or name in _EXACT):
+        row = OPERATIONS[name]
+        dtype = BOOL if row.truth else args[-1].dtype
+        if all(a.op == "const" for a in args) and (dtype != I64 or row.exact):
             with np.errstate(all="ignore"):
-                return self.const(OPERATIONS[name].fold(*(a.data for a in args)), dtype)
+                return self.const(row.fold(*(a.data for a in args)), dtype)
         simplified = _SIMPLIFIED.get(name)
         if simplified is not None:
             simple = simplified(self, dtype, *args)
             if simple is not None:
                 return simple
-        if name in _COMMUTATIVE and args[0].id > args[1].id:
+        if row.commutative and args[0].id > args[1].id:
             args = (args[1], args[0])
         depends = 0
         for a in args:
