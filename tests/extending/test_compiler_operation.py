@@ -1,7 +1,6 @@
 """An operation of the compiler that was not there: one row of the table, and the aten operation that becomes it.
 
-``sinc`` keeps its digits and has its derivative at 0; kernels have no function for it, so the row says how to make it of
-others.
+``sinc`` has its derivative at 0; kernels have no function for it, so the row says how to make it of others.
 """
 
 from __future__ import annotations

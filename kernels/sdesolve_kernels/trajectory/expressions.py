@@ -45,6 +45,7 @@ class Expression:
         return f"{self.op}({', '.join(f'#{a.id}' if a.args else repr(a) for a in self.args)})"
 
 
+_INT32 = (-(2**31), 2**31 - 1)
 _LARGEST_POWER = 16
 _LONG_SUM = 8
 
@@ -55,7 +56,7 @@ class Graph:
 
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Expression] = {}
-        self._int32: set[int] = set()
+        self._ranges: dict[int, tuple[int, int]] = {}  # of whole numbers that are known to be within one
 
     def __len__(self) -> int:
         return len(self._made)
@@ -85,7 +86,7 @@ class Graph:
     def int32_leaf(self, leaf: Any, dtype: str = I64) -> Expression:
         """An input that is within the range of 32 bits."""
         made = self.leaf(leaf, dtype)
-        self._int32.add(made.id)
+        self._ranges[made.id] = _INT32
         return made
 
     def element(self, product: Expression, i: int) -> Expression:
@@ -140,8 +141,8 @@ class Graph:
         for a in args:
             depends |= a.depends
         made = self._intern(name, args, None, dtype, depends)
-        if dtype == I64 and name == "where" and self.is_int32(args[1]) and self.is_int32(args[2]):
-            self._int32.add(made.id)
+        if dtype == I64:
+            self._note_range(made)
         return made
 
     def rebuilt(self, roots: Iterable[Expression], change: Callable[[Expression], Expression]) -> list[Expression]:
@@ -154,10 +155,30 @@ class Graph:
 
     def is_int32(self, a: Expression) -> bool:
         """Whether a whole number is known to be within the range of 32 bits."""
-        if a.op == "const":
-            return -(2**31) <= a.data < 2**31
-        # What torch makes of a float beyond 32 bits is undefined.
-        return a.op == "wrap32" or a.id in self._int32 or (a.op == "cast" and a.args[0].dtype in FLOATS)
+        known = self._range(a)
+        return known is not None and _INT32[0] <= known[0] and known[1] <= _INT32[1]
+
+    def _range(self, a: Expression) -> tuple[int, int] | None:
+        return (a.data, a.data) if a.op == "const" else self._ranges.get(a.id)
+
+    def _note_range(self, e: Expression) -> None:
+        """Intervals of what is made of numbers within intervals."""
+        if e.op == "wrap32":
+            self._ranges[e.id] = _INT32
+        parts = [self._range(a) for a in e.args if a.dtype == I64]
+        known = [p for p in parts if p is not None]
+        if len(known) < len(parts) or e.op not in ("add", "sub", "neg", "mul", "where"):
+            return
+        (low, high), (first, last) = known[0], known[-1]
+        ends = {
+            "add": (low + first, high + last),
+            "sub": (low - last, high - first),
+            "neg": (-high, -low),
+            "mul": (low * first, low * last, high * first, high * last),
+            "where": (low, high, first, last),
+        }[e.op]
+        if max(map(abs, ends)) < 2**63:  # else int64 may have wrapped
+            self._ranges[e.id] = min(ends), max(ends)
 
     def with_args(self, e: Expression, args: Sequence[Expression]) -> Expression:
         """The operation of ``e`` on other arguments."""
