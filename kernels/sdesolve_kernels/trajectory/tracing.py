@@ -247,6 +247,8 @@ class Tracer(TorchDispatchMode):
     def known(self, tensor: Tensor) -> Traced:
         """The tensor as a traced one."""
         if isinstance(tensor, Traced):
+            if tensor.elements.size and tensor.elements.flat[0] is None:
+                raise Unsupported("it uses the index of a largest or smallest entry")
             return tensor if tensor.tracer is self else self._of_another_call(tensor)
         if tensor.device.type == "meta":
             raise Unsupported("it uses a tensor on the meta device")
