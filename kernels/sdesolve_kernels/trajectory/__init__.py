@@ -9,6 +9,10 @@ from sdesolve_kernels.trajectory.guards import look_into as look_into
 from sdesolve_kernels.trajectory.launch import AbstractTrajectory as AbstractTrajectory
 from sdesolve_kernels.trajectory.launch import Launch as Launch
 from sdesolve_kernels.trajectory.launch import compile_trajectory as compile_trajectory
+from sdesolve_kernels.trajectory.operations import OPERATIONS as OPERATIONS
+from sdesolve_kernels.trajectory.operations import OpSpec as OpSpec
+from sdesolve_kernels.trajectory.operations import Term as Term
+from sdesolve_kernels.trajectory.pointwise import pointwise as pointwise
 from sdesolve_kernels.trajectory.program import Inputs as Inputs
 from sdesolve_kernels.trajectory.program import Signature as Signature
 from sdesolve_kernels.trajectory.program import check_size as check_size

@@ -45,9 +45,7 @@ class Expression:
         return f"{self.op}({', '.join(f'#{a.id}' if a.args else repr(a) for a in self.args)})"
 
 
-_TRUTH = frozenset(name for name, row in OPERATIONS.items() if row.truth)
-_COMMUTATIVE = frozenset(name for name, row in OPERATIONS.items() if row.commutative)
-_EXACT = frozenset(name for name, row in OPERATIONS.items() if row.exact)
+_INT32 = (-(2**31), 2**31 - 1)
 _LARGEST_POWER = 16
 _LONG_SUM = 8
 
@@ -58,7 +56,7 @@ class Graph:
 
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Expression] = {}
-        self._int32: set[int] = set()
+        self._ranges: dict[int, tuple[int, int]] = {}  # of whole numbers that are known to be within one
         self.on_growth: Callable[[], None] = lambda: None  # called now and then while expressions are made
 
     def __len__(self) -> int:
@@ -91,7 +89,7 @@ class Graph:
     def int32_leaf(self, leaf: Any, dtype: str = I64) -> Expression:
         """An input that is within the range of 32 bits."""
         made = self.leaf(leaf, dtype)
-        self._int32.add(made.id)
+        self._ranges[made.id] = _INT32
         return made
 
     def element(self, product: Expression, i: int) -> Expression:
@@ -130,23 +128,24 @@ class Graph:
 
     def op(self, name: str, *args: Expression) -> Expression:
         """The operation ``name`` on arguments of one type (``where``: a bool and two of one type)."""
-        dtype = BOOL if name in _TRUTH else args[-1].dtype
-        if all(a.op == "const" for a in args) and (dtype != I64 or name in _EXACT):
+        row = OPERATIONS[name]
+        dtype = BOOL if row.truth else args[-1].dtype
+        if all(a.op == "const" for a in args) and (dtype != I64 or row.exact):
             with np.errstate(all="ignore"):
-                return self.const(OPERATIONS[name].fold(*(a.data for a in args)), dtype)
+                return self.const(row.fold(*(a.data for a in args)), dtype)
         simplified = _SIMPLIFIED.get(name)
         if simplified is not None:
             simple = simplified(self, dtype, *args)
             if simple is not None:
                 return simple
-        if name in _COMMUTATIVE and args[0].id > args[1].id:
+        if row.commutative and args[0].id > args[1].id:
             args = (args[1], args[0])
         depends = 0
         for a in args:
             depends |= a.depends
         made = self._intern(name, args, None, dtype, depends)
-        if dtype == I64 and name == "where" and self.is_int32(args[1]) and self.is_int32(args[2]):
-            self._int32.add(made.id)
+        if dtype == I64:
+            self._note_range(made)
         return made
 
     def rebuilt(self, roots: Iterable[Expression], change: Callable[[Expression], Expression]) -> list[Expression]:
@@ -159,10 +158,30 @@ class Graph:
 
     def is_int32(self, a: Expression) -> bool:
         """Whether a whole number is known to be within the range of 32 bits."""
-        if a.op == "const":
-            return -(2**31) <= a.data < 2**31
-        # What torch makes of a float beyond 32 bits is undefined.
-        return a.op == "wrap32" or a.id in self._int32 or (a.op == "cast" and a.args[0].dtype in FLOATS)
+        known = self._range(a)
+        return known is not None and _INT32[0] <= known[0] and known[1] <= _INT32[1]
+
+    def _range(self, a: Expression) -> tuple[int, int] | None:
+        return (a.data, a.data) if a.op == "const" else self._ranges.get(a.id)
+
+    def _note_range(self, e: Expression) -> None:
+        """Intervals of what is made of numbers within intervals."""
+        if e.op == "wrap32":
+            self._ranges[e.id] = _INT32
+        parts = [self._range(a) for a in e.args if a.dtype == I64]
+        known = [p for p in parts if p is not None]
+        if len(known) < len(parts) or e.op not in ("add", "sub", "neg", "mul", "where"):
+            return
+        (low, high), (first, last) = known[0], known[-1]
+        ends = {
+            "add": (low + first, high + last),
+            "sub": (low - last, high - first),
+            "neg": (-high, -low),
+            "mul": (low * first, low * last, high * first, high * last),
+            "where": (low, high, first, last),
+        }[e.op]
+        if max(map(abs, ends)) < 2**63:  # else int64 may have wrapped
+            self._ranges[e.id] = min(ends), max(ends)
 
     def with_args(self, e: Expression, args: Sequence[Expression]) -> Expression:
         """The operation of ``e`` on other arguments."""

@@ -174,6 +174,14 @@ def _index_put(
 ) -> Traced:
     if accumulate:
         raise Unsupported("it accumulates into indexed places")
+    mask = indices[0]
+    if len(indices) == 1 and mask is not None and mask.dtype == torch.bool and values.elements.size == 1:
+        # One number wherever a mask holds, which need not be constant.
+        rest = a.ndim - mask.ndim
+        if mask.shape != a.shape[: mask.ndim]:
+            raise IndexError(f"a mask of shape {tuple(mask.shape)} does not fit a tensor of shape {tuple(a.shape)}")
+        value = values.reshape(())
+        return HANDLERS["masked_fill"](tracer, func, a, mask.reshape(*mask.shape, *[1] * rest), value)
     out = a.elements.copy()
     where = tuple(slice(None) if i is None else _whole_numbers(tracer, i) for i in indices)
     out[where] = cast(tracer.graph, values.elements, dtype_name(a.dtype))

@@ -96,8 +96,7 @@ def numba_kernel(plan: Plan, increments: Sequence[str]) -> NumbaKernel:
 @final
 class _Printer:
     def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
-        signature = plan.program.signature
-        self.plan, self.dtype = plan, dtype_name(signature.dtype)
+        self.plan, self.dtype = plan, plan.dtype
         self.increments = increments
         self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
         writer = Writer(_Numba(), self._leaf)
@@ -107,14 +106,13 @@ class _Printer:
         self.state = self.rows.rows(len(plan.states))
         self.path_invariant = self.rows.rows(len(plan.path_invariants))
         self.observed = self.rows.rows(len(plan.observed))
-        self.noise_counts = [math.prod(s) for s in signature.noises]
-        self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(self.noise_counts, increments, strict=True)]
-        counts = zip(self.noise_counts, self.per_fill, increments, strict=True)
+        self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(plan.noises, increments, strict=True)]
+        counts = zip(plan.noises, self.per_fill, increments, strict=True)
         self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
 
     def _leaf(self, e: Expression) -> str:
         if isinstance(e.data, PathEntry):
-            return f"p{e.data.parameter}[path * {self._stride(e.data.parameter)} + {e.data.i}]"
+            return f"p{e.data.parameter}[path * {self.plan.row_length(e.data.parameter)} + {e.data.i}]"
         self.read.add(e)
         return typed(local(e.data), e.dtype, self.dtype)
 
@@ -122,18 +120,14 @@ class _Printer:
         """Which leaves of a kind the lines written so far read."""
         return sorted(e.data.i for e in self.read if type(e.data) is kind)
 
-    def _stride(self, parameter: int) -> int:
-        return math.prod(self.plan.program.captured[parameter].shape[1:])
-
     def kernel(self) -> NumbaKernel:
         plan = self.plan
-        width = len(plan.observed) if plan.program.observed_shape is not None else self._carried()
         body: list[str] = []
         block = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
         # Those that are computed: whole vectors, so that the last block need not be computed whole.
         block.append(f"used = min((lanes + {_VECTOR - 1}) // {_VECTOR} * {_VECTOR}, LANES)")
         block += self._load()
-        block += ["slot = first_slot", "for k in range(first_step, last_step + 1):", *indented(self._step(width), 1)]
+        block += ["slot = first_slot", "for k in range(first_step, last_step + 1):", *indented(self._step(), 1)]
         block += self._store()
         body += [f"u{j} = uniforms[{j}]" for j in self._read(LoopInvariant)]
         body += ["for block in range(start, stop):", *indented(block, 1)]
@@ -161,23 +155,20 @@ class _Printer:
         for i in used:
             head.append(f"    p{i} = pointer_{dtype_name(plan.program.captured[i].dtype)}(pointers[{i}])")
         source = "\n".join([*head, *indented(body, 1)]) + "\n"
-        words = 1 + (len(self.noise_counts) if "two-point" in self.increments else 0)
+        words = 1 + (len(plan.noises) if "two-point" in self.increments else 0)
         scratch = self.rows.count * self.lanes * itemsize + words * 4 * self.lanes * 4
-        return NumbaKernel(source, self.lanes, scratch, width)
+        return NumbaKernel(source, self.lanes, scratch, plan.width)
 
     def _unpacked(self, i: int, kind: str) -> str:
         return f"pointer_{self.dtype if kind == 'real' else kind}(a[{i}])" if kind else f"a[{i}]"
 
-    def _carried(self) -> int:
-        return math.prod(self.plan.program.signature.states[0])
-
     def _load(self) -> list[str]:
         """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
-        plan, carried = self.plan, self._carried()
+        plan, numbers = self.plan, self.plan.numbers
         lines = ["for l in range(used):", "    path = min(first + l, paths - 1)"]
         for i in range(len(plan.states)):
             value = f"x_in[path * in_width + {i}]"
-            value = value if i < carried else f"{value} if in_width > {i} else REAL(0)"
+            value = value if i < numbers else f"{value} if in_width > {i} else REAL(0)"
             lines.append(f"    {self.rows.at(self.state + i)} = {value}")
         if plan.path_invariants:
             targets = [
@@ -202,16 +193,16 @@ class _Printer:
         return local(e.data), f"n{source} + {j * self.lanes}" if j else f"n{source}"
 
     def _source(self, noise: int) -> tuple[int, int]:
-        for source, count in enumerate(self.noise_counts):
+        for source, count in enumerate(self.plan.noises):
             if noise < count:
                 return source, noise
             noise -= count
         raise AssertionError("a noise leaf beyond the signature")
 
-    def _step(self, width: int) -> list[str]:
+    def _step(self) -> list[str]:
         plan = self.plan
-        lines = ["if saves[slot] == k:", *indented(self._save(width), 1), "if k == last_step:", "    break"]
-        for g, (m, n, base) in enumerate(zip(self.noise_counts, self.per_fill, self.noise, strict=True)):
+        lines = ["if saves[slot] == k:", *indented(self._save(), 1), "if k == last_step:", "    break"]
+        for g, (m, n, base) in enumerate(zip(plan.noises, self.per_fill, self.noise, strict=True)):
             maker = self.increments[g].replace("-", "_")
             if m == 0:
                 continue
@@ -246,10 +237,10 @@ class _Printer:
             [(row, e) for row, e in targets if not (isinstance(e.data, State) and self.state + e.data.i == row)]
         )
 
-    def _save(self, width: int) -> list[str]:
+    def _save(self) -> list[str]:
         """The state, or what is observed of it, to its place or into the moments."""
         lines: list[str] = []
-        row = self.state
+        row, width = self.state, self.plan.width
         if self.plan.program.observed_shape is not None:
             row = self.observed
             lines += self._compute(row, self.plan.observed)

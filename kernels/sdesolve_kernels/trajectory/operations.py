@@ -219,7 +219,7 @@ _ROWS = (
     _function("fma", lambda a, b, c: a * b + c, lambda a, b, c: a * b + c, lambda v, out, a, b, c: v * b,
               lambda v, out, a, b, c: v * a, lambda v, out, a, b, c: v, numba="fma", triton="tl.fma"),
     _function("abs", abs, torch.abs, lambda v, out, a: v * a.sign(), triton="tl.abs", exact=True),
-    _function("sign", np.sign, torch.sign, None, jump=True),
+    _function("sign", lambda a: (a > 0) - (a < 0), torch.sign, None, jump=True),
     _function("sqrt", np.sqrt, torch.sqrt, lambda v, out, a: v / (2 * out), numba="sqrt", triton="tl.sqrt"),
     _function("pow", np.power, torch.pow, _of_power, _of_exponent, triton="power"),
     _function("exp", np.exp, torch.exp, lambda v, out, a: v * out),

@@ -8,11 +8,12 @@ depends on a path's own parameters alone is computed once for each path.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import final
 
 from sdesolve_kernels.trajectory.expressions import F32, F64, I64, Expression, Graph, topological
-from sdesolve_kernels.trajectory.leaves import PATH, STATE, TIME, Column, LoopInvariant, NoiseLeaf, PathInvariant
+from sdesolve_kernels.trajectory.leaves import PATH, STATE, TIME, Column, LoopInvariant, PathInvariant
 from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.operations import OPERATIONS
 from sdesolve_kernels.trajectory.program import Program
@@ -47,10 +48,28 @@ class Plan:
     matrices: tuple[Matrix, ...]
 
     @property
-    def noises(self) -> int:
-        """How many normals of a step are used at most, by the highest number read."""
-        order = topological([*self.states, *self.observed])
-        return max((e.data.i + 1 for e in order if isinstance(e.data, NoiseLeaf)), default=0)
+    def dtype(self) -> str:
+        """The name of the state's type."""
+        return dtype_name(self.program.signature.dtype)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of a state."""
+        return math.prod(self.program.signature.states[0])
+
+    @property
+    def width(self) -> int:
+        """Numbers saved for each path at a saving time."""
+        return self.numbers if self.program.observed_shape is None else len(self.observed)
+
+    @property
+    def noises(self) -> list[int]:
+        """Numbers of a step from each source of noise."""
+        return [math.prod(shape) for shape in self.program.signature.noises]
+
+    def row_length(self, parameter: int) -> int:
+        """Entries of a parameter for each path."""
+        return math.prod(self.program.captured[parameter].shape[1:])
 
 
 def plan(program: Program) -> Plan:

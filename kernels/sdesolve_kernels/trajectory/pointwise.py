@@ -53,7 +53,7 @@ Rule = Callable[..., Expression]
 
 
 def pointwise(
-    name: str, function: Rule, *, whole: Rule | None = None, boolean: Rule | None = None, compare: bool = False
+    name: str, function: Rule | str, *, whole: Rule | None = None, boolean: Rule | None = None, compare: bool = False
 ) -> None:
     """Registers ``function(graph, *expressions)`` for an operation on tensors and numbers.
 
@@ -61,11 +61,12 @@ def pointwise(
 
     Args:
         name: of the aten operation.
-        function: for floats; for a comparison, for all types.
+        function: for floats; for a comparison, for all types. A name stands for that row of `OPERATIONS`.
         whole: for a result of whole numbers; refused without.
         boolean: for a result of truth values; refused without.
         compare: whether the result is a truth value whatever the operands are.
     """
+    function = _op(function) if isinstance(function, str) else function
     rules = {I64: whole, BOOL: boolean}
 
     def handler(tracer: Tracer, func: Any, *args: Any, alpha: float = 1) -> Traced:

@@ -32,7 +32,7 @@ from sdesolve_kernels.trajectory.tracing import (
 
 __all__ = ["Inputs", "Program", "Signature", "check_size", "trace", "traced_shape"]
 
-_HANDLERS = {**HANDLERS}
+_HANDLERS = HANDLERS
 _REGISTERED = (decompositions, layouts, matrices, reductions)  # importing them adds their handlers
 
 _LARGEST_PROGRAM = 40_000

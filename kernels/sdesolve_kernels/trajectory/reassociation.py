@@ -20,6 +20,7 @@ from sdesolve_kernels.trajectory.operations import OPERATIONS
 __all__ = ["reassociated"]
 
 _LATE = STATE | PATH
+_MOST_FACTORS = 64  # of a product that is gone through; for a chain of n products the work would grow as n^2
 
 
 def reassociated(graph: Graph, roots: Iterable[Expression]) -> list[Expression]:
@@ -100,7 +101,9 @@ def _product(
     graph: Graph, e: Expression, new: dict[int, Expression], uses: Counter[int], moved: set[int]
 ) -> Expression | None:
     """The product of which ``e`` is the last multiplication, reassociated; ``None`` if there is nothing to gain."""
-    factors = list(_factors(graph, e, uses))
+    factors = list(itertools.islice(_factors(graph, e, uses), _MOST_FACTORS + 1))
+    if len(factors) > _MOST_FACTORS:
+        return None
     early = [f for f in factors if not f.depends & _LATE]
     path = [f for f in factors if f.depends & _LATE == PATH]
     late = [f for f in factors if f.depends & STATE]

@@ -197,9 +197,9 @@ def _spread(tracer: Tracer, a: Traced, dim: Any, correction: float) -> tuple[np.
 
     def average(e: np.ndarray, n: float) -> np.ndarray:
         # Without a degree of freedom left, torch divides by 0.
-        operation, by = ("mul", 1.0 / n) if n > 0 else ("div", 0.0)
+        operation, by = ("mul", g.const(1.0 / n, name)) if n > 0 else ("div", g.const(0.0, name))
         total = _reduced(e, axes, True, _chain(tracer, "add", 0.0, name))
-        return mapped(lambda s: g.op(operation, s, g.const(by, name)), total)
+        return mapped(lambda s: g.op(operation, s, by), total)
 
     mean = average(a.elements, count)
     apart = mapped(lambda x, m: g.op("sub", x, m), a.elements, mean)

@@ -36,7 +36,6 @@ class ReferenceTrajectory(AbstractTrajectory):
     def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
         self.plan, self._increments = plan, tuple(increments)
         self._first, self._step, self._observe = map(Walk, (plan.path_invariants, plan.states, plan.observed))
-        self._counts = [math.prod(shape) for shape in plan.program.signature.noises]
         self.source = "\n".join(
             ["One step, expression by expression:", *(f"#{e.id} = {e!r}" for e in topological(plan.states) if e.args)]
         )
@@ -48,9 +47,9 @@ class ReferenceTrajectory(AbstractTrajectory):
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
         leaves: Leaves = {LoopInvariant: loop_invariants, Shared: captured, PathEntry: captured}
         leaves[PathInvariant] = self._first(leaves, x0)
-        carried = sum(map(math.prod, plan.program.signature.states))
         start = x0.reshape(batch, -1)
-        memory = x0.new_zeros(batch, carried - start.shape[1]) if launch.memory is None else launch.memory
+        missing = len(plan.states) - plan.numbers
+        memory = x0.new_zeros(batch, missing) if launch.memory is None else launch.memory
         state = torch.cat([start, memory], dim=1).unbind(1)
         saved: list[Tensor] = []
         wanted = set(launch.saves)
@@ -64,16 +63,16 @@ class ReferenceTrajectory(AbstractTrajectory):
                 launch.progress(batch)
             if k + 1 in wanted:
                 saved.append(self._saved(state, leaves, x0, launch.moments))
-        x1 = torch.stack(state[: start.shape[1]], 1).reshape(x0.shape)
+        x1 = torch.stack(state[: plan.numbers], 1).reshape(x0.shape)
         states = torch.stack(saved) if saved else None
-        remembered = torch.stack(state[start.shape[1] :], 1) if carried > start.shape[1] else None
+        remembered = torch.stack(state[plan.numbers :], 1) if missing else None
         if states is not None and launch.moments:
             return Saved(x1, None, Moments(*states.unbind(1)), remembered)
         return Saved(x1, states, None, remembered)
 
     def _saved(self, state: Sequence[Tensor], leaves: Leaves, x0: Tensor, moments: bool) -> Tensor:
         """What is kept of a state, ``(batch, width)``; or its mean and variance over the batch, ``(2, width)``."""
-        values = state[: math.prod(x0.shape[1:])]
+        values = state[: self.plan.numbers]
         if self.plan.program.observed_shape is not None:
             leaves[State] = state
             values = self._observe(leaves, x0)
@@ -88,13 +87,13 @@ class ReferenceTrajectory(AbstractTrajectory):
         self, places: Sequence[tuple[int, int, int, int]], start: int, end: int, x0: Tensor
     ) -> Iterable[tuple[Tensor, ...]]:
         """The numbers of each step in turn, ``(batch,)`` each; made for many steps at a time."""
-        chunk = max(1, _NUMBERS_AT_ONCE // max(1, len(x0) * sum(self._counts)))
+        chunk = max(1, _NUMBERS_AT_ONCE // max(1, len(x0) * sum(self.plan.noises)))
         for k in range(start, end, chunk):
             n = min(chunk, end - k)
             made = [
                 _numbers(kind, (seed, stream, first_path, first + k * m), n * m, x0).reshape(len(x0), n, m)
                 for m, kind, (seed, stream, first_path, first) in zip(
-                    self._counts, self._increments, places, strict=True
+                    self.plan.noises, self._increments, places, strict=True
                 )
             ]
             for j in range(n):

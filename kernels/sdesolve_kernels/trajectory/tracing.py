@@ -332,6 +332,8 @@ class Tracer(TorchDispatchMode):
         if isinstance(tensor, Traced):
             if tensor.tracer is not self:
                 raise Unsupported("it keeps what it computes in one call for the next")
+            if tensor.elements.size and tensor.elements.flat[0] is None:
+                raise Unsupported("it uses the index of a largest or smallest entry")
             return tensor
         if tensor.device.type == "meta":
             raise Unsupported("it uses a tensor on the meta device")

@@ -10,7 +10,6 @@ Multiply-adds are written out and the compiler forms no others, so that a step g
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -89,14 +88,14 @@ class _Printer:
     def __init__(self, plan: Plan, increments: Sequence[str], shape: Shape) -> None:
         self.plan, self.shape = plan, shape
         program = plan.program
-        self.dtype = str(program.signature.dtype).removeprefix("torch.")
+        self.dtype = plan.dtype
         entries = sum(m.rows * m.columns for m in plan.matrices)
         if entries > _MOST_ENTRIES:
             raise Unsupported(
                 f"it multiplies by matrices of {entries} entries in all; kernels generated for a GPU keep a path in "
                 f"one thread and take up to {_MOST_ENTRIES}"
             )
-        counts = [math.prod(s) for s in program.signature.noises]
+        counts = plan.noises
         sources = [Source(g, m, kind) for g, (m, kind) in enumerate(zip(counts, increments, strict=True)) if m]
         self.states = _written_out(program.graph, plan.states)
         self.observed = _written_out(program.graph, plan.observed)
@@ -109,12 +108,9 @@ class _Printer:
             if any(starts[s.index] <= n < starts[s.index] + s.count for n in self.noise_numbers)
         ]  # fmt: skip
         self.group = period(self.sources, len(used))
-        self.carried = math.prod(program.signature.states[0])
-        self.width = self.carried if program.observed_shape is None else len(plan.observed)
         roots = [*self.states, *self.observed, *self.path_invariants]
         leaves = [e.data for e in topological(roots)]
         self.parameters = tuple(sorted({a.parameter for a in leaves if isinstance(a, PathEntry | Shared)}))
-        self.per_path = {i: math.prod(program.captured[i].shape[1:]) for i in self.parameters if program.by_path[i]}
 
     def kernel(self) -> TritonKernel:
         parts = [
@@ -134,7 +130,7 @@ class _Printer:
             parts += [*self._function("observe", self.observed, "What is observed of a state"), "", ""]
         parts += self._trajectory()
         return TritonKernel(
-            "\n".join(parts) + "\n", self.shape, self.width, self.parameters,
+            "\n".join(parts) + "\n", self.shape, self.plan.width, self.parameters,
             tuple(s.index for s in self.sources), self.group,
         )  # fmt: skip
 
@@ -152,7 +148,7 @@ class _Printer:
             case Shared(parameter, i):
                 return f"tl.load({plus(f'p{parameter}', i)})"
             case PathEntry(_, parameter, i):
-                return f"tl.load({plus(f'p{parameter} + row * {self.per_path[parameter]}', i)})"
+                return f"tl.load({plus(f'p{parameter} + row * {self.plan.row_length(parameter)}', i)})"
             case Column(i) | LoopInvariant(i):
                 return self._from_table(local(e.data), e)
             case _:
@@ -304,7 +300,7 @@ class _Printer:
         return lines + self._call("step", self.states, targets, passed)
 
     def _save(self) -> list[str]:
-        names, width = [f"x{i}" for i in range(self.width)], self.width
+        names, width = [f"x{i}" for i in range(self.plan.width)], self.plan.width
         lines: list[str] = []
         if self.plan.program.observed_shape is not None:
             names = [f"y{i}" for i in range(width)]
