@@ -29,7 +29,7 @@ _LAYOUT = frozenset(
      "split_with_sizes", "_to_copy", "copy", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh_copy")
 )  # fmt: skip
 _INDEXED = frozenset(("index", "index_put", "index_put_", "gather", "index_select"))
-_SKIPPED = frozenset(("view", "reshape", "_unsafe_view", "_reshape_alias", "clone", "contiguous", "alias", "detach"))
+_SKIPPED = _LAYOUT - {"select", "slice", "narrow", "split", "split_with_sizes", "lift_fresh_copy"}
 
 
 @final
