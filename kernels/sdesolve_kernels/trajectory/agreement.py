@@ -97,7 +97,7 @@ def recorded(step: Step, observe: Observe | None, inputs: Inputs) -> list[Call]:
     """The operations that a step, and an observable, do in torch."""
     recorder = _Recorder()
     fields = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
-    carried = Inputs(*tree_map(lambda a: _Carrier(a), fields))
+    carried = Inputs(*tree_map(lambda a: _Carrier(a.clone()), fields))  # no views, which some operations tell
     with recorder:
         step(carried)
         if observe is not None:

@@ -330,7 +330,9 @@ class Tracer(TorchDispatchMode):
             raise Unsupported("it uses a tensor on the meta device")
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise Unsupported("it uses a sparse or nested tensor")
-        return self.input(tensor, by_path=self._by_path and tensor.ndim > 0 and len(tensor) == self._batch)
+        # Torch takes the shapes of a recurrent cell's weights for granted, and reads past the end of others.
+        rows = tensor.ndim > 0 and len(tensor) == self._batch and type(tensor) is not torch.nn.Parameter
+        return self.input(tensor, by_path=self._by_path and rows)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operation."""
