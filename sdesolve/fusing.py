@@ -158,14 +158,15 @@ def _kernel_for(task: Task, guards: Guards, recipe: Recipe) -> tuple[_Kernel, Gu
     found = _kernels.get(key)
     if isinstance(found, str):
         raise Unsupported(found)
-    fits = found is not None and found.fits(guards)
-    if fits and batch in found.batches:
+    kernel = found if found is not None and found.fits(guards) else None
+    if kernel is not None and batch in kernel.batches:
         _kernels.move_to_end(key)
-        if found.batches[batch]:
-            raise Unsupported(found.batches[batch])
-        return found, guards
+        if kernel.batches[batch]:
+            raise Unsupported(kernel.batches[batch])
+        return kernel, guards
     try:
-        kernel, guards = (found, guards) if fits else _build(task, guards, recipe)
+        if kernel is None:
+            kernel, guards = _build(task, guards, recipe)
     except Unsupported as problem:
         _keep(_key(task, guards, recipe), str(problem))
         raise

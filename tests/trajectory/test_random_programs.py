@@ -31,7 +31,7 @@ NAMES = {
 }  # fmt: skip
 
 # What programs hold and call.
-PRELUDE = '''
+PRELUDE = """
 RATE, SHIFT, ORDER = {rate}, {shift}, {order}
 WEIGHT = torch.tensor({weight}, dtype=DTYPE)
 SCALES = np.array({scales})
@@ -95,7 +95,7 @@ def through(x, *functions):
     return functools.reduce(lambda y, f: f(y), functions, x)
 
 HALVED = functools.partial(soften, rate=0.5)
-'''
+"""
 
 # `{a}` and `{b}` stand for values so far, `{n}` for a new one, `{i}` for a component, `{c}` for a number.
 STATEMENTS = """
@@ -173,9 +173,10 @@ SHAPES = {
     "        return self.gain * ({out})\ndrift = System().drift",
     "dataclass": "@dataclasses.dataclass\nclass Drift:\n    rate: float = 0.5\n    net: typing.Any = None\n"
     "    def __call__(self, x, t):\n{deeper}\n        return self.rate * ({out})\ndrift = Drift(net=BLOCK)",
-    "partial": "def with_rate(rate, x, t):\n{body}\n    return rate * ({out})\ndrift = functools.partial(with_rate, 0.3)",
-    "wrapped": "def scaled(f):\n    @functools.wraps(f)\n    def g(*args):\n        return 0.5 * f(*args)\n    return g\n"
-    "@scaled\ndef drift(x, t):\n{body}\n    return {out}",
+    "partial": "def with_rate(rate, x, t):\n{body}\n    return rate * ({out})\n"
+    "drift = functools.partial(with_rate, 0.3)",
+    "wrapped": "def scaled(f):\n    @functools.wraps(f)\n    def g(*args):\n        return 0.5 * f(*args)\n"
+    "    return g\n@scaled\ndef drift(x, t):\n{body}\n    return {out}",
 }  # fmt: skip
 
 
@@ -216,7 +217,7 @@ def program(seed, d, dtype):
 
 
 def compared(seed):
-    """Five programs in a drift, a diffusion and an observable: the error under ``auto``, in roundings, and the stats."""
+    """Five programs in drift, diffusion and observable: the error under ``auto``, in roundings, and the stats."""
     r = random.Random(seed)
     d, dtype = r.choice((2, 2, 3, 4)), r.choice((torch.float64, torch.float64, torch.float32))
     f, g, h, k, observable = (program(PROGRAMS_A_RUN * seed + k, d, dtype) for k in range(PROGRAMS_A_RUN))

@@ -47,9 +47,7 @@ class _Carrier(Tensor):
         made.value = value
         return made
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return Tensor
+    __class__ = property(lambda self: Tensor)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -172,8 +170,8 @@ def agree(eager: Callable[[Tensor], Tensor], kernel: Callable[[Tensor], Tensor],
     if bool(both.any()) or int(first.sum()) > max(1, len(x) // 100):
         row = int((both if bool(both.any()) else first).nonzero()[0])
         raise Unsupported(
-            f"its kernel and its step in torch differ by more than rounding, first in row {row} of {len(x)}: it couples "
-            "the paths of the batch, or depends on a path's place in it"
+            f"its kernel and its step in torch differ by more than rounding, first in row {row} of {len(x)}: it "
+            "couples the paths of the batch, or depends on a path's place in it"
         )
 
 

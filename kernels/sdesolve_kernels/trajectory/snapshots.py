@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdesolve_kernels.trajectory.watching import is_library
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "slots_of"]
 
 _LARGEST = 1 << 20  # elements of a tensor that is copied; no operation of a trace reaches its values anyway
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
@@ -30,7 +30,7 @@ class Snapshot:
     """Contents of containers, attributes, cells, functions, classes, namespaces, arrays, tensors and generators."""
 
     def __init__(self, held: Iterable[object], namespaces: dict[int, dict[str, Any]]) -> None:
-        self._parts: list[tuple[str, Any, Callable[[], Any], Callable[[Any], None]]] = []
+        self._parts: list[tuple[str, Any, Callable[[], Any], Callable[[Any], object]]] = []
         seen: set[int] = set()
         for thing in held:
             self._note(thing, seen)
@@ -55,7 +55,7 @@ class Snapshot:
             what = what or name
         return what
 
-    def _differences(self) -> list[tuple[str, Any, Callable[[Any], None]]]:
+    def _differences(self) -> list[tuple[str, Any, Callable[[Any], object]]]:
         found = []
         for what, before, get, put in self._parts:
             now = get()
@@ -63,14 +63,14 @@ class Snapshot:
                 found.append((_difference(before, now) or what, before, put))
         return found
 
-    def _add(self, get: Callable[[], Any], put: Callable[[Any], None], what: str = "a container or a cell") -> None:
+    def _add(self, get: Callable[[], Any], put: Callable[[Any], object], what: str = "a container or a cell") -> None:
         self._parts.append((what, get(), get, put))
 
     def _entries(self, entries: dict[Any, Any], seen: set[int]) -> None:
         if id(entries) not in seen:
             seen.add(id(entries))
             kind = collections.OrderedDict if isinstance(entries, collections.OrderedDict) else dict
-            self._add(lambda: dict(kind.items(entries)), functools.partial(_put_entries, kind, entries))  # type: ignore[call-overload]
+            self._add(lambda: dict(kind.items(entries)), functools.partial(_put_entries, kind, entries))
 
     def _note(self, thing: Any, seen: set[int]) -> None:
         if id(thing) in seen:
@@ -81,9 +81,9 @@ class Snapshot:
             case list():
                 self._add(lambda: tuple(list.__iter__(thing)), lambda old: list.__setitem__(thing, slice(None), old))
             case collections.deque():
-                self._add(lambda: tuple(thing), lambda old: (thing.clear(), thing.extend(old)))  # type: ignore[func-returns-value]
+                self._add(lambda: tuple(thing), functools.partial(_put_queue, thing))
             case set():
-                self._add(lambda: tuple(sorted(thing, key=id)), lambda old: (set.clear(thing), set.update(thing, old)))  # type: ignore[func-returns-value]
+                self._add(lambda: tuple(sorted(thing, key=id)), lambda old: (set.clear(thing), set.update(thing, old)))
             case types.CellType():
                 self._add(lambda: (thing.cell_contents,), lambda old: setattr(thing, "cell_contents", old[0]))
             case types.FunctionType():
@@ -111,8 +111,8 @@ class Snapshot:
             state = getattr(thing, "__dict__", None)
             if type(state) is dict:
                 self._entries(state, seen)
-            for slot in _slots(type(thing)):
-                self._add(lambda slot=slot: _slot(slot, thing), functools.partial(_put_slot, slot, thing))
+            for slot in slots_of(type(thing)):
+                self._add(functools.partial(_slot, slot, thing), functools.partial(_put_slot, slot, thing))
 
     def _tensor(self, thing: Tensor) -> None:
         names = ("grad", "requires_grad") if thing.is_leaf else ()
@@ -121,7 +121,8 @@ class Snapshot:
             self._add(lambda: thing.detach().clone(), lambda old: thing.detach().copy_(old), "a tensor in place")
 
 
-def _slots(kind: type) -> list[types.MemberDescriptorType]:
+def slots_of(kind: type) -> list[types.MemberDescriptorType]:
+    """Descriptors of the slots that instances of a class have."""
     if kind.__flags__ & 1 << 9 == 0:
         return []
     return [
@@ -159,6 +160,11 @@ def _difference(before: Any, now: Any) -> str:
         return ""
     names = (n for n in {**now, **before} if n not in before or n not in now or not _same(before[n], now[n]))
     return f"`{next(names, '')}`"
+
+
+def _put_queue(queue: collections.deque[Any], old: tuple[Any, ...]) -> None:
+    queue.clear()
+    queue.extend(old)
 
 
 def _put_entries(kind: Any, entries: dict[Any, Any], old: dict[Any, Any]) -> None:

@@ -80,9 +80,8 @@ class Traced(Tensor):
         made.elements, made.tracer = elements, tracer
         return made
 
-    @property  # `x.__class__ is torch.Tensor` holds in the trace as it does outside
-    def __class__(self) -> type:  # type: ignore[override]
-        return Tensor
+    # `x.__class__ is torch.Tensor` holds in the trace as it does outside.
+    __class__ = property(lambda self: Tensor)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)}, {self.dtype})"
@@ -119,7 +118,7 @@ _READERS = {
 # What differs between a traced tensor and an ordinary one, or between two calls, and no key tells of.
 _ACCESSORS = {
     **{getattr(Tensor, name): f"Tensor.{name}()" for name in (
-        "stride", "is_contiguous", "storage_offset", "is_set_to", "is_shared", "is_inference", "_is_view", "dim_order")},
+        "stride", "is_contiguous", "storage_offset", "is_set_to", "is_shared", "is_inference", "_is_view")},
     **{getattr(Tensor, name).__get__: f"Tensor.{name}" for name in (
         "_version", "is_leaf", "grad_fn", "_base", "grad", "_backward_hooks")},
 }  # fmt: skip
@@ -439,7 +438,7 @@ def _varies(elements: np.ndarray, axis: int) -> bool:
     return elements.shape[axis] > 1 and not bool((elements == elements.take([0], axis)).all())
 
 
-def _bound(e: Expression | None) -> float:
+def _bound(e: Any) -> float:
     """No smaller than the size of a whole number that an expression may have."""
     match e.op if e is not None else "unknown":
         case "const":
@@ -447,13 +446,13 @@ def _bound(e: Expression | None) -> float:
         case "shared" | "path":
             return 2**31 - 1
         case "where":
-            return max(map(_bound, e.args[1:]))
+            return max([_bound(a) for a in e.args[1:]])
         case "neg" | "abs" | "min" | "max" | "fmod" | "sign":
-            return max(map(_bound, e.args))
+            return max([_bound(a) for a in e.args])
         case "add" | "sub" | "sum":
-            return sum(map(_bound, e.args))
+            return sum([_bound(a) for a in e.args])
         case "mul":
-            return math.prod(map(_bound, e.args))
+            return math.prod([_bound(a) for a in e.args])
         case "cast" if e.args[0].dtype == BOOL:
             return 1.0
     return 2**31 - 1 if e is not None and e.op == "cast" else math.inf
