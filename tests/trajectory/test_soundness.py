@@ -20,6 +20,7 @@ import time
 import traceback
 import types
 import uuid
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -232,16 +233,16 @@ MOVING = {
     "nonlocal": nonlocal_number, "delay": past, "list": appended, "attribute of the function": on_function,
     "default": default, "array": in_array, "shared memory": in_shared_memory, "first call": first_differs,
     "saturating": later_differs, "set": alternating, "attribute of a library": attribute_of_library,
-    "iterator": lambda: (lambda x, t, it=itertools.cycle([1.0, 2.0, 3.0]): -x * next(it)),
-    "generator": lambda: (lambda x, t, g=iter(lambda: 2.0, None): -x * next(g)),
+    "iterator": lambda: (lambda x, t, it=itertools.cycle([1.0, 2.0, 3.0]): -x * next(it)),  # noqa: B008
+    "generator": lambda: (lambda x, t, g=iter(lambda: 2.0, None): -x * next(g)),  # noqa: B008
     "batch norm": lambda: (lambda m: lambda x, t: -m(x))(nn.BatchNorm1d(2).double()),
     "spectral norm": lambda: (lambda m: lambda x, t: m(x))(
         nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2).double())),
     "NumPy's random state": lambda: lambda x, t: -x * np.random.rand(),  # noqa: NPY002
     "Python's random state": lambda: lambda x, t: -x * random.random(),
-    "generator of NumPy": lambda: (lambda x, t, g=np.random.default_rng(0): -x * g.random()),
-    "old generator of NumPy": lambda: (lambda x, t, g=np.random.RandomState(0): -x * g.rand()),
-    "generator of Python": lambda: (lambda x, t, g=random.Random(0): -x * g.random()),
+    "generator of NumPy": lambda: (lambda x, t, g=np.random.default_rng(0): -x * g.random()),  # noqa: B008
+    "old generator of NumPy": lambda: (lambda x, t, g=np.random.RandomState(0): -x * g.rand()),  # noqa: B008
+    "generator of Python": lambda: (lambda x, t, g=random.Random(0): -x * g.random()),  # noqa: B008
 }  # fmt: skip
 
 
@@ -354,7 +355,7 @@ class Late:
 
 
 class Deleted:
-    out = [1.0]
+    out: ClassVar = [1.0]
 
     def __init__(self, t):
         self.t = t
@@ -432,7 +433,7 @@ TOLD = {
     "leaf": lambda x, t: -x if x.is_leaf else x,
     "base": lambda x, t: -x if x._base is None else x,
     "identity": lambda x, t: -x * (1 + 0 * id(x)),
-    "hash": lambda x, t: x if x in {} else -x,
+    "hash": lambda x, t: x if x in {0: 1} else -x,
     "frame": lambda x, t: -x * (1 + 0 * sys._getframe(0).f_lineno),
     "stack": lambda x, t: -x if len(inspect.stack()) > 0 else x,
     "traceback": lambda x, t: -x if len(traceback.extract_stack()) < 900 else x,

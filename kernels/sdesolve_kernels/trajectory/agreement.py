@@ -31,7 +31,7 @@ _LAYOUT = frozenset(
      "split_with_sizes", "_to_copy", "copy", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh_copy")
 )  # fmt: skip
 _INDEXED = frozenset(("index", "index_put", "index_put_", "gather", "index_select"))
-_SKIPPED = frozenset(("view", "reshape", "_unsafe_view", "_reshape_alias", "clone", "contiguous", "alias", "detach"))
+_SKIPPED = _LAYOUT - {"select", "slice", "narrow", "split", "split_with_sizes", "lift_fresh_copy"}
 
 
 @final
@@ -49,9 +49,7 @@ class _Carrier(Tensor):
         made.value = value
         return made
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return Tensor
+    __class__ = property(lambda self: Tensor)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -99,7 +97,7 @@ def recorded(step: Step, observe: Observe | None, inputs: Inputs) -> list[Call]:
     """The operations that a step, and an observable, do in torch."""
     recorder = _Recorder()
     fields = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
-    carried = Inputs(*tree_map(lambda a: _Carrier(a), fields))
+    carried = Inputs(*tree_map(lambda a: _Carrier(a.clone()), fields))  # no views, which some operations tell
     with recorder:
         step(carried)
         if observe is not None:
@@ -189,8 +187,8 @@ def agree(
     if bool(both.any()) or int(first.sum()) > max(1, len(x) // 100):
         row = int((both if bool(both.any()) else first).nonzero()[0])
         raise Unsupported(
-            f"its kernel and its step in torch differ by more than rounding, first in row {row} of {len(x)}: it couples "
-            "the paths of the batch, or depends on a path's place in it"
+            f"its kernel and its step in torch differ by more than rounding, first in row {row} of {len(x)}: it "
+            "couples the paths of the batch, or depends on a path's place in it"
         )
 
 

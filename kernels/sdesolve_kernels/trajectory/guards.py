@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.snapshots import Snapshot
+from sdesolve_kernels.trajectory.snapshots import Snapshot, slots_of
 from sdesolve_kernels.trajectory.tracing import Unsupported
-from sdesolve_kernels.trajectory.watching import Watch, is_library, is_pure
+from sdesolve_kernels.trajectory.watching import DENIED, Watch, is_library, is_pure, refusal
 
 __all__ = ["Guards", "look_into"]
 
@@ -46,10 +46,6 @@ _LARGEST_ARRAY = 1 << 16  # bytes of a NumPy array, which is compared by value
 _PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _BASES = frozenset(("object", "Module", "Generic", "Protocol", "ABC", "NamedTuple", "tuple"))
 
-# Builtins whose results a trace or a batch of another size changes, or that reach what no name tells of.
-_DENIED = frozenset(
-    ("id", "globals", "locals", "dir", "eval", "exec", "compile", "open", "print", "input", "breakpoint", "__import__")
-)
 # With these in the code, any attribute of any class or module may be read.
 _REFLECTIVE = frozenset(
     ("getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "import_module", "getmembers")
@@ -103,7 +99,7 @@ class Guards:
 
     @contextlib.contextmanager
     def put_back_on_error(self) -> Iterator[Callable[[], str]]:
-        """As `preserved`, but keeps changes if no exception leaves the block; gives a function that says what changed."""
+        """As `preserved`, but keeps changes unless an exception leaves the block; gives what says what changed."""
         snapshot = Snapshot(self._walk.held, self._walk.namespaces)
         try:
             yield snapshot.changed
@@ -139,7 +135,7 @@ class _Walk:
     """
 
     def __init__(self, most_weights: int | None) -> None:
-        self.key: list[Hashable] = []
+        self.key: list[Any] = []
         self.tensors: list[Tensor] = []
         self.held: list[object] = []
         self.namespaces: dict[int, dict[str, Any]] = {}
@@ -176,7 +172,7 @@ class _Walk:
         if len(seen) > _MOST or self._depth > _DEEPEST:
             few = f"{_DEEPEST} objects within one another" if self._depth > _DEEPEST else f"{_MOST} objects"
             raise Unsupported(f"the functions hold more than {few}")
-        (_RULES.get(kind) or _rule(kind))(self, value, kind)
+        (_RULES.get(kind) or _rule(kind))(self, value, kind)  # type: ignore[arg-type]  # a class is hashable
         self._depth -= 1
 
     def _named(self, name: str, value: object) -> None:
@@ -274,7 +270,7 @@ class _Walk:
         owner = getattr(value, "__self__", None)
         module = getattr(value, "__module__", None) if isinstance(owner, types.ModuleType | None) else None
         if module is not None and not is_pure(module, value.__name__):
-            raise Unsupported(_uses(module, value.__name__))
+            raise Unsupported(refusal(f"uses {module}.{value.__name__}"))
         self.key.append(value if owner is None or isinstance(owner, types.ModuleType) else value.__name__)
         if owner is not None and not isinstance(owner, types.ModuleType):
             self.visit(owner)
@@ -303,7 +299,7 @@ class _Walk:
     def module(self, value: Any, kind: type) -> None:
         self.key.append(value)
         if is_library(value.__name__) and not is_pure(value.__name__):
-            raise Unsupported(_uses(value.__name__))
+            raise Unsupported(refusal(f"uses the module {value.__name__}"))
         self._modules.append(value)
         self._passed.add(id(value))
 
@@ -316,7 +312,7 @@ class _Walk:
         module = value.__globals__.get("__name__")  # `functools.wraps` changes __module__
         library = is_library(module)
         if library and not is_pure(module, value.__name__):
-            raise Unsupported(_uses(module, value.__name__))
+            raise Unsupported(refusal(f"uses {module}.{value.__name__}"))
         if library and not value.__closure__:
             self.key.append(value)
             return
@@ -346,8 +342,8 @@ class _Walk:
         for name in code.globals:
             if name in namespace:
                 self._global(name, namespace[name], value.__code__)
-            elif name in _DENIED:
-                raise Unsupported(f"it calls {name}(), whose result or effect a kernel cannot repeat", code.line)
+            elif name in DENIED:
+                raise Unsupported(refusal(f"calls {name}()"), code.line)
             else:
                 self.key.append(_BUILTINS.get(name))
         for name in code.imports:
@@ -360,9 +356,11 @@ class _Walk:
             self._passed.discard(id(value))
 
     def class_(self, value: Any, kind: type) -> None:
+        if value is type:
+            raise Unsupported(_TYPE)
         self.key.append(value)
         if is_library(value.__module__) and not (is_pure(value.__module__, value.__name__) or _RULES.get(value)):
-            raise Unsupported(_uses(value.__module__, value.__name__))
+            raise Unsupported(refusal(f"uses {value.__module__}.{value.__name__}"))
         self._class(value)
         for base in value.__mro__:
             if not is_library(base.__module__):
@@ -391,7 +389,7 @@ class _Walk:
         state = getattr(value, "__dict__", None)
         if state:
             self._state(state, kind, module)
-        for slot in _slots(kind):
+        for slot in slots_of(kind):
             with contextlib.suppress(AttributeError):
                 self._named(slot.__name__, slot.__get__(value))
 
@@ -465,6 +463,8 @@ class _Walk:
                 for name in sorted((space.keys() if every and not library else space.keys() & self._names) - known):
                     known.add(name)
                     part = space[name]
+                    if module is builtins and (part is type or name in DENIED):
+                        raise Unsupported(refusal(f"uses builtins.{name}"))
                     if library and type(part) in _LIBRARY_PARTS:
                         self.key += (name, part)
                     elif library and type(part) is types.ModuleType and not is_pure(part.__name__):
@@ -538,13 +538,6 @@ def _rule(kind: type) -> Rule:
     return next((_RULES[base] for base in kind.__mro__ if base in _RULES), _Walk.instance)
 
 
-def _slots(kind: type) -> list[types.MemberDescriptorType]:
-    return [
-        a for b in kind.__mro__ if "__slots__" in vars(b) for a in vars(b).values()
-        if type(a) is types.MemberDescriptorType
-    ]  # fmt: skip
-
-
 _versions: dict[Any, tuple[list[object], str]] = {}
 
 
@@ -565,7 +558,11 @@ class _Facts:
 
     def __init__(self, code: types.CodeType) -> None:
         self.code, self.codes = code, {code}
-        found, passed, attributes, imports = set(), set(), set(), set()
+        self.names: frozenset[str] = frozenset()
+        found: set[str] = set()
+        attributes: set[str] = set()
+        imports: set[str] = set()
+        self.passed: set[str] = set()
         self.problem = ""
         self.line = f"{code.co_filename}:{code.co_firstlineno}"
         instructions = [i for i in dis.get_instructions(code) if i.opname not in ("PRECALL", "CACHE", "PUSH_NULL")]
@@ -574,9 +571,9 @@ class _Facts:
             if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE"):
                 found.add(name)
                 if i.opname == "LOAD_CLOSURE" or after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                    passed.add(name)
+                    self.passed.add(name)
                 if name == "type" and not (after.opname == "LOAD_FAST" and after.argval in ("self", "cls")):
-                    self.problem = f"it asks for the type of a value by type(), at {self.line}; use isinstance"
+                    self.problem = f"{_TYPE}, at {self.line}"
             elif i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 found.add(name)
             elif i.opname == "IMPORT_NAME":
@@ -589,8 +586,8 @@ class _Facts:
                 inner = _facts(constant)
                 self.codes |= inner.codes
                 found |= {*inner.globals} - {*code.co_cellvars, *code.co_varnames}
-                passed |= inner.passed
-                attributes |= inner.names
+                self.passed |= inner.passed
+                attributes.update(inner.names)
                 imports |= {*inner.imports}
                 self.problem = self.problem or inner.problem
             elif isinstance(constant, str):
@@ -598,10 +595,12 @@ class _Facts:
             elif isinstance(constant, tuple):
                 attributes |= {part for part in constant if isinstance(part, str)}
         free = {*code.co_freevars, *code.co_cellvars}
-        self.globals, self.imports = sorted(found - free), sorted(imports)
-        self.names, self.passed = frozenset(attributes | found), passed
+        self.globals: list[str] = sorted(found - free)
+        self.imports: list[str] = sorted(imports)
+        self.names = frozenset(attributes | found)
 
 
+_TYPE = "it asks for the type of a value by type(), which a trace changes; use isinstance"
 _known: dict[int, _Facts] = {}
 
 
@@ -612,10 +611,3 @@ def _facts(code: types.CodeType) -> _Facts:
             _known.clear()
         found = _known[id(code)] = _Facts(code)  # which keeps the code, and so its identity, alive
     return found
-
-
-def _uses(module: str, name: str = "") -> str:
-    what = f"{module}.{name}" if name else f"the module {module}"
-    if "random" in module or module == "secrets":
-        return f"it draws random numbers ({what}); all noise comes from the solver's increments"
-    return f"it uses {what}, whose results or effects a kernel cannot repeat"

@@ -141,7 +141,8 @@ def trace(step: Step, signature: Signature, observe: Observe | None = None, *, s
     row the same expression of that row's inputs. One that does not couples the paths of the batch, or depends on its
     size. What it does for the batch of a call is compared by `agreement`.
 
-    A tensor with one row for each path of the call is read as such, and if that fails as one that all paths share.
+    Tensors that the functions hold are read as ones that all paths share; if that fails, those with as many rows as the
+    call has paths as having one for each, but for parameters of modules.
 
     Args:
         step: the step.
@@ -153,15 +154,14 @@ def trace(step: Step, signature: Signature, observe: Observe | None = None, *, s
         Unsupported: the step cannot become a kernel; says which operation stands in the way, and in which line.
     """
     check_size(signature.states, signature.noises)
-    orders = (False, True) if signature.batch == 1 else (True, False)
     deadline = time.perf_counter() + seconds
     problems: list[Unsupported] = []
-    for by_path in orders:
+    for by_path in (False, True):
         try:
             return _trace(step, signature, observe, by_path, deadline)
         except Unsupported as problem:
             problems.append(problem)
-    raise problems[0]
+    raise problems[signature.batch > 1]
 
 
 def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> tuple[int, ...]:
@@ -169,9 +169,8 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
 
     The shape is that without the batch axis, or all of it if there is none.
     """
-    orders = (False, True) if signature.batch == 1 else (True, False)
     problems: list[Unsupported] = []
-    for by_path in orders:
+    for by_path in (False, True):
         tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
         try:
             with tracer, Unread(tracer):
@@ -181,7 +180,7 @@ def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> 
             problems.append(problem)
         else:
             return tuple(made.shape)
-    raise problems[0]
+    raise problems[signature.batch > 1]
 
 
 def _check(tracer: Tracer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import operator
 import random
 import types
 from collections.abc import Callable, Iterable
@@ -14,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Snapshot"]
+from sdesolve_kernels.trajectory.watching import is_library
+
+__all__ = ["Snapshot", "slots_of"]
 
 _LARGEST = 1 << 20  # elements of a tensor that is copied; no operation of a trace reaches its values anyway
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 _NUMBERS = "it draws random numbers"
 _PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.Size)
 
@@ -26,12 +30,15 @@ class Snapshot:
     """Contents of containers, attributes, cells, functions, classes, namespaces, arrays, tensors and generators."""
 
     def __init__(self, held: Iterable[object], namespaces: dict[int, dict[str, Any]]) -> None:
-        self._parts: list[tuple[str, Any, Callable[[], Any], Callable[[Any], None]]] = []
+        self._parts: list[tuple[str, Any, Callable[[], Any], Callable[[Any], object]]] = []
         seen: set[int] = set()
         for thing in held:
             self._note(thing, seen)
         for space in namespaces.values():
-            self._entries(space, seen)
+            if is_library(space.get("__name__")):  # libraries import parts of themselves when they are first used
+                self._add(functools.partial(_settings, space), functools.partial(_put_settings, space))
+            else:
+                self._entries(space, seen)
         self._add(random.getstate, random.setstate, _NUMBERS)
         self._add(np.random.get_state, np.random.set_state, _NUMBERS)
         self._add(torch.get_rng_state, torch.set_rng_state, _NUMBERS)
@@ -48,7 +55,7 @@ class Snapshot:
             what = what or name
         return what
 
-    def _differences(self) -> list[tuple[str, Any, Callable[[Any], None]]]:
+    def _differences(self) -> list[tuple[str, Any, Callable[[Any], object]]]:
         found = []
         for what, before, get, put in self._parts:
             now = get()
@@ -56,14 +63,14 @@ class Snapshot:
                 found.append((_difference(before, now) or what, before, put))
         return found
 
-    def _add(self, get: Callable[[], Any], put: Callable[[Any], None], what: str = "a container or a cell") -> None:
+    def _add(self, get: Callable[[], Any], put: Callable[[Any], object], what: str = "a container or a cell") -> None:
         self._parts.append((what, get(), get, put))
 
     def _entries(self, entries: dict[Any, Any], seen: set[int]) -> None:
         if id(entries) not in seen:
             seen.add(id(entries))
             kind = collections.OrderedDict if isinstance(entries, collections.OrderedDict) else dict
-            self._add(lambda: tuple(kind.items(entries)), functools.partial(_put_entries, kind, entries))  # type: ignore[call-overload]
+            self._add(lambda: dict(kind.items(entries)), functools.partial(_put_entries, kind, entries))
 
     def _note(self, thing: Any, seen: set[int]) -> None:
         if id(thing) in seen:
@@ -74,9 +81,9 @@ class Snapshot:
             case list():
                 self._add(lambda: tuple(list.__iter__(thing)), lambda old: list.__setitem__(thing, slice(None), old))
             case collections.deque():
-                self._add(lambda: tuple(thing), lambda old: (thing.clear(), thing.extend(old)))  # type: ignore[func-returns-value]
+                self._add(lambda: tuple(thing), functools.partial(_put_queue, thing))
             case set():
-                self._add(lambda: tuple(sorted(thing, key=id)), lambda old: (set.clear(thing), set.update(thing, old)))  # type: ignore[func-returns-value]
+                self._add(lambda: tuple(sorted(thing, key=id)), lambda old: (set.clear(thing), set.update(thing, old)))
             case types.CellType():
                 self._add(lambda: (thing.cell_contents,), lambda old: setattr(thing, "cell_contents", old[0]))
             case types.FunctionType():
@@ -85,7 +92,7 @@ class Snapshot:
                     lambda: tuple((n, getattr(thing, n)) for n in names), functools.partial(_put_attributes, thing)
                 )
             case type():
-                self._add(lambda: tuple(vars(thing).items()), functools.partial(_put_class, thing))
+                self._add(lambda: dict(vars(thing)), functools.partial(_put_class, thing))
             case np.ndarray():
                 self._add(thing.copy, lambda old: np.copyto(thing, old), "an array in place")
             case Tensor():
@@ -104,17 +111,18 @@ class Snapshot:
             state = getattr(thing, "__dict__", None)
             if type(state) is dict:
                 self._entries(state, seen)
-            for slot in _slots(type(thing)):
-                self._add(lambda slot=slot: _slot(slot, thing), functools.partial(_put_slot, slot, thing))
+            for slot in slots_of(type(thing)):
+                self._add(functools.partial(_slot, slot, thing), functools.partial(_put_slot, slot, thing))
 
     def _tensor(self, thing: Tensor) -> None:
         names = ("grad", "requires_grad") if thing.is_leaf else ()
-        self._add(lambda: tuple((n, getattr(thing, n)) for n in names), functools.partial(_put_attributes, thing))
+        self._add(lambda: {n: getattr(thing, n) for n in names}, functools.partial(_put_attributes, thing))
         if thing.layout is torch.strided and thing.numel() <= _LARGEST and not thing.is_meta:
             self._add(lambda: thing.detach().clone(), lambda old: thing.detach().copy_(old), "a tensor in place")
 
 
-def _slots(kind: type) -> list[types.MemberDescriptorType]:
+def slots_of(kind: type) -> list[types.MemberDescriptorType]:
+    """Descriptors of the slots that instances of a class have."""
     if kind.__flags__ & 1 << 9 == 0:
         return []
     return [
@@ -128,6 +136,10 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if type(a) is not type(b):
         return False
+    if type(a) is dict:
+        if len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and all(map(operator.eq, a, b)):
+            return True
+        return [*a] == [*b] and all(map(_same, a.values(), b.values()))
     if type(a) is tuple:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Tensor):
@@ -135,8 +147,6 @@ def _same(a: Any, b: Any) -> bool:
         return a.shape == b.shape and a.dtype == b.dtype and bool((_bits(a) == _bits(b)).all())
     if isinstance(a, np.ndarray):
         return a.shape == b.shape and a.dtype == b.dtype and (a.dtype.hasobject or a.tobytes() == b.tobytes())
-    if type(a) is dict:
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     return type(a) in _PLAIN and (a == b or a != a)
 
 
@@ -146,44 +156,55 @@ def _bits(a: Tensor) -> Tensor:
 
 def _difference(before: Any, now: Any) -> str:
     """The name of an attribute or entry that has changed, if it has one."""
-    if type(before) is tuple and all(type(e) is tuple and len(e) == 2 for e in (*before, *now)):
-        old = {k: v for k, v in before if isinstance(k, str)}
-        new = {k: v for k, v in now if isinstance(k, str)}
-        for name in (*new, *old):
-            if name not in old or name not in new or not _same(old[name], new[name]):
-                return f"`{name}`"
-    return ""
+    if type(before) is not dict:
+        return ""
+    names = (n for n in {**now, **before} if n not in before or n not in now or not _same(before[n], now[n]))
+    return f"`{next(names, '')}`"
 
 
-def _put_entries(kind: Any, entries: dict[Any, Any], old: tuple[tuple[Any, Any], ...]) -> None:
+def _put_queue(queue: collections.deque[Any], old: tuple[Any, ...]) -> None:
+    queue.clear()
+    queue.extend(old)
+
+
+def _put_entries(kind: Any, entries: dict[Any, Any], old: dict[Any, Any]) -> None:
     kind.clear(entries)
     kind.update(entries, old)
 
 
-def _put_attributes(thing: Any, old: tuple[tuple[str, Any], ...]) -> None:
-    for name, value in old:
+def _settings(space: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in space.items() if type(value) not in _CODE}
+
+
+def _put_settings(space: dict[str, Any], old: dict[str, Any]) -> None:
+    for name in _settings(space).keys() - old.keys():
+        del space[name]
+    space.update(old)
+
+
+def _put_attributes(thing: Any, old: dict[str, Any]) -> None:
+    for name, value in old.items():
         setattr(thing, name, value)
 
 
-def _put_class(thing: type, old: tuple[tuple[str, Any], ...]) -> None:
-    before = dict(old)
-    for name in vars(thing).keys() - before.keys():
+def _put_class(thing: type, old: dict[str, Any]) -> None:
+    for name in vars(thing).keys() - old.keys():
         delattr(thing, name)
-    for name, value in old:
-        if vars(thing).get(name, before) is not value:
+    for name, value in old.items():
+        if vars(thing).get(name, old) is not value:
             with contextlib.suppress(AttributeError, TypeError):
                 setattr(thing, name, value)
 
 
-def _slot(slot: types.MemberDescriptorType, thing: object) -> tuple[Any, ...]:
+def _slot(slot: types.MemberDescriptorType, thing: object) -> dict[str, Any]:
     try:
-        return ((slot.__name__, slot.__get__(thing)),)
+        return {slot.__name__: slot.__get__(thing)}
     except AttributeError:
-        return ()
+        return {}
 
 
-def _put_slot(slot: types.MemberDescriptorType, thing: object, old: tuple[Any, ...]) -> None:
+def _put_slot(slot: types.MemberDescriptorType, thing: object, old: dict[str, Any]) -> None:
     if old:
-        slot.__set__(thing, old[0][1])
+        slot.__set__(thing, old[slot.__name__])
     else:
         slot.__delete__(thing)

@@ -81,9 +81,8 @@ class Traced(Tensor):
         made.elements, made.tracer = elements, tracer
         return made
 
-    @property  # `x.__class__ is torch.Tensor` holds in the trace as it does outside
-    def __class__(self) -> type:  # type: ignore[override]
-        return Tensor
+    # `x.__class__ is torch.Tensor` holds in the trace as it does outside.
+    __class__ = property(lambda self: Tensor)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)}, {self.dtype})"
@@ -120,7 +119,7 @@ _READERS = {
 # What differs between a traced tensor and an ordinary one, or between two calls, and no key tells of.
 _ACCESSORS = {
     **{getattr(Tensor, name): f"Tensor.{name}()" for name in (
-        "stride", "is_contiguous", "storage_offset", "is_set_to", "is_shared", "is_inference", "_is_view", "dim_order")},
+        "stride", "is_contiguous", "storage_offset", "is_set_to", "is_shared", "is_inference", "_is_view")},
     **{getattr(Tensor, name).__get__: f"Tensor.{name}" for name in (
         "_version", "is_leaf", "grad_fn", "_base", "grad", "_backward_hooks")},
 }  # fmt: skip
@@ -339,7 +338,9 @@ class Tracer(TorchDispatchMode):
             raise Unsupported("it uses a tensor on the meta device")
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise Unsupported("it uses a sparse or nested tensor")
-        return self.input(tensor, by_path=self._by_path and tensor.ndim > 0 and len(tensor) == self._batch)
+        # Torch takes the shapes of a recurrent cell's weights for granted, and reads past the end of others.
+        rows = tensor.ndim > 0 and len(tensor) == self._batch and type(tensor) is not torch.nn.Parameter
+        return self.input(tensor, by_path=self._by_path and rows)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operation."""

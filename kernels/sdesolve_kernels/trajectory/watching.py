@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdesolve_kernels.trajectory.tracing import Traced, Unsupported, user_line
 
-__all__ = ["Watch", "is_library", "is_pure"]
+__all__ = ["DENIED", "Watch", "is_library", "is_pure", "refusal", "unchanged"]
 
 # What code of these does depends on its arguments alone, or on what `Tracer` and the key of `Guards` see.
 _PURE = frozenset(
@@ -34,7 +34,10 @@ _IMPURE = frozenset(
      "genfromtxt", "_len_torch_dispatch_stack", "_len_torch_function_stack", "is_inference_mode_enabled", "memmap",
      "seterr", "geterr", "signature", "_getframe", "use_deterministic_algorithms", "set_float32_matmul_precision")
 )  # fmt: skip
-_REFUSED_BUILTINS = frozenset(("id", "globals", "locals", "dir", "eval", "exec", "compile", "open", "print", "input"))
+# Builtins whose results a trace or a batch of another size changes, or that reach what no name tells of.
+DENIED = frozenset(
+    ("id", "globals", "locals", "dir", "eval", "exec", "compile", "open", "print", "input", "breakpoint", "__import__")
+)
 _PATCHED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, float)
 
 
@@ -111,7 +114,7 @@ class Watch:
             before = frame.f_back
             by_user = before is not None and not is_library(before.f_globals.get("__name__"))
             if by_user and not is_pure(module, code.co_name) and not _finalizing(frame):  # type: ignore[arg-type]  # a library's has a name
-                self._refuse(_calls(f"{module}.{code.co_qualname}"))
+                self._refuse(refusal(f"calls {module}.{code.co_qualname}"))
             if by_user and code.co_name == "__hash__" and isinstance(frame.f_locals.get("self"), Traced):
                 self._refuse("it looks a tensor up by its identity, in a dictionary, a set or a cache")
             if code not in self._known:
@@ -120,15 +123,15 @@ class Watch:
         elif event == "c_call" and not is_library(frame.f_globals.get("__name__")):
             owner, name = getattr(called, "__self__", None), called.__name__
             if isinstance(owner, types.ModuleType):
-                if (owner.__name__ == "builtins" and name in _REFUSED_BUILTINS) or not is_pure(owner.__name__, name):
-                    self._refuse(_calls(f"{owner.__name__}.{name}"))
+                if (owner.__name__ == "builtins" and name in DENIED) or not is_pure(owner.__name__, name):
+                    self._refuse(refusal(f"calls {owner.__name__}.{name}"))
             elif owner is not None and not isinstance(owner, Tensor):
                 kind = owner if isinstance(owner, type) else type(owner)
                 library = is_library(kind.__module__)
                 if library and not is_pure(kind.__module__, name) and kind.__module__ not in ("datetime", "pathlib"):
-                    self._refuse(_calls(f"{kind.__module__}.{kind.__qualname__}.{name}"))
+                    self._refuse(refusal(f"calls {kind.__module__}.{kind.__qualname__}.{name}"))
                 if isinstance(owner, type) and kind.__module__ == "datetime":
-                    self._refuse(_calls(f"datetime.{kind.__qualname__}.{name}"))
+                    self._refuse(refusal(f"calls datetime.{kind.__qualname__}.{name}"))
 
     def _bind(self, code: types.CodeType, space: dict[str, Any]) -> None:
         for name in code.co_names:
@@ -156,7 +159,8 @@ def unchanged(bindings: list[tuple[dict[str, Any], tuple[str, ...], tuple[object
     return all(all(map(operator.is_, map(space.get, names), values)) for space, names, values in bindings)
 
 
-def _calls(what: str) -> str:
-    if "random" in what:
-        return f"it draws random numbers ({what}); all noise comes from the solver's increments"
-    return f"it calls {what}, whose results or effects a kernel cannot repeat"
+def refusal(deed: str) -> str:
+    """Why a function that does something outside torch is not traced."""
+    if "random" in deed or "secrets" in deed:
+        return f"it draws random numbers (it {deed}); all noise comes from the solver's increments"
+    return f"it {deed}, whose results or effects a kernel cannot repeat"
