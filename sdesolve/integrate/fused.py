@@ -381,18 +381,23 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         offsets = _offsets(problem, kernel, lowered, k)
         return Launch(x.contiguous(), problem.times[[k, end]], rows, offsets, saves, False, captured)
 
+    def at(k: int) -> None:
+        end = last if table is None else k + 1
+
+        def eager(x: Tensor) -> Tensor:
+            return step(_inputs(problem, lowered, kernel.noises, k, end, x))[0]
+
+        def fused(x: Tensor) -> Tensor:
+            return kernel.trajectory.run(launch(x, k, end, ())).x1
+
+        if k == 0:
+            calls = recorded(step, observe, _inputs(problem, lowered, kernel.noises, k, end, x0))
+            same_operations(program, calls, len(x0))
+        agree(eager, fused, x0, eps)
+
     try:
         for k in sorted({0} if kernel.batches else {0, (last - 1) // 2, last - 1}):
-            end = last if table is None else k + 1
-            if k == 0:
-                calls = recorded(step, observe, _inputs(problem, lowered, kernel.noises, k, end, x0))
-                same_operations(program, calls, len(x0))
-            agree(
-                lambda x, k=k, end=end: step(_inputs(problem, lowered, kernel.noises, k, end, x))[0],
-                lambda x, k=k, end=end: kernel.trajectory.run(launch(x, k, end, ())).x1,
-                x0,
-                eps,
-            )
+            at(k)
         if observe is not None:
             shape = program.observed_shape or ()
 
