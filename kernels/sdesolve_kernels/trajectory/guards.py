@@ -524,7 +524,8 @@ _RULES: dict[type, Rule] = {
     **dict.fromkeys((operator.itemgetter, operator.attrgetter, operator.methodcaller, datetime.date, datetime.datetime,
                      datetime.timedelta, datetime.time), _Walk.reduced),
     **dict.fromkeys((re.Pattern, inspect.Signature, type(threading.Lock()), type(threading.RLock()),
-                     types.GenericAlias, types.UnionType, np.ufunc, np.dtype, type(np.mean), decimal.Decimal), _Walk.as_it_is),
+                     types.GenericAlias, types.UnionType, np.ufunc, np.dtype, type(np.mean), decimal.Decimal),
+                    _Walk.as_it_is),
 }  # fmt: skip
 for _kind in (type(os.environ), random.SystemRandom, weakref.WeakValueDictionary, weakref.WeakKeyDictionary):
     _RULES[_kind] = _Walk.refuse
