@@ -126,6 +126,11 @@ class GivenNormals(AbstractNoise):
         return self._normals[step : step + len(times) - 1]
 
 
+def drawn_seed() -> int:
+    """A seed for who gave none, from torch's default generator."""
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+
+
 def unit_normals(noise: AbstractNoise, k: int, x: Tensor) -> Tensor:
     """Draw ``k`` of ``noise``: standard normals like ``x``."""
     times = torch.tensor([k, k + 1], dtype=torch.float64, device="cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of, whole_number
-from sdesolve.brownian import AbstractNoise, BrownianPath
+from sdesolve.brownian import AbstractNoise, BrownianPath, drawn_seed
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift
 from sdesolve.integrate.cuda_graph import StraightSampler, captured
@@ -20,7 +20,7 @@ from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import AbstractData, ExactScore
 from sdesolve.scores.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from sdesolve.scores.network import NetworkScore
-from sdesolve.sde import Calculus, Noise, per_sample
+from sdesolve.sde import per_sample
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -85,10 +85,7 @@ def sample(
     if bool((process.sigma(times[-1]) == 0).any()):
         denoise = False  # nothing is left to remove
     path = _path(seed, noise)
-    if stochasticity is None:
-        stochasticity = solver.stochasticity
-    if stochasticity is None:
-        stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
+    stochasticity = solver.sampling_stochasticity if stochasticity is None else stochasticity
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
         if solver.controller is not None:
@@ -202,4 +199,4 @@ def _path(seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
     if noise is not None:
         return noise
-    return BrownianPath(int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed)
+    return BrownianPath(drawn_seed() if seed is None else seed)

@@ -7,6 +7,10 @@ import numbers
 import operator
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 
 def kind_of(value: Any) -> str:
     """The type of ``value`` for a message; a class passed where an object of it is wanted is named as such."""
@@ -48,3 +52,15 @@ def name_of(function: Any) -> str:
     kind = type(function)
     own = kind.__qualname__ if kind.__repr__ is object.__repr__ else repr(function)
     return str(getattr(function, "__qualname__", own))
+
+
+def real(value: object, name: str) -> Tensor:
+    """``value`` as a float64 tensor on the host that shares no memory with it; refuses what is not finite."""
+    # By way of NumPy, which reads Python numbers as float64; torch would round them to its default dtype, float32.
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, got {tensor.dtype}")
+    tensor = tensor.detach().to(device="cpu", dtype=torch.float64, copy=True)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} must be finite, it holds nan or inf")
+    return tensor

@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Callable
+from typing import Generic, TypeVar, final
 
 import torch
 from torch import Tensor
 
 _HOST_DTYPES = (torch.float32, torch.float64)
+T = TypeVar("T", bound=Tensor | tuple[Tensor | None, ...])
+
+
+def converted(constant: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant in another precision, on another device.
+
+    Complex constants become complex numbers of the same precision, integer ones keep their dtype.
+    """
+    if constant.is_complex():
+        dtype = dtype.to_complex()
+    elif not constant.is_floating_point():
+        dtype = constant.dtype
+    return constant.to(device, dtype)
 
 
 @final
-class Copies:
-    """A constant and copies of it in the dtypes and on the devices of the tensors that it meets.
+class Copies(Generic[T]):
+    """A constant, or a tuple of them, and copies for the dtypes and devices of the tensors that it meets.
 
-    Complex constants are copied to the complex dtype of the same precision, integer ones keep theirs. Without copies
-    every use would convert the constant again, and a transfer from the host cannot be captured in a CUDA graph. Copies
-    for the host are made at once: one made while a function is being traced would belong to that trace.
+    Without copies every use would convert the constant again, and a transfer from the host cannot be captured in a CUDA
+    graph. Copies for the host are made at once: one made while a function is being traced would belong to that trace.
+
+    Args:
+        constant: float64.
+        convert: gives it in another dtype, on another device.
     """
 
-    def __init__(self, constant: Tensor) -> None:
-        self._constant = constant
-        self._copies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    def __init__(self, constant: T, convert: Callable[[T, torch.dtype, torch.device], T] = converted) -> None:  # type: ignore[assignment]
+        self._constant, self._convert = constant, convert
+        self._copies: dict[tuple[torch.dtype, torch.device], T] = {}
         for dtype in _HOST_DTYPES:
             self._copies[dtype, torch.device("cpu")] = self._copy(dtype, torch.device("cpu"))
 
-    def like(self, x: Tensor) -> Tensor:
+    def like(self, x: Tensor) -> T:
         """The constant in the precision and on the device of ``x``."""
         key = (x.dtype, x.device)
         found = self._copies.get(key)
         if found is not None:
             return found
         made = self._copy(*key)
-        if type(made) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made):
+        first = made if isinstance(made, Tensor) else made[0]
+        if type(first) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(first):
             self._copies[key] = made
         return made
 
-    def _copy(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        c = self._constant
-        if c.is_complex():
-            dtype = dtype.to_complex()
-        elif not c.is_floating_point():
-            dtype = c.dtype
+    def _copy(self, dtype: torch.dtype, device: torch.device) -> T:
         # A copy made in inference mode could not take part in a gradient later.
         with torch.inference_mode(False), torch.no_grad():
-            return c.to(device, dtype)
+            return self._convert(self._constant, dtype, device)

@@ -6,9 +6,21 @@ from sdesolve.diffusions.linear import LinearDiffusion
 from sdesolve.diffusions.ou import OU
 from sdesolve.diffusions.subvp import SubVP
 from sdesolve.diffusions.ve import VE
-from sdesolve.diffusions.vp import VP, BetaSchedule, CosineBeta, LinearBeta
+from sdesolve.diffusions.vp import VP, AbstractBetaSchedule, CosineBeta, LinearBeta
 
 __all__ = [
-    "EDM", "OU", "VE", "VP", "AbstractDiffusion", "BetaSchedule", "CosineBeta", "LinearBeta", "LinearDiffusion",
-    "Marginal", "Prior", "SubVP", "Transition", "inverse_log_snr",
+    "EDM",
+    "OU",
+    "VE",
+    "VP",
+    "AbstractBetaSchedule",
+    "AbstractDiffusion",
+    "CosineBeta",
+    "LinearBeta",
+    "LinearDiffusion",
+    "Marginal",
+    "Prior",
+    "SubVP",
+    "Transition",
+    "inverse_log_snr",
 ]  # fmt: skip

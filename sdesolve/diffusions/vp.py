@@ -14,7 +14,7 @@ from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_positive, check_times
 
 
-class BetaSchedule(abc.ABC):
+class AbstractBetaSchedule(abc.ABC):
     """A noise rate ``beta(t) >= 0`` and its integral ``B(t)`` from 0 to ``t``."""
 
     t_min: float
@@ -37,7 +37,7 @@ class BetaSchedule(abc.ABC):
 
 
 @final
-class LinearBeta(BetaSchedule):
+class LinearBeta(AbstractBetaSchedule):
     """``beta(t) = beta_min + t (beta_max - beta_min)`` on [0, 1] (Song et al. 2021, eq. 32).
 
     Args:
@@ -65,7 +65,7 @@ class LinearBeta(BetaSchedule):
 
 
 @final
-class CosineBeta(BetaSchedule):
+class CosineBeta(AbstractBetaSchedule):
     """``alpha(t) = cos(a(t)) / cos(a(0))`` with ``a(t) = pi/2 (t + s) / (1 + s)`` (Nichol and Dhariwal 2021, eq. 17).
 
     ``beta(t) = pi / (1 + s) tan a(t)`` has a pole at 1, so the process ends before it. The default end, 0.9946, is
@@ -113,27 +113,56 @@ class CosineBeta(BetaSchedule):
         return 0.5 * math.pi * (1 - t) / (1 + self.s)
 
 
+class AbstractScheduled(AbstractDiffusion):
+    """``alpha = exp(-B/2)`` with ``B`` the integral of the rates ``beta`` of a schedule, and the limit law ``N(0, I)``.
+
+    Args:
+        schedule: `LinearBeta` (the default, 0.1 to 20) or `CosineBeta`, or an `AbstractBetaSchedule` of your own.
+
+    Raises:
+        TypeError: ``schedule`` is something else.
+    """
+
+    @final
+    def __init__(self, schedule: AbstractBetaSchedule | None = None) -> None:
+        self.schedule = LinearBeta() if schedule is None else schedule
+        if not isinstance(self.schedule, AbstractBetaSchedule):
+            raise TypeError(
+                "schedule must be an AbstractBetaSchedule, LinearBeta(0.1, 20) or CosineBeta(), got "
+                f"{kind_of(schedule)}"
+            )
+        self.t_min, self.t_max = self.schedule.t_min, self.schedule.t_max
+
+    @final
+    def log_alpha(self, t: Tensor | float) -> Tensor:
+        return -0.5 * self.schedule.integral(as_time(t))
+
+    @final
+    def drift_rate(self, t: Tensor | float) -> Tensor:
+        return -0.5 * self.schedule.beta(as_time(t))
+
+    @final
+    @property
+    def prior(self) -> Prior:
+        """The limit law ``N(0, I)``."""
+        return Prior(1.0)
+
+    @final
+    def time_grid(self, steps: int) -> Tensor:
+        """Uniform in time."""
+        return grids.uniform(self.t_max, self.t_min, steps)
+
+
 @final
-class VP(AbstractDiffusion):
+class VP(AbstractScheduled):
     """Variance preserving: ``dX = -beta(t)/2 X dt + sqrt(beta(t)) dW`` (Song et al. 2021, eq. 11).
 
     ``alpha = exp(-B/2)`` and ``sigma = sqrt(1 - exp(-B))`` with ``B`` the integral of ``beta``, so
     ``alpha^2 + sigma^2 = 1`` and data of unit variance keep it.
 
     Args:
-        schedule: `LinearBeta` (the default, 0.1 to 20) or `CosineBeta`, or a `BetaSchedule` of your own.
+        schedule: `LinearBeta` (the default, 0.1 to 20) or `CosineBeta`, or an `AbstractBetaSchedule` of your own.
     """
-
-    def __init__(self, schedule: BetaSchedule | None = None) -> None:
-        self.schedule = LinearBeta() if schedule is None else schedule
-        if not isinstance(self.schedule, BetaSchedule):
-            raise TypeError(
-                f"schedule must be a BetaSchedule, LinearBeta(0.1, 20) or CosineBeta(), got {kind_of(schedule)}"
-            )
-        self.t_min, self.t_max = self.schedule.t_min, self.schedule.t_max
-
-    def log_alpha(self, t: Tensor | float) -> Tensor:
-        return -0.5 * self.schedule.integral(as_time(t))
 
     def sigma(self, t: Tensor | float) -> Tensor:
         return (-torch.expm1(-self.schedule.integral(as_time(t)))).sqrt()
@@ -142,17 +171,5 @@ class VP(AbstractDiffusion):
         # sigma^2 / alpha^2 = exp(B) - 1
         return self.schedule.time_at_integral(torch.log1p((-as_time(log_snr)).exp()))
 
-    def drift_rate(self, t: Tensor | float) -> Tensor:
-        return -0.5 * self.schedule.beta(as_time(t))
-
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         return self.schedule.beta(as_time(t))
-
-    @property
-    def prior(self) -> Prior:
-        """The stationary law ``N(0, I)``."""
-        return Prior(1.0)
-
-    def time_grid(self, steps: int) -> Tensor:
-        """Uniform in time."""
-        return grids.uniform(self.t_max, self.t_min, steps)

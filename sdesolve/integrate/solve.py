@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import whole_number
-from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments
+from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
 from sdesolve.integrate.lowering import lower
@@ -260,5 +260,5 @@ def _noise_of(
             raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
         return noise
     if seed is None:
-        seed = 0 if not random else int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        seed = 0 if not random else drawn_seed()
     return BrownianPath(seed, kind=increments or "normal")

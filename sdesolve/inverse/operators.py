@@ -6,11 +6,10 @@ import abc
 import math
 from typing import NamedTuple, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import number
+from sdesolve._internal.arguments import number, real
 from sdesolve._internal.copies import Copies
 
 
@@ -208,7 +207,7 @@ class Blur(AbstractOperator):
     """
 
     def __init__(self, kernel: Tensor, state_shape: tuple[int, ...]) -> None:
-        k = _real(kernel, "kernel")
+        k = real(kernel, "kernel")
         self.state_shape = self.observation_shape = tuple(state_shape)
         places = self.state_shape[len(self.state_shape) - k.ndim :]
         if k.ndim == 0 or k.ndim > len(self.state_shape) or any(a > b for a, b in zip(k.shape, places, strict=True)):
@@ -315,18 +314,8 @@ def _rounding(values: Tensor, size: int) -> Tensor:
     return size * torch.finfo(torch.float64).eps * values.max()
 
 
-def _real(value: Tensor, name: str) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real, got {tensor.dtype}")
-    tensor = tensor.detach().to(device="cpu", dtype=torch.float64, copy=True)
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} must be finite, it holds nan or inf")
-    return tensor
-
-
 def _real_matrix(value: Tensor, name: str) -> Tensor:
-    matrix = _real(value, name)
+    matrix = real(value, name)
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(f"{name} must be a matrix with at least one row and column, got shape {tuple(matrix.shape)}")
     return matrix

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
-from sdesolve.brownian import AbstractStreams, BrownianPath
+from sdesolve.brownian import AbstractStreams, BrownianPath, drawn_seed
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import all_finite, check_drift, check_state
 from sdesolve.integrate.solution import DivergenceError
@@ -99,9 +99,7 @@ class AnnealedLangevin:
         check_state(x0)
         times = self._times(process).to(x0)
         if noise is None:
-            noise = BrownianPath(
-                int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed
-            )
+            noise = BrownianPath(drawn_seed() if seed is None else seed)
         elif seed is not None:
             raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
         draws = noise.correctors(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdesolve._internal.arguments import kind_of, whole_number
-from sdesolve.brownian import BrownianPath
+from sdesolve.brownian import BrownianPath, drawn_seed
 from sdesolve.integrate.checks import check_state
 from sdesolve.integrate.solution import DivergenceError
 from sdesolve.mcmc.base import AbstractKernel, Function, Target, Walker
@@ -107,9 +107,7 @@ def _path(seed: int | None, noise: BrownianPath | None) -> BrownianPath:
     if seed is not None and noise is not None:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
     if noise is None:
-        noise = BrownianPath(
-            int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed
-        )
+        noise = BrownianPath(drawn_seed() if seed is None else seed)
     if not isinstance(noise, BrownianPath):
         raise TypeError(f"noise must be a BrownianPath, got {type(noise).__name__}; a number goes to seed=")
     return noise.correctors(1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import real
 from sdesolve.metrics.samples import samples
-from sdesolve.scores.components import Spectrum, real, spectrum
+from sdesolve.scores.components import Spectrum, spectrum
 
 
 def bures_wasserstein(

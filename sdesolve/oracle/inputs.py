@@ -16,7 +16,7 @@ from sdesolve.brownian import AbstractNoise, AbstractStreams, Part
 _DRIVING, _CORRECTORS = 0, 1
 
 
-class Numbers(abc.ABC):
+class AbstractNumbers(abc.ABC):
     """Standard normals by stream and draw, of a batch of rows."""
 
     @abc.abstractmethod
@@ -32,7 +32,7 @@ class OracleNoise(AbstractStreams):
     shape of the state that the sampler was given.
     """
 
-    def __init__(self, numbers: Numbers, shape: tuple[int, ...], stream: int = _DRIVING) -> None:
+    def __init__(self, numbers: AbstractNumbers, shape: tuple[int, ...], stream: int = _DRIVING) -> None:
         self._numbers, self._shape, self._stream, self._next = numbers, shape, stream, 0
 
     def __call__(self) -> Tensor:
@@ -59,7 +59,7 @@ class OracleNoise(AbstractStreams):
 
 
 @final
-class Silence(Numbers):
+class Silence(AbstractNumbers):
     """No noise. Keeps count of what was asked for."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Silence(Numbers):
 
 
 @final
-class Constant(Numbers):
+class Constant(AbstractNumbers):
     """The same number everywhere."""
 
     def __init__(self, value: float) -> None:
@@ -126,7 +126,7 @@ class UnitInputs:
 
 
 @final
-class _Units(Numbers):
+class _Units(AbstractNumbers):
     """One input of size 1 per row: row ``i`` has number ``first + i`` of all pairs of draw and channel of a stream.
 
     With ``together`` it has all channels of draw ``first + i``.
@@ -150,7 +150,7 @@ class _Units(Numbers):
 
 
 @final
-class _Table(Numbers):
+class _Table(AbstractNumbers):
     """The same given numbers for every row."""
 
     def __init__(self, weights: dict[int, Tensor]) -> None:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import real
 from sdesolve.grids import check_grid
 from sdesolve.integrate.save_at import SaveAt
 from sdesolve.integrate.solve import solve
 from sdesolve.oracle.inputs import OracleNoise, Silence, UnitInputs
-from sdesolve.scores.components import real, spectrum
+from sdesolve.scores.components import spectrum
 from sdesolve.sde import AbstractSDE, Noise, is_matrix
 from sdesolve.solvers.base import AbstractSolver
 

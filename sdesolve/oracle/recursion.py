@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.oracle.inputs import Numbers, OracleNoise, Silence, seeded
+from sdesolve.oracle.inputs import AbstractNumbers, OracleNoise, Silence, seeded
 from sdesolve.oracle.samplers import EXPECTED, Look, Sampler, Step
 from sdesolve.reverse import Score
 from sdesolve.scores.mixture import GaussianMixture
@@ -243,7 +243,7 @@ def _reduced(table: _Table) -> list[Point]:
 
 
 @final
-class _UnitDraws(Numbers):
+class _UnitDraws(AbstractNumbers):
     """Row ``1 + i`` has input ``i``, and no other; row 0 has none."""
 
     def __init__(self, first: dict[int, int]) -> None:
@@ -257,7 +257,7 @@ class _UnitDraws(Numbers):
 
 
 @final
-class _Given(Numbers):
+class _Given(AbstractNumbers):
     """Prepared numbers, ``(inputs, rows, *state)``."""
 
     def __init__(self, first: dict[int, int], numbers: Tensor) -> None:

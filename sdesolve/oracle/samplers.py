@@ -12,10 +12,9 @@ from sdesolve._internal.arguments import kind_of
 from sdesolve.brownian import AbstractNoise
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.solve import solve
-from sdesolve.oracle.inputs import Constant, Numbers, OracleNoise, Silence
+from sdesolve.oracle.inputs import AbstractNumbers, Constant, OracleNoise, Silence
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.mixture import GaussianMixture
-from sdesolve.sde import Calculus, Noise
 from sdesolve.solvers.base import AbstractSolver
 
 _SAME = 1e-9  # of the size of the states
@@ -45,11 +44,8 @@ class SolverSampler:
     def __init__(self, solver: AbstractSolver, stochasticity: float | None = None) -> None:
         if not isinstance(solver, AbstractSolver) or solver.controller is not None:
             raise TypeError(f"solver must be a fixed-step solver such as EulerMaruyama(), got {kind_of(solver)}")
-        if stochasticity is None:
-            stochasticity = solver.stochasticity
-        if stochasticity is None:
-            stochasticity = 1.0 if (Calculus.ITO, Noise.ADDITIVE) in solver.supported else 0.0
-        self.solver, self.stochasticity = solver, stochasticity
+        self.solver = solver
+        self.stochasticity = solver.sampling_stochasticity if stochasticity is None else stochasticity
 
     def equation(self, process: AbstractDiffusion, score: Score) -> ReverseSDE | ProbabilityFlow:
         """What the solver integrates."""
@@ -126,7 +122,7 @@ def gaussian_steps(sampler: Sampler, process: AbstractDiffusion, data: GaussianM
 
 
 def _looked_at(sampler: Sampler, process: AbstractDiffusion, score: Score, grid: Tensor) -> Look:
-    def run(x: Tensor, numbers: Numbers) -> Tensor:
+    def run(x: Tensor, numbers: AbstractNumbers) -> Tensor:
         return sampler(process, score, x, grid, OracleNoise(numbers, tuple(x.shape)))
 
     def look(x: Tensor) -> Step:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, final
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,48 +71,11 @@ class Components(NamedTuple):
         return alpha * self.values / v.clamp_min(torch.finfo(v.dtype).tiny)
 
 
-@final
-class Constants:
-    """Float64 constants, and copies of them in the dtypes and on the devices that they are used with.
-
-    Copies for the host are made at once: one made while a function is being traced or transformed would belong to that
-    trace, and could not be kept.
-    """
-
-    def __init__(self, parts: Components) -> None:
-        self._parts = parts
-        self._copies = {(dtype, torch.device("cpu")): _copy(parts, dtype, "cpu") for dtype in STATE_DTYPES}
-
-    def like(self, x: Tensor) -> Components:
-        """The constants in the dtype and on the device of ``x``."""
-        key = (x.dtype, x.device)
-        found = self._copies.get(key)
-        if found is not None:
-            return found
-        made = _copy(self._parts, *key)
-        if type(made.mean) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made.mean):
-            self._copies[key] = made
-        return made
-
-
-def _copy(parts: Components, dtype: torch.dtype, device: torch.device | str) -> Components:
-    # A copy made in inference mode could not take part in a gradient later.
-    with torch.inference_mode(False), torch.no_grad():
-        mean, values, log_weights = (c.to(device, dtype) for c in (parts.mean, parts.values, parts.log_weights))
-        vectors = None if parts.vectors is None else parts.vectors.to(device, dtype)
+def converted(parts: Components, dtype: torch.dtype, device: torch.device) -> Components:
+    """The same in another precision, on another device."""
+    mean, values, log_weights = (c.to(device, dtype) for c in (parts.mean, parts.values, parts.log_weights))
+    vectors = None if parts.vectors is None else parts.vectors.to(device, dtype)
     return Components(mean, values, vectors, log_weights)
-
-
-def real(value: object, name: str) -> Tensor:
-    """``value`` as a float64 tensor on the host that shares no memory with it; refuses what is not finite."""
-    # By way of NumPy, which reads Python numbers as float64; torch would round them to its default dtype, float32.
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real, got {tensor.dtype}")
-    tensor = tensor.detach().to(device="cpu", dtype=torch.float64, copy=True)
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} must be finite, it holds nan or inf")
-    return tensor
 
 
 def spectrum(cov: Tensor, state_shape: tuple[int, ...], name: str = "cov") -> Spectrum:

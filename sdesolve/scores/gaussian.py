@@ -8,11 +8,12 @@ import torch
 from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import real, whole_number
+from sdesolve._internal.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.inverse.operators import AbstractOperator
 from sdesolve.scores.base import AbstractData, check_process, check_state, coefficients, flat
-from sdesolve.scores.components import Components, Constants, colour, covariance_form, real, spectrum
+from sdesolve.scores.components import Components, colour, converted, covariance_form, spectrum
 from sdesolve.scores.posterior import condition
 from sdesolve.sde import State, Time
 
@@ -60,8 +61,9 @@ class Gaussian(AbstractData):
         self._cov_shape = tuple(given.shape)
         values, vectors = spectrum(given, self.state_shape)
         self._values, self._vectors = values, vectors
-        self._constants = Constants(
-            Components(self.mean.reshape(1, -1), values[None], vectors, torch.zeros((), dtype=torch.float64))
+        self._constants = Copies(
+            Components(self.mean.reshape(1, -1), values[None], vectors, torch.zeros((), dtype=torch.float64)),
+            converted,
         )
 
     @property

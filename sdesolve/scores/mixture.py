@@ -9,10 +9,11 @@ import torch
 from sdesolve_kernels import Stream, normal, uniform
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import real, whole_number
+from sdesolve._internal.copies import Copies
 from sdesolve.inverse.operators import AbstractOperator
 from sdesolve.scores.base import AbstractData
-from sdesolve.scores.components import Components, Constants, Spectrum, colour, matrix_spectra, real
+from sdesolve.scores.components import Components, Spectrum, colour, converted, matrix_spectra
 from sdesolve.scores.posterior import condition
 
 # Displacements from every mean are (K, batch, d); larger batches go through in blocks of about this many elements. On
@@ -70,13 +71,14 @@ class GaussianMixture(AbstractData):
         self.weights = _weights(weights, len(self.means))
         self._spectra = _spectra(stds, covs, self.means)
         values, vectors = self._spectra
-        self._constants = Constants(
+        self._constants = Copies(
             Components(
                 self.means.flatten(1)[:, None] if self.state_shape else self.means[:, None, None],
                 values[:, None],
                 vectors,
                 self.weights.log()[:, None],
-            )
+            ),
+            converted,
         )
 
     @property

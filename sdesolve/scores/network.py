@@ -40,7 +40,7 @@ class Target(NamedTuple):
     gain: Tensor | float
 
 
-class Parameterization(abc.ABC):
+class AbstractParameterization(abc.ABC):
     """What the output ``F`` of a network stands for.
 
     ``data`` and ``noise`` are each written in the form that cancels least, rather than one through the other.
@@ -63,7 +63,7 @@ class Parameterization(abc.ABC):
         """The ``F`` that is right for one ``(x_0, z)``; its conditional mean is what a perfect network returns."""
 
 
-class _Unscaled(Parameterization):
+class _Unscaled(AbstractParameterization):
     """Parameterisations whose network sees ``x_t`` and ``t`` as they are."""
 
     @final
@@ -132,7 +132,7 @@ class PredictsVelocity(_Unscaled):
 
 
 @final
-class PreconditionsEDM(Parameterization):
+class PreconditionsEDM(AbstractParameterization):
     """Karras et al. 2022, eq. 7 and table 1, on ``x_t / alpha`` at noise level ``r = sigma / alpha``.
 
     ``x_0 = c_skip x_t / alpha + c_out F(c_in x_t / alpha, log(r) / 4)`` with, for data of standard deviation ``s``,
@@ -163,7 +163,7 @@ class PreconditionsEDM(Parameterization):
         return (c.sigma**2 + (self.s * c.alpha) ** 2).sqrt()
 
 
-_PARAMETERIZATIONS: dict[str, Callable[[float], Parameterization]] = {
+_PARAMETERIZATIONS: dict[str, Callable[[float], AbstractParameterization]] = {
     "noise": lambda sigma_data: PredictsNoise(),
     "data": lambda sigma_data: PredictsData(),
     "score": lambda sigma_data: PredictsScore(),

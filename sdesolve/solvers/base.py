@@ -79,6 +79,17 @@ class AbstractSolver(abc.ABC):
         return None
 
     @property
+    @final
+    def sampling_stochasticity(self) -> float:
+        """Of the reverse equation that samples are drawn by unless told otherwise.
+
+        What the scheme is made for; else 1, the reverse SDE, if it takes additive noise, and 0, the flow, if not.
+        """
+        if self.stochasticity is not None:
+            return self.stochasticity
+        return 1.0 if (Calculus.ITO, Noise.ADDITIVE) in self.supported else 0.0
+
+    @property
     def own_component_diffusion(self) -> bool:
         """Whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone."""
         return False

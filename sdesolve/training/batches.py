@@ -1,4 +1,4 @@
-"""Batches for training whose order is a function of the seed, so that a run can be taken up anywhere."""
+"""AbstractBatches for training whose order is a function of the seed, so that a run can be taken up anywhere."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Batch(NamedTuple):
     position: Position
 
 
-class Batches(abc.ABC):
+class AbstractBatches(abc.ABC):
     """An endless sequence of batches that can start at any position."""
 
     @abc.abstractmethod
     def after(self, position: Position) -> Iterator[Batch]:
-        """Batches from ``position`` on."""
+        """AbstractBatches from ``position`` on."""
 
     @abc.abstractmethod
     def __repr__(self) -> str:
@@ -45,10 +45,10 @@ class Batches(abc.ABC):
 
 
 @final
-class TensorBatches(Batches):
+class TensorBatches(AbstractBatches):
     """Rows of a tensor, every epoch in a new order that depends on the seed and the epoch's number alone.
 
-    Batches run on across the end of an epoch, so that all have the same size.
+    AbstractBatches run on across the end of an epoch, so that all have the same size.
 
     Raises:
         TypeError: the data is not floating-point, or the labels are no tensor.
@@ -104,8 +104,8 @@ class TensorBatches(Batches):
 
 
 @final
-class LoaderBatches(Batches):
-    """Batches of a ``DataLoader`` or another iterable, gone through again in every epoch.
+class LoaderBatches(AbstractBatches):
+    """AbstractBatches of a ``DataLoader`` or another iterable, gone through again in every epoch.
 
     torch's global generator is seeded from the seed, the epoch and the batch's number while a batch is made, so that a
     shuffling loader and random augmentations repeat themselves; a loader's own ``generator`` is its owner's affair. A
@@ -151,8 +151,8 @@ def batches_of(
     labels: Tensor | None = None,
     *,
     labelled: bool = False,
-) -> Batches:
-    """Batches from whatever `train` was given, with labels if ``labelled``.
+) -> AbstractBatches:
+    """AbstractBatches from whatever `train` was given, with labels if ``labelled``.
 
     Raises:
         TypeError: ``data`` is neither a tensor nor an iterable; integer data.

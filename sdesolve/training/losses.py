@@ -18,9 +18,9 @@ from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift
 from sdesolve.reverse import Score
 from sdesolve.scores.network import NetworkScore
+from sdesolve.training.times import AbstractTimeLaw, Spread, TrainingTimes, choice, log_snr_slope
 from sdesolve.training.times import LogNormalNoise as LogNormalNoise
 from sdesolve.training.times import NoiseLadder as NoiseLadder
-from sdesolve.training.times import Spread, TimeLaw, TrainingTimes, choice, log_snr_slope
 from sdesolve.training.times import UniformLogSNR as UniformLogSNR
 from sdesolve.training.times import UniformTime as UniformTime
 
@@ -133,7 +133,7 @@ class DenoisingScoreMatching(AbstractObjective):
         t_min: float | None = None,
         t_max: float | None = None,
         *,
-        law: TimeLaw | None = None,
+        law: AbstractTimeLaw | None = None,
         process: AbstractDiffusion | None = None,
         importance: bool = False,
         antithetic: bool = False,

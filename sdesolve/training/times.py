@@ -21,7 +21,7 @@ T = TypeVar("T")
 Spread = Literal["uniform", "antithetic", "stratified"]
 
 
-class TimeLaw(abc.ABC):
+class AbstractTimeLaw(abc.ABC):
     """A law of training times on ``[t_min, t_max]``, given by its quantile function."""
 
     @abc.abstractmethod
@@ -41,7 +41,7 @@ class TimeLaw(abc.ABC):
 
 
 @final
-class UniformTime(TimeLaw):
+class UniformTime(AbstractTimeLaw):
     """Times uniform on ``[t_min, t_max]``."""
 
     def quantile(self, u: Tensor, process: AbstractDiffusion, t_min: float, t_max: float) -> Tensor:
@@ -52,7 +52,7 @@ class UniformTime(TimeLaw):
 
 
 @final
-class LogNormalNoise(TimeLaw):
+class LogNormalNoise(AbstractTimeLaw):
     """``log(sigma / alpha) ~ N(mean, std^2)``, cut off at ``t_min`` and ``t_max`` (Karras et al. 2022, table 1).
 
     The law for `EDM`, whose time is the noise level itself: uniform times up to 80 would hardly ever visit the noise
@@ -91,7 +91,7 @@ class LogNormalNoise(TimeLaw):
 
 
 @final
-class UniformLogSNR(TimeLaw):
+class UniformLogSNR(AbstractTimeLaw):
     """Log-SNRs uniform between those of ``t_min`` and ``t_max``: a density in proportion to ``g^2 / sigma^2``.
 
     The law of importance sampling for the likelihood weighting, under which its weights are constant times those of
@@ -107,7 +107,7 @@ class UniformLogSNR(TimeLaw):
 
 
 @final
-class NoiseLadder(TimeLaw):
+class NoiseLadder(AbstractTimeLaw):
     """A finite ladder of times, each as likely as the others: one noise level, or several.
 
     On `EDM`, where time is the noise level, ``NoiseLadder([0.1, 0.3, 1.0])`` is the ladder of sigmas of Song and Ermon
@@ -165,7 +165,7 @@ class TrainingTimes:
         spread: Spread = "uniform",
         t_min: float | None = None,
         t_max: float | None = None,
-        law: TimeLaw | None = None,
+        law: AbstractTimeLaw | None = None,
     ) -> None:
         self._spread = choice(SPREADS, spread, "times")
         for name, value in (("t_min", t_min), ("t_max", t_max)):
@@ -173,8 +173,8 @@ class TrainingTimes:
                 raise ValueError(
                     f"{name} must be positive and finite, got {value}: at t = 0 there is no noise to match"
                 )
-        if law is not None and not isinstance(law, TimeLaw):
-            raise TypeError(f"law must be a TimeLaw such as UniformTime(), got {law!r}")
+        if law is not None and not isinstance(law, AbstractTimeLaw):
+            raise TypeError(f"law must be a AbstractTimeLaw such as UniformTime(), got {law!r}")
         if process is not None and not isinstance(process, AbstractDiffusion):
             raise TypeError(f"process must be a diffusion such as VP(), got {process!r}")
         self.process, self.spread, self.t_min, self.t_max = process, spread, t_min, t_max

@@ -44,8 +44,8 @@ def test_a_schedule_that_makes_no_process(make, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VP(0.1), "schedule must be a BetaSchedule"),
-        (lambda: SubVP(LinearBeta), "schedule must be a BetaSchedule"),
+        (lambda: VP(0.1), "schedule must be an AbstractBetaSchedule"),
+        (lambda: SubVP(LinearBeta), "schedule must be an AbstractBetaSchedule"),
         (lambda: VP("cosine"), r"LinearBeta\(0.1, 20\) or CosineBeta\(\), got str"),
         (lambda: LinearBeta("0.1"), "beta_min must be a number, got '0.1' of type str"),
         (lambda: LinearDiffusion(1.0, lambda t: t), "alpha must be a function of a tensor of times, got float"),

@@ -312,7 +312,7 @@ def test_the_text_of_a_loss_tells_its_settings():
         ),
         (lambda: DenoisingScoreMatching(t_min=0.0), ValueError, "t_min must be positive and finite, got 0.0: at t = 0"),
         (lambda: DenoisingScoreMatching(t_max=math.inf), ValueError, "t_max must be positive and finite, got inf"),
-        (lambda: DenoisingScoreMatching(law="uniform"), TypeError, "law must be a TimeLaw"),
+        (lambda: DenoisingScoreMatching(law="uniform"), TypeError, "law must be a AbstractTimeLaw"),
         (lambda: DenoisingScoreMatching(process="vp"), TypeError, "process must be a diffusion such as VP"),
         (lambda: LogNormalNoise(std=0.0), ValueError, "std > 0, got mean=-1.2, std=0.0"),
         (lambda: LogNormalNoise(mean=math.nan), ValueError, "finite mean"),
