@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdesolve_kernels import normal
 
+from sdesolve._internal.copies import Copies
 from sdesolve.diffusions import EDM, OU, VE, VP, CosineBeta, LinearDiffusion, SubVP
 from sdesolve.scores import Gaussian, GaussianMixture
-from sdesolve.scores.components import Components, Constants
+from sdesolve.scores.components import Components, converted
 
 PROCESSES = {
     "vp": VP(),
@@ -264,7 +265,7 @@ def test_transforms_and_modes_leave_nothing_behind(law):
 def test_constants_copied_inside_a_transform_are_not_kept():
     """Copies for the host exist from the start; those for other devices and dtypes are made where first needed."""
     parts = Components(*(torch.ones(1, 2, dtype=torch.float64) for _ in range(2)), None, torch.zeros(()).double())
-    constants, x = Constants(parts), torch.zeros(1, 2, dtype=torch.float16)
+    constants, x = Copies(parts, converted), torch.zeros(1, 2, dtype=torch.float16)
     torch.func.grad(lambda x: (constants.like(x).mean * x).sum())(x)
     kept = constants.like(x)
     assert torch.equal(kept.mean, torch.ones(1, 2, dtype=torch.float16))
