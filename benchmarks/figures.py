@@ -134,7 +134,7 @@ def _few_paths() -> dict[str, float]:
 
 
 def _over_kernel() -> dict[str, float]:
-    from sdesolve_kernels.trajectory import launch
+    from sdesolve_kernels.trajectory import numba_launch as launch
 
     run, inside, ratios = _linear(1 << 20), [0.0], []
     original = launch.split

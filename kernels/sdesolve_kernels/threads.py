@@ -131,8 +131,9 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 class _Scratch(threading.local):
     """Memory of a thread's own."""
 
-    memory = np.empty(0, np.uint8)
+    size = 0
     address = 0
+    memory = np.empty(0, np.uint8)
 
 
 _scratch = _Scratch()
@@ -143,12 +144,12 @@ def scratch(size: int) -> tuple[np.ndarray, int]:
 
     Whoever uses the address holds on to the array.
     """
-    memory, address = _scratch.memory, _scratch.address
-    if len(memory) < size + 64:
-        memory = np.empty(size + 64, np.uint8)
-        address = -(-memory.ctypes.data // 64) * 64
-        if size <= _SCRATCH_KEPT:
-            _scratch.memory, _scratch.address = memory, address
+    if size <= _scratch.size:
+        return _scratch.memory, _scratch.address
+    memory = np.empty(size + 64, np.uint8)
+    address = -(-memory.ctypes.data // 64) * 64
+    if size <= _SCRATCH_KEPT:
+        _scratch.size, _scratch.memory, _scratch.address = size, memory, address
     return memory, address
 
 
