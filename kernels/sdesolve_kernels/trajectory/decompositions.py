@@ -8,17 +8,17 @@ from typing import Any
 
 from sdesolve_kernels.trajectory.alike import mapped
 from sdesolve_kernels.trajectory.expressions import I64, Expression, Graph
-from sdesolve_kernels.trajectory.pointwise import handles, number, pointwise, whole_quotient
+from sdesolve_kernels.trajectory.pointwise import constant, handles, pointwise, whole_quotient
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, dtype_name
 
 
 def _sigmoid(g: Graph, a: Expression) -> Expression:
-    one = number(g, 1.0, a)
+    one = constant(g, 1.0, a)
     return g.op("div", one, g.op("add", one, g.op("exp", g.op("neg", a))))
 
 
 def _rsqrt(g: Graph, a: Expression) -> Expression:
-    return g.op("div", number(g, 1.0, a), g.op("sqrt", a))
+    return g.op("div", constant(g, 1.0, a), g.op("sqrt", a))
 
 
 def _isnan(g: Graph, a: Expression) -> Expression:
@@ -26,7 +26,7 @@ def _isnan(g: Graph, a: Expression) -> Expression:
 
 
 def _isinf(g: Graph, a: Expression) -> Expression:
-    return g.op("eq", g.op("abs", a), number(g, float("inf"), a))
+    return g.op("eq", g.op("abs", a), constant(g, float("inf"), a))
 
 
 def _product(g: Graph, a: Expression, b: Expression) -> Expression:
@@ -38,22 +38,22 @@ def _difference(g: Graph, a: Expression, b: Expression) -> Expression:
 
 
 def _ramp(g: Graph, a: Expression) -> Expression:
-    return g.op("clamp_min", number(g, 0.0, a), a)  # whose derivative at 0 is 0
+    return g.op("clamp_min", constant(g, 0.0, a), a)  # whose derivative at 0 is 0
 
 
 pointwise("rsub", _difference, whole=_difference)
-pointwise("reciprocal", lambda g, a: g.op("div", number(g, 1.0, a), a))
+pointwise("reciprocal", lambda g, a: g.op("div", constant(g, 1.0, a), a))
 pointwise("square", lambda g, a: _product(g, a, a), whole=lambda g, a: _product(g, a, a))
 pointwise("sigmoid", _sigmoid)
 pointwise("rsqrt", _rsqrt)
 pointwise("relu", _ramp)
 pointwise("silu", lambda g, a: g.op("mul", a, _sigmoid(g, a)))
-pointwise("exp2", lambda g, a: g.op("pow", number(g, 2.0, a), a))
-pointwise("log2", lambda g, a: g.op("mul", g.op("log", a), number(g, 1.4426950408889634, a)))
-pointwise("log10", lambda g, a: g.op("mul", g.op("log", a), number(g, 0.4342944819032518, a)))
+pointwise("exp2", lambda g, a: g.op("pow", constant(g, 2.0, a), a))
+pointwise("log2", lambda g, a: g.op("mul", g.op("log", a), constant(g, 1.4426950408889634, a)))
+pointwise("log10", lambda g, a: g.op("mul", g.op("log", a), constant(g, 0.4342944819032518, a)))
 pointwise("isnan", _isnan, compare=True)
 pointwise("isinf", _isinf, compare=True)
-pointwise("isfinite", lambda g, a: g.op("lt", g.op("abs", a), number(g, float("inf"), a)), compare=True)
+pointwise("isfinite", lambda g, a: g.op("lt", g.op("abs", a), constant(g, float("inf"), a)), compare=True)
 
 
 def _if_nan(g: Graph, a: Expression, b: Expression, otherwise: Expression) -> Expression:
@@ -66,10 +66,10 @@ pointwise("fmax", lambda g, a, b: _if_nan(g, a, b, g.op("max", a, b)))
 
 
 def _signbit(g: Graph, a: Expression) -> Expression:
-    zero = number(g, 0, a)
+    zero = constant(g, 0, a)
     if a.dtype == I64:
         return g.op("lt", a, zero)
-    below = g.op("lt", g.op("div", number(g, 1.0, a), a), zero)
+    below = g.op("lt", g.op("div", constant(g, 1.0, a), a), zero)
     return g.op("or", g.op("lt", a, zero), g.op("and", g.op("eq", a, zero), below))
 
 
@@ -92,12 +92,12 @@ def fmod_by_steps(g: Graph, a: Expression, b: Expression) -> Expression:
 
     Exact where ``a - q b`` is one fused multiply-add.
     """
-    zero = number(g, 0.0, a)
+    zero = constant(g, 0.0, a)
     size, step = g.op("abs", a), g.op("abs", b)
     left = g.op("sub", size, g.op("mul", g.op("trunc", g.op("div", size, step)), step))
     left = g.op("where", g.op("lt", left, zero), g.op("add", left, step), left)
     # A finite number is smaller than infinity, and is what remains of it.
-    small = g.op("and", g.op("lt", size, step), g.op("eq", step, number(g, float("inf"), a)))
+    small = g.op("and", g.op("lt", size, step), g.op("eq", step, constant(g, float("inf"), a)))
     left = g.op("where", small, size, left)
     return g.op("where", g.op("lt", a, zero), g.op("neg", left), left)
 
@@ -108,7 +108,7 @@ def _fmod(g: Graph, a: Expression, b: Expression) -> Expression:
 
 def _remainder(g: Graph, a: Expression, b: Expression) -> Expression:
     """Of the sign of ``b``."""
-    zero, left = number(g, 0.0, a), _fmod(g, a, b)
+    zero, left = constant(g, 0.0, a), _fmod(g, a, b)
     other_side = g.op("ne", g.op("lt", left, zero), g.op("lt", b, zero))
     return g.op("where", g.op("and", g.op("ne", left, zero), other_side), g.op("add", left, b), left)
 
@@ -132,10 +132,10 @@ pointwise("pow", lambda g, a, b: g.op("pow", a, b), whole=_whole_power)
 
 def _hypot(g: Graph, a: Expression, b: Expression) -> Expression:
     """Scaled by the larger one, so that no square overflows."""
-    a, b, zero, infinity = g.op("abs", a), g.op("abs", b), number(g, 0.0, a), number(g, float("inf"), a)
+    a, b, zero, infinity = g.op("abs", a), g.op("abs", b), constant(g, 0.0, a), constant(g, float("inf"), a)
     large = g.op("max", a, b)
     ratio = g.op("div", g.op("min", a, b), large)
-    length = g.op("mul", large, g.op("sqrt", g.op("add", number(g, 1.0, a), g.op("mul", ratio, ratio))))
+    length = g.op("mul", large, g.op("sqrt", g.op("add", constant(g, 1.0, a), g.op("mul", ratio, ratio))))
     length = g.op("where", g.op("eq", large, zero), zero, length)
     return g.op("where", g.op("or", g.op("eq", a, infinity), g.op("eq", b, infinity)), infinity, length)
 
@@ -144,28 +144,28 @@ _LARGE, _LN2 = 1e9, 0.6931471805599453  # from here on x^2 + 1 is x^2 in either 
 
 
 def _asinh(g: Graph, x: Expression) -> Expression:
-    one, size = number(g, 1.0, x), g.op("abs", x)
+    one, size = constant(g, 1.0, x), g.op("abs", x)
     square = g.op("mul", x, x)
     root = g.op("sqrt", g.op("add", square, one))
     near = g.op("log1p", g.op("add", size, g.op("div", square, g.op("add", one, root))))
-    far = g.op("add", g.op("log", size), number(g, _LN2, x))
-    value = g.op("where", g.op("gt", size, number(g, _LARGE, x)), far, near)
-    return g.op("where", g.op("lt", x, number(g, 0.0, x)), g.op("neg", value), value)
+    far = g.op("add", g.op("log", size), constant(g, _LN2, x))
+    value = g.op("where", g.op("gt", size, constant(g, _LARGE, x)), far, near)
+    return g.op("where", g.op("lt", x, constant(g, 0.0, x)), g.op("neg", value), value)
 
 
 def _acosh(g: Graph, x: Expression) -> Expression:
-    above = g.op("sub", x, number(g, 1.0, x))
-    root = g.op("sqrt", g.op("mul", above, g.op("add", above, number(g, 2.0, x))))
-    far = g.op("add", g.op("log", x), number(g, _LN2, x))
-    large = g.op("gt", g.op("abs", x), number(g, _LARGE, x))
+    above = g.op("sub", x, constant(g, 1.0, x))
+    root = g.op("sqrt", g.op("mul", above, g.op("add", above, constant(g, 2.0, x))))
+    far = g.op("add", g.op("log", x), constant(g, _LN2, x))
+    large = g.op("gt", g.op("abs", x), constant(g, _LARGE, x))
     return g.op("where", large, far, g.op("log1p", g.op("add", above, root)))
 
 
 def _atanh(g: Graph, x: Expression) -> Expression:
-    size, one = g.op("abs", x), number(g, 1.0, x)
+    size, one = g.op("abs", x), constant(g, 1.0, x)
     ratio = g.op("div", g.op("add", size, size), g.op("sub", one, size))
-    value = g.op("mul", number(g, 0.5, x), g.op("log1p", ratio))
-    return g.op("where", g.op("lt", x, number(g, 0.0, x)), g.op("neg", value), value)
+    value = g.op("mul", constant(g, 0.5, x), g.op("log1p", ratio))
+    return g.op("where", g.op("lt", x, constant(g, 0.0, x)), g.op("neg", value), value)
 
 
 pointwise("hypot", _hypot)
@@ -186,37 +186,37 @@ _SCALED_ERFC = (
 
 def _scaled_erfc(g: Graph, x: Expression) -> Expression:
     """``e^(x^2) erfc(x)`` for ``x >= 0``, by Clenshaw's recurrence."""
-    pole = number(g, 3.75, x)
+    pole = constant(g, 3.75, x)
     u = g.op("div", g.op("sub", x, pole), g.op("add", x, pole))
-    u = g.op("where", g.op("eq", x, number(g, float("inf"), x)), number(g, 1.0, x), u)
-    twice, after, sum_ = g.op("add", u, u), number(g, 0.0, x), number(g, 0.0, x)
+    u = g.op("where", g.op("eq", x, constant(g, float("inf"), x)), constant(g, 1.0, x), u)
+    twice, after, sum_ = g.op("add", u, u), constant(g, 0.0, x), constant(g, 0.0, x)
     for c in reversed(_SCALED_ERFC[1:]):
-        after, sum_ = sum_, g.op("sub", g.op("add", g.op("mul", twice, sum_), number(g, c, x)), after)
-    total = g.op("sub", g.op("add", g.op("mul", u, sum_), number(g, _SCALED_ERFC[0], x)), after)
-    return g.op("div", total, g.op("add", number(g, 1.0, x), g.op("add", x, x)))
+        after, sum_ = sum_, g.op("sub", g.op("add", g.op("mul", twice, sum_), constant(g, c, x)), after)
+    total = g.op("sub", g.op("add", g.op("mul", u, sum_), constant(g, _SCALED_ERFC[0], x)), after)
+    return g.op("div", total, g.op("add", constant(g, 1.0, x), g.op("add", x, x)))
 
 
 def _square_exponential(g: Graph, x: Expression, sign: str) -> Expression:
     """``e^(-x^2)`` or ``e^(x^2)``, with the square of a part of ``x`` that has few digits apart: it is exact."""
-    part = g.op("mul", g.op("round", g.op("mul", x, number(g, 64.0, x))), number(g, 1.0 / 64.0, x))
+    part = g.op("mul", g.op("round", g.op("mul", x, constant(g, 64.0, x))), constant(g, 1.0 / 64.0, x))
     rest = g.op("mul", g.op("sub", x, part), g.op("add", x, part))
     powers = g.op("mul", part, part), rest
     if sign == "minus":
         powers = g.op("neg", powers[0]), g.op("neg", rest)
     value = g.op("mul", g.op("exp", powers[0]), g.op("exp", powers[1]))
-    far = g.op("gt", g.op("abs", x), number(g, 100.0, x))  # where the rest of an infinite x would be nan
-    return g.op("where", far, number(g, 0.0 if sign == "minus" else float("inf"), x), value)
+    far = g.op("gt", g.op("abs", x), constant(g, 100.0, x))  # where the rest of an infinite x would be nan
+    return g.op("where", far, constant(g, 0.0 if sign == "minus" else float("inf"), x), value)
 
 
 def _erfc(g: Graph, x: Expression) -> Expression:
-    half, one = number(g, 0.5, x), number(g, 1.0, x)
+    half, one = constant(g, 0.5, x), constant(g, 1.0, x)
     tail = g.op("mul", _square_exponential(g, x, "minus"), _scaled_erfc(g, x))
     return g.op("where", g.op("gt", x, half), tail, g.op("sub", one, g.op("erf", x)))
 
 
 def _erfcx(g: Graph, x: Expression) -> Expression:
-    half = number(g, 0.5, x)
-    near = g.op("mul", _square_exponential(g, x, "plus"), g.op("sub", number(g, 1.0, x), g.op("erf", x)))
+    half = constant(g, 0.5, x)
+    near = g.op("mul", _square_exponential(g, x, "plus"), g.op("sub", constant(g, 1.0, x), g.op("erf", x)))
     return g.op("where", g.op("gt", x, half), _scaled_erfc(g, x), near)
 
 
@@ -230,9 +230,9 @@ def softplus(tracer: Tracer, func: Any, a: Traced, beta: float = 1, threshold: f
     g = tracer.graph
 
     def one(x: Expression) -> Expression:
-        scaled = g.op("mul", x, number(g, beta, x))
-        smooth = g.op("div", g.op("log1p", g.op("exp", scaled)), number(g, beta, x))
-        return g.op("where", g.op("gt", scaled, number(g, threshold, x)), x, smooth)
+        scaled = g.op("mul", x, constant(g, beta, x))
+        smooth = g.op("div", g.op("log1p", g.op("exp", scaled)), constant(g, beta, x))
+        return g.op("where", g.op("gt", scaled, constant(g, threshold, x)), x, smooth)
 
     return tracer.traced(mapped(one, a.elements), a.dtype)
 
@@ -243,12 +243,12 @@ def gelu(tracer: Tracer, func: Any, a: Traced, *, approximate: str = "none") -> 
     g = tracer.graph
 
     def one(x: Expression) -> Expression:
-        half, unit = number(g, 0.5, x), number(g, 1.0, x)
+        half, unit = constant(g, 0.5, x), constant(g, 1.0, x)
         if approximate == "tanh":
-            cube = g.op("mul", g.op("mul", g.op("mul", x, x), x), number(g, 0.044715, x))
-            inner = g.op("tanh", g.op("mul", g.op("add", x, cube), number(g, 0.7978845608028654, x)))
+            cube = g.op("mul", g.op("mul", g.op("mul", x, x), x), constant(g, 0.044715, x))
+            inner = g.op("tanh", g.op("mul", g.op("add", x, cube), constant(g, 0.7978845608028654, x)))
         else:
-            inner = g.op("erf", g.op("mul", x, number(g, 0.7071067811865476, x)))
+            inner = g.op("erf", g.op("mul", x, constant(g, 0.7071067811865476, x)))
         return g.op("mul", g.op("mul", half, x), g.op("add", unit, inner))
 
     return tracer.traced(mapped(one, a.elements), a.dtype)
