@@ -87,28 +87,9 @@ def rounded(tracer: Tracer, func: Any, a: Traced, *, decimals: int = 0) -> Trace
     return tracer.traced(mapped(lambda x: g.op(back, g.op("round", g.op(there, x, scale)), scale), a.elements), a.dtype)
 
 
-def fmod_by_steps(g: Graph, a: Expression, b: Expression) -> Expression:
-    """``a - b trunc(a / b)``, of the sign of ``a``; one step mends a quotient that was rounded up to a whole number.
-
-    Exact where ``a - q b`` is one fused multiply-add.
-    """
-    zero = constant(g, 0.0, a)
-    size, step = g.op("abs", a), g.op("abs", b)
-    left = g.op("sub", size, g.op("mul", g.op("trunc", g.op("div", size, step)), step))
-    left = g.op("where", g.op("lt", left, zero), g.op("add", left, step), left)
-    # A finite number is smaller than infinity, and is what remains of it.
-    small = g.op("and", g.op("lt", size, step), g.op("eq", step, constant(g, float("inf"), a)))
-    left = g.op("where", small, size, left)
-    return g.op("where", g.op("lt", a, zero), g.op("neg", left), left)
-
-
-def _fmod(g: Graph, a: Expression, b: Expression) -> Expression:
-    return g.op("fmod", a, b)
-
-
 def _remainder(g: Graph, a: Expression, b: Expression) -> Expression:
     """Of the sign of ``b``."""
-    zero, left = constant(g, 0.0, a), _fmod(g, a, b)
+    zero, left = constant(g, 0.0, a), g.op("fmod", a, b)
     other_side = g.op("ne", g.op("lt", left, zero), g.op("lt", b, zero))
     return g.op("where", g.op("and", g.op("ne", left, zero), other_side), g.op("add", left, b), left)
 
@@ -117,7 +98,7 @@ def _whole_remainder(down: bool) -> Callable[..., Expression]:
     return lambda g, a, b: g.op("sub", a, g.op("mul", whole_quotient(g, a, b, down), b))
 
 
-pointwise("fmod", _fmod, whole=_whole_remainder(False))
+pointwise("fmod", "fmod", whole=_whole_remainder(False))
 pointwise("remainder", _remainder, whole=_whole_remainder(True))
 
 
@@ -127,7 +108,7 @@ def _whole_power(g: Graph, a: Expression, b: Expression) -> Expression:
     return functools.reduce(lambda x, _: g.op("mul", x, a), range(b.data), g.const(1, I64))
 
 
-pointwise("pow", lambda g, a, b: g.op("pow", a, b), whole=_whole_power)
+pointwise("pow", "pow", whole=_whole_power)
 
 
 def _hypot(g: Graph, a: Expression, b: Expression) -> Expression:
