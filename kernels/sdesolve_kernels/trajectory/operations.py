@@ -67,12 +67,19 @@ class Term:
     def __and__(self, other: Term) -> Term:
         return self._op("and", other)
 
+    def __or__(self, other: Term) -> Term:
+        return self._op("or", other)
+
     __radd__, __rmul__ = __add__, __mul__
 
     def __getattr__(self, name: str) -> Callable[..., Term]:
         if name not in OPERATIONS:
             raise AttributeError(name)
         return lambda *others: self._op(name, *others)
+
+    def like(self, value: float) -> Term:
+        """A constant of this type."""
+        return Term(self.graph, self.graph.const(value, self.e.dtype))
 
     def where(self, a: Term | float, b: Term | float) -> Term:
         """``a`` where this condition holds, else ``b``; one of them is a term."""
