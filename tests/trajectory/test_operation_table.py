@@ -48,7 +48,7 @@ def test_texts_use_every_argument(name):
     row = OPERATIONS[name]
     for text in (row.numba, row.triton):
         made = text.format(*(f"<{i}>" for i in range(row.arity)), dtype="float32")
-        assert all(f"<{i}>" in made for i in range(row.arity))
+        assert row.expansion or all(f"<{i}>" in made for i in range(row.arity))
 
 
 def test_leaves_of_two_classes_are_two_expressions():

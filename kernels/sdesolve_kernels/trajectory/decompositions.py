@@ -7,72 +7,52 @@ from collections.abc import Callable
 from typing import Any
 
 from sdesolve_kernels.trajectory.expressions import I64, Expression, Graph
-from sdesolve_kernels.trajectory.pointwise import handles, number, pointwise, whole_quotient
+from sdesolve_kernels.trajectory.operations import Term
+from sdesolve_kernels.trajectory.pointwise import handles, pointwise, whole_quotient
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, dtype_name, mapped
 
-
-def _sigmoid(g: Graph, a: Expression) -> Expression:
-    one = number(g, 1.0, a)
-    return g.op("div", one, g.op("add", one, g.op("exp", g.op("neg", a))))
+_INFINITY = float("inf")
 
 
-def _rsqrt(g: Graph, a: Expression) -> Expression:
-    return g.op("div", number(g, 1.0, a), g.op("sqrt", a))
+def formula(rule: Callable[..., Term]) -> Callable[..., Expression]:
+    """A rule for terms as one for expressions."""
+    return lambda g, *args: rule(*(Term(g, a) for a in args)).e
 
 
-def _isnan(g: Graph, a: Expression) -> Expression:
-    return g.op("ne", a, a)
+def _sigmoid(a: Term) -> Term:
+    one = a.like(1.0)
+    return one / (one + (-a).exp())
 
 
-def _isinf(g: Graph, a: Expression) -> Expression:
-    return g.op("eq", g.op("abs", a), number(g, float("inf"), a))
-
-
-def _product(g: Graph, a: Expression, b: Expression) -> Expression:
-    return g.op("mul", a, b)
-
-
-def _difference(g: Graph, a: Expression, b: Expression) -> Expression:
-    return g.op("sub", b, a)
-
-
-def _ramp(g: Graph, a: Expression) -> Expression:
-    return g.op("clamp_min", number(g, 0.0, a), a)  # whose derivative at 0 is 0
-
-
-pointwise("rsub", _difference, whole=_difference)
-pointwise("reciprocal", lambda g, a: g.op("div", number(g, 1.0, a), a))
-pointwise("square", lambda g, a: _product(g, a, a), whole=lambda g, a: _product(g, a, a))
-pointwise("sigmoid", _sigmoid)
-pointwise("rsqrt", _rsqrt)
-pointwise("relu", _ramp)
-pointwise("silu", lambda g, a: g.op("mul", a, _sigmoid(g, a)))
-pointwise("exp2", lambda g, a: g.op("pow", number(g, 2.0, a), a))
-pointwise("log2", lambda g, a: g.op("mul", g.op("log", a), number(g, 1.4426950408889634, a)))
-pointwise("log10", lambda g, a: g.op("mul", g.op("log", a), number(g, 0.4342944819032518, a)))
-pointwise("isnan", _isnan, compare=True)
-pointwise("isinf", _isinf, compare=True)
-pointwise("isfinite", lambda g, a: g.op("lt", g.op("abs", a), number(g, float("inf"), a)), compare=True)
-
-
-def _if_nan(g: Graph, a: Expression, b: Expression, otherwise: Expression) -> Expression:
+def _if_nan(a: Term, b: Term, otherwise: Term) -> Term:
     """The one that is a number, if either is none."""
-    return g.op("where", _isnan(g, a), b, g.op("where", _isnan(g, b), a, otherwise))
+    return a.ne(a).where(b, b.ne(b).where(a, otherwise))
 
 
-pointwise("fmin", lambda g, a, b: _if_nan(g, a, b, g.op("min", a, b)))
-pointwise("fmax", lambda g, a, b: _if_nan(g, a, b, g.op("max", a, b)))
+def _signbit(a: Term) -> Term:
+    zero = a.like(0)
+    if a.e.dtype == I64:
+        return a.lt(zero)
+    below = (1.0 / a).lt(zero)
+    return a.lt(zero) | (a.eq(zero) & below)
 
 
-def _signbit(g: Graph, a: Expression) -> Expression:
-    zero = number(g, 0, a)
-    if a.dtype == I64:
-        return g.op("lt", a, zero)
-    below = g.op("lt", g.op("div", number(g, 1.0, a), a), zero)
-    return g.op("or", g.op("lt", a, zero), g.op("and", g.op("eq", a, zero), below))
-
-
-pointwise("signbit", _signbit, compare=True)
+pointwise("rsub", formula(lambda a, b: b - a), whole=formula(lambda a, b: b - a))
+pointwise("reciprocal", formula(lambda a: 1.0 / a))
+pointwise("square", formula(lambda a: a * a), whole=formula(lambda a: a * a))
+pointwise("sigmoid", formula(_sigmoid))
+pointwise("rsqrt", formula(lambda a: a.like(1.0) / a.sqrt()))
+pointwise("relu", formula(lambda a: a.like(0.0).clamp_min(a)))  # so that its derivative at 0 is 0
+pointwise("silu", formula(lambda a: a * _sigmoid(a)))
+pointwise("exp2", formula(lambda a: a.like(2.0).pow(a)))
+pointwise("log2", formula(lambda a: a.log() * 1.4426950408889634))
+pointwise("log10", formula(lambda a: a.log() * 0.4342944819032518))
+pointwise("isnan", formula(lambda a: a.ne(a)), compare=True)
+pointwise("isinf", formula(lambda a: a.abs().eq(_INFINITY)), compare=True)
+pointwise("isfinite", formula(lambda a: a.abs().lt(_INFINITY)), compare=True)
+pointwise("fmin", formula(lambda a, b: _if_nan(a, b, a.min(b))))
+pointwise("fmax", formula(lambda a, b: _if_nan(a, b, a.max(b))))
+pointwise("signbit", formula(_signbit), compare=True)
 
 
 @handles("round")
@@ -86,38 +66,15 @@ def rounded(tracer: Tracer, func: Any, a: Traced, *, decimals: int = 0) -> Trace
     return tracer.traced(mapped(lambda x: g.op(back, g.op("round", g.op(there, x, scale)), scale), a.elements), a.dtype)
 
 
-def fmod_by_steps(g: Graph, a: Expression, b: Expression) -> Expression:
-    """``a - b trunc(a / b)``, of the sign of ``a``; one step mends a quotient that was rounded up to a whole number.
-
-    Exact where ``a - q b`` is one fused multiply-add.
-    """
-    zero = number(g, 0.0, a)
-    size, step = g.op("abs", a), g.op("abs", b)
-    left = g.op("sub", size, g.op("mul", g.op("trunc", g.op("div", size, step)), step))
-    left = g.op("where", g.op("lt", left, zero), g.op("add", left, step), left)
-    # A finite number is smaller than infinity, and is what remains of it.
-    small = g.op("and", g.op("lt", size, step), g.op("eq", step, number(g, float("inf"), a)))
-    left = g.op("where", small, size, left)
-    return g.op("where", g.op("lt", a, zero), g.op("neg", left), left)
-
-
-def _fmod(g: Graph, a: Expression, b: Expression) -> Expression:
-    return g.op("fmod", a, b)
-
-
-def _remainder(g: Graph, a: Expression, b: Expression) -> Expression:
+def _remainder(a: Term, b: Term) -> Term:
     """Of the sign of ``b``."""
-    zero, left = number(g, 0.0, a), _fmod(g, a, b)
-    other_side = g.op("ne", g.op("lt", left, zero), g.op("lt", b, zero))
-    return g.op("where", g.op("and", g.op("ne", left, zero), other_side), g.op("add", left, b), left)
+    zero, left = a.like(0.0), a.fmod(b)
+    other_side = left.lt(zero).ne(b.lt(zero))
+    return (left.ne(zero) & other_side).where(left + b, left)
 
 
 def _whole_remainder(down: bool) -> Callable[..., Expression]:
     return lambda g, a, b: g.op("sub", a, g.op("mul", whole_quotient(g, a, b, down), b))
-
-
-pointwise("fmod", _fmod, whole=_whole_remainder(False))
-pointwise("remainder", _remainder, whole=_whole_remainder(True))
 
 
 def _whole_power(g: Graph, a: Expression, b: Expression) -> Expression:
@@ -126,51 +83,43 @@ def _whole_power(g: Graph, a: Expression, b: Expression) -> Expression:
     return functools.reduce(lambda x, _: g.op("mul", x, a), range(b.data), g.const(1, I64))
 
 
-pointwise("pow", lambda g, a, b: g.op("pow", a, b), whole=_whole_power)
-
-
-def _hypot(g: Graph, a: Expression, b: Expression) -> Expression:
+def _hypot(a: Term, b: Term) -> Term:
     """Scaled by the larger one, so that no square overflows."""
-    a, b, zero, infinity = g.op("abs", a), g.op("abs", b), number(g, 0.0, a), number(g, float("inf"), a)
-    large = g.op("max", a, b)
-    ratio = g.op("div", g.op("min", a, b), large)
-    length = g.op("mul", large, g.op("sqrt", g.op("add", number(g, 1.0, a), g.op("mul", ratio, ratio))))
-    length = g.op("where", g.op("eq", large, zero), zero, length)
-    return g.op("where", g.op("or", g.op("eq", a, infinity), g.op("eq", b, infinity)), infinity, length)
+    a, b = a.abs(), b.abs()
+    zero, infinity = a.like(0.0), a.like(_INFINITY)
+    large = a.max(b)
+    ratio = a.min(b) / large
+    length = large * (a.like(1.0) + ratio * ratio).sqrt()
+    length = large.eq(zero).where(zero, length)
+    return (a.eq(infinity) | b.eq(infinity)).where(infinity, length)
 
 
 _LARGE, _LN2 = 1e9, 0.6931471805599453  # from here on x^2 + 1 is x^2 in either precision
 
 
-def _asinh(g: Graph, x: Expression) -> Expression:
-    one, size = number(g, 1.0, x), g.op("abs", x)
-    square = g.op("mul", x, x)
-    root = g.op("sqrt", g.op("add", square, one))
-    near = g.op("log1p", g.op("add", size, g.op("div", square, g.op("add", one, root))))
-    far = g.op("add", g.op("log", size), number(g, _LN2, x))
-    value = g.op("where", g.op("gt", size, number(g, _LARGE, x)), far, near)
-    return g.op("where", g.op("lt", x, number(g, 0.0, x)), g.op("neg", value), value)
+def _asinh(x: Term) -> Term:
+    one, size = x.like(1.0), x.abs()
+    square = x * x
+    root = (square + one).sqrt()
+    near = (size + square / (one + root)).log1p()
+    far = size.log() + _LN2
+    value = size.gt(_LARGE).where(far, near)
+    return x.lt(0.0).where(-value, value)
 
 
-def _acosh(g: Graph, x: Expression) -> Expression:
-    above = g.op("sub", x, number(g, 1.0, x))
-    root = g.op("sqrt", g.op("mul", above, g.op("add", above, number(g, 2.0, x))))
-    far = g.op("add", g.op("log", x), number(g, _LN2, x))
-    large = g.op("gt", g.op("abs", x), number(g, _LARGE, x))
-    return g.op("where", large, far, g.op("log1p", g.op("add", above, root)))
+def _acosh(x: Term) -> Term:
+    above = x - 1.0
+    root = (above * (above + 2.0)).sqrt()
+    far = x.log() + _LN2
+    return x.abs().gt(_LARGE).where(far, (above + root).log1p())
 
 
-def _atanh(g: Graph, x: Expression) -> Expression:
-    size, one = g.op("abs", x), number(g, 1.0, x)
-    ratio = g.op("div", g.op("add", size, size), g.op("sub", one, size))
-    value = g.op("mul", number(g, 0.5, x), g.op("log1p", ratio))
-    return g.op("where", g.op("lt", x, number(g, 0.0, x)), g.op("neg", value), value)
+def _atanh(x: Term) -> Term:
+    size, one = x.abs(), x.like(1.0)
+    ratio = (size + size) / (one - size)
+    value = x.like(0.5) * ratio.log1p()
+    return x.lt(0.0).where(-value, value)
 
-
-pointwise("hypot", _hypot)
-pointwise("asinh", _asinh)
-pointwise("acosh", _acosh)
-pointwise("atanh", _atanh)
 
 # (1 + 2 x) e^(x^2) erfc(x) for x >= 0, Chebyshev series in (x - 3.75) / (x + 3.75); its next term is 1e-17.
 _SCALED_ERFC = (
@@ -183,71 +132,75 @@ _SCALED_ERFC = (
 )
 
 
-def _scaled_erfc(g: Graph, x: Expression) -> Expression:
+def _scaled_erfc(x: Term) -> Term:
     """``e^(x^2) erfc(x)`` for ``x >= 0``, by Clenshaw's recurrence."""
-    pole = number(g, 3.75, x)
-    u = g.op("div", g.op("sub", x, pole), g.op("add", x, pole))
-    u = g.op("where", g.op("eq", x, number(g, float("inf"), x)), number(g, 1.0, x), u)
-    twice, after, sum_ = g.op("add", u, u), number(g, 0.0, x), number(g, 0.0, x)
+    pole = x.like(3.75)
+    u = (x - pole) / (x + pole)
+    u = x.eq(_INFINITY).where(1.0, u)
+    twice, after, total = u + u, x.like(0.0), x.like(0.0)
     for c in reversed(_SCALED_ERFC[1:]):
-        after, sum_ = sum_, g.op("sub", g.op("add", g.op("mul", twice, sum_), number(g, c, x)), after)
-    total = g.op("sub", g.op("add", g.op("mul", u, sum_), number(g, _SCALED_ERFC[0], x)), after)
-    return g.op("div", total, g.op("add", number(g, 1.0, x), g.op("add", x, x)))
+        after, total = total, (twice * total + c) - after
+    total = (u * total + _SCALED_ERFC[0]) - after
+    return total / (x.like(1.0) + (x + x))
 
 
-def _square_exponential(g: Graph, x: Expression, sign: str) -> Expression:
+def _square_exponential(x: Term, sign: str) -> Term:
     """``e^(-x^2)`` or ``e^(x^2)``, with the square of a part of ``x`` that has few digits apart: it is exact."""
-    part = g.op("mul", g.op("round", g.op("mul", x, number(g, 64.0, x))), number(g, 1.0 / 64.0, x))
-    rest = g.op("mul", g.op("sub", x, part), g.op("add", x, part))
-    powers = g.op("mul", part, part), rest
+    part = (x * 64.0).round() * (1.0 / 64.0)
+    rest = (x - part) * (x + part)
+    square = part * part
     if sign == "minus":
-        powers = g.op("neg", powers[0]), g.op("neg", rest)
-    value = g.op("mul", g.op("exp", powers[0]), g.op("exp", powers[1]))
-    far = g.op("gt", g.op("abs", x), number(g, 100.0, x))  # where the rest of an infinite x would be nan
-    return g.op("where", far, number(g, 0.0 if sign == "minus" else float("inf"), x), value)
+        square, rest = -square, -rest
+    value = square.exp() * rest.exp()
+    # Far out, the rest of an infinite x would be nan.
+    return x.abs().gt(100.0).where(0.0 if sign == "minus" else _INFINITY, value)
 
 
-def _erfc(g: Graph, x: Expression) -> Expression:
-    half, one = number(g, 0.5, x), number(g, 1.0, x)
-    tail = g.op("mul", _square_exponential(g, x, "minus"), _scaled_erfc(g, x))
-    return g.op("where", g.op("gt", x, half), tail, g.op("sub", one, g.op("erf", x)))
+def _erfc(x: Term) -> Term:
+    half, one = x.like(0.5), x.like(1.0)
+    tail = _square_exponential(x, "minus") * _scaled_erfc(x)
+    return x.gt(half).where(tail, one - x.erf())
 
 
-def _erfcx(g: Graph, x: Expression) -> Expression:
-    half = number(g, 0.5, x)
-    near = g.op("mul", _square_exponential(g, x, "plus"), g.op("sub", number(g, 1.0, x), g.op("erf", x)))
-    return g.op("where", g.op("gt", x, half), _scaled_erfc(g, x), near)
+def _erfcx(x: Term) -> Term:
+    half = x.like(0.5)
+    near = _square_exponential(x, "plus") * (x.like(1.0) - x.erf())
+    return x.gt(half).where(_scaled_erfc(x), near)
 
 
-pointwise("erfc", _erfc)
-pointwise("special_erfcx", _erfcx)
+pointwise("fmod", "fmod", whole=_whole_remainder(False))
+pointwise("remainder", formula(_remainder), whole=_whole_remainder(True))
+pointwise("pow", "pow", whole=_whole_power)
+pointwise("hypot", formula(_hypot))
+pointwise("asinh", formula(_asinh))
+pointwise("acosh", formula(_acosh))
+pointwise("atanh", formula(_atanh))
+pointwise("erfc", formula(_erfc))
+pointwise("special_erfcx", formula(_erfcx))
 
 
 @handles("softplus")
 def softplus(tracer: Tracer, func: Any, a: Traced, beta: float = 1, threshold: float = 20) -> Traced:
     """``log(1 + exp(beta x)) / beta``, and ``x`` above the threshold."""
-    g = tracer.graph
 
-    def one(x: Expression) -> Expression:
-        scaled = g.op("mul", x, number(g, beta, x))
-        smooth = g.op("div", g.op("log1p", g.op("exp", scaled)), number(g, beta, x))
-        return g.op("where", g.op("gt", scaled, number(g, threshold, x)), x, smooth)
+    def rule(x: Term) -> Term:
+        scaled = x * beta
+        smooth = scaled.exp().log1p() / beta
+        return scaled.gt(threshold).where(x, smooth)
 
-    return tracer.traced(mapped(one, a.elements), a.dtype)
+    return tracer.traced(mapped(functools.partial(formula(rule), tracer.graph), a.elements), a.dtype)
 
 
 @handles("gelu")
 def gelu(tracer: Tracer, func: Any, a: Traced, *, approximate: str = "none") -> Traced:
     """``x Phi(x)``, exact or by tanh."""
-    g = tracer.graph
 
-    def one(x: Expression) -> Expression:
-        half, unit = number(g, 0.5, x), number(g, 1.0, x)
+    def rule(x: Term) -> Term:
+        half, unit = x.like(0.5), x.like(1.0)
         if approximate == "tanh":
-            cube = g.op("mul", g.op("mul", g.op("mul", x, x), x), number(g, 0.044715, x))
-            inner = g.op("tanh", g.op("mul", g.op("add", x, cube), number(g, 0.7978845608028654, x)))
+            inner = ((x + x * x * x * 0.044715) * 0.7978845608028654).tanh()
         else:
-            inner = g.op("erf", g.op("mul", x, number(g, 0.7071067811865476, x)))
-        return g.op("mul", g.op("mul", half, x), g.op("add", unit, inner))
+            inner = (x * 0.7071067811865476).erf()
+        return (half * x) * (unit + inner)
 
-    return tracer.traced(mapped(one, a.elements), a.dtype)
+    return tracer.traced(mapped(functools.partial(formula(rule), tracer.graph), a.elements), a.dtype)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, I64, Expression, topological
-from sdesolve_kernels.trajectory.leaves import Shared, TableColumn, Time
 from sdesolve_kernels.trajectory.operations import OPERATIONS
 
 __all__ = ["evaluate"]
@@ -43,30 +42,30 @@ def evaluate(
         return seen[a.id].double() if a.id in seen else values[a.id]
 
     for e in order:
-        match e.data:
-            case Time(name):
-                value: Any = _rounded(times[name], e)
-            case TableColumn(j):
+        match e.op:
+            case "const":
+                value: Any = torch.tensor(e.data, dtype=torch.bool if e.dtype == BOOL else torch.float64, device="cpu")
+            case "time":
+                value = _rounded(times[e.data.name], e)
+            case "table_column":
                 assert rows is not None
-                value = _rounded(rows[:, j], e)
-            case Shared(parameter, i):
-                tensor = parameters[parameter]
-                assert tensor is not None
-                value = tensor[i]
-            case _ if e.op == "const":
-                value = torch.tensor(e.data, dtype=torch.bool if e.dtype == BOOL else torch.float64, device="cpu")
-            case _ if e.op == "cast":
+                value = _rounded(rows[:, e.data.j], e)
+            case "shared":
+                parameter = parameters[e.data.parameter]
+                assert parameter is not None
+                value = parameter[e.data.i]
+            case "cast":
                 value = _cast(look(e.args[0]), e)
-            case matrix if e.op == "product":
-                tensor = parameters[matrix.parameter]
-                assert tensor is not None
-                value = tensor[matrix.entries("cpu")] @ _stacked([values[a.id] for a in e.args])
-            case _ if e.op == "sum":
+            case "product":
+                parameter = parameters[e.data.parameter]
+                assert parameter is not None
+                value = parameter[e.data.entries("cpu")] @ _stacked([values[a.id] for a in e.args])
+            case "sum":
                 value = _stacked([values[a.id] for a in e.args]).sum(0)
-            case i if e.op == "element":
-                value = values[e.args[0].id][i]
-            case _:
-                row = OPERATIONS[e.op]
+            case "element":
+                value = values[e.args[0].id][e.data]
+            case name:
+                row = OPERATIONS[name]
                 value = row.torch(*(look(a) if row.jump else values[a.id] for a in e.args))
         values[e.id] = value
         if e.id in seen:

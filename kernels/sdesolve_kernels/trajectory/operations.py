@@ -67,12 +67,19 @@ class Term:
     def __and__(self, other: Term) -> Term:
         return self._op("and", other)
 
+    def __or__(self, other: Term) -> Term:
+        return self._op("or", other)
+
     __radd__, __rmul__ = __add__, __mul__
 
     def __getattr__(self, name: str) -> Callable[..., Term]:
         if name not in OPERATIONS:
             raise AttributeError(name)
         return lambda *others: self._op(name, *others)
+
+    def like(self, value: float) -> Term:
+        """A constant of this type."""
+        return Term(self.graph, self.graph.const(value, self.e.dtype))
 
     def where(self, a: Term | float, b: Term | float) -> Term:
         """``a`` where this condition holds, else ``b``; one of them is a term."""
@@ -106,7 +113,7 @@ class OpSpec:
         jump: a last digit of an argument can change the result by more than a last digit.
         rounds: the result is a whole number, or what is left of one.
         exact: it is exact on whole numbers, and folded.
-        expansion: for an operation that kernels have no function for, the same in terms of others.
+        expansion: for an operation that kernels have no text for, the same in terms of others.
     """
 
     name: str
@@ -238,8 +245,8 @@ _ROWS = (
     _function("atan2", np.arctan2, torch.atan2, lambda v, out, a, b: v * b * _inverse_square(a, b),
               lambda v, out, a, b: v * -a * _inverse_square(a, b)),
     _function("erf", math.erf, torch.erf, lambda v, out, a: v * (-(a * a)).exp() * (2 / math.pi**0.5)),
-    _function("fmod", np.fmod, torch.fmod, lambda v, out, a, b: v, lambda v, out, a, b: -v * (a / b).trunc(),
-              jump=True, rounds=True, expansion=_fmod_by_steps),
+    OpSpec("fmod", np.fmod, torch.fmod, "", "", (lambda v, out, a, b: v, lambda v, out, a, b: -v * (a / b).trunc()),
+           jump=True, rounds=True, expansion=_fmod_by_steps),
     _function("min", np.minimum, torch.minimum, lambda v, out, a, b: _of_min(v, a, b),
               lambda v, out, a, b: _of_min(v, b, a), numba="minimum_{dtype}", triton="minimum",
               commutative=True, exact=True),

@@ -108,13 +108,13 @@ def _smaller(g: Graph, a: Expression, b: Expression) -> Expression:
     return g.op("where", g.op("lt", a, b), a, b)
 
 
-def number(g: Graph, value: float, like: Expression) -> Expression:
+def constant(g: Graph, value: float, like: Expression) -> Expression:
     """A constant of the type of ``like``."""
     return g.const(value, like.dtype)
 
 
 def _whole_sign(g: Graph, a: Expression) -> Expression:
-    zero = number(g, 0, a)
+    zero = constant(g, 0, a)
     return g.op("sub", g.cast(g.op("gt", a, zero), I64), g.cast(g.op("lt", a, zero), I64))
 
 
@@ -157,12 +157,12 @@ def whole_quotient(g: Graph, a: Expression, b: Expression, down: bool) -> Expres
 
 def _floored(g: Graph, a: Expression, b: Expression) -> Expression:
     """``a / b`` rounded down, from the remainder: 1 // 0.1 is 9, for 0.1 is a little more than a tenth."""
-    zero, one, left = number(g, 0, a), number(g, 1, a), g.op("fmod", a, b)
+    zero, one, left = constant(g, 0, a), constant(g, 1, a), g.op("fmod", a, b)
     q = g.op("div", g.op("sub", a, left), b)
     other_side = g.op("ne", g.op("lt", b, zero), g.op("lt", left, zero))
     q = g.op("where", g.op("and", g.op("ne", left, zero), other_side), g.op("sub", q, one), q)
     down = g.op("floor", q)
-    down = g.op("where", g.op("gt", g.op("sub", q, down), number(g, 0.5, a)), g.op("add", down, one), down)
+    down = g.op("where", g.op("gt", g.op("sub", q, down), constant(g, 0.5, a)), g.op("add", down, one), down)
     return g.op("where", g.op("eq", b, zero), g.op("div", a, b), down)
 
 
