@@ -497,6 +497,10 @@ COUPLED = {
     "place by list": lambda x, t: x * torch.tensor([1.0 if i < 100 else 2.0 for i in range(len(x))])[:, None],
     "chunks, rarely": lambda x, t: torch.cat([c if i < 2 else c.clamp(-100, 100) for i, c in enumerate(x.split(50))]),
     "last rows": lambda x, t: torch.cat([-x[:100], x[100:]]),
+    "at some times": lambda x, t: torch.where((t > 0.15) & (t < 0.25), x.roll(12, 0), -x),
+    "flat, at some times": lambda x, t: torch.where((t > 0.15) & (t < 0.25), x.roll(12), -x),
+    "indexed, at some times": lambda x, t: torch.where(
+        (t > 0.15) & (t < 0.25), x[(torch.arange(len(x)) + 12) % len(x)], -x),
     "a row at a time": lambda x, t: torch.stack([-x[i] if i < 100 else x[i] for i in range(len(x))]),
 }  # fmt: skip
 
@@ -505,6 +509,18 @@ COUPLED = {
 def test_rows_that_are_coupled_or_told_apart(f, difference, interpreted):
     assert agree(lambda: f, difference).backend != "fused"
     assert agree(lambda: f, difference, torch.zeros_like(X0)).backend != "fused"  # rows that begin alike
+
+
+OWN = {
+    "roll": lambda x, t: x.roll(1, 1) - x + x.roll((1, 1), (1, 1)),
+    "arange": lambda x, t: -x[torch.arange(len(x)), 1][:, None] * x,
+    "numbers": lambda x, t: -x * torch.arange(2) * torch.linspace(0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("f", list(OWN.values()), ids=list(OWN))
+def test_moves_within_a_row_are_fused(f, difference, interpreted):
+    assert agree(lambda: f, difference).backend == "fused"
 
 
 def test_a_kernel_of_one_batch_is_not_used_for_another_that_it_is_wrong_for(difference, interpreted):

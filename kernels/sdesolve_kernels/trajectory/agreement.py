@@ -133,19 +133,27 @@ def _follows(two: Any, three: Any, many: Any, rows: int) -> bool:
 
 
 def _refuse_places(two: Sequence[Call], three: Sequence[Call]) -> None:
-    """Refuses known values that differ from row to row, unless they are places to look up."""
+    """Refuses rows that are told apart by known values, unless those count rows to look up, and rows that are rolled.
+
+    Two and three rows roll onto themselves where the rows of a call do not.
+    """
     if len(two) != len(three):
         raise Unsupported(NOT_ALIKE)
-    told: set[int] = set()
+    told: dict[int, bool] = {}  # calls with such values, and whether they count
     for k, (a, b) in enumerate(zip(two, three, strict=True)):
         by_row = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=False)) if m != n]
+        if a.name == "roll" and by_row:
+            shifts, axes = a.facts[1 : 1 + len(a.facts) // 2], a.facts[1 + len(a.facts) // 2 :]
+            if not axes or any(n and i % len(a.shape) in by_row for n, i in zip(shifts, axes, strict=True)):
+                raise Unsupported(f"{NOT_ALIKE} (roll)")
+        counting = a.name == "arange" or (a.name in _LAYOUT and all(told.get(i, True) for i in a.sources))
         if a.constant and any(i in a.varies or i in b.varies for i in by_row):
-            told.add(k)
-        if told.isdisjoint(a.sources):
+            told[k] = counting
+        if told.keys().isdisjoint(a.sources):
             continue
         if a.constant or a.name in _LAYOUT:
-            told.add(k)
-        elif a.name not in _INDEXED or a.sources[0] in told:
+            told[k] = counting
+        elif a.name not in _INDEXED or not all(told.get(i, True) for i in a.sources) or a.sources[0] in told:
             raise Unsupported(f"{NOT_ALIKE} ({a.name})")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from sdesolve_kernels.trajectory.pointwise import HANDLERS
 from sdesolve_kernels.trajectory.tracing import (
     NOT_ALIKE,
     Call,
+    Deadline,
     Traced,
     Tracer,
     Unread,
@@ -154,7 +154,7 @@ def trace(step: Step, signature: Signature, observe: Observe | None = None, *, s
         Unsupported: the step cannot become a kernel; says which operation stands in the way, and in which line.
     """
     check_size(signature.states, signature.noises)
-    deadline = time.perf_counter() + seconds
+    deadline = Deadline(seconds)
     problems: list[Unsupported] = []
     for by_path in (False, True):
         try:
@@ -190,7 +190,7 @@ def _check(tracer: Tracer) -> None:
         raise tracer.problem
 
 
-def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool, deadline: float) -> Program:
+def _trace(step: Step, signature: Signature, observe: Observe | None, by_path: bool, deadline: Deadline) -> Program:
     graph = Graph()
     first, tracer = _rows(graph, step, signature, observe, by_path, 2, deadline)
     size = len(topological([*first[0][0], *first[1][0]]))
@@ -243,7 +243,7 @@ def _rows(
     observe: Observe | None,
     by_path: bool,
     rows: int,
-    deadline: float,
+    deadline: Deadline,
 ) -> tuple[tuple[list[list[Expression]], list[list[Expression]], tuple[int, ...] | None], Tracer]:
     """Expressions of each row of the state after a step, and of the observation, and the observation's shape."""
     tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, deadline)

@@ -85,6 +85,8 @@ class Traced(Tensor):
     __class__ = property(lambda self: Tensor)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is self.tracer:
+            raise self.tracer.refuse(READS.format("repr()"))
         return f"Traced({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -199,6 +201,14 @@ def facts_of(flat: Sequence[Any]) -> tuple[Any, ...]:
 
 
 @final
+class Deadline:
+    """So many seconds from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.end = seconds, time.perf_counter() + seconds
+
+
+@final
 class Tracer(TorchDispatchMode):
     """Carries out operations on expressions while it is entered.
 
@@ -210,7 +220,7 @@ class Tracer(TorchDispatchMode):
         batch: the batch of the call the trace is for. A tensor of that many rows that the function holds is read as
             one row per path, if ``by_path``.
         by_path: see ``batch``.
-        deadline: when to give up, on the clock of ``time.perf_counter``.
+        deadline: when to give up.
 
     Attributes:
         problem: the first thing that went wrong. Code that is traced may catch the exception and go on, and what it
@@ -226,12 +236,12 @@ class Tracer(TorchDispatchMode):
         rows: int,
         batch: int | None = None,
         by_path: bool = True,
-        deadline: float = math.inf,
+        deadline: Deadline | None = None,
     ) -> None:
         super().__init__()
         self.graph, self.device, self.rows = graph, device, rows
         self._handlers, self._batch, self._by_path, self._deadline = handlers, batch, by_path, deadline
-        self._began, self._depth = time.perf_counter(), 0
+        self._depth = 0
         self.problem: Unsupported | None = None
         self.calls: list[Call] = []
         self._origins: dict[int, tuple[Any, int]] = {}
@@ -323,8 +333,8 @@ class Tracer(TorchDispatchMode):
 
     def check_time(self) -> None:
         """Gives up when tracing has taken too long."""
-        if time.perf_counter() > self._deadline:
-            raise self.refuse(f"tracing takes longer than {self._deadline - self._began:.2g} s")
+        if self._deadline is not None and time.perf_counter() > self._deadline.end:
+            raise self.refuse(f"tracing takes longer than {self._deadline.seconds:g} s")
 
     def known(self, tensor: Tensor) -> Traced:
         """The tensor as a traced one."""
