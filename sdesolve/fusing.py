@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, final
 
 import torch
-from sdesolve_kernels.dispatch import backend_for
+from sdesolve_kernels.dispatch import backend_for, use_backend
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
@@ -291,7 +291,8 @@ def _inputs(task: Task, recipe: Recipe, noises: Sequence[tuple[int, ...]], k: in
         m = math.prod(shape)
         numbers = dataclasses.replace(path, first_step=path.first_step * (m // draws) + k * m)
         units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
-        z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
+        with use_backend("reference"):  # a process that finds its kernel on disk has not loaded Numba
+            z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
         normals.append(z.reshape(m, batch).T.reshape(batch, *shape))
     row = x.new_zeros(0) if recipe.numbers is None else recipe.numbers[k].to(x)
     states = (x, *(torch.zeros_like(x) for _ in range(recipe.memory)))
