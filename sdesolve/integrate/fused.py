@@ -17,7 +17,7 @@ from typing import Any, final
 
 import torch
 from sdesolve_kernels import Stream
-from sdesolve_kernels.dispatch import backend_for, requested_backend
+from sdesolve_kernels.dispatch import backend_for, requested_backend, use_backend
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
@@ -60,7 +60,7 @@ _KERNELS_KEPT = 128
 _MOST_WEIGHTS = 1 << 16
 
 
-_SECONDS = 20.0  # that a trace may take
+_SECONDS = 5.0  # that a trace may take
 
 
 @final
@@ -357,7 +357,8 @@ def _inputs(
         path, m = _path(source), math.prod(shape)
         numbers = dataclasses.replace(path, first_step=path.first_step * (m // source.draws) + k * m)
         units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
-        z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
+        with use_backend("reference"):  # a process that finds its kernel on disk has not loaded Numba
+            z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
         normals.append(z.reshape(m, batch).T.reshape(batch, *shape))
     row = x.new_zeros(0) if lowered.table is None else lowered.table[k].to(x)
     return Inputs(lowered.start(x), tuple(normals), t[0], t[1], dt[0].to(x), dt[0].abs().sqrt().to(x), row)
