@@ -15,6 +15,7 @@ from sdesolve._internal.arguments import whole_number
 
 Increments = Literal["normal", "two-point", "three-point"]
 Part = Literal["W", "H"]
+_KINDS = get_args(Increments)
 
 _BRIDGE_DEPTH = 20
 _BLOCK_ELEMENTS = 1 << 22
@@ -195,15 +196,15 @@ class BrownianPath(AbstractStreams, AbstractPath):
             ("stream", 0, 2**8),
         ):
             given = getattr(self, name)
+            if type(given) is int and least <= given < most:
+                continue
             value = whole_number(given, name, least)
             if value >= most:
                 raise ValueError(f"{name} must be below 2^{most.bit_length() - 1}, got {value}")
             if not isinstance(given, int):  # numbers of NumPy and torch wrap when they are added up
                 object.__setattr__(self, name, value)
-        if self.kind not in get_args(Increments):
-            raise ValueError(
-                f"increments must be one of {', '.join(map(repr, get_args(Increments)))}, got {self.kind!r}"
-            )
+        if self.kind not in _KINDS:
+            raise ValueError(f"increments must be one of {', '.join(map(repr, _KINDS))}, got {self.kind!r}")
 
     @property
     def provides(self) -> frozenset[Part]:

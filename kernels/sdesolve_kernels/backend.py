@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -133,15 +134,17 @@ class Backend(abc.ABC):
     def ops(self) -> Ops:
         """Its ops. Called once, at the first use: import what is heavy here."""
 
-    def compile(self, plan: Plan, increments: Sequence[str]) -> AbstractTrajectory:
+    def compile(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> AbstractTrajectory:
         """Make a trajectory from a plan.
 
         Args:
             plan: what a step computes, and when.
             increments: how the numbers of each source of noise are made: ``normal``, ``two-point`` or ``three-point``.
+            seconds: that it may take, by an estimate beforehand.
 
         Raises:
             Unsupported: it makes none, or none of this plan; the message is the reason.
+            TooCostly: it would take longer.
         """
         from sdesolve_kernels.trajectory.tracing import Unsupported
 

@@ -25,6 +25,7 @@ from sdesolve_kernels.trajectory import (
     Inputs,
     Launch,
     Signature,
+    TooCostly,
     Unsupported,
     agree,
     check_size,
@@ -60,7 +61,9 @@ _KERNELS_KEPT = 128
 _MOST_WEIGHTS = 1 << 16
 
 
-_SECONDS = 5.0  # that a trace may take
+# What making a kernel may cost before anybody knows that it pays, unless it was asked for: seconds for a trace, and for
+# compiling, by an estimate.
+_SECONDS, _COMPILING = 5.0, 10.0
 
 
 @final
@@ -113,7 +116,7 @@ class Fused:
                 guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
                 _check_untransformed(problem.x0, *guards.tensors)
                 with _disable_current_modes():  # what watches this call is not to see a kernel being made and tried
-                    kernel, guards = _kernel_for(problem, guards, lowered)
+                    kernel, guards = _kernel_for(problem, guards, lowered, self._wanted)
             saved = _run(problem, kernel, guards, lowered)
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
@@ -213,16 +216,16 @@ def _path(source: NoiseSource) -> BrownianPath:
     return dataclasses.replace(path, stream=Stream.LEVY) if source.of == "H" else path
 
 
-def _kernel_for(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[_Kernel, Guards]:
+def _kernel_for(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> tuple[_Kernel, Guards]:
     """The kernel of an integration, from an earlier call or made now, known to be right for its batch."""
     batch, key = len(problem.x0), _key(problem, guards, lowered)
     with _lock:
         found = _kernels.get(key)
         if found is not None:
             _kernels.move_to_end(key)
-    if isinstance(found, Unsupported):
+    if isinstance(found, Unsupported) and not (wanted and isinstance(found, TooCostly)):
         raise found
-    kernel = found if found is not None and found.fits(guards) else None
+    kernel = found if isinstance(found, _Kernel) and found.fits(guards) else None
     if kernel is not None and batch in kernel.batches:
         refusal = kernel.batches[batch]
         if refusal is not None:
@@ -230,7 +233,7 @@ def _kernel_for(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[_Ke
         return kernel, guards
     try:
         if kernel is None:
-            kernel, guards = _build(problem, guards, lowered)
+            kernel, guards = _build(problem, guards, lowered, wanted)
     except Unsupported as met:
         _keep(_key(problem, guards, lowered), met)
         raise
@@ -258,7 +261,7 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
     batch, x0 = len(problem.x0), problem.x0
     return (
         guards.key,
-        tuple(t.ndim > 0 and len(t) == batch for t in guards.tensors),
+        tuple(t.shape[:1] == (batch,) for t in guards.tensors),
         batch == 1,
         tuple(x0.shape[1:]),
         x0.dtype,
@@ -275,7 +278,7 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
     )
 
 
-def _build(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[_Kernel, Guards]:
+def _build(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> tuple[_Kernel, Guards]:
     x0, watched = problem.x0, problem.watched
     evaluations = 0
     step = _traced_step(lowered)
@@ -302,7 +305,8 @@ def _build(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[_Kernel,
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
         if failure is not None:
             raise Unsupported(f"its first step fails ({_described(failure)})") from failure
-        trajectory = compile_trajectory(program, [_path(source).kind for source in lowered.sources])
+        kinds = [_path(source).kind for source in lowered.sources]
+        trajectory = compile_trajectory(program, kinds, math.inf if wanted else _COMPILING)
     except Unsupported:
         raise
     except Exception as met:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +22,8 @@ from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 
 Backend = Literal["auto", "fused", "kernel", "eager"]
+_BACKENDS = get_args(Backend)
+_SHARED_STEPS = 1 << 16  # of grids that are kept for other calls
 _PLAIN = ("auto", "eager")
 
 
@@ -84,7 +87,7 @@ def solve(
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
-    for name, value, choices in (("backend", backend, get_args(Backend)), ("reduce", reduce, (None, "moments"))):
+    for name, value, choices in (("backend", backend, _BACKENDS), ("reduce", reduce, (None, "moments"))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     check_pair(solver, sde)
@@ -173,7 +176,7 @@ def _executed(problem: Problem, backend: Backend) -> tuple[Saved, str]:
     """What the first executor leaves that can carry out the integration, and why no earlier one could."""
     lowered = lower(problem)
     passed: list[str] = []
-    for name in get_args(Backend)[1:] if backend == "auto" else (backend,):
+    for name in _BACKENDS[1:] if backend == "auto" else (backend,):
         try:
             saved = _executor(name, backend).run(problem, lowered)
         except CannotExecute as met:
@@ -225,7 +228,8 @@ def _grid_of(
         raise ValueError(f"give t0, t1 and steps, or a grid of times; missing: {', '.join(missing)}")
     start, end = (_time(t, name) for name, t in (("t0", t0), ("t1", t1)))
     if start.ndim == end.ndim == 0:
-        return grids.uniform(float(start), float(end), steps)
+        uniform = _equal_steps if whole_number(steps, "steps", 1) <= _SHARED_STEPS else grids.uniform
+        return uniform(float(start), float(end), int(steps))
     steps = whole_number(steps, "steps", 1)
     for name, t in (("t0", start), ("t1", end)):
         if t.ndim > 1 or (t.ndim == 1 and len(t) != batch):
@@ -239,6 +243,12 @@ def _grid_of(
     times = start + (end - start) * u
     times[0], times[-1] = start, end
     return times
+
+
+@functools.lru_cache(32)
+def _equal_steps(t0: float, t1: float, steps: int) -> Tensor:
+    """A grid that calls share: nobody writes into it."""
+    return grids.uniform(t0, t1, steps)
 
 
 def _time(t: float | Tensor, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class NumbaBackend(Backend):
 
         return ops
 
-    def compile(self, plan: Plan, increments: Sequence[str]) -> AbstractTrajectory:
+    def compile(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> AbstractTrajectory:
         from ..trajectory.numba_launch import NumbaTrajectory
 
-        return NumbaTrajectory(plan, increments)
+        return NumbaTrajectory(plan, increments, seconds)

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Entry", "cache_folder", "load"]
+__all__ = ["Entry", "cache_folder", "is_kept", "load"]
 
 _ENTRY = "sdesolve_trajectory"
 _TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -51,6 +51,15 @@ def cache_folder() -> Path | None:
         return Path.home() / ".cache" / "sdesolve"
     except RuntimeError:  # no HOME, and a user that the system does not know, as in some containers
         return None
+
+
+def is_kept(source: str) -> bool:
+    """Whether the kernel of a generated source is on disk."""
+    import llvmlite.binding as llvm
+
+    _initialise()
+    folder = cache_folder()
+    return folder is not None and (folder / f"{_key(source, llvm)}.o").exists()
 
 
 @functools.lru_cache(maxsize=256)

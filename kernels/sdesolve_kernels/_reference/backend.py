@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ class ReferenceBackend(Backend):
 
         return ops
 
-    def compile(self, plan: Plan, increments: Sequence[str]) -> AbstractTrajectory:
+    def compile(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> AbstractTrajectory:
         from ..trajectory.reference import ReferenceTrajectory
 
         return ReferenceTrajectory(plan, increments)

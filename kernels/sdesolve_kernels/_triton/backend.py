@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class TritonBackend(Backend):
 
         return ops
 
-    def compile(self, plan: Plan, increments: Sequence[str]) -> AbstractTrajectory:
+    def compile(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> AbstractTrajectory:
         from ..trajectory.triton_launch import TritonTrajectory
 
         return TritonTrajectory(plan, increments)

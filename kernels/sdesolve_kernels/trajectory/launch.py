@@ -110,17 +110,19 @@ class AbstractTrajectory(abc.ABC):
         """Carries all paths through all steps."""
 
 
-def compile_trajectory(program: Program, increments: Sequence[str]) -> AbstractTrajectory:
+def compile_trajectory(program: Program, increments: Sequence[str], seconds: float = math.inf) -> AbstractTrajectory:
     """Generates and compiles the kernel of a program for its device.
 
     Args:
         program: what to run.
         increments: how the numbers of each source of noise are made: ``normal``, ``two-point`` or ``three-point``.
+        seconds: that the compilation may take.
 
     Raises:
         Unsupported: the back end cannot compile it.
+        TooCostly: it would take longer.
     """
-    return backend_for("trajectory", program.signature.device).compile(plan(program), increments)
+    return backend_for("trajectory", program.signature.device).compile(plan(program), increments, seconds)
 
 
 @final

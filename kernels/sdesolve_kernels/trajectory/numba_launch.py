@@ -17,14 +17,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from sdesolve_kernels._numba.trajectory import load
+from sdesolve_kernels._numba.trajectory import is_kept, load
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job, scratch, single_threaded_if_forked, split
 from sdesolve_kernels.trajectory.expressions import topological
 from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Launch, Saved, Tables, combined, contiguous
 from sdesolve_kernels.trajectory.numba_source import ARGUMENTS, numba_kernel
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.tracing import Unsupported
+from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported
 
 __all__ = ["NumbaTrajectory"]
 
@@ -43,11 +43,14 @@ class _Arguments(ctypes.Structure):
 class NumbaTrajectory(AbstractTrajectory):
     """A generated Numba kernel."""
 
-    def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> None:
         self.plan = plan
         self._kernel = numba_kernel(plan, increments)
         self._tables = Tables(plan)
         self.source = self._kernel.source
+        expected = self._kernel.seconds
+        if expected > seconds and not is_kept(self.source):
+            raise TooCostly(f"its kernel would take about {expected:.0f} s to compile; backend='fused' does it")
         try:
             self._entry = load(self.source)
         except Exception as problem:

@@ -16,7 +16,7 @@ from sdesolve_kernels.trajectory.codegen import AbstractDialect, Writer, indente
 from sdesolve_kernels.trajectory.expressions import Expression, topological
 from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, PathEntry, PathInvariant, State
 from sdesolve_kernels.trajectory.numba_lanes import Lanes, kind, typed
-from sdesolve_kernels.trajectory.operations import BOOL, I64, OpSpec
+from sdesolve_kernels.trajectory.operations import BOOL, FLOATS, I64, OPERATIONS, OpSpec
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
@@ -42,6 +42,12 @@ ARGUMENTS = {
     "pointers": "int64",  # addresses of captured tensors
 }
 
+_SECONDS_A_LINE, _SECONDS_A_CALL = 0.004, 0.03
+# Functions of tens of operations, which are compiled into the loop wherever they are called.
+_INLINED = [
+    f"{s.numba.partition('_')[0]}_{dtype}(" for s in OPERATIONS.values() if "_{dtype}(" in s.numba
+    and not (s.jump or s.exact) for dtype in FLOATS
+]  # fmt: skip
 _LANES = {"float32": 128, "float64": 64}
 _VECTOR = 16  # lanes that are computed at least, and a multiple of which is
 _CHUNK = 12  # normals a path that are made at a time, at least
@@ -64,6 +70,12 @@ class NumbaKernel:
     lanes: int
     scratch: int
     width: int
+
+    @property
+    def seconds(self) -> float:
+        """What compiling it is expected to take: measured on one core, within a factor of 2 from 1 to 60 s."""
+        calls = sum(self.source.count(text) for text in _INLINED)
+        return 1.0 + _SECONDS_A_LINE * self.source.count("\n") + _SECONDS_A_CALL * calls
 
 
 @final

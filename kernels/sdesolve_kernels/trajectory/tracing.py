@@ -32,7 +32,7 @@ from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
 from sdesolve_kernels.trajectory.leaves import PathEntry, Shared
 
-__all__ = ["Traced", "Tracer", "Unsupported", "dtype_name"]
+__all__ = ["TooCostly", "Traced", "Tracer", "Unsupported", "dtype_name"]
 
 _NAMES = {torch.float32: F32, torch.float64: F64, torch.int64: I64, torch.bool: BOOL, torch.int32: I64}
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -51,6 +51,10 @@ class Unsupported(Exception):
 
     def __str__(self) -> str:
         return super().__str__() + (f", at {self.line}" if self.line else "")
+
+
+class TooCostly(Unsupported):
+    """A kernel could be made, but takes longer to compile than it may."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
