@@ -151,7 +151,7 @@ def test_a_grid_that_ends_at_zero_noise_is_not_corrected_there():
     ("norms", "alone"), [("level", True), ("sample", True), ("batch", False), ("dimension", False)]
 )
 def test_who_is_in_the_batch_matters_only_where_norms_are_averaged(norms, alone):
-    """Traps 11 and 18."""
+    """Norms of one sample are its own; means over the batch make a sample depend on its company."""
     process = sds.VP()
     data = sds.GaussianMixture(torch.tensor([[-2.0, 0.0, 1.0, 0.5], [2.0, 1.0, 0.0, 0.0]]), 0.3)
     solver = sds.PredictorCorrector(sds.Ancestral(), sds.LangevinCorrector(snr=0.16, norms=norms))

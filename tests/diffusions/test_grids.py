@@ -51,7 +51,7 @@ def test_the_grid_backwards_is_the_grid_reversed(kind, t0, t1, n):
 
 @pytest.mark.parametrize("n", [10, 100, 1000, 4096])
 def test_step_counts_survive_rounding(n):
-    """Traps 3 and 10: adding up float32 steps of 1e-3 takes 1001 of them to reach 1, flooring T / dt gives 999."""
+    """Adding up float32 steps of 1e-3 takes 1001 of them to reach 1, flooring T / dt gives 999."""
     grid = grids.uniform(0.0, 1.0, n)
     assert len(grid) == n + 1
     torch.testing.assert_close(grid, torch.arange(n + 1, dtype=torch.float64) / n, rtol=0, atol=0)

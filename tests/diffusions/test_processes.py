@@ -123,7 +123,7 @@ def test_drift_and_diffusion_are_the_derivatives_of_alpha_and_sigma(process, u):
 
 @given(closed_forms | st.just(VE(1e-4, 1e4)) | st.just(VP(LinearBeta(1e-3, 50.0))))
 def test_float32_sigma_agrees_with_float64_down_to_tiny_times(process):
-    """Trap 7: 1 - exp(-B) in float32 is off by 9% at t = 1e-6 and zero at 1e-7."""
+    """1 - exp(-B) in float32 is off by 9% at t = 1e-6 and zero at 1e-7."""
     t = torch.logspace(-7, math.log10(process.t_max), 1000, dtype=torch.float64).clamp(max=process.t_max).float()
     close(process.sigma(t).double(), process.sigma(t.double()), 1e-6)
 
@@ -200,7 +200,7 @@ def test_the_prior_is_normal_and_addressed_by_path(process, rank):
 
 @given(betas, st.floats(1e-4, 0.99))
 def test_sub_vp_has_the_variance_of_vp_as_its_standard_deviation(schedule, u):
-    """Trap 8: sigma = 1 - exp(-B) without a root, and g^2 = beta (1 - exp(-2 B))."""
+    """``sigma = 1 - exp(-B)`` without a root, and ``g^2 = beta (1 - exp(-2 B))``."""
     t = double(u * schedule.t_max)
     B, sub = schedule.integral(t), SubVP(schedule)
     close(sub.sigma(t), VP(schedule).sigma(t).square(), 1e-14)
@@ -211,7 +211,7 @@ def test_sub_vp_has_the_variance_of_vp_as_its_standard_deviation(schedule, u):
 
 @given(st.floats(1e-3, 0.1), st.floats(1.0, 1e3), st.floats(1e-4, 1.0))
 def test_the_variance_of_ve_is_the_integral_of_its_diffusion_from_zero(sigma_min, sigma_max, t):
-    """Trap 16: sigma_min^2 r^(2t), often used, is larger by sigma_min^2 at every time."""
+    """``sigma_min^2 r^(2t)``, often used, is larger by sigma_min^2 at every time."""
     process = VE(sigma_min, sigma_max)
     # Gauss-Legendre with 64 points is exact to rounding for exp(a u) with a below 30.
     nodes, weights = _legendre(64)
@@ -230,7 +230,7 @@ def _legendre(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_an_euler_maruyama_run_of_ve_from_data_has_its_marginal():
-    """Trap 16 again, against the SDE itself: the exact variance of the chain, then a limit in the step size."""
+    """Against the SDE itself: the exact variance of the chain, then a limit in the step size."""
     process = VE(0.5, 5.0)
     exact = float(process.sigma(1.0).square())
     errors = []

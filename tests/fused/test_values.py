@@ -189,7 +189,7 @@ def test_the_noise_is_that_of_normal(m: int, dtype: torch.dtype) -> None:
 
 
 def test_every_element_of_every_step_has_a_number_of_its_own() -> None:
-    """Trap 19: an offset that wraps at 2^31 or 2^32 repeats noise."""
+    """An offset that wraps at 2^31 or 2^32 repeats noise."""
     zero = torch.zeros(4, 5, dtype=torch.float64)
     steps = [0, 1, 2, 2**31 // 5, 2**32 // 5, 2**33 // 5, 2**34 // 5, 2**40]
     draws = [
@@ -266,7 +266,7 @@ def test_gradients_of_large_states(dtype: torch.dtype) -> None:
 
 
 def test_the_mean_comes_from_the_clean_state() -> None:
-    """Trap 12: a mean built from the state after its noise was added carries that noise."""
+    """A mean built from the state after its noise was added carries that noise."""
     x, s = random((64, 48), 1), random((64, 48), 2)
     noisy, clean = torch.tensor([[0.5, 0.25, 3.0]]), torch.tensor([[0.5, 0.25, 0.0]])
     mean = k.linear_step(x, [s], clean, 0, stochastic=False)
@@ -284,7 +284,7 @@ def test_the_last_column_is_not_read_without_noise() -> None:
 
 
 def test_denoising_by_tweedie() -> None:
-    """Trap 13: the last step adds sigma^2 times the score, which gives the posterior mean, and no noise."""
+    """The last step adds sigma^2 times the score, which gives the posterior mean, and no noise."""
     sigma, x0 = 0.7, random((20_000, 3), 1)
     xt = k.perturb(x0, 1.0, sigma, seed=5)
     score = -xt / (1.0 + sigma**2)

@@ -114,7 +114,7 @@ def test_backends_agree_anywhere(paths: int, count: int, dtype: torch.dtype, **p
     ("path", "n", "z"), [(4, 2014319, -6.161199588545876), (65, 3610955, 5.703227053884984)], ids=["6.2", "5.7"]
 )
 def test_tails_beyond_a_clamp_at_1e_minus_7(path: int, n: int, z: float) -> None:
-    """Generators that clamp u at 1e-7 stop at 5.68 (trap 19); found by looking through 3e9 of our normals."""
+    """Generators that clamp u at 1e-7 stop at 5.68; found by looking through 3e9 of our normals."""
     for dtype in (torch.float32, torch.float64):
         got = k.normal(1, 1, seed=0, first_path=path, offset=n, dtype=dtype)
         assert got.item() == pytest.approx(z, rel=RELATIVE32)
@@ -123,7 +123,7 @@ def test_tails_beyond_a_clamp_at_1e_minus_7(path: int, n: int, z: float) -> None
 
 
 def test_float32_and_float64_are_one_stream() -> None:
-    """Trap 19: torch.randn gives unrelated numbers in the two."""
+    """`torch.randn` gives unrelated numbers in the two."""
     single, double = (k.normal(50, 41, seed=5, dtype=dtype) for dtype in (torch.float32, torch.float64))
     assert ((single.double() - double).abs() <= bound(double, torch.float32)).all()
 

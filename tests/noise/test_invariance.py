@@ -30,7 +30,7 @@ def threads() -> Iterator[Any]:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
 def test_a_short_draw_is_the_start_of_a_long_one(dtype: torch.dtype) -> None:
-    """Trap 19: randn(24)[:8] is not randn(8)."""
+    """`torch.randn(24)[:8]` is not `torch.randn(8)`."""
     long = k.normal(1, 24, seed=0, dtype=dtype)
     assert torch.equal(long[:, :8], k.normal(1, 8, seed=0, dtype=dtype))
 

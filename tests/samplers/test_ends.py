@@ -1,4 +1,4 @@
-"""Where samplers evaluate, stop and refuse. Traps 10 and 13 of the survey of peers."""
+"""Where samplers evaluate, stop and refuse. Known faults of other libraries among them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def equation(process, solver, score):
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("solver", SAMPLERS, ids=repr)
 def test_a_grid_to_zero_ends_with_tweedie(solver, process):
-    """The step to clean data is the denoiser's output, with one evaluation (peers leave noise there, trap 13)."""
+    """The step to clean data is the denoiser's output, with one evaluation (peers leave noise there)."""
     score, times = DATA.score(process), process.time_grid(9)
     options = {"solver": solver, "seed": 2, "dtype": torch.float64, "backend": "kernel"}
     denoised = sds.sample(process, score, (4, 3), grid=times, **options)
@@ -63,7 +63,7 @@ def test_nothing_is_left_to_denoise_at_zero_noise():
 @pytest.mark.parametrize("backend", ["kernel", "eager"])
 @pytest.mark.parametrize("solver", SAMPLERS, ids=repr)
 def test_evaluations_are_as_stated_and_inside_the_grid(solver, backend):
-    """Trap 10: a grid of spacing ``(T - eps) / (N - 1)`` walked with steps of ``1 / N`` goes past its end."""
+    """A grid of spacing ``(T - eps) / (N - 1)`` walked with steps of ``1 / N`` goes past its end."""
     process, seen = sds.VP(), []
     exact = DATA.score(process)
 

@@ -62,7 +62,7 @@ def test_interpolation_weights_integrate_polynomials(gaps, eta):
 def test_data_at_one_point_is_sampled_exactly(solver, process):
     """The denoised state is constant then, and all else is integrated exactly: the marginals are right at every step.
 
-    Noise in the wrong proportion to the drift (trap 17), or scaled by another power of eta (trap 15), would show.
+    Noise in the wrong proportion to the drift, or scaled by another power of eta, would show.
     """
     point = torch.tensor([0.7, -2.0], dtype=torch.float64)
     data = sds.Gaussian(point, torch.zeros(2))
@@ -95,7 +95,7 @@ def test_data_at_one_point_is_sampled_exactly_on_any_grid(beta, gaps, stochastic
 
 
 def test_eta_scales_the_standard_deviation():
-    """Trap 15: peers scale the variance."""
+    """Peers scale the variance."""
     process = sds.VP()
     times, score = process.time_grid(10), lambda x, t: -x
     noise = {eta: sds.DDIM(eta).table(process.reverse(score, eta), times).rows[0][:, -1] for eta in (0.3, 1.0)}

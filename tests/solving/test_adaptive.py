@@ -73,7 +73,7 @@ def test_the_flow_of_gaussian_data(process):
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    """Trap 18: with an error norm over the batch, a sample takes other steps in company than alone."""
+    """With an error norm over the batch, a sample takes other steps in company than alone."""
     x0 = 4.0 * start(12)
     solver = DormandPrince(1e-6, 1e-8)
     batch = solve(oscillator(), x0, 0.0, 6.0, solver=solver)

@@ -1,4 +1,4 @@
-"""Brownian paths: coordinates, coupling of resolutions, bridges. Traps 4, 5 and 19 of the survey of peers."""
+"""Brownian paths: coordinates, coupling of resolutions, bridges. Known faults of other libraries among them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_float32_and_float64_are_one_path():
 
 
 def test_tiny_and_late_steps_get_their_own_increments():
-    """Peers key noise on a float time: equal increments for neighbouring steps, or endless recursion (trap 4)."""
+    """Peers key noise on a float time: equal increments for neighbouring steps, or endless recursion."""
     grid = 1e6 + torch.arange(6, dtype=torch.float64) * 1e-9
     dW = sds.BrownianPath(0).increments(grid, (1000,), dtype=torch.float64)
     assert len(dW.unique()) == dW.numel()
@@ -187,7 +187,7 @@ def test_a_bridge_given_the_area_has_its_covariance(substeps):
 
 
 def test_saved_states_between_grid_points_have_the_right_variance():
-    """Linear interpolation gives Var W(dt/2) = dt/4; it is dt/2 (trap 5)."""
+    """Linear interpolation gives Var W(dt/2) = dt/4; it is dt/2."""
     n, dt = 50_000, 0.1
     motion = sds.SDE(lambda x, t: torch.zeros_like(x), lambda x, t: 1.0, noise="additive")
     sol = sds.solve(

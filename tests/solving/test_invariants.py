@@ -1,4 +1,4 @@
-"""Invariants of `solve`, to the bit. Traps 3 and 10 of the survey of peers."""
+"""Invariants of `solve`, to the bit. Known faults of other libraries among them."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_backwards_on_the_mirrored_equation_is_forwards():
 
 @pytest.mark.parametrize(("t1", "steps"), [(1.0, 1000), (0.001, 1000), (-1.0, 1000), (1.0, 10), (1e5, 100_000)])
 def test_the_number_of_steps_is_the_number_asked_for(t1, steps):
-    """Accumulating dt in float32 gives 1001 or 999 steps of 1e-3, and 11 of 0.1 in float64 (traps 3 and 10)."""
+    """Accumulating dt in float32 gives 1001 or 999 steps of 1e-3, and 11 of 0.1 in float64."""
     seen = []
 
     def drift(x, t):

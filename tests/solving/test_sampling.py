@@ -1,4 +1,4 @@
-"""`sample` and Tweedie's formula. Trap 9 of the survey of peers, and what bad input is told."""
+"""`sample` and Tweedie's formula. Known faults of other libraries, and what bad input is told."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ids(process):
     [(sds.EulerMaruyama(), None, 400), (sds.EulerMaruyama(), 0, 400), (sds.Heun(), None, 200), (sds.RK4(), None, 100)],
 )
 def test_samples_have_the_law_of_the_data(process, solver, stochasticity, steps):
-    """Any solver on the reverse SDE or the flow (peers crash on Euler-Maruyama with the flow, trap 9)."""
+    """Any solver on the reverse SDE or the flow (peers crash on Euler-Maruyama with the flow)."""
     n = 4000
     x = sds.sample(
         process,

@@ -1,4 +1,4 @@
-"""Traps 11 and 12 of the survey of peers, on the step kernels. (13 is in tests/solving, 19 in tests/noise.)"""
+"""Known faults of other libraries, on the step kernels."""
 
 from __future__ import annotations
 
