@@ -7,8 +7,8 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from sdesolve._internal.progress import progress_bar
 from sdesolve.integrate.checks import check_drift, unchanged
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
@@ -50,7 +50,7 @@ def integrate_adaptively(problem: Problem) -> Saved:
     none = torch.zeros_like(t, dtype=torch.int64)
     batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none.bool(), none, none)
     whole, starts = batch, drift.calls
-    with tqdm(disable=not problem.progress, unit="attempt", leave=False) as bar:
+    with progress_bar(problem.progress, unit="attempt", leave=False) as bar:
         while True:
             going = batch.t != batch.t1
             count = int(going.sum())

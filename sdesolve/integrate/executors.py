@@ -10,8 +10,8 @@ from typing import Protocol, final
 import torch
 from sdesolve_kernels import euler_maruyama_step, linear_step
 from torch import Tensor
-from tqdm import tqdm
 
+from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place
 from sdesolve.integrate.adaptive import integrate_adaptively
 from sdesolve.integrate.checks import all_finite
@@ -206,9 +206,11 @@ class Stepwise:
             DivergenceError: the state is not finite at the end.
         """
         problem = self.problem
-        left = range(self.k, problem.steps)
-        for _ in tqdm(left, disable=not problem.progress, unit="step", leave=False):
-            self.advance()
+        left = problem.steps - self.k
+        with progress_bar(problem.progress, total=left, unit="step", leave=False) as bar:
+            for _ in range(left):
+                self.advance()
+                bar.update()
         if problem.check_finite and not all_finite(self.states[0]):
             self.report_divergence()
         save = problem.save

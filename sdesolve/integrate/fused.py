@@ -39,8 +39,8 @@ from sdesolve_kernels.trajectory import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from tqdm import tqdm
 
+from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increment
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import CannotExecute, Eager
@@ -115,8 +115,7 @@ class Fused:
             with _uncounted(problem):
                 guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
                 _check_untransformed(problem.x0, *guards.tensors)
-                with _disable_current_modes():  # what watches this call is not to see a kernel being made and tried
-                    kernel, guards = _kernel_for(problem, guards, lowered, self._wanted)
+                kernel, guards = _kernel_for(problem, guards, lowered, self._wanted)
             saved = _run(problem, kernel, guards, lowered)
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
@@ -231,6 +230,15 @@ def _kernel_for(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool
         if refusal is not None:
             raise refusal
         return kernel, guards
+    with _disable_current_modes():  # what watches this call is not to see a kernel being made and tried
+        return _tried(problem, guards, lowered, wanted, kernel)
+
+
+def _tried(
+    problem: Problem, guards: Guards, lowered: Lowered, wanted: bool, kernel: _Kernel | None
+) -> tuple[_Kernel, Guards]:
+    """A kernel, made now if there is none, that was compared with torch for the batch of this integration."""
+    batch = len(problem.x0)
     try:
         if kernel is None:
             kernel, guards = _build(problem, guards, lowered, wanted)
@@ -440,9 +448,8 @@ _REASON = "the whole trajectory is one generated kernel"
 
 
 def _run(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Saved:
-    with tqdm(
-        total=problem.steps * len(problem.x0), disable=not problem.progress, unit="path-step", leave=False
-    ) as bar:
+    work = problem.steps * len(problem.x0)
+    with progress_bar(problem.progress, total=work, unit="path-step", leave=False) as bar:
         launch = Launch(
             problem.x0,
             problem.times,

@@ -96,7 +96,7 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        return len(self.times) - 1
+        return self.times.shape[0] - 1
 
     @property
     def random(self) -> bool:

@@ -7,9 +7,9 @@ import math
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import BrownianPath, drawn_seed
 from sdesolve.integrate.checks import check_state
 from sdesolve.integrate.solution import DivergenceError
@@ -87,10 +87,12 @@ def run_chain(
     walker = kernel.start(target, x0, velocity, path)
     _check_start(walker, path)
     saved = []
-    for k in tqdm(range(steps), disable=not progress, unit="step", leave=False):
-        walker = kernel.step(target, walker, k, path)
-        if (k + 1) % every == 0:
-            saved.append(walker.x)
+    with progress_bar(progress, total=steps, unit="step", leave=False) as bar:
+        for k in range(steps):
+            walker = kernel.step(target, walker, k, path)
+            if (k + 1) % every == 0:
+                saved.append(walker.x)
+            bar.update()
     if not bool(walker.x.isfinite().all()):
         _report_divergence(kernel, target, x0, velocity, steps, path)
     return Chain(

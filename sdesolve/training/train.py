@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sdesolve._internal.arguments import number, whole_number
+from sdesolve._internal.progress import progress_bar
 from sdesolve.nn.ema import EMA
 from sdesolve.scores.network import NetworkScore
 from sdesolve.training import checkpoints
@@ -181,7 +181,7 @@ def train(
     rate = _DECAYS[decay]
     score.train()
     stream = batches.after(run.position)
-    with tqdm(total=steps, initial=first, disable=not progress, unit="step", desc="train") as bar:
+    with progress_bar(progress, total=steps, initial=first, unit="step", desc="train") as bar:
         while run.step < steps:
             warm = min(1.0, (run.step + 1) / warmup) if warmup else 1.0
             rate_now = lr * warm * rate(run.step / steps)
