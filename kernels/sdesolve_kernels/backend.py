@@ -119,12 +119,15 @@ class Backend(abc.ABC):
         priority: "auto" takes the back end with the highest priority among those that run on the device. The reference
             has 0 and runs everywhere, so one below 0 runs only where it is asked for by name.
         compiles: whether it makes trajectories at all. `compile` may still refuse a plan.
+        compared: whether a new trajectory is run beside torch before it is trusted. False for one that records its
+            launches instead of running them.
     """
 
     name: ClassVar[str]
     devices: ClassVar[frozenset[str] | None]
     priority: ClassVar[int] = -1
     compiles: ClassVar[bool] = False
+    compared: ClassVar[bool] = True
 
     def missing(self) -> str:
         """What it would need and this machine lacks, such as the name of a package; empty if it can run here."""

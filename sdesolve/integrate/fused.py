@@ -246,8 +246,9 @@ def _tried(
         _keep(_key(problem, guards, lowered), met)
         raise
     try:
-        with guards.preserved(watched=False):
-            _compare(problem, kernel, guards, lowered)
+        if backend_for("trajectory", problem.x0.device).compared:
+            with guards.preserved(watched=False):
+                _compare(problem, kernel, guards, lowered)
         kernel.batches[batch] = None
     except Unsupported as met:
         kernel.batches[batch] = met

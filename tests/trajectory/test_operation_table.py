@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sdesolve_kernels import use_backend
+from sdesolve_kernels import ReferenceBackend, use_backend
 from sdesolve_kernels.trajectory import launch
 from sdesolve_kernels.trajectory.expressions import Graph, topological
 from sdesolve_kernels.trajectory.leaves import Column, NoiseLeaf, PathEntry, Shared, State
@@ -16,7 +16,7 @@ from sdesolve_kernels.trajectory.reassociation import reassociated
 from sdesolve_kernels.trajectory.rerolling import Forms, reroll
 
 import sdesolve as sds
-from sdesolve import fusing
+from sdesolve.integrate import fused as fusing
 
 DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool}
 VALUES = [0.0, -0.0, 0.3, -0.7, 1.0, 2.5, -3.5, 1e300, math.inf, -math.inf, math.nan]
@@ -117,7 +117,7 @@ def test_the_reference_runs_what_kernels_run(kind, difference, normals):
 def test_without_a_compiler_torch_runs_what_is_asked_for_alone(monkeypatch, normals):
     """``auto`` is eager then: walking a plan is no faster."""
     for module in (fusing, launch):
-        monkeypatch.setattr(module, "backend_for", lambda op, device: "reference")
+        monkeypatch.setattr(module, "backend_for", lambda op, device: ReferenceBackend())
     run = {"solver": sds.EulerMaruyama(), "seed": 1}
     sde = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * x, noise="diagonal")
     stats = sds.solve(sde, normals(4, 2), 0.0, 1.0, 3, **run).stats
