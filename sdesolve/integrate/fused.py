@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -370,7 +371,9 @@ def _inputs(
         path, m = _path(source), math.prod(shape)
         numbers = dataclasses.replace(path, first_step=path.first_step * (m // source.draws) + k * m)
         units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
-        with use_backend("reference"):  # a process that finds its kernel on disk has not loaded Numba
+        # A process that finds its kernel on disk has not loaded Numba, and need not for this.
+        ready = x.device.type == "cpu" and "numba" in sys.modules
+        with contextlib.nullcontext() if ready else use_backend("reference"):
             z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
         normals.append(z.reshape(m, batch).T.reshape(batch, *shape))
     row = x.new_zeros(0) if lowered.table is None else lowered.table[k].to(x)
