@@ -42,7 +42,7 @@ ARGUMENTS = {
     "pointers": "int64",  # addresses of captured tensors
 }
 
-_SECONDS_A_LINE, _SECONDS_A_CALL = 0.004, 0.03
+_SECONDS_A_LINE, _SECONDS_A_CALL = 0.009, 0.018
 # Functions of tens of operations, which are compiled into the loop wherever they are called.
 _INLINED = [
     f"{s.numba.partition('_')[0]}_{dtype}(" for s in OPERATIONS.values() if "_{dtype}(" in s.numba
@@ -73,7 +73,7 @@ class NumbaKernel:
 
     @property
     def seconds(self) -> float:
-        """What compiling it is expected to take: measured on one core, within a factor of 2 from 1 to 60 s."""
+        """What compiling it is expected to take on one core; within a factor of 2 on six programs that took 3 to 15 s."""
         calls = sum(self.source.count(text) for text in _INLINED)
         return 1.0 + _SECONDS_A_LINE * self.source.count("\n") + _SECONDS_A_CALL * calls
 
