@@ -73,7 +73,7 @@ class NumbaKernel:
 
     @property
     def seconds(self) -> float:
-        """What compiling it is expected to take on one core; within a factor of 2 on six programs that took 3 to 15 s."""
+        """What compiling it is expected to take; within a factor of 2 on six programs that took 3 to 15 s."""
         calls = sum(self.source.count(text) for text in _INLINED)
         return 1.0 + _SECONDS_A_LINE * self.source.count("\n") + _SECONDS_A_CALL * calls
 
