@@ -134,8 +134,11 @@ class KernelContext(AbstractSteppedContext):
         table = self._rows.get(columns.start)
         if table is None:
             table = self._rows[columns.start] = self._table[:, columns].contiguous()
-        k, noisy, where = self._k, draw is not None, self.offset(self._k * self._draws + (draw or 0))
-        return lambda x, *terms: linear_step(x, terms, table, k, stochastic=noisy, **where)
+        k = self._k
+        if draw is None:
+            return lambda x, *terms: linear_step(x, terms, table, k, stochastic=False)
+        where = self.offset(k * self._draws + draw)
+        return lambda x, *terms: linear_step(x, terms, table, k, **where)
 
     @final
     def increment(self) -> Increment | None:
