@@ -338,6 +338,8 @@ def _way(
     fixed = steps is not None or grid is not None
     if solver is None:
         solver = RK4() if fixed else DormandPrince()
+    if not isinstance(solver, AbstractSolver):
+        raise TypeError(f"solver must be a solver object such as DormandPrince(), got {kind_of(solver)}")
     if fixed == (solver.controller is not None):
         need = "chooses its own steps: leave steps and grid out" if fixed else "needs steps= or grid="
         raise ValueError(f"{type(solver).__name__} {need}")

@@ -267,6 +267,8 @@ SCORE = DATA.score(VP)
         ({"steps": 10, "solver": sds.DormandPrince()}, ValueError, "chooses its own steps"),
         ({"solver": sds.RK4()}, ValueError, "RK4 needs steps= or grid="),
         ({"steps": 10, "solver": sds.EulerMaruyama()}, None, ""),
+        ({"steps": 10, "solver": 5}, TypeError, "solver must be a solver object.*got int"),
+        ({"steps": 10, "solver": sds.RK4}, TypeError, "solver must be a solver object.*RK4"),
         ({"steps": 10, "solver": sds.DDIM()}, ValueError, "DDIM integrates the reverse SDE or probability flow"),
         ({"t_min": 0.0}, ValueError, r"t_min must lie in \(0, t_max = 1.0\), got 0.0"),
         ({"steps": 10, "t_min": 0.1}, ValueError, "give grid= explicit times"),
