@@ -103,8 +103,7 @@ def solve(
                 "for states between; no steps, grid, observable, reduce or kernel backend"
             )
         times = _grid_of(t0, t1, 1, None, len(x0))
-    random = sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
-    noise = noise_of(seed, noise, increments, random=random)
+    noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
     save = SavePlan(times, save_at, observable, moments=reduce is not None)
     return _solution(sde, x0, times, solver, noise, save, backend, progress=progress, check_finite=check_finite)
 
@@ -115,7 +114,7 @@ def integrate(
     times: Tensor,
     *,
     solver: AbstractSolver,
-    noise: AbstractNoise,
+    noise: AbstractNoise | None = None,
     backend: Backend = "auto",
     progress: bool = False,
 ) -> Solution:
@@ -126,7 +125,7 @@ def integrate(
         x0: ``(batch, *state)``.
         times: ``(steps + 1,)``.
         solver: the scheme.
-        noise: what drives it, from `noise_of`.
+        noise: what drives it; a path of a drawn seed by default.
         backend: which executor.
         progress: show a progress bar.
 
@@ -135,7 +134,12 @@ def integrate(
     """
     _check_arguments(sde, x0, solver, backend)
     times = grids.check_grid(times)
+    noise = noise_of(None, noise, random=_reads_noise(sde, solver))
     return _solution(sde, x0, times, solver, noise, SavePlan(times, None), backend, progress=progress)
+
+
+def _reads_noise(sde: AbstractSDE, solver: AbstractSolver) -> bool:
+    return sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
 
 
 def _check_arguments(sde: AbstractSDE, x0: State, solver: AbstractSolver, backend: Backend) -> None:

@@ -239,6 +239,17 @@ def test_latents_lead_back_to_the_data(process):
     torch.testing.assert_close(estimated, latent, rtol=1e-5, atol=1e-5)
 
 
+def test_a_corrected_flow_draws_its_noise_from_torchs_generator():
+    solver = sds.PredictorCorrector(sds.Heun(), sds.LangevinCorrector(snr=0.1))
+
+    def decoded(seed):
+        torch.manual_seed(seed)
+        return sds.decode(VP, SCORE, X, solver=solver, steps=3)
+
+    assert torch.equal(decoded(0), decoded(0))
+    assert not torch.isclose(decoded(0), decoded(1)).any()
+
+
 def test_networks_images_and_float32():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 100), torch.nn.Unflatten(1, (1, 10, 10)))
