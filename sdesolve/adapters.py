@@ -125,13 +125,13 @@ class FromTorchSDE(AbstractSDE):
                 f"{sde.noise_type!r} and {sde.sde_type!r}"
             )
         self.noise, self.calculus = Noise(sde.noise_type), Calculus(sde.sde_type)
-        self._sde = sde
+        self._f, self._g = sde.f, sde.g  # what a trace may call is found among what is held
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._sde.f(_one_time(t), x)
+        return self._f(_one_time(t), x)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        g = self._sde.g(_one_time(t), x)
+        g = self._g(_one_time(t), x)
         return g.squeeze(-1) if self.noise is Noise.SCALAR and g.ndim == x.ndim + 1 else g
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of, whole_number
-from sdesolve.brownian import AbstractNoise, BrownianPath, drawn_seed
+from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift
 from sdesolve.integrate.cuda_graph import StraightSampler, captured
-from sdesolve.integrate.solve import Backend, integrate
+from sdesolve.integrate.solve import Backend, integrate, noise_of
 from sdesolve.inverse.base import AbstractPosteriorScore
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import AbstractData, ExactScore
@@ -84,7 +84,7 @@ def sample(
     times = _times(process, solver, steps, grid)
     if bool((process.sigma(times[-1]) == 0).any()):
         denoise = False  # nothing is left to remove
-    path = _path(seed, noise)
+    path = noise_of(seed, noise)
     stochasticity = solver.sampling_stochasticity if stochasticity is None else stochasticity
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
@@ -192,11 +192,3 @@ def _times(process: AbstractDiffusion, solver: AbstractSolver, steps: int | None
             f"{process.t_max}]; got shape {tuple(times.shape)} from {first} to {last}{hint}"
         )
     return times
-
-
-def _path(seed: int | None, noise: AbstractNoise | None) -> AbstractNoise:
-    if seed is not None and noise is not None:
-        raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
-    if noise is not None:
-        return noise
-    return BrownianPath(drawn_seed() if seed is None else seed)

@@ -160,9 +160,9 @@ class _PathContext(KernelContext):
 
     def __init__(self, problem: Problem, lowered: Lowered) -> None:
         super().__init__(lowered, problem.x0.dtype, problem.x0.device)
-        # An ODE makes no noise, so any coordinates do.
-        self._path = problem.noise if isinstance(problem.noise, BrownianPath) else BrownianPath(0)
-        self._first = self._path.place(0)
+        # An ODE makes no noise, so any coordinates do; those of its path may be of a kind that no kernel makes.
+        noise, noisy = problem.noise, problem.equation.noise is not Noise.NONE
+        self._first = (noise if noisy and isinstance(noise, BrownianPath) else BrownianPath(0)).place(0)
 
     def offset(self, draw: int) -> Place:
         return {**self._first, "step": self._first["step"] + draw}

@@ -301,15 +301,16 @@ def _build(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> 
         return after
 
     states = (tuple(x0.shape[1:]),) * (1 + lowered.memory)
+    noises = tuple(source.shape() for source in lowered.sources)  # what this refuses, every executor does
     try:
         check_size(states)
         failure = None
         try:
-            noises, guards = _warm(problem, guards, lowered)
+            guards = _warm(problem, guards, lowered, noises)
         except Unsupported:
             raise
         except Exception as met:  # tracing says more of it
-            failure, noises = met, tuple(source.shape() for source in lowered.sources)
+            failure = met
         signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0))
         with guards.preserved() as watch:
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
@@ -329,18 +330,17 @@ def _build(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> 
     return _Kernel(trajectory, where, evaluations, noises, read, watch.bindings()), guards
 
 
-def _warm(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[tuple[tuple[int, ...], ...], Guards]:
+def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[tuple[int, ...]]) -> Guards:
     """Does the first step in torch, so that caches fill as they do in an eager run.
 
     Returns:
-        Shapes of a step's numbers from each source of noise, and what the functions hold now.
+        What the functions hold now.
 
     Raises:
         Unsupported: what the functions hold changes again in a second call, or that gives another result. It is put
             back as it was.
     """
     with guards.put_back_on_error() as changed:
-        noises = tuple(source.shape() for source in lowered.sources)
         inputs = _inputs(problem, lowered, noises, 0, problem.steps, problem.x0.detach())
         first = _evaluated(problem, lowered, inputs)
         what, now = changed(), look_into(*_roots(problem))
@@ -351,7 +351,7 @@ def _warm(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[tuple[tup
                 same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
                 if changed_again() or not same:
                     raise Unsupported(f"it changes Python values that it holds ({what}) each time it is called")
-    return noises, guards
+    return guards
 
 
 def _evaluated(problem: Problem, lowered: Lowered, inputs: Inputs) -> list[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple, final
 
 from torch import Tensor
@@ -113,3 +115,6 @@ class DivergenceError(FloatingPointError):
     def __init__(self, message: str, *, step: int, time: float, path: int) -> None:
         super().__init__(message)
         self.step, self.time, self.path = step, time, path
+
+    def __reduce__(self) -> tuple[Callable[..., DivergenceError], tuple[object, ...]]:
+        return functools.partial(type(self), step=self.step, time=self.time, path=self.path), self.args

@@ -87,11 +87,8 @@ def solve(
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
-    for name, value, choices in (("backend", backend, _BACKENDS), ("reduce", reduce, (None, "moments"))):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    check_pair(solver, sde)
-    check_state(x0)
+    _check_choice("reduce", reduce, (None, "moments"))
+    _check_arguments(sde, x0, solver, backend)
     if params is not None:
         if not isinstance(sde, SDE | ODE):
             raise TypeError(
@@ -109,18 +106,9 @@ def solve(
                 "for states between; no steps, grid, observable, reduce or kernel backend"
             )
         times = _grid_of(t0, t1, 1, None, len(x0))
-    random = sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
-    return integrate(
-        sde,
-        x0,
-        times,
-        solver=solver,
-        noise=_noise_of(random, seed, noise, increments),
-        save=SavePlan(times, save_at, observable, moments=reduce is not None),
-        backend=backend,
-        progress=progress,
-        check_finite=check_finite,
-    )
+    noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
+    save = SavePlan(times, save_at, observable, moments=reduce is not None)
+    return _solution(sde, x0, times, solver, noise, save, backend, progress=progress, check_finite=check_finite)
 
 
 def integrate(
@@ -129,28 +117,58 @@ def integrate(
     times: Tensor,
     *,
     solver: AbstractSolver,
-    noise: AbstractNoise,
-    save: SavePlan | None = None,
+    noise: AbstractNoise | None = None,
     backend: Backend = "auto",
     progress: bool = False,
-    check_finite: bool = True,
 ) -> Solution:
-    """`solve` on times that are ready.
+    """`solve` on times that are ready: the grid, or the two ends for a solver that chooses its own steps.
 
     Args:
         sde: as for `solve`, as are those that are not named here.
         x0: ``(batch, *state)``.
-        times: the grid, as for `Problem`: the two ends for a solver that chooses its own steps.
+        times: ``(steps + 1,)``.
         solver: the scheme.
-        noise: what drives it.
-        save: which states to keep; the last by default.
+        noise: what drives it; a path of a drawn seed by default.
         backend: which executor.
         progress: show a progress bar.
-        check_finite: refuse states that are not finite.
+
+    Raises:
+        ValueError, TypeError: as `solve`.
     """
+    _check_arguments(sde, x0, solver, backend)
+    times = grids.check_grid(times)
+    noise = noise_of(None, noise, random=_reads_noise(sde, solver))
+    return _solution(sde, x0, times, solver, noise, SavePlan(times, None), backend, progress=progress)
+
+
+def _reads_noise(sde: AbstractSDE, solver: AbstractSolver) -> bool:
+    return sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
+
+
+def _check_arguments(sde: AbstractSDE, x0: State, solver: AbstractSolver, backend: Backend) -> None:
+    _check_choice("backend", backend, _BACKENDS)
     check_pair(solver, sde)
+    check_state(x0)
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _solution(
+    sde: AbstractSDE,
+    x0: State,
+    times: Tensor,
+    solver: AbstractSolver,
+    noise: AbstractNoise,
+    save: SavePlan,
+    backend: Backend,
+    *,
+    progress: bool,
+    check_finite: bool = True,
+) -> Solution:
     check_process_times(sde, times)
-    save = SavePlan(times, None) if save is None else save
     problem = Problem(solver, sde, Watched(sde), noise, times, x0, save, check_finite, progress)
     _check_plan(problem)
     saved, reason = _executed(problem, backend)
@@ -258,9 +276,15 @@ def _time(t: float | Tensor, name: str) -> Tensor:
         raise TypeError(f"{name} must be a number or a tensor (batch,) of times, got {t!r}") from None
 
 
-def _noise_of(
-    random: bool, seed: int | None, noise: AbstractNoise | None, increments: Increments | None
+def noise_of(
+    seed: int | None, noise: AbstractNoise | None, increments: Increments | None = None, *, random: bool = True
 ) -> AbstractNoise:
+    """The noise that ``seed=``, ``noise=`` and ``increments=`` of `solve` or `sample` ask for.
+
+    Args:
+        seed, noise, increments: as `solve`.
+        random: whether anything reads it; a seed is drawn only then.
+    """
     if seed is not None and noise is not None:
         raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
     if increments is not None and noise is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of
-from sdesolve.brownian import BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
 from sdesolve.integrate.solution import Solution
@@ -300,7 +299,7 @@ class _FlowWithDivergence(AbstractODE, AbstractPerSample):
 def _integrate(
     ode: AbstractODE, x: Tensor, times: Tensor, solver: AbstractSolver, backend: Literal["auto", "eager"] = "auto"
 ) -> Solution:
-    return integrate(ode, x, times, solver=solver, noise=BrownianPath(0), backend=backend)
+    return integrate(ode, x, times, solver=solver, backend=backend)
 
 
 def _log_prob(prior: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -338,6 +337,8 @@ def _way(
     fixed = steps is not None or grid is not None
     if solver is None:
         solver = RK4() if fixed else DormandPrince()
+    if not isinstance(solver, AbstractSolver):
+        raise TypeError(f"solver must be a solver object such as DormandPrince(), got {kind_of(solver)}")
     if fixed == (solver.controller is not None):
         need = "chooses its own steps: leave steps and grid out" if fixed else "needs steps= or grid="
         raise ValueError(f"{type(solver).__name__} {need}")

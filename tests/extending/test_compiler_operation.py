@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sdesolve_kernels import use_backend
-from sdesolve_kernels.trajectory import OPERATIONS, OpSpec, Term, pointwise
+from sdesolve_kernels.trajectory import HANDLERS, OPERATIONS, Graph, OpSpec, State, Term, Walk, derivative, pointwise
 
 import sdesolve as sds
 
@@ -39,8 +39,6 @@ SINC = OpSpec(
 
 @pytest.fixture(scope="module", autouse=True)
 def added():
-    from sdesolve_kernels.trajectory.pointwise import HANDLERS
-
     OPERATIONS["sinc"] = SINC
     pointwise("sinc", "sinc")
     yield
@@ -57,11 +55,6 @@ def test_it_runs_in_a_trajectory(backend):
 
 
 def test_it_has_a_derivative():
-    from sdesolve_kernels.trajectory.derivatives import derivative
-    from sdesolve_kernels.trajectory.expressions import Graph
-    from sdesolve_kernels.trajectory.leaves import State
-    from sdesolve_kernels.trajectory.reference import Walk
-
     g, x = Graph(), torch.tensor([0.0, 0.5, 1.0, -2.3], dtype=torch.float64, requires_grad=True)
     e = g.op("sinc", g.leaf(State(0, 0), "float64"))
     (ours,) = Walk([derivative(g, e, 0)])({State: [x.detach()]}, x)

@@ -50,6 +50,15 @@ def test_their_equation_and_their_increments_take_their_path_here(noise, calculu
     torch.testing.assert_close(x1, ys[-1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("noise", list(CHANNELS))
+def test_their_equation_fuses(noise):
+    y0, ours = torch.ones(5, 3, dtype=torch.float64), FromTorchSDE(Theirs(noise))
+    fused, eager = (
+        sds.solve(ours, y0, 0.0, 1.0, 4, solver=sds.EulerMaruyama(), seed=0, backend=b).x1 for b in ("fused", "eager")
+    )
+    torch.testing.assert_close(fused, eager, rtol=1e-12, atol=1e-12)
+
+
 EQUATIONS = {
     "numbers": sds.SDE(lambda x, t: -x * (1 + t), lambda x, t: 0.3, "additive"),
     "scalar": sds.SDE(lambda x, t: -x, lambda x, t: 0.4 * x, "scalar"),

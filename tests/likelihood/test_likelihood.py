@@ -239,6 +239,17 @@ def test_latents_lead_back_to_the_data(process):
     torch.testing.assert_close(estimated, latent, rtol=1e-5, atol=1e-5)
 
 
+def test_a_corrected_flow_draws_its_noise_from_torchs_generator():
+    solver = sds.PredictorCorrector(sds.Heun(), sds.LangevinCorrector(snr=0.1))
+
+    def decoded(seed):
+        torch.manual_seed(seed)
+        return sds.decode(VP, SCORE, X, solver=solver, steps=3)
+
+    assert torch.equal(decoded(0), decoded(0))
+    assert not torch.isclose(decoded(0), decoded(1)).any()
+
+
 def test_networks_images_and_float32():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 100), torch.nn.Unflatten(1, (1, 10, 10)))
@@ -267,6 +278,8 @@ SCORE = DATA.score(VP)
         ({"steps": 10, "solver": sds.DormandPrince()}, ValueError, "chooses its own steps"),
         ({"solver": sds.RK4()}, ValueError, "RK4 needs steps= or grid="),
         ({"steps": 10, "solver": sds.EulerMaruyama()}, None, ""),
+        ({"steps": 10, "solver": 5}, TypeError, "solver must be a solver object.*got int"),
+        ({"steps": 10, "solver": sds.RK4}, TypeError, "solver must be a solver object.*RK4"),
         ({"steps": 10, "solver": sds.DDIM()}, ValueError, "DDIM integrates the reverse SDE or probability flow"),
         ({"t_min": 0.0}, ValueError, r"t_min must lie in \(0, t_max = 1.0\), got 0.0"),
         ({"steps": 10, "t_min": 0.1}, ValueError, "give grid= explicit times"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -217,6 +219,18 @@ def test_noise_arguments():
     refuses(ValueError, "backend must be one of 'auto', 'fused', 'kernel', 'eager', got 'cuda'", backend="cuda")
 
 
+@pytest.mark.parametrize("backend", ["auto", "fused", "eager"])
+@pytest.mark.parametrize("noise", ["additive", "general"])
+def test_what_is_wrong_with_a_diffusion_is_said_by_every_backend(noise, backend):
+    def g(x, t):
+        return x[:, :1] if noise == "general" else torch.ones(3, 3)
+
+    message = f"diffusion returned shape.*does not fit noise='{noise}'"
+    refuses(ValueError, message, sde=sds.SDE(lambda x, t: x, g, noise), backend=backend)
+    taking_two = sds.SDE(lambda x, t: x, lambda x, t: torch.ones_like(x), noise)
+    refuses(TypeError, "takes 2 positional arguments", sde=taking_two, params=torch.ones(()), backend=backend)
+
+
 def test_divergence_names_step_time_path_and_function():
     """The drift of the third path turns nan once t passes 0.5; the step is found by going through it again."""
 
@@ -231,8 +245,9 @@ def test_divergence_names_step_time_path_and_function():
         sds.solve(
             sds.SDE(drift, lambda x, t: 0.1 * x), X0, 0.0, 1.0, 10, solver=EM, noise=sds.BrownianPath(0, first_path=10)
         )
-    assert (e.value.step, e.value.path) == (6, 12)
-    assert e.value.time == pytest.approx(0.6)
+    for error in (e.value, pickle.loads(pickle.dumps(e.value)), copy.copy(e.value)):
+        assert (error.step, error.path, str(error)) == (6, 12, str(e.value))
+        assert error.time == pytest.approx(0.6)
 
 
 def test_nan_in_the_first_step_is_told_at_once():

@@ -63,6 +63,13 @@ def test_reverse_equations_by_table_are_the_solvers_own_steps(process, stochasti
     torch.testing.assert_close(a.x1, b.x1, rtol=1e-10, atol=1e-11 * process.prior.std)
 
 
+@pytest.mark.parametrize("path", [sds.BrownianPath(0, substeps=3), sds.BrownianPath(0, kind="two-point")], ids=repr)
+def test_an_equation_without_noise_runs_by_kernel_whatever_the_path(path):
+    flow, x0, grid = sds.VP().probability_flow(DATA.score(sds.VP())), torch.ones(4, 3), sds.VP().time_grid(5)
+    options = {"grid": grid, "solver": sds.DDIM(), "backend": "kernel"}
+    assert torch.equal(sds.solve(flow, x0, noise=path, **options).x1, sds.solve(flow, x0, seed=0, **options).x1)
+
+
 def test_a_table_with_a_time_per_sample():
     process = sds.VP()
     sde = process.reverse(DATA.score(process))

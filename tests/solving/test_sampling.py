@@ -97,6 +97,9 @@ def test_denoising_takes_the_last_noise_away():
         ({"steps": 3, "stochasticity": 1.0, "solver": sds.RK4()}, ValueError, "RK4 integrates ODEs.*stochasticity=0"),
         ({"steps": 3, "stochasticity": -1.0}, ValueError, "stochasticity must be a positive number"),
         ({"steps": 3, "seed": 0, "noise": sds.BrownianPath(0)}, ValueError, "give one of them"),
+        ({"steps": 3, "noise": 5}, TypeError, "noise must be a BrownianPath, got int; a number goes to seed="),
+        ({"steps": 3, "backend": "gpu"}, ValueError, "backend must be one of 'auto', 'fused', 'kernel', 'eager', got"),
+        ({"stochasticity": 0, "solver": sds.DormandPrince(), "backend": "kernel"}, ValueError, "runs eagerly"),
         ({"steps": 3, "dtype": torch.float16}, TypeError, "must be float32 or float64, got torch.float16"),
         ({"steps": 3, "shape": 4}, TypeError, r"shape must be \(batch, \*state\), such as \(64, 2\), got 4"),
         ({"steps": 3, "shape": (4.0, 2)}, TypeError, "each entry of shape must be an integer, got 4.0.*write 4"),
@@ -110,6 +113,13 @@ def test_bad_requests(options, error, message):
     options = {"shape": (4, 2), **options}
     with pytest.raises(error, match=message):
         sds.sample(process, DATA.score(process), options.pop("shape"), **options)
+
+
+def test_a_grid_of_the_process_that_is_none_is_refused(monkeypatch):
+    process = sds.VP()
+    monkeypatch.setattr(sds.VP, "time_grid", lambda self, steps: torch.tensor([1.0, 0.2, 0.5, 0.1]))
+    with pytest.raises(ValueError, match="grid must"):
+        sds.sample(process, DATA.score(process), (4, 2), steps=3)
 
 
 def test_a_score_of_the_wrong_shape_or_that_fails_is_named():
