@@ -330,3 +330,15 @@ def test_common_holders_are_looked_into_to_the_end(function, interpreted, differ
         assert same(function, difference) == "fused"
         assert same(function, difference) == "fused"
     assert interpreted.made == 1
+
+
+def test_a_name_that_a_library_lacks_until_it_is_set(monkeypatch, interpreted, difference):
+    """The search for what names stand for ends, though no name of ``math`` is among them."""
+
+    def f(x, t):
+        return x * getattr(math, "sdesolve_rate", 1.0)
+
+    with torch.no_grad():
+        assert same(f, difference) == "fused"
+        monkeypatch.setattr(math, "sdesolve_rate", 2.0, raising=False)
+        same(f, difference)

@@ -450,6 +450,7 @@ class _Walk:
     def finish(self) -> None:
         """Looks into what names stand for in modules and on classes, until no new names are met."""
         done: dict[int, set[str]] = {}
+        versioned: set[int] = set()
         before = -1
         while before != len(self.key):
             before = len(self.key)
@@ -458,7 +459,8 @@ class _Walk:
                 space, known = vars(module), done.setdefault(id(module), set())
                 library = module is torch.Tensor or is_library(module.__name__)
                 every = reflective and id(module) in self._passed
-                if every and library and not known:
+                if every and library and id(module) not in versioned:
+                    versioned.add(id(module))
                     self.key.append(version(module))
                 for name in sorted((space.keys() if every and not library else space.keys() & self._names) - known):
                     known.add(name)
