@@ -114,9 +114,11 @@ class Fused:
                 _check_untransformed(problem.x0, *guards.tensors)
                 with _disable_current_modes():  # what watches this call is not to see a kernel being made and tried
                     kernel, guards = _kernel_for(problem, guards, lowered)
-            saved = _run(problem, kernel, guards, lowered)
-        except Unsupported as met:
+        except (Unsupported, CannotExecute) as met:
             raise CannotExecute(str(met)) from None
+        except Exception as met:  # objects of the user may answer anything with an exception
+            raise CannotExecute(f"what the functions hold cannot be looked into ({_described(met)})") from met
+        saved = _run(problem, kernel, guards, lowered)
         if problem.check_finite and not all_finite(saved.x1):
             Eager().begin(problem, lowered).report_divergence()
             refuse_end(problem, saved.x1)  # rounding took the kernel alone over the edge
