@@ -472,7 +472,7 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
         mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
         return Saved(saved.x1, mean, variance, problem.steps, evaluations, "fused", _REASON, source)
-    xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
+    xs = saved.x1[None].clone() if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
     xs = xs if order == list(range(len(xs))) else xs[order]
     return Saved(saved.x1, xs, None, problem.steps, evaluations, "fused", _REASON, source)
 

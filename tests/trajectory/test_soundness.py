@@ -12,6 +12,7 @@ import functools
 import gc
 import inspect
 import itertools
+import math
 import os
 import random
 import sys
@@ -545,6 +546,40 @@ def test_observables_keep_their_dtype(observable, dtype, interpreted):
     results = [solve(lambda x, t: -x, b, X0.to(dtype), observable=observable).xs for b in ("auto", "eager")]
     assert results[0].dtype == results[1].dtype
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("save_at", [None, [1.0], [0.0, 1.0], [0.2, 0.5, 1.0]], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "kernel", "fused"])
+def test_results_have_memory_of_their_own(backend, save_at, interpreted):
+    x0 = X0.clone()
+    sol = solve(lambda x, t: -x, backend, x0, save_at=save_at)
+    last = sol.xs[-1].clone()
+    sol.x1.zero_()
+    x0.zero_()
+    assert torch.equal(sol.xs[-1], last)
+
+
+def negated(*shape):
+    """A view with torch's negative bit: its memory holds what it is not."""
+    view = torch.linspace(-1.0, 1.0, 2 * math.prod(shape), dtype=torch.float64).reshape(*shape, 2)
+    view = torch.view_as_complex(view).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("backend", ["kernel", "fused"])
+def test_views_that_torch_negates(backend, difference):
+    one, two = negated(1, 1), negated(2)
+
+    def f(x, t):
+        return -x * two[: x.shape[1]] * one[0, 0]
+
+    for x0 in (one, negated(3, 2)):
+        sde = sds.SDE(f, lambda x, t: one.expand_as(x))
+        runs = [
+            sds.solve(sde, x0, 0.0, 1.0, 5, solver=sds.EulerMaruyama(), seed=1, backend=b) for b in (backend, "eager")
+        ]
+        assert difference(runs[0].x1, runs[1].x1) < 1e-13
 
 
 def test_int32_wraps_round(difference, interpreted):

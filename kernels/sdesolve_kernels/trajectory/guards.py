@@ -193,7 +193,8 @@ class _Walk:
 
     # Rules -------------------------------------------------------------------------------------------------------
     def tensor(self, value: Tensor, kind: type) -> None:
-        if kind.__torch_function__ not in _TORCHS_OWN or kind.__torch_dispatch__ != Tensor.__torch_dispatch__:
+        own: Any = kind
+        if own.__torch_function__ not in _TORCHS_OWN or own.__torch_dispatch__ != Tensor.__torch_dispatch__:
             self.refuse(value, kind)  # any look at it would run the user's code
         self.key += (kind, value.shape, value.dtype, value.device, value.requires_grad)
         self.tensors.append(value)
