@@ -461,9 +461,13 @@ NOT_SEEN_INTO = {
     "signature": lambda: lambda x, t, s=inspect.signature(lambda a=[1]: a): x * len(s.parameters),  # noqa: B008
     "lazy layer": lambda: (lambda layer: lambda x, t: layer(x))(torch.nn.LazyLinear(2).double()),
     "script": scripted,
+    "quantised": lambda: (lambda q: lambda x, t: x * q.dequantize().double())(
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("make", list(NOT_SEEN_INTO.values()), ids=list(NOT_SEEN_INTO))
 def test_objects_that_cannot_be_seen_into_are_reasons(make, interpreted, difference):
     with torch.no_grad():

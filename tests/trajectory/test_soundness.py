@@ -316,6 +316,28 @@ def test_caches_fill_as_they_do_eagerly(make, difference, interpreted):
         assert type(f.table["w"]) is torch.Tensor
 
 
+def test_what_the_first_call_does_is_done_for_each_model(difference, interpreted):
+    """A kernel of one model is used for another like it, but not before that is in the state that the first was in."""
+
+    def make():
+        layer = nn.Linear(2, 2).double()
+        layer.weight.grad = torch.ones_like(layer.weight)
+
+        def f(x, t):
+            layer.zero_grad()
+            return layer(x)
+
+        f.layer = layer
+        return f
+
+    for _ in range(2):
+        f = make()
+        assert difference(solve(f, "fused").x1, solve(f, "eager").x1) < 1e-13
+        g = make()
+        solve(g, "fused")
+        assert g.layer.weight.grad is None
+
+
 # Exceptions ------------------------------------------------------------------------------------------------------
 def caught(kind):
     def f(x, t):

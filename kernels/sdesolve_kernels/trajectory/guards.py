@@ -196,7 +196,10 @@ class _Walk:
         own: Any = kind
         if own.__torch_function__ not in _TORCHS_OWN or own.__torch_dispatch__ != Tensor.__torch_dispatch__:
             self.refuse(value, kind)  # any look at it would run the user's code
-        self.key += (kind, value.shape, value.dtype, value.device, value.requires_grad)
+        if value.is_quantized:
+            self.refuse(value, kind)  # torch has no safe way to compare its memory
+        graded = value.is_leaf and value.grad is not None
+        self.key += (kind, value.shape, value.dtype, value.device, value.requires_grad, graded)
         self.tensors.append(value)
         if kind is not Tensor and isinstance(value, torch.nn.Parameter):
             self._weights += value.numel()
