@@ -316,6 +316,18 @@ def test_caches_fill_as_they_do_eagerly(make, difference, interpreted):
         assert type(f.table["w"]) is torch.Tensor
 
 
+def test_an_array_is_locked_for_each_model(interpreted):
+    for _ in range(2):
+        table = np.ones(2)
+
+        def f(x, t, table=table):
+            table.flags.writeable = False
+            return -x * table[0]
+
+        solve(f, "fused")
+        assert not table.flags.writeable
+
+
 def test_what_the_first_call_does_is_done_for_each_model(difference, interpreted):
     """A kernel of one model is used for another like it, but not before that is in the state that the first was in."""
 

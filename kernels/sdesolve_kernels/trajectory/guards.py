@@ -263,7 +263,8 @@ class _Walk:
                 f"the functions hold `{self._name}`, a NumPy array of {value.nbytes} bytes, more than the "
                 f"{_LARGEST_ARRAY} that are compared in each call, or of objects; make it a tensor"
             )
-        self.key += (kind, value.shape, value.dtype, value.strides, value.tobytes())
+        writeable = isinstance(value, np.ndarray) and value.flags.writeable
+        self.key += (kind, value.shape, value.dtype, value.strides, writeable, value.tobytes())
 
     def plain(self, value: Any, kind: type) -> None:
         """A subclass of a number or of text, or a member of an enumeration."""
