@@ -36,6 +36,7 @@ from sdesolve_kernels.trajectory import (
     trace,
     unchanged,
 )
+from sdesolve_kernels.trajectory.snapshots import random_states
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
@@ -330,15 +331,18 @@ def _warm(problem: Problem, guards: Guards, lowered: Lowered) -> tuple[tuple[tup
     with guards.put_back_on_error() as changed:
         noises = tuple(source.shape() for source in lowered.sources)
         inputs = _inputs(problem, lowered, noises, 0, problem.steps, problem.x0.detach())
+        rewind = random_states()
         first = _evaluated(problem, lowered, inputs)
         what, now = changed(), look_into(*_roots(problem))
         if what or now.key != guards.key:
-            guards = now
+            guards, forward = now, random_states()
+            rewind()  # a function that seeds a generator each time changes it again
             with guards.put_back_on_error() as changed_again:
                 second = _evaluated(problem, lowered, inputs)
                 same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
                 if changed_again() or not same:
                     raise Unsupported(f"it changes Python values that it holds ({what}) each time it is called")
+            forward()
     return noises, guards
 
 

@@ -299,6 +299,17 @@ class Cached:
         return -x @ self.w
 
 
+def layer_made_when_needed():
+    held = {}
+
+    def f(x, t):
+        if "layer" not in held:
+            held["layer"] = nn.Linear(2, 2).double()  # draws random numbers, once
+        return held["layer"](x)
+
+    return f
+
+
 def least_recently_used():
     @functools.lru_cache
     def table(n):
@@ -307,7 +318,11 @@ def least_recently_used():
     return lambda x, t: -x * table(2)
 
 
-@pytest.mark.parametrize("make", [lazily_filled, Cached, least_recently_used], ids=["dict", "property", "lru_cache"])
+@pytest.mark.parametrize(
+    "make",
+    [lazily_filled, Cached, least_recently_used, layer_made_when_needed],
+    ids=["dict", "property", "lru_cache", "layer"],
+)
 def test_caches_fill_as_they_do_eagerly(make, difference, interpreted):
     assert agree(make, difference).backend == "fused"
     f = make()

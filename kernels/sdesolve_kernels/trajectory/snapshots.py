@@ -17,11 +17,16 @@ from torch import Tensor
 
 from sdesolve_kernels.trajectory.watching import is_library
 
-__all__ = ["Snapshot", "slots_of"]
+__all__ = ["Snapshot", "random_states", "slots_of"]
 
 _LARGEST = 1 << 20  # elements of a tensor that is copied; no operation of a trace reaches its values anyway
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 _NUMBERS = "it draws random numbers"
+_GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+)
 _PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.Size)
 
 
@@ -39,9 +44,8 @@ class Snapshot:
                 self._add(functools.partial(_settings, space), functools.partial(_put_settings, space))
             else:
                 self._entries(space, seen)
-        self._add(random.getstate, random.setstate, _NUMBERS)
-        self._add(np.random.get_state, np.random.set_state, _NUMBERS)
-        self._add(torch.get_rng_state, torch.set_rng_state, _NUMBERS)
+        for get, put in _GENERATORS:
+            self._add(get, put, _NUMBERS)
 
     def changed(self) -> str:
         """Names what is not as it was; empty if all is."""
@@ -119,6 +123,17 @@ class Snapshot:
         self._add(lambda: {n: getattr(thing, n) for n in names}, functools.partial(_put_attributes, thing))
         if thing.layout is torch.strided and thing.numel() <= _LARGEST and not thing.is_meta:
             self._add(lambda: thing.detach().clone(), lambda old: thing.detach().copy_(old), "a tensor in place")
+
+
+def random_states() -> Callable[[], None]:
+    """What puts the global generators back to where they are now."""
+    states = [(put, get()) for get, put in _GENERATORS]
+
+    def put_back() -> None:
+        for put, state in states:
+            put(state)
+
+    return put_back
 
 
 def slots_of(kind: type) -> list[types.MemberDescriptorType]:
