@@ -38,6 +38,7 @@ from sdesolve_kernels.trajectory import (
     trace,
     unchanged,
 )
+from sdesolve_kernels.trajectory.snapshots import random_states
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -112,11 +113,16 @@ class Fused:
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
         _check_fusible(problem, lowered, self._wanted)
-        try:
-            with _uncounted(problem):
+        with _uncounted(problem):
+            with _explained():
                 guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
                 _check_untransformed(problem.x0, *guards.tensors)
-                kernel, guards = _kernel_for(problem, guards, lowered, self._wanted)
+                kernel = _known(problem, guards, lowered, self._wanted)
+            if kernel is None or len(problem.x0) not in kernel.batches:
+                noises = tuple(source.shape() for source in lowered.sources)  # what this refuses, every executor does
+                with _explained(), _disable_current_modes():  # what watches this call is not to see it
+                    kernel, guards = _tried(problem, guards, lowered, noises, kernel, self._wanted)
+        try:
             saved = _run(problem, kernel, guards, lowered)
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
@@ -128,6 +134,17 @@ class Fused:
 
 def _roots(problem: Problem) -> tuple[object, ...]:
     return problem.solver, problem.equation, problem.save.observable
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Whatever stands in the way of a kernel is a reason; objects of the user may answer anything with an exception."""
+    try:
+        yield
+    except (Unsupported, CannotExecute) as met:
+        raise CannotExecute(str(met)) from None
+    except Exception as met:
+        raise CannotExecute(f"what the functions hold cannot be looked into ({_described(met)})") from met
 
 
 @contextlib.contextmanager
@@ -216,33 +233,42 @@ def _path(source: NoiseSource) -> BrownianPath:
     return dataclasses.replace(path, stream=Stream.LEVY) if source.of == "H" else path
 
 
-def _kernel_for(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> tuple[_Kernel, Guards]:
-    """The kernel of an integration, from an earlier call or made now, known to be right for its batch."""
-    batch, key = len(problem.x0), _key(problem, guards, lowered)
+def _known(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> _Kernel | None:
+    """The kernel of an integration from an earlier call, if there is one.
+
+    Raises:
+        Unsupported: there can be none, or it is not right for a batch of this size.
+    """
+    key = _key(problem, guards, lowered)
     with _lock:
         found = _kernels.get(key)
         if found is not None:
             _kernels.move_to_end(key)
-    if isinstance(found, Unsupported) and not (wanted and isinstance(found, TooCostly)):
+    if isinstance(found, Unsupported):
+        if wanted and isinstance(found, TooCostly):
+            return None
         raise found
-    kernel = found if isinstance(found, _Kernel) and found.fits(guards) else None
-    if kernel is not None and batch in kernel.batches:
-        refusal = kernel.batches[batch]
-        if refusal is not None:
-            raise refusal
-        return kernel, guards
-    with _disable_current_modes():  # what watches this call is not to see a kernel being made and tried
-        return _tried(problem, guards, lowered, wanted, kernel)
+    if found is None or not found.fits(guards):
+        return None
+    refusal = found.batches.get(len(problem.x0))
+    if refusal is not None:
+        raise refusal
+    return found
 
 
 def _tried(
-    problem: Problem, guards: Guards, lowered: Lowered, wanted: bool, kernel: _Kernel | None
+    problem: Problem,
+    guards: Guards,
+    lowered: Lowered,
+    noises: tuple[tuple[int, ...], ...],
+    kernel: _Kernel | None,
+    wanted: bool,
 ) -> tuple[_Kernel, Guards]:
     """A kernel, made now if there is none, that was compared with torch for the batch of this integration."""
     batch = len(problem.x0)
     try:
         if kernel is None:
-            kernel, guards = _build(problem, guards, lowered, wanted)
+            kernel, guards = _build(problem, guards, lowered, noises, wanted)
     except Unsupported as met:
         _keep(_key(problem, guards, lowered), met)
         raise
@@ -288,7 +314,9 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
     )
 
 
-def _build(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> tuple[_Kernel, Guards]:
+def _build(
+    problem: Problem, guards: Guards, lowered: Lowered, noises: tuple[tuple[int, ...], ...], wanted: bool
+) -> tuple[_Kernel, Guards]:
     x0, watched = problem.x0, problem.watched
     evaluations = 0
     step = _traced_step(lowered)
@@ -301,7 +329,6 @@ def _build(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> 
         return after
 
     states = (tuple(x0.shape[1:]),) * (1 + lowered.memory)
-    noises = tuple(source.shape() for source in lowered.sources)  # what this refuses, every executor does
     try:
         check_size(states)
         failure = None
@@ -342,15 +369,18 @@ def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[t
     """
     with guards.put_back_on_error() as changed:
         inputs = _inputs(problem, lowered, noises, 0, problem.steps, problem.x0.detach())
+        rewind = random_states()
         first = _evaluated(problem, lowered, inputs)
         what, now = changed(), look_into(*_roots(problem))
         if what or now.key != guards.key:
-            guards = now
+            guards, forward = now, random_states()
+            rewind()  # a function that seeds a generator each time changes it again
             with guards.put_back_on_error() as changed_again:
                 second = _evaluated(problem, lowered, inputs)
                 same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
                 if changed_again() or not same:
                     raise Unsupported(f"it changes Python values that it holds ({what}) each time it is called")
+            forward()
     return guards
 
 
@@ -485,7 +515,7 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
         mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
         return Saved(saved.x1, mean, variance, problem.steps, evaluations, "fused", _REASON, source)
-    xs = saved.x1[None] if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
+    xs = saved.x1[None].clone() if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
     xs = xs if order == list(range(len(xs))) else xs[order]
     return Saved(saved.x1, xs, None, problem.steps, evaluations, "fused", _REASON, source)
 

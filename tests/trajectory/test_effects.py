@@ -30,6 +30,7 @@ DRAWING = {
     "generator": lambda x, t, g=torch.Generator().manual_seed(1): x + torch.randn(3, generator=g),  # noqa: B008
     "numpy": lambda x, t: x * (1.0 if np.random.rand() < 2 else 2.0),  # noqa: NPY002
     "numpy's new": lambda x, t, g=np.random.default_rng(0): x * (1.0 if g.random() < 2 else 2.0),  # noqa: B008
+    "numpy, seeded each time": lambda x, t: (np.random.seed(5), x * np.random.rand())[1],  # noqa: NPY002
     "python": lambda x, t: x * (1.0 if random.random() < 2 else 2.0),
     "python, own": lambda x, t, g=random.Random(0): x * (1.0 if g.random() < 2 else 2.0),  # noqa: B008
     "dropout": lambda x, t, layer=torch.nn.Dropout(0.5): layer(x),  # noqa: B008

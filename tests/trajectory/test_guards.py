@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import array
+import builtins
 import collections
 import contextvars
 import dataclasses
 import datetime
+import decimal
 import enum
 import functools
+import inspect
 import math
 import operator
 import re
@@ -26,6 +30,7 @@ import sdesolve as sds
 from sdesolve.sde import Noise
 
 RATE = 1.0
+ABOUT = {"rate": 1.0}
 
 
 class Plain:
@@ -46,6 +51,40 @@ class Entries(dict):
 
 class Items(list):
     pass
+
+
+class Described:
+    """1.5"""
+
+    a: int
+
+
+class Subclassed:
+    pass
+
+
+class Matched:
+    __match_args__ = ("value",)
+    value = 1.0
+
+
+class Registry(abc.ABC):  # noqa: B024
+    pass
+
+
+@typing.runtime_checkable
+class Going(typing.Protocol):
+    def go(self): ...
+
+
+def matching(x, t):
+    match MATCHED:
+        case Matched(value):
+            return x * value
+
+
+def named():
+    """As long as this."""
 
 
 class Meta(type):
@@ -195,6 +234,8 @@ WEIGHT.rate = 1.0
 WEAK_VALUES, OF_META, DAYS = weakref.WeakValueDictionary(a=OBJECT), WithMeta(), [Day(2000, 1, 1)]
 COMPLEX, ONES = [complex(1.0, -0.0)], [frozenset({1})]
 PARTIAL_SUBCLASS = Partial(lambda a, x, t: x * a[0], LIST)
+MATCHED, GOING, ORDERED = Matched(), Plain(), collections.OrderedDict(a=1.0, b=2.0)
+RANGES, DECIMALS, DOTTED = [range(0, 3, 2)], [decimal.Decimal("1.0")], operator.attrgetter("inner.rate")
 VIEW, LARGE = types.MappingProxyType(HELD), np.zeros(100_000)
 usermodule = types.ModuleType("usermodule")
 usermodule.inner = types.ModuleType("usermodule.inner")
@@ -291,6 +332,37 @@ CASES = {
     "keyword default": (with_default, lambda: with_default.__kwdefaults__.update(b=2.0)),
     "attribute of a function": (with_attribute, lambda: setattr(with_attribute, "rate", 2.0)),
     "code": (swapped, lambda: setattr(swapped, "__code__", (lambda x, t: -x).__code__)),
+    "range of the same numbers": (lambda x, t: x * RANGES[0].stop, lambda: RANGES.__setitem__(0, range(0, 4, 2))),
+    "equal decimal": (
+        lambda x, t: x * len(DECIMALS[0].as_tuple().digits),
+        lambda: DECIMALS.__setitem__(0, decimal.Decimal("1.00")),
+    ),
+    "order of a dictionary": (lambda x, t: x * next(iter(ORDERED.values())), lambda: ORDERED.move_to_end("a")),
+    "getter with a dot": (lambda x, t: x * DOTTED(usermodule), lambda: setattr(usermodule.inner, "rate", 8.0)),
+    "format": (
+        lambda x, t: x * float(f"{usermodule.inner.rate:.3f}"),
+        lambda: setattr(usermodule.inner, "rate", 9.0),
+    ),
+    "positional pattern": (matching, lambda: setattr(Matched, "value", 2.0)),
+    "docstring": (lambda x, t: x * float(Described.__doc__), lambda: setattr(Described, "__doc__", "2.5")),
+    "annotations": (lambda x, t: x * len(Described.__annotations__), lambda: Described.__annotations__.update(b=int)),
+    "name of a class": (lambda x, t: x * len(Described.__name__), lambda: setattr(Described, "__name__", "D")),
+    "name of a function": (lambda x, t: x * len(named.__name__), lambda: setattr(named, "__name__", "n")),
+    "subclasses": (
+        lambda x, t: x * (1 + len(Subclassed.__subclasses__())),
+        lambda: LIST.append(type("Another", (Subclassed,), {})),
+    ),
+    "globals of a function": (lambda x, t: x * helper.__globals__["ABOUT"]["rate"], lambda: ABOUT.update(rate=2.0)),
+    "registered class": (
+        lambda x, t: x if isinstance(OBJECT, Registry) else -x,
+        lambda: Registry.register(Plain) and None,
+    ),
+    "protocol": (lambda x, t: x if isinstance(GOING, Going) else -x, lambda: setattr(Plain, "go", lambda self: 1)),
+    "list among the builtins": (
+        lambda x, t: x * sdesolve_list[0],  # noqa: F821
+        lambda: builtins.sdesolve_list.__setitem__(0, 2.0),
+    ),
+    "function among the builtins": (lambda x, t: sdesolve_function(x), lambda: set_rate(2.0)),  # noqa: F821
     "flag of a module": (lambda x, t: LAYER(x), lambda: LAYER.train(not LAYER.training)),
 }
 
@@ -299,6 +371,8 @@ CASES = {
 def modules(monkeypatch):
     monkeypatch.setitem(sys.modules, "usermodule", usermodule)
     monkeypatch.setitem(sys.modules, "usermodule.inner", usermodule.inner)
+    monkeypatch.setattr(builtins, "sdesolve_list", [1.0], raising=False)
+    monkeypatch.setattr(builtins, "sdesolve_function", lambda y: y * RATE, raising=False)
 
 
 X0 = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(3, 2)
@@ -330,3 +404,121 @@ def test_common_holders_are_looked_into_to_the_end(function, interpreted, differ
         assert same(function, difference) == "fused"
         assert same(function, difference) == "fused"
     assert interpreted.made == 1
+
+
+def test_a_name_that_a_library_lacks_until_it_is_set(monkeypatch, interpreted, difference):
+    """The search for what names stand for ends, though no name of ``math`` is among them."""
+
+    def f(x, t):
+        return x * getattr(math, "sdesolve_rate", 1.0)
+
+    with torch.no_grad():
+        assert same(f, difference) == "fused"
+        monkeypatch.setattr(math, "sdesolve_rate", 2.0, raising=False)
+        same(f, difference)
+
+
+class NoDict:
+    rate = 1.0
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("no dict")
+
+
+class WithoutHash(type):
+    def __eq__(cls, other):
+        return True
+
+    __hash__ = None
+
+
+class Unhashable(metaclass=WithoutHash):
+    rate = 1.0
+
+
+class Counted(torch.Tensor):
+    looks = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        Counted.looks += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def scripted():
+    layer = torch.jit.script(torch.nn.Linear(2, 2).double())
+
+    def f(x, t):
+        return layer(x)
+
+    return f
+
+
+NOT_SEEN_INTO = {
+    "__dict__": lambda: through(NoDict()),
+    "class": lambda: through(Unhashable()),
+    "signature": lambda: lambda x, t, s=inspect.signature(lambda a=[1]: a): x * len(s.parameters),  # noqa: B008
+    "lazy layer": lambda: (lambda layer: lambda x, t: layer(x))(torch.nn.LazyLinear(2).double()),
+    "script": scripted,
+    "quantised": lambda: (lambda q: lambda x, t: x * q.dequantize().double())(
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("make", list(NOT_SEEN_INTO.values()), ids=list(NOT_SEEN_INTO))
+def test_objects_that_cannot_be_seen_into_are_reasons(make, interpreted, difference):
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="cannot be fused"):
+            solved(make(), "fused")
+        torch.manual_seed(0)
+        auto = solved(make(), "auto")
+        torch.manual_seed(0)
+        assert difference(auto.x1, solved(make(), "eager").x1) < 1e-13
+
+
+def test_a_tensor_that_the_user_watches_is_not_looked_at(interpreted):
+    weights = torch.ones(2, dtype=torch.float64).as_subclass(Counted)
+
+    def f(x, t):
+        return (x * weights).as_subclass(torch.Tensor)
+
+    looks = []
+    with torch.no_grad():
+        for backend in ("auto", "eager"):
+            Counted.looks = 0
+            solved(f, backend)
+            looks.append(Counted.looks)
+        assert looks[0] == looks[1]
+        with pytest.raises(ValueError, match="cannot be looked into"):
+            solved(f, "fused")
+
+
+def test_a_lock_is_open_again_after_a_trace(interpreted, difference):
+    lock = threading.Lock()
+
+    def f(x, t):
+        with lock:
+            return -x
+
+    with torch.no_grad():
+        same(f, difference)
+        assert not lock.locked()
+        with pytest.raises(ValueError, match="cannot be fused"):
+            solved(f, "fused")
+    assert not lock.locked()
+
+
+def test_tensors_as_keys(interpreted, difference):
+    weights = torch.ones(2, dtype=torch.float64)
+    table = {weights: 2.0}
+
+    def f(x, t):
+        return -x * table[weights] * weights
+
+    with torch.no_grad():
+        same(f, difference)
+        table[weights] = 3.0
+        same(f, difference)

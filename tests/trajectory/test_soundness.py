@@ -12,6 +12,7 @@ import functools
 import gc
 import inspect
 import itertools
+import math
 import os
 import random
 import sys
@@ -298,6 +299,17 @@ class Cached:
         return -x @ self.w
 
 
+def layer_made_when_needed():
+    held = {}
+
+    def f(x, t):
+        if "layer" not in held:
+            held["layer"] = nn.Linear(2, 2).double()  # draws random numbers, once
+        return held["layer"](x)
+
+    return f
+
+
 def least_recently_used():
     @functools.lru_cache
     def table(n):
@@ -306,13 +318,51 @@ def least_recently_used():
     return lambda x, t: -x * table(2)
 
 
-@pytest.mark.parametrize("make", [lazily_filled, Cached, least_recently_used], ids=["dict", "property", "lru_cache"])
+@pytest.mark.parametrize(
+    "make",
+    [lazily_filled, Cached, least_recently_used, layer_made_when_needed],
+    ids=["dict", "property", "lru_cache", "layer"],
+)
 def test_caches_fill_as_they_do_eagerly(make, difference, interpreted):
     assert agree(make, difference).backend == "fused"
     f = make()
     solve(f, "fused")
     if hasattr(f, "table"):
         assert type(f.table["w"]) is torch.Tensor
+
+
+def test_an_array_is_locked_for_each_model(interpreted):
+    for _ in range(2):
+        table = np.ones(2)
+
+        def f(x, t, table=table):
+            table.flags.writeable = False
+            return -x * table[0]
+
+        solve(f, "fused")
+        assert not table.flags.writeable
+
+
+def test_what_the_first_call_does_is_done_for_each_model(difference, interpreted):
+    """A kernel of one model is used for another like it, but not before that is in the state that the first was in."""
+
+    def make():
+        layer = nn.Linear(2, 2).double()
+        layer.weight.grad = torch.ones_like(layer.weight)
+
+        def f(x, t):
+            layer.zero_grad()
+            return layer(x)
+
+        f.layer = layer
+        return f
+
+    for _ in range(2):
+        f = make()
+        assert difference(solve(f, "fused").x1, solve(f, "eager").x1) < 1e-13
+        g = make()
+        solve(g, "fused")
+        assert g.layer.weight.grad is None
 
 
 # Exceptions ------------------------------------------------------------------------------------------------------
@@ -545,6 +595,40 @@ def test_observables_keep_their_dtype(observable, dtype, interpreted):
     results = [solve(lambda x, t: -x, b, X0.to(dtype), observable=observable).xs for b in ("auto", "eager")]
     assert results[0].dtype == results[1].dtype
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("save_at", [None, [1.0], [0.0, 1.0], [0.2, 0.5, 1.0]], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "kernel", "fused"])
+def test_results_have_memory_of_their_own(backend, save_at, interpreted):
+    x0 = X0.clone()
+    sol = solve(lambda x, t: -x, backend, x0, save_at=save_at)
+    last = sol.xs[-1].clone()
+    sol.x1.zero_()
+    x0.zero_()
+    assert torch.equal(sol.xs[-1], last)
+
+
+def negated(*shape):
+    """A view with torch's negative bit: its memory holds what it is not."""
+    view = torch.linspace(-1.0, 1.0, 2 * math.prod(shape), dtype=torch.float64).reshape(*shape, 2)
+    view = torch.view_as_complex(view).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("backend", ["kernel", "fused"])
+def test_views_that_torch_negates(backend, difference):
+    one, two = negated(1, 1), negated(2)
+
+    def f(x, t):
+        return -x * two[: x.shape[1]] * one[0, 0]
+
+    for x0 in (one, negated(3, 2)):
+        sde = sds.SDE(f, lambda x, t: one.expand_as(x))
+        runs = [
+            sds.solve(sde, x0, 0.0, 1.0, 5, solver=sds.EulerMaruyama(), seed=1, backend=b) for b in (backend, "eager")
+        ]
+        assert difference(runs[0].x1, runs[1].x1) < 1e-13
 
 
 def test_int32_wraps_round(difference, interpreted):

@@ -74,28 +74,29 @@ def rows_of(c: Any, x: Tensor) -> Tensor:
 class Operands:
     """Addresses of what a kernel reads; keeps temporary copies alive until it has run.
 
-    A copy is made of what is not contiguous, and of what shares memory with the output other than element by element.
+    A copy is made of what is not contiguous, of a view that torch negates when it is read, and of what shares memory
+    with the output other than element by element.
     """
 
     def __init__(self, out: Tensor) -> None:
         self.plain = self.out = out
         self.kept: list[Tensor] = []
         self.size = out.nbytes
-        if not out.is_contiguous():
+        if not out.is_contiguous() or out.is_neg():
             self.plain = torch.empty_like(out, memory_format=torch.contiguous_format)
         self.begin = self.plain.data_ptr()
         self.end = self.begin + self.size
 
     def state(self, t: Tensor) -> int:
         """Address of a tensor like the output."""
-        if t.is_contiguous():
+        if t.is_contiguous() and not t.is_neg():
             address: int = t.data_ptr()
             if address == self.begin or address >= self.end or address + self.size <= self.begin:
                 return address
         return self._copy(t)
 
     def _copy(self, t: Tensor) -> int:
-        self.kept.append(t.clone(memory_format=torch.contiguous_format))
+        self.kept.append(t.resolve_neg().clone(memory_format=torch.contiguous_format))
         return self.kept[-1].data_ptr()
 
     def coefficient(self, c: Any) -> tuple[int, float]:
@@ -117,4 +118,4 @@ def _fits(c: Tensor, out: Tensor, begin: int, span: int) -> bool:
     """Whether a kernel can read the coefficients ``(batch,)`` where they are, while it writes the output."""
     address = c.data_ptr()
     apart = address >= begin + span or address + c.nbytes <= begin
-    return apart and c.dtype is compute_dtype(out.dtype) and c.is_contiguous()
+    return apart and c.dtype is compute_dtype(out.dtype) and c.is_contiguous() and not c.is_neg()

@@ -77,7 +77,7 @@ def linear_step(
     """See `reference_steps.linear_step`."""
     if table.dim() == 3:
         coefficients: Any = table[row].to(compute_dtype(x.dtype)).contiguous().unbind(0)
-    elif table.dtype == torch.float64 and table.is_contiguous():  # a third of the time of tolist
+    elif table.dtype == torch.float64 and table.is_contiguous() and not table.is_neg():  # a third of the time of tolist
         n = len(history) + 2
         coefficients = _DOUBLES[n].from_address(table.data_ptr() + 8 * n * row)
     else:

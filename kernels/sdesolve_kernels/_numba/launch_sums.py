@@ -49,16 +49,19 @@ def _noise_scale(delta: Any) -> Any:
 
 def _can_hold_noise(out: Tensor, *inputs: Any) -> bool:
     """Whether noise fits into `out` unrounded, and nothing that is still to be read lies there."""
-    if out.dtype is not compute_dtype(out.dtype) or not out.is_contiguous():
+    if out.dtype is not compute_dtype(out.dtype) or not out.is_contiguous() or out.is_neg():
         return False
     begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
     tensors = (t for t in inputs if isinstance(t, Tensor))
-    return all(t.is_contiguous() and (t.data_ptr() >= end or t.data_ptr() + t.nbytes <= begin) for t in tensors)
+    return all(
+        t.is_contiguous() and not t.is_neg() and (t.data_ptr() >= end or t.data_ptr() + t.nbytes <= begin)
+        for t in tensors
+    )
 
 
 def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None, noise: NoiseOffset) -> Any:
     """Step size from norms in float64: a number, or ``(batch,)`` in the compute dtype; the noise is left in `kept`."""
-    score = score.contiguous()
+    score = score.resolve_neg().contiguous()
     rows = score.shape[0]
     m = score.numel() // rows
     each = int(mode == "sample")

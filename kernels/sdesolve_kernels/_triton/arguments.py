@@ -128,14 +128,14 @@ def coefficient(name: str, c: Tensor | float, x: Tensor) -> tuple[Any, int]:
         raise ValueError(f"{name} must be a number, () or ({x.shape[0]},), got shape {tuple(c.shape)}")
     if c.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like the state, got {c.device}")
-    return c.contiguous(), _KIND[kind]
+    return c.resolve_neg().contiguous(), _KIND[kind]
 
 
 def state(name: str, v: Tensor, x: Tensor) -> Tensor:
     """``v`` dense in row-major order and of the shape of ``x``; a copy where it is not."""
     if v.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {v.device}")
-    return v.expand(x.shape).contiguous()
+    return v.expand(x.shape).resolve_neg().contiguous()
 
 
 def result(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -147,4 +147,6 @@ def result(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
             f"out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}; "
             f"got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
-    return (out if out.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)), out
+    return (
+        out if out.is_contiguous() and not out.is_neg() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    ), out

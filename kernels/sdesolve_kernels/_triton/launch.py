@@ -52,7 +52,9 @@ def fill(
     m = out.numel() // batch
     # Where the first entry stands in its Philox block is known only for an offset that is not in device memory.
     aligned = stride % 4 == 0 or (isinstance(offset, int) and offset * stride % 4 == 0)
-    dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    dense = (
+        out if out.is_contiguous() and not out.is_neg() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    )
     # Nothing is loaded, so registers are left for two lanes a thread in 8-byte types too.
     two = 256 if aligned and out.element_size() == 8 else None
     tile = geometry(m, out.element_size(), aligned, two)
@@ -84,7 +86,7 @@ def euler_maruyama_step(
         g_c, g_kind = coefficient("g", g, x)
     dt_c, dt_kind = coefficient("dt", dt, x)
     own = {
-        "x_ptr": x.contiguous(), "f_ptr": state("f", f, x), "g_c": g_c, "dt_c": dt_c, "out_ptr": dense,
+        "x_ptr": x.resolve_neg().contiguous(), "f_ptr": state("f", f, x), "g_c": g_c, "dt_c": dt_c, "out_ptr": dense,
         "batch": x.shape[0], "m": m, "G": g_kind, "DT": dt_kind,
     }  # fmt: skip
     shared = prepare(x, tile, {"seed": seed, "first_path": first_path, "step": step}, stream)
@@ -120,12 +122,12 @@ def linear_step(
     if x.numel() == 0:
         return out
     m, tile = tile_of(x)
-    x_dense = x.contiguous()
+    x_dense = x.resolve_neg().contiguous()
     terms_dense = [state(f"history[{i}]", s, x) for i, s in enumerate(history)]
     own = {
         "x_ptr": x_dense,
         **{f"s{i}_ptr": terms_dense[i] if i < terms else x_dense for i in range(4)},
-        "table_ptr": table.contiguous(), "out_ptr": dense, "batch": x.shape[0], "m": m,
+        "table_ptr": table.resolve_neg().contiguous(), "out_ptr": dense, "batch": x.shape[0], "m": m,
         "TERMS": terms, "STOCHASTIC": stochastic, "KIND": PER_SAMPLE.value if table.ndim == 3 else SHARED.value,
     }  # fmt: skip
     shared = prepare(x, tile, {"seed": seed, "first_path": first_path, "step": step, "row": row}, stream)
@@ -143,7 +145,7 @@ def _perturbed(
     alpha_c, alpha_kind = coefficient("alpha", alpha, x)
     sigma_c, sigma_kind = coefficient("sigma", sigma, x)
     own = {
-        "x_ptr": x.contiguous(), "alpha_c": alpha_c, "sigma_c": sigma_c, "out_ptr": dense,
+        "x_ptr": x.resolve_neg().contiguous(), "alpha_c": alpha_c, "sigma_c": sigma_c, "out_ptr": dense,
         "batch": x.shape[0], "m": m, "ALPHA": alpha_kind, "SIGMA": sigma_kind, "NOISE": noise,
     }  # fmt: skip
     integers = {name: where[name] for name in ("seed", "first_path", "step")}

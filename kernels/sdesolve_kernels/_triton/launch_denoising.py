@@ -57,7 +57,7 @@ def dsm_loss_parts(
         return DenoisingLoss(loss_out, out)
     m, tile = tile_of(output)
     per_split, splits = splits_of(tile)
-    output = output.contiguous()
+    output = output.resolve_neg().contiguous()
     p_c, p_kind = coefficient("p", p, output)
     q_c, q_kind = coefficient("q", q, output)
     weight_c, weight_kind = coefficient("weight", weight, output)

@@ -77,7 +77,7 @@ def langevin_step(
     alpha_c, alpha_kind = coefficient("alpha", alpha, x)
     size_c, size_kind = coefficient("size", size, x)
     own = {
-        "x_ptr": x.contiguous(), "s_ptr": score, "alpha_c": alpha_c, "size_c": size_c, "out_ptr": dense,
+        "x_ptr": x.resolve_neg().contiguous(), "s_ptr": score, "alpha_c": alpha_c, "size_c": size_c, "out_ptr": dense,
         "batch": x.shape[0], "m": m, "ALPHA": alpha_kind, "SIZE": size_kind,
     }  # fmt: skip
     launch(langevin_kernel, grid(x.shape[0], tile), x.device, own | prepare(x, tile, where, stream))

@@ -7,6 +7,7 @@ kind of object has a rule in `_RULES`; what has none is refused, so a trace neve
 
 from __future__ import annotations
 
+import abc
 import builtins
 import collections
 import contextlib
@@ -57,10 +58,12 @@ _UNCALLED = frozenset(
     ("__init__", "__new__", "__post_init__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
      "__setstate__", "__init_subclass__", "__del__", "__copy__", "__deepcopy__", "__replace__")
 )  # fmt: skip
+_DESCRIPTIONS = frozenset(("__doc__", "__name__", "__qualname__", "__module__", "__annotations__", "__slots__"))
+_UNSEEN = frozenset(("__subclasses__", "__globals__", "f_globals", "f_locals", "f_builtins"))
 _MAKING = frozenset(("__init__", "__new__", "__post_init__", "__del__"))
 _NO_MEMBERS = frozenset(
     ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__", "__parameters__",
-     "__orig_bases__", "__abstractmethods__", "_abc_impl", "__qualname__", "__match_args__", "__dataclass_fields__",
+     "__orig_bases__", "__abstractmethods__", "_abc_impl", "__qualname__", "__dataclass_fields__",
      "__dataclass_params__", "__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__")
 )  # fmt: skip
 
@@ -150,13 +153,14 @@ class _Walk:
         self._members: dict[str, list[object]] = {}
         self._unread: list[tuple[str, Unsupported]] = []
         self._name = ""
+        self._asked: set[tuple[int, str]] = set()
 
     def visit(self, value: Any) -> None:
         kind = type(value)
         if kind in _VALUES:
             self.key += (kind, value)
             if kind is str:
-                self._names.add(value)
+                self._names |= _names_in(value)
             return
         if kind is float or kind is complex:
             self.key += (kind, value if value and value == value and kind is float else repr(value))
@@ -189,7 +193,13 @@ class _Walk:
 
     # Rules -------------------------------------------------------------------------------------------------------
     def tensor(self, value: Tensor, kind: type) -> None:
-        self.key += (kind, value.shape, value.dtype, value.device, value.requires_grad)
+        own: Any = kind
+        if own.__torch_function__ not in _TORCHS_OWN or own.__torch_dispatch__ != Tensor.__torch_dispatch__:
+            self.refuse(value, kind)  # any look at it would run the user's code
+        if value.is_quantized:
+            self.refuse(value, kind)  # torch has no safe way to compare its memory
+        graded = value.is_leaf and value.grad is not None
+        self.key += (kind, value.shape, value.dtype, value.device, value.requires_grad, graded)
         self.tensors.append(value)
         if kind is not Tensor and isinstance(value, torch.nn.Parameter):
             self._weights += value.numel()
@@ -207,9 +217,10 @@ class _Walk:
 
     def dictionary(self, value: Any, kind: type) -> None:
         self.key += (kind, len(value))
-        for name, item in dict.items(value):
+        ordered = isinstance(value, collections.OrderedDict)  # in an order of its own
+        for name, item in (collections.OrderedDict if ordered else dict).items(value):
             if type(name) is str:
-                self._names.add(name)
+                self._names |= _names_in(name)
                 self._named(name, item)
             else:
                 self.visit(name)
@@ -252,7 +263,8 @@ class _Walk:
                 f"the functions hold `{self._name}`, a NumPy array of {value.nbytes} bytes, more than the "
                 f"{_LARGEST_ARRAY} that are compared in each call, or of objects; make it a tensor"
             )
-        self.key += (kind, value.shape, value.dtype, value.strides, value.tobytes())
+        writeable = isinstance(value, np.ndarray) and value.flags.writeable
+        self.key += (kind, value.shape, value.dtype, value.strides, writeable, value.tobytes())
 
     def plain(self, value: Any, kind: type) -> None:
         """A subclass of a number or of text, or a member of an enumeration."""
@@ -345,7 +357,11 @@ class _Walk:
             elif name in DENIED:
                 raise Unsupported(refusal(f"calls {name}()"), code.line)
             else:
-                self.key.append(_BUILTINS.get(name))
+                part = _BUILTINS.get(name)
+                if part is None or getattr(part, "__module__", "") == "builtins":
+                    self.key.append(part)
+                else:  # put there by the user
+                    self._named(name, part)
         for name in code.imports:
             self.visit(sys.modules.get(name))
 
@@ -428,6 +444,8 @@ class _Walk:
         """What instances find on their class: methods when their names are met, as with modules."""
         if kind in self._classes:
             return
+        if type(kind).__eq__ is not type.__eq__:
+            self.refuse(kind, type(kind))
         for base in kind.__mro__:
             if base in self._classes:
                 continue
@@ -438,6 +456,10 @@ class _Walk:
             if is_library(base.__module__):
                 self.key.append(version(base))
                 continue
+            if isinstance(base, abc.ABCMeta):
+                self.key.append(abc.get_cache_token())  # another one whenever a class is registered
+                if getattr(base, "_is_protocol", False):
+                    self._names |= vars(base).keys()  # isinstance asks for attributes of these names
             for name, value in vars(base).items():
                 if name in _NO_MEMBERS or type(value) in _FIELDS:
                     continue
@@ -450,15 +472,20 @@ class _Walk:
     def finish(self) -> None:
         """Looks into what names stand for in modules and on classes, until no new names are met."""
         done: dict[int, set[str]] = {}
+        for name in sorted(_UNSEEN & self._names):
+            raise Unsupported(f"it reads {name}, by which it can get at anything")
+        versioned: set[int] = set()
         before = -1
         while before != len(self.key):
             before = len(self.key)
+            self._described()
             reflective = not _REFLECTIVE.isdisjoint(self._names)
             for module in [torch.Tensor, *self._modules]:
                 space, known = vars(module), done.setdefault(id(module), set())
                 library = module is torch.Tensor or is_library(module.__name__)
                 every = reflective and id(module) in self._passed
-                if every and library and not known:
+                if every and library and id(module) not in versioned:
+                    versioned.add(id(module))
                     self.key.append(version(module))
                 for name in sorted((space.keys() if every and not library else space.keys() & self._names) - known):
                     known.add(name)
@@ -480,6 +507,14 @@ class _Walk:
                 if reflective or name in self._names:
                     raise problem
 
+    def _described(self) -> None:
+        """What classes and functions say of themselves, where code asks for it."""
+        for name in sorted(_DESCRIPTIONS & self._names):
+            for thing in [h for h in self.held if isinstance(h, type | types.FunctionType)]:
+                if (id(thing), name) not in self._asked and not is_library(thing.__module__):
+                    self._asked.add((id(thing), name))
+                    self._named(name, getattr(thing, name, None))
+
     def _limit_weights(self, weights: int) -> None:
         if self._most_weights is not None and weights > self._most_weights:
             raise Unsupported(
@@ -487,13 +522,17 @@ class _Walk:
             )
 
 
+_WORD = re.compile(r"[^\W\d]\w*")
+
+
 # Kinds -----------------------------------------------------------------------------------------------------------
 _BUILTINS = vars(builtins)
+_TORCHS_OWN = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 _CACHE_PARTS = (type, types.FunctionType, object)
 _HOLDERS = frozenset(("argparse", "types", "uuid", "pathlib"))
 _PLAIN_BASES = (object, types.SimpleNamespace)
 _VALUES = frozenset(
-    (bool, int, str, bytes, type(None), type(Ellipsis), type(NotImplemented), torch.dtype, torch.device, range,
+    (bool, int, str, bytes, type(None), type(Ellipsis), type(NotImplemented), torch.dtype, torch.device,
      torch.Size, torch.layout, torch.memory_format, types.CodeType)
 )  # fmt: skip
 _LIBRARY_PARTS = frozenset(
@@ -511,7 +550,7 @@ _RULES: dict[type, Rule] = {
     Tensor: _Walk.tensor, list: _Walk.sequence, tuple: _Walk.sequence, collections.deque: _Walk.sequence,
     dict: _Walk.dictionary, collections.OrderedDict: _Walk.dictionary, collections.defaultdict: _Walk.dictionary,
     collections.Counter: _Walk.dictionary, set: _Walk.sequence, frozenset: _Walk.sequence,
-    types.MappingProxyType: _Walk.view, slice: _Walk.slice_, functools.partial: _Walk.partial,
+    types.MappingProxyType: _Walk.view, slice: _Walk.slice_, range: _Walk.slice_, functools.partial: _Walk.partial,
     weakref.ReferenceType: _Walk.reference, types.FunctionType: _Walk.function, types.MethodType: _Walk.method,
     types.ModuleType: _Walk.module, type: _Walk.class_, np.ndarray: _Walk.array, np.generic: _Walk.array,
     enum.Enum: _Walk.plain, float: _Walk.plain, int: _Walk.plain, str: _Walk.plain, bytes: _Walk.plain,
@@ -522,12 +561,18 @@ _RULES: dict[type, Rule] = {
     **dict.fromkeys((property, staticmethod, classmethod, functools.cached_property,
                      type(functools.lru_cache(len))), _Walk.wrapper),
     **dict.fromkeys((operator.itemgetter, operator.attrgetter, operator.methodcaller, datetime.date, datetime.datetime,
-                     datetime.timedelta, datetime.time), _Walk.reduced),
+                     datetime.timedelta, datetime.time, decimal.Decimal), _Walk.reduced),
     **dict.fromkeys((re.Pattern, inspect.Signature, type(threading.Lock()), type(threading.RLock()),
-                     types.GenericAlias, types.UnionType, np.ufunc, np.dtype, type(np.mean), decimal.Decimal),
-                    _Walk.as_it_is),
+                     types.GenericAlias, types.UnionType, np.ufunc, np.dtype, type(np.mean)), _Walk.as_it_is),
 }  # fmt: skip
-for _kind in (type(os.environ), random.SystemRandom, weakref.WeakValueDictionary, weakref.WeakKeyDictionary):
+for _kind in (
+    type(os.environ),
+    random.SystemRandom,
+    weakref.WeakValueDictionary,
+    weakref.WeakKeyDictionary,
+    torch.jit.ScriptModule,
+    torch.jit.ScriptFunction,
+):
     _RULES[_kind] = _Walk.refuse
 
 
@@ -552,6 +597,14 @@ def version(space: Any) -> str:
     number = f"{space.__name__} {len(_versions)} {time.monotonic_ns()}"
     _versions[space] = now, number
     return number
+
+
+@functools.lru_cache(4096)
+def _names_in(text: str) -> frozenset[str]:
+    """Names of attributes that a text can be made to read: ``rate``, ``model.rate``, ``{0.rate:.3f}``."""
+    if "." in text and ("{" in text or text.replace(".", "_").isidentifier()):
+        return frozenset((text, *_WORD.findall(text)))
+    return frozenset((text,))
 
 
 class _Facts:
@@ -592,9 +645,9 @@ class _Facts:
                 imports |= {*inner.imports}
                 self.problem = self.problem or inner.problem
             elif isinstance(constant, str):
-                attributes.add(constant)
+                attributes |= _names_in(constant)
             elif isinstance(constant, tuple):
-                attributes |= {part for part in constant if isinstance(part, str)}
+                attributes.update(*(_names_in(part) for part in constant if isinstance(part, str)))
         free = {*code.co_freevars, *code.co_cellvars}
         self.globals: list[str] = sorted(found - free)
         self.imports: list[str] = sorted(imports)

@@ -186,11 +186,11 @@ def combined(parts: Tensor, lanes: int, batch: int) -> Moments:
 
 
 def _on_host(c: Tensor) -> Tensor:
-    c = c.detach().reshape(-1).cpu()
+    c = c.detach().resolve_neg().reshape(-1).cpu()
     return c.double() if c.dtype.is_floating_point else c
 
 
 def contiguous(c: Tensor, dtype: torch.dtype) -> Tensor:
     """As generated code reads it: in order, whole numbers as int64."""
-    c = c.detach().contiguous()
+    c = c.detach().resolve_neg().contiguous()
     return c.to(torch.int64) if dtype == torch.int32 else c

@@ -76,7 +76,7 @@ class _Run:
         plan, kernel = trajectory.plan, trajectory._kernel
         self.trajectory, self.launch, self.job = trajectory, launch, Job(launch.progress)
         self.first, self.last = launch.first_step, launch.end
-        x0 = launch.x0.detach().contiguous()
+        x0 = launch.x0.detach().resolve_neg().contiguous()
         self.batch, self.width, self.full = len(x0), math.prod(x0.shape[1:]), len(plan.states)
         self.blocks = -(-self.batch // kernel.lanes)
         self.x1 = torch.empty_like(x0)

@@ -17,11 +17,16 @@ from torch import Tensor
 
 from sdesolve_kernels.trajectory.watching import is_library
 
-__all__ = ["Snapshot", "slots_of"]
+__all__ = ["Snapshot", "random_states", "slots_of"]
 
 _LARGEST = 1 << 20  # elements of a tensor that is copied; no operation of a trace reaches its values anyway
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 _NUMBERS = "it draws random numbers"
+_GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+)
 _PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.Size)
 
 
@@ -39,9 +44,8 @@ class Snapshot:
                 self._add(functools.partial(_settings, space), functools.partial(_put_settings, space))
             else:
                 self._entries(space, seen)
-        self._add(random.getstate, random.setstate, _NUMBERS)
-        self._add(np.random.get_state, np.random.set_state, _NUMBERS)
-        self._add(torch.get_rng_state, torch.set_rng_state, _NUMBERS)
+        for get, put in _GENERATORS:
+            self._add(get, put, _NUMBERS)
 
     def changed(self) -> str:
         """Names what is not as it was; empty if all is."""
@@ -121,6 +125,17 @@ class Snapshot:
             self._add(lambda: thing.detach().clone(), lambda old: thing.detach().copy_(old), "a tensor in place")
 
 
+def random_states() -> Callable[[], None]:
+    """What puts the global generators back to where they are now."""
+    states = [(put, get()) for get, put in _GENERATORS]
+
+    def put_back() -> None:
+        for put, state in states:
+            put(state)
+
+    return put_back
+
+
 def slots_of(kind: type) -> list[types.MemberDescriptorType]:
     """Descriptors of the slots that instances of a class have."""
     if kind.__flags__ & 1 << 9 == 0:
@@ -137,9 +152,8 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if type(a) is dict:
-        if len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and all(map(operator.eq, a, b)):
-            return True
-        return [*a] == [*b] and all(map(_same, a.values(), b.values()))
+        # No __eq__ of a key's class is called: a key that was replaced by an equal one counts as a change.
+        return len(a) == len(b) and all(map(operator.is_, a, b)) and all(map(_same, a.values(), b.values()))
     if type(a) is tuple:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Tensor):
@@ -151,7 +165,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _bits(a: Tensor) -> Tensor:
-    return a.contiguous().reshape(-1).view(torch.uint8)
+    dense = a.resolve_conj().resolve_neg().contiguous()
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)  # one element may have any stride
 
 
 def _difference(before: Any, now: Any) -> str:

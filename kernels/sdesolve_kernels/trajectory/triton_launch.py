@@ -86,7 +86,7 @@ class TritonTrajectory(AbstractTrajectory):
 
     def run(self, launch: Launch) -> Saved:
         plan, device, job = self.plan, launch.x0.device, Job(launch.progress)
-        x0 = launch.x0.detach().contiguous()
+        x0 = launch.x0.detach().resolve_neg().contiguous()
         batch, slots, width, full = len(x0), len(launch.saves), math.prod(x0.shape[1:]), len(plan.states)
         table, uniforms = self._tables(launch, launch.first_step, launch.end)
         steady = bool(plan.columns) and len(table) > 0 and torch.equal(table, table[:1].expand_as(table))

@@ -38,6 +38,8 @@ _IMPURE = frozenset(
 DENIED = frozenset(
     ("id", "globals", "locals", "dir", "eval", "exec", "compile", "open", "print", "input", "breakpoint", "__import__")
 )
+# An exception instead of these would leave a lock closed for ever: a ``with`` statement enters unseen.
+_ENDS = frozenset(("__exit__", "release", "close"))
 _PATCHED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, float)
 
 
@@ -97,10 +99,11 @@ class Watch:
         """What names in the libraries' code that ran stand for; see `unchanged`."""
         return [(space, tuple(names), tuple(names.values())) for space, names in self._spaces.values()]
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, now: bool = True) -> None:
         problem = Unsupported(reason, user_line())
         self.problem = self.problem or problem
-        raise problem
+        if now:
+            raise problem
 
     def _event(self, frame: types.FrameType, event: str, called: Any) -> None:
         if event == "call":
@@ -129,7 +132,8 @@ class Watch:
                 kind = owner if isinstance(owner, type) else type(owner)
                 library = is_library(kind.__module__)
                 if library and not is_pure(kind.__module__, name) and kind.__module__ not in ("datetime", "pathlib"):
-                    self._refuse(refusal(f"calls {kind.__module__}.{kind.__qualname__}.{name}"))
+                    reason = refusal(f"calls {kind.__module__}.{kind.__qualname__}.{name}")
+                    self._refuse(reason, now=name not in _ENDS)
                 if isinstance(owner, type) and kind.__module__ == "datetime":
                     self._refuse(refusal(f"calls datetime.{kind.__qualname__}.{name}"))
 
