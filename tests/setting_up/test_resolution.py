@@ -7,12 +7,14 @@ Python that runs it. What was done for which is in the summary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
+DAY = 24 * 3600
 # What one person's or machine's settings add to the ordinary index, such as a folder with a CPU build of torch.
 OWN_SETTINGS = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT")
 
@@ -99,8 +102,21 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
+def stamp(version: str) -> Path | None:
+    """Where an environment notes that these very files were resolved for a Python."""
+    files = [ROOT / "constraints.txt", ROOT / "pyproject.toml", Path(__file__)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return Path(sys.prefix) / f".resolved-{version}-{digest}" if sys.prefix != sys.base_prefix else None
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_constraints_resolve(version, newest_pip, tmp_path, record_property):
+def test_constraints_resolve(version, request, tmp_path, record_property):
+    """Pip takes 40 s for all of them, so an environment in which nothing has changed does it once a day."""
+    note = stamp(version)
+    if note is not None and note.exists() and time.time() - note.stat().st_mtime < DAY:
+        record_property("summary", f"{note.read_text()}, within the last day, with these files")
+        return
+    newest_pip = request.getfixturevalue("newest_pip")
     path = interpreter(version)
     how = f"constraints.txt resolves on Python {version}: " + (
         "" if path else "not found on this machine, pip was told its version; "
@@ -120,6 +136,8 @@ def test_constraints_resolve(version, newest_pip, tmp_path, record_property):
         triton = next((line.split(";")[0] for line in torch if line.startswith("triton")), "no Triton")
         how += f"torch {torch[0]} ({triton}), "
     record_property("summary", how.rstrip(", "))
+    if note is not None:
+        note.write_text(how.rstrip(", "))
 
 
 def test_every_requirement_of_a_target_is_pinned():

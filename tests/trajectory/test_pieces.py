@@ -136,8 +136,15 @@ def buffers(error):
 
 
 def interrupted(trajectory, stop, **options):
+    done = []
+
+    def progress(amount):
+        done.append(amount)
+        stop(amount)
+
     with pytest.raises((KeyboardInterrupt, RuntimeError)) as caught:
-        trajectory.run(launch(progress=stop, **options))
+        trajectory.run(launch(progress=progress, **options))
+    assert sum(done) < PATHS * STEPS
     return buffers(caught.value)
 
 
@@ -171,7 +178,6 @@ def test_an_interrupted_run_writes_nothing_afterwards(stop, trajectories, thread
     trajectory = trajectories("momentum")
     whole = trajectory.run(launch())
     run = interrupted(trajectory, stop)
-    assert bool((run.carried != run.carried).any()) or not torch.equal(run.x1, whole.x1)
     assert_nothing_is_written(run)
     assert_same(trajectory.run(launch()), whole)  # the next run knows nothing of it
 

@@ -25,6 +25,7 @@ class OnTheHost(TritonBackend):
     name = "triton on the host"
     devices = frozenset({"cpu"})
     priority = -1
+    compared = False  # every result is compared here, and the interpreter is slow
 
 
 register_backend(OnTheHost(), replace=True)
@@ -271,7 +272,6 @@ def test_long_runs_are_launched_in_segments(case, monkeypatch, programs_of_four)
         sol = triton(SDES["diagonal"], start(6), 0.0, 1.0, 16, **options)
         return sol.x1, (sol.mean, sol.variance) if case == "moments" else (sol.xs,)
 
-    run()  # a new kernel is compared with torch, which launches it too
     launched = []
     plain = launcher.TritonTrajectory._launch
 
