@@ -500,12 +500,13 @@ def _run(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) ->
 def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     """A run whose plan has times on the grid alone."""
     save, x0 = problem.save, problem.x0
-    trajectory, source = kernel.trajectory, kernel.trajectory.source
+    trajectory = kernel.trajectory
     evaluations = kernel.evaluations * problem.steps
     saves = sorted(k for k, slots in save.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
     plain = saves == [problem.steps] and save.observable is None and not save.moments
     saved = trajectory.run(dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments))
+    source = trajectory.source  # which may depend on the launch
     # Two times at one grid point are two entries of what is returned.
     entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
     order = [entry[slot] for slot in range(len(save.ts))]
