@@ -23,6 +23,7 @@ from sdesolve_kernels.trajectory.tracing import NOT_ALIKE, Call, Unsupported, fa
 
 __all__ = ["agree", "coarsest", "distinct", "recorded", "same_operations"]
 
+_ROWS_AT_ONCE = 1 << 16  # rows whose float64 copies are held at once
 _ROUNDING = 64.0  # roundings of the state, and of what they grow to in a step
 # Views do not compute; whether torch copies for one depends on the layout in memory, which a trace need not share.
 _LAYOUT = frozenset(
@@ -160,8 +161,8 @@ def _refuse_places(two: Sequence[Call], three: Sequence[Call]) -> None:
 def distinct(x: Tensor, round_: int = 0) -> Tensor:
     """``x`` with every element moved by an amount of its own, up to a tenth of its size, or 0.1 where it is 0."""
     generator = torch.Generator().manual_seed(0x5DE + round_)
-    u = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-    return x + 0.2 * (u - 0.5) * torch.where(x == 0, torch.ones_like(x), x.abs())
+    u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+    return u.sub_(0.5).mul_(0.2).mul_(x.abs().masked_fill_(x == 0, 1.0)).add_(x)
 
 
 def coarsest(program: Program) -> float:
@@ -202,16 +203,29 @@ def agree(
 
 def _differing(eager: Callable[[Tensor], Tensor], kernel: Callable[[Tensor], Tensor], x: Tensor, eps: float) -> Tensor:
     """Rows in which the two differ, ``(batch,)``."""
-    wanted, given = eager(x).double(), kernel(x).double()
+    wanted, given = eager(x), kernel(x)
     if given.shape != wanted.shape:
         raise Unsupported(f"its kernel returns {tuple(given.shape)} where torch returns {tuple(wanted.shape)}")
+    largest = wanted.abs().nan_to_num_(0.0, 0.0, 0.0).amax(0).double()
+    parts = zip(*(a.split(_ROWS_AT_ONCE) for a in (x, wanted, given)), strict=True)
+    wrong = [_beyond_rounding(a.double(), b.double(), c.double(), largest, eps) for a, b, c in parts]
+    if not any(bool(part.any()) for part in wrong):
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    sign = torch.ones_like(x)
+    sign.reshape(-1)[::2] = -1
+    wanted, given = wanted.double(), given.double()
+    grown = (eager(x * (1 + 4 * eps * sign)).double() - wanted).abs().nan_to_num(0.0, 0.0, 0.0)
+    allowed = _ROUNDING * (_scale(x.double(), wanted, eps) + grown + grown.median(0).values)
+    return (torch.cat(wrong) & ~((given - wanted).abs() <= allowed)).reshape(len(x), -1).any(1)
+
+
+def _scale(x: Tensor, wanted: Tensor, eps: float) -> Tensor:
+    """A rounding of the state and of the result."""
+    state = x.abs().reshape(len(x), -1).amax(1).reshape(-1, *(1,) * (wanted.ndim - 1))
+    return eps * (state + wanted.abs().nan_to_num(0.0, 0.0, 0.0))
+
+
+def _beyond_rounding(x: Tensor, wanted: Tensor, given: Tensor, largest: Tensor, eps: float) -> Tensor:
+    """Where results of some rows differ by more than rounding; ``largest`` are the sizes over all rows."""
     same = (given == wanted) | (given.isnan() & wanted.isnan()) | (given.isinf() & wanted.isinf())
-    error, size = (given - wanted).abs(), wanted.abs().nan_to_num(0.0, 0.0, 0.0)
-    scale = eps * (x.double().abs().reshape(len(x), -1).amax(1).reshape(-1, *(1,) * (wanted.ndim - 1)) + size)
-    wrong = ~same & ~(error <= _ROUNDING * (scale + eps * size.amax(0)))
-    if bool(wrong.any()):
-        sign = torch.ones_like(x)
-        sign.reshape(-1)[::2] = -1
-        grown = (eager(x * (1 + 4 * eps * sign)).double() - wanted).abs().nan_to_num(0.0, 0.0, 0.0)
-        wrong &= ~(error <= _ROUNDING * (scale + grown + grown.median(0).values))
-    return wrong.reshape(len(x), -1).any(1)
+    return ~same & ~((given - wanted).abs() <= _ROUNDING * (_scale(x, wanted, eps) + eps * largest))
