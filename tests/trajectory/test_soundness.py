@@ -26,6 +26,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from sdesolve_kernels.trajectory import Unsupported
+from sdesolve_kernels.trajectory import agree as agrees
 from sdesolve_kernels.trajectory.tracing import Traced
 
 import sdesolve as sds
@@ -688,3 +690,10 @@ def test_a_module_that_was_replaced_in_sys_modules_is_not_missed(difference, int
 
         assert difference(solve(f, "auto").x1, solve(f, "eager").x1) < 1e-13
     del sys.modules[name]
+
+
+def test_a_comparison_tells_infinities_apart():
+    x = torch.ones(4, 2)
+    agrees(lambda y: y * math.inf, lambda y: y * math.inf, x)
+    with pytest.raises(Unsupported, match="first in row 0 of 4"):
+        agrees(lambda y: y * math.inf, lambda y: y * -math.inf, x)

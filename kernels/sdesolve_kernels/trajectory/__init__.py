@@ -21,7 +21,6 @@ from sdesolve_kernels.trajectory.program import Inputs as Inputs
 from sdesolve_kernels.trajectory.program import Signature as Signature
 from sdesolve_kernels.trajectory.program import check_size as check_size
 from sdesolve_kernels.trajectory.program import trace as trace
-from sdesolve_kernels.trajectory.program import traced_shape as traced_shape
 from sdesolve_kernels.trajectory.reference import Walk as Walk
 from sdesolve_kernels.trajectory.tracing import TooCostly as TooCostly
 from sdesolve_kernels.trajectory.tracing import Unsupported as Unsupported

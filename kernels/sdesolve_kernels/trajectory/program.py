@@ -30,7 +30,7 @@ from sdesolve_kernels.trajectory.tracing import (
     user_line,
 )
 
-__all__ = ["Inputs", "Program", "Signature", "check_size", "trace", "traced_shape"]
+__all__ = ["Inputs", "Program", "Signature", "check_size", "trace"]
 
 _HANDLERS = HANDLERS
 _REGISTERED = (decompositions, layouts, matrices, reductions)  # importing them adds their handlers
@@ -161,25 +161,6 @@ def trace(step: Step, signature: Signature, observe: Observe | None = None, *, s
             return _trace(step, signature, observe, by_path, deadline)
         except Unsupported as problem:
             problems.append(problem)
-    raise problems[signature.batch > 1]
-
-
-def traced_shape(function: Callable[[Inputs], Tensor], signature: Signature) -> tuple[int, ...]:
-    """Shape of what a function returns for one path, found without computing it; refuses as `trace` does.
-
-    The shape is that without the batch axis, or all of it if there is none.
-    """
-    problems: list[Unsupported] = []
-    for by_path in (False, True):
-        tracer = Tracer(Graph(), signature.device, _HANDLERS, 3, signature.batch, by_path)
-        try:
-            with tracer, Unread(tracer):
-                made = _called(tracer, function, _inputs(tracer, signature))
-            _check(tracer)
-        except Unsupported as problem:
-            problems.append(problem)
-        else:
-            return tuple(made.shape)
     raise problems[signature.batch > 1]
 
 
