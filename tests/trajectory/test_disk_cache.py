@@ -54,18 +54,28 @@ def finish(process: subprocess.Popen[str]) -> tuple[float, bool]:
     return float(total), compiled == "True"
 
 
-def test_a_later_process_needs_no_numba(tmp_path):
-    """Two that start at once may both compile, and agree; a later one finds what they left, if it is whole."""
-    (first, compiled), (second, _) = map(finish, (start(tmp_path), start(tmp_path)))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder that two processes have written at once, both of which may have compiled; and what both gave."""
+    folder = tmp_path_factory.mktemp("written")
+    (first, compiled), (second, _) = map(finish, (start(folder), start(folder)))
     assert compiled
     assert first == second
-    assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".o", ".py"]
-    (code,) = tmp_path.glob("*.o")
+    return folder, first
+
+
+def test_a_later_process_needs_no_numba(written, tmp_path):
+    """It finds what an earlier one left, if that is whole."""
+    folder, first = written
+    assert [p.suffix for p in sorted(folder.iterdir())] == [".o", ".py"]
+    (code,) = folder.glob("*.o")
     assert "def trajectory" in code.with_suffix(".py").read_text()
-    assert finish(start(tmp_path)) == (first, False)
-    code.write_bytes(code.read_bytes()[:-40] + b"\0" * 40)
-    assert finish(start(tmp_path)) == (first, True)
-    assert trajectory._read(code) is not None
+    damaged = tmp_path / code.name
+    damaged.write_bytes(code.read_bytes()[:-40] + b"\0" * 40)
+    later, again = start(folder), start(tmp_path)
+    assert finish(later) == (first, False)
+    assert finish(again) == (first, True)
+    assert trajectory._read(damaged) is not None
 
 
 def test_processes_print_the_same_source_for_a_network(tmp_path):
@@ -93,10 +103,9 @@ def test_a_later_process_finds_what_the_compiler_calls_of_itself(tmp_path):
     assert finish(start(tmp_path, NETWORK)) == (first, False)
 
 
-def test_a_file_under_another_name_is_not_taken(tmp_path):
-    finish(start(tmp_path))
-    (code,) = tmp_path.glob("*.o")
-    other = code.with_name("0" * 40 + ".o")
+def test_a_file_under_another_name_is_not_taken(written, tmp_path):
+    (code,) = written[0].glob("*.o")
+    other = tmp_path / ("0" * 40 + ".o")
     shutil.copy(code, other)
     assert trajectory._read(code) is not None
     assert trajectory._read(other) is None
@@ -122,15 +131,15 @@ def test_code_that_others_could_have_written_is_not_loaded(tmp_path, monkeypatch
         assert trajectory._read(folder / "x.o") is None
 
 
-def test_a_planted_folder_is_done_without(tmp_path):
+def test_a_planted_folder_is_done_without(written, tmp_path):
     """A solve compiles its own, leaves nothing, and gives what it gives elsewhere."""
-    expected = finish(start(tmp_path / "own"))
+    folder, expected = written
     planted = tmp_path / "planted"
     planted.mkdir()
-    for file in (tmp_path / "own").iterdir():
+    for file in folder.iterdir():
         (planted / file.name).write_bytes(b"planted")
     planted.chmod(0o777)
-    assert finish(start(planted)) == expected
+    assert finish(start(planted)) == (expected, True)
     assert all(file.read_bytes() == b"planted" for file in planted.iterdir())
 
 
@@ -149,12 +158,11 @@ def test_the_folder_may_be_given_relative_to_the_home(monkeypatch):
     assert trajectory.cache_folder() == Path.home() / "kernels"
 
 
-def test_a_debugger_that_disables_numba_breaks_nothing(tmp_path):
+def test_a_debugger_that_disables_numba_breaks_nothing(written, tmp_path):
     """``NUMBA_DISABLE_JIT=1``, as coverage tools have it: kernels work on addresses and are compiled all the same."""
     variables = {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
     steps = "import sdesolve_kernels as k; k.perturb(torch.ones(4, 3), 0.5, 1.0, seed=0); k.normal(4, 3, seed=0)"
-    enabled = finish(start(tmp_path / "one"))
-    assert finish(start(tmp_path / "two", RUN + steps, variables)) == enabled
+    assert finish(start(tmp_path / "cache", RUN + steps, variables)) == (written[1], True)
 
 
 def test_code_is_unloaded_when_nothing_refers_to_it(folder):
