@@ -39,9 +39,8 @@ def test_step_values(dtype, shape):
     assert_ok(selfcheck.step_checks("cpu", dtype, shape, agreement=False))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=name)
-def test_batches(dtype):
-    assert_ok(selfcheck.batch_checks("cpu", dtype))
+def test_batches():
+    assert_ok(selfcheck.batch_checks("cpu", F32))
 
 
 WHERE = {"seed": 1, "stream": 0, "first_path": 0, "step": 0}
