@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import NoiseOffset
-from .checks import alike, check_output, coefficient, index, no_gradient, noise_offset, same_as_state, state
+from .checks import FLOATS, alike, check_output, coefficient, index, no_gradient, noise_offset, same_as_state, state
 from .dispatch import implementation
 from .gradients import noise_product, reduced, root, scaled
 from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, read, recording
@@ -18,6 +18,7 @@ from .streams import Stream
 __all__ = ["empty_like", "euler_maruyama_step", "linear_step", "perturb"]
 
 Index = SupportsIndex | Tensor
+_NO_NOISE = NoiseOffset(0, 0, 0, 0)
 
 
 def empty_like(x: Tensor, *_: Any) -> Tensor:
@@ -174,6 +175,24 @@ def _check_table(table: Tensor, x: Tensor, terms: int) -> None:
         raise ValueError(f"table must be on {x.device} like x, got {table.device}; move it once, before the loop")
 
 
+def _usual(x: Tensor, table: Tensor, row: int, history: Sequence[Tensor]) -> bool:
+    """Whether no check could refuse these, and nothing but eager torch that records nothing is going on.
+
+    It takes a third of the time of the checks one by one, half of that of a step on a thousand elements.
+    """
+    if type(x) is not Tensor or not x.is_contiguous() or x.dtype not in FLOATS or x.dim() == 0:
+        return False
+    shape, dtype, device = x.shape, x.dtype, x.device
+    for s in history:
+        if type(s) is not Tensor or s.shape != shape or s.dtype is not dtype or s.device != device:
+            return False
+    if type(table) is not Tensor or table.dtype not in FLOATS or table.device != device:
+        return False
+    if table.dim() != 2 or table.shape[1] != len(history) + 2 or len(history) > 4 or not 0 <= row < table.shape[0]:
+        return False
+    return call_context() is CallContext.PLAIN and not recording(x, table, *history)
+
+
 def linear_step(
     x: Tensor,
     history: Sequence[Tensor],
@@ -210,8 +229,14 @@ def linear_step(
 
     Source: the coefficients are what papers differ in; see the solvers that make the tables.
     """
-    state("x", x)
     terms = len(history)
+    if out is None and type(row) is type(step) is int and _usual(x, table, row, history):
+        noise = noise_offset(x, seed, stream, first_path, step, True) if stochastic else _NO_NOISE
+        out = torch.empty_like(x)
+        if x.numel():
+            implementation("linear_step", x.device)(x, history, table, row, stochastic=stochastic, out=out, noise=noise)
+        return out
+    state("x", x)
     if terms > 4:
         raise ValueError(f"history must have at most 4 terms, got {terms}; add two of them up first")
     for i, s in enumerate(history):

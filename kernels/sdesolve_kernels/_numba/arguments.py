@@ -17,7 +17,7 @@ from ..reference_steps import compute_dtype
 from ..threads import scratch, split
 from .tile import SCRATCH, unit_count
 
-__all__ = ["ALONE", "NAMES", "Operands", "noise_numbers", "number_or_rows", "rows_of", "run"]
+__all__ = ["ALONE", "NAMES", "Operands", "entries", "noise_numbers", "number_or_rows", "rows_of", "run"]
 
 _GRAIN = 1 << 17  # elements a thread takes at least: 60 us of work, a little more than the handing over
 ALONE = 2 * _GRAIN  # fewer elements than these are one call of a kernel
@@ -34,12 +34,12 @@ def noise_numbers(noise: NoiseOffset, m: int) -> tuple[Any, Any, Any, Any]:
 
 # Kernels take integers and floats and have one signature each. Called by it, Numba need not look at the types of thirty
 # arguments, 2 us of 3.5.
-_entries: dict[Any, Callable[..., None]] = {}
+entries: dict[Any, Callable[..., None]] = {}
 
 
 def _keep_entry(kernel: Any) -> None:
     (compiled,) = kernel.overloads.values()
-    _entries[kernel] = compiled.entry_point
+    entries[kernel] = compiled.entry_point
 
 
 def run(kernel: Callable[..., None], arguments: tuple[Any, ...], rows: int, m: int, *memory: Any) -> None:
@@ -49,7 +49,7 @@ def run(kernel: Callable[..., None], arguments: tuple[Any, ...], rows: int, m: i
     """
     units = unit_count(rows, m)
     if rows * m < ALONE:
-        entry = _entries.get(kernel, kernel)
+        entry = entries.get(kernel, kernel)
         entry(*arguments, rows, m, 0, units, scratch(SCRATCH)[1])
         if entry is kernel:
             _keep_entry(kernel)
