@@ -17,7 +17,7 @@ Increments = Literal["normal", "two-point", "three-point"]
 Part = Literal["W", "H"]
 _KINDS = get_args(Increments)
 
-_BRIDGE_DEPTH = 20
+BRIDGE_DEPTH = 20
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -353,8 +353,8 @@ class BrownianPath(AbstractStreams, AbstractPath):
         bridges = dataclasses.replace(self, stream=Stream.BRIDGE)
         if theta in (0.0, 1.0):
             return left
-        for _ in range(_BRIDGE_DEPTH):
-            z = bridges._draw(batch, m, ((step << (_BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
+        for _ in range(BRIDGE_DEPTH):
+            z = bridges._draw(batch, m, ((step << (BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
             middle = 0.5 * (left + right) + 0.5 * math.sqrt(width) * z
             width *= 0.5
             if theta == low + width:
@@ -365,7 +365,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
                 left, low, node = middle, low + width, 2 * node + 1
         # Below the resolution of the tree, 2^-20 of a step: a bridge over the last cell, exact for one time in it.
         u = (theta - low) / width
-        z = bridges._draw(batch, m, ((step << (_BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
+        z = bridges._draw(batch, m, ((step << (BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
         return (1 - u) * left + u * right + math.sqrt(u * (1 - u) * width) * z
 
     def _unit_bridge_given_area(
@@ -381,10 +381,10 @@ class BrownianPath(AbstractStreams, AbstractPath):
         bridges = dataclasses.replace(self, stream=Stream.BRIDGE)
 
         def draw() -> Tensor:
-            first = ((step << (_BRIDGE_DEPTH + 1)) + node) * 2 * m
+            first = ((step << (BRIDGE_DEPTH + 1)) + node) * 2 * m
             return bridges._draw(batch, 2 * m, first, dtype, device).reshape(batch, 2, m)
 
-        for _ in range(_BRIDGE_DEPTH):
+        for _ in range(BRIDGE_DEPTH):
             z, y = draw().unbind(1)
             first = 0.5 * W + 1.5 * H + 0.25 * math.sqrt(width) * z
             second = W - first

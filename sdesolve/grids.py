@@ -7,12 +7,82 @@ whatever the precision of the state (adding up ``dt`` in float32 gives 1001 step
 from __future__ import annotations
 
 import math
-from typing import Protocol, runtime_checkable
+import numbers
+from collections.abc import Iterable, Set
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import kind_of, whole_number
+
+_EXACT = 2.0**-53  # unit roundoff of float64
+_RESOLVED = 64  # roundings of a time that make a step which still is what it was meant to be, to a few per cent
+
+
+class Times(NamedTuple):
+    """Times as somebody gave them.
+
+    Attributes:
+        values: float64 on the host.
+        roundoff: unit roundoff of the coarsest number among them: 2^-24 for a float32 tensor.
+    """
+
+    values: Tensor
+    roundoff: float
+
+    @property
+    def rounding(self) -> float:
+        """How far a time may be from the one that was meant, also where ``linspace`` or ``arange`` computed it."""
+        return 3.0 * self.roundoff * float(self.values.abs().max()) if self.values.numel() else 0.0
+
+
+def read_times(given: Any, name: str) -> Times:
+    """Times from a number, a tensor, an array, or a collection of any of these, in the precision that they came in.
+
+    Raises:
+        TypeError: something that holds no real numbers, a set where order matters, or times that want a gradient.
+    """
+    if isinstance(given, Tensor):
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError(f"{name} must be real numbers, got a tensor of {given.dtype}")
+        if given.requires_grad:
+            raise TypeError(f"{name} wants a gradient, and there are none to times; give {name}.detach()")
+        values = given.detach().to(device="cpu", dtype=torch.float64)
+        return Times(values, max(torch.finfo(given.dtype).eps / 2, _EXACT) if given.is_floating_point() else _EXACT)
+    if isinstance(given, np.ndarray | np.generic):
+        if given.dtype.kind not in "iuf":
+            raise TypeError(f"{name} must be real numbers, got an array of {given.dtype}")
+        roundoff = max(float(np.finfo(given.dtype).eps) / 2, _EXACT) if given.dtype.kind == "f" else _EXACT
+        return Times(torch.from_numpy(np.array(given, dtype=np.float64)), roundoff)
+    if isinstance(given, numbers.Real) and not isinstance(given, bool):
+        return Times(torch.tensor(float(given), dtype=torch.float64, device="cpu"), _EXACT)
+    if isinstance(given, Set):
+        raise TypeError(f"{name} must be in order, and a {type(given).__name__} has none; give sorted({name})")
+    if isinstance(given, str | bytes | dict) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a number or a tensor (batch,) of times, got {_short(given)}")
+    entries = list(given)
+    if all(type(entry) in (int, float) for entry in entries):
+        values = torch.tensor([float(entry) for entry in entries], dtype=torch.float64, device="cpu")
+        return Times(values, 2.0**-24 if _from_float32(values) else _EXACT)
+    read = [read_times(entry, name) for entry in entries]
+    shapes = {tuple(entry.values.shape) for entry in read}
+    if len(shapes) > 1:
+        raise ValueError(f"{name} holds times of different shapes, {' and '.join(map(str, sorted(shapes)[:2]))}")
+    coarsest = max((entry.roundoff for entry in read), default=_EXACT)
+    return Times(torch.stack([entry.values for entry in read]), coarsest)
+
+
+def _from_float32(values: Tensor) -> bool:
+    """Whether numbers were in float32 before: it holds all of them, and not because they have few digits."""
+    mantissas = torch.frexp(values).mantissa * 2.0**16
+    return torch.equal(values, values.float().double()) and bool((mantissas != mantissas.round()).any())
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {kind_of(value)}"
 
 
 def uniform(t0: float, t1: float, steps: int) -> Tensor:
@@ -28,7 +98,7 @@ def uniform(t0: float, t1: float, steps: int) -> Tensor:
         TypeError: ``steps`` is not an integer.
     """
     u = _unit(t0, t1, steps)
-    return _pinned(t0 + (t1 - t0) * u, t0, t1)
+    return check_resolved(_pinned(t0 + (t1 - t0) * u, t0, t1))
 
 
 def karras(t0: float, t1: float, steps: int, rho: float = 7.0) -> Tensor:
@@ -216,9 +286,18 @@ def with_zero(grid: Tensor) -> Tensor:
     return torch.cat([grid, torch.zeros_like(grid[:1])])
 
 
-def check_grid(grid: Tensor) -> Tensor:
-    """``grid`` as float64 on the host, ``(steps + 1,)`` or ``(steps + 1, batch)``; refused unless strictly monotone."""
-    grid = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+def check_grid(grid: Any, *, padded: bool = False) -> Tensor:
+    """``grid`` as float64 on the host, ``(steps + 1,)`` or ``(steps + 1, batch)``.
+
+    Args:
+        grid: times; a tensor, an array, or a list of either.
+        padded: whether the last time may be repeated at the end, where the grids of some rows are shorter.
+
+    Raises:
+        ValueError: it is not strictly monotone, holds fewer than two times or one that is not finite.
+        TypeError: it holds no real numbers.
+    """
+    grid = read_times(grid, "grid").values
     if grid.ndim not in (1, 2) or grid.shape[0] < 2:
         raise ValueError(
             f"a grid holds at least two times, as (steps + 1,) or (steps + 1, batch); got shape {tuple(grid.shape)}"
@@ -226,12 +305,36 @@ def check_grid(grid: Tensor) -> Tensor:
     if not bool(grid.isfinite().all()):
         raise ValueError("a grid must hold finite times, this one has nan or inf")
     dt = grid.diff(dim=0)
-    if not bool(((dt > 0).all(0) | (dt < 0).all(0)).all()):
-        wrong = (dt == 0) | (dt.sign() != dt[:1].sign())
-        bad = int((wrong.any(1) if wrong.ndim == 2 else wrong).nonzero()[0])
+    wrong = (dt == 0) | (dt.sign() != dt[:1].sign())
+    if padded:
+        ended = dt.flip(0).abs().cumsum(0).flip(0) == 0  # nothing but repeats from here on
+        wrong &= ~ended
+        wrong[0] |= dt[0] == 0
+    if bool(wrong.any()):
+        k, *row = (int(i) for i in wrong.nonzero()[0])
+        start, end = (float(grid[(at, *row)]) for at in (k, k + 1))
+        where = f" in row {row[0]}" if row else ""
+        rest = "; only the last time may be repeated, at the end, as padding" if padded and start == end else ""
         raise ValueError(
-            f"a grid must be strictly increasing or strictly decreasing; step {bad} goes from {grid[bad].tolist()} to "
-            f"{grid[bad + 1].tolist()}. Sort it and drop repeated times"
+            f"a grid must be strictly increasing or strictly decreasing; step {k} goes from {start} to {end}{where}. "
+            f"Sort it and drop repeated times{rest}"
+        )
+    return grid
+
+
+def check_resolved(grid: Tensor) -> Tensor:
+    """A grid of equal steps, refused where rounding makes them unequal by more than a few per cent.
+
+    Raises:
+        ValueError: they are too short for the times that they lie at.
+    """
+    largest, dt = torch.maximum(grid[0].abs(), grid[-1].abs()), (grid[-1] - grid[0]).abs() / (len(grid) - 1)
+    short = dt < _RESOLVED * _EXACT * largest
+    if bool(short.any()):
+        at, step = float(largest[short][0]), float(dt[short][0])
+        raise ValueError(
+            f"steps of {step:.3g} are too short at t = {at:.6g}, where neighbouring float64 numbers are "
+            f"{2 * _EXACT * at:.1g} apart: count time from a nearer origin, or take fewer steps"
         )
     return grid
 

@@ -214,6 +214,8 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
         )
     if problem.times.ndim == 2:
         raise CannotExecute("there is a time grid per sample")
+    if problem.padded:
+        raise CannotExecute("the grid repeats its last time")
     if len(x0) == 0 or x0.numel() == 0:
         raise CannotExecute("the batch is empty")
     if type(x0) not in (Tensor, torch.nn.Parameter):

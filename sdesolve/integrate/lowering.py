@@ -129,9 +129,24 @@ def lower(problem: Problem) -> Lowered:
         ValueError: the scheme is not one for this equation, grid or noise.
         TypeError: likewise.
     """
+    lowered = _lowered(problem)
+    return dataclasses.replace(lowered, step=_held(lowered.step)) if problem.padded else lowered
+
+
+def _held(step: Callable[[StepContext, States], States]) -> Callable[[StepContext, States], States]:
+    """The step, with rows for which it has no length left as they are, whatever the functions are at their end."""
+
+    def held(context: StepContext, states: States) -> States:
+        still = context.span.dt == 0
+        return tuple(torch.where(still, x, x_next) for x, x_next in zip(states, step(context, states), strict=True))
+
+    return held
+
+
+def _lowered(problem: Problem) -> Lowered:
     solver = problem.solver
     if isinstance(solver, PredictorCorrector):
-        return _corrected(problem, solver, lower(dataclasses.replace(problem, solver=solver.predictor)))
+        return _corrected(problem, solver, _lowered(dataclasses.replace(problem, solver=solver.predictor)))
     noise, one_step = problem.noise, isinstance(solver, AbstractOneStep)
     if isinstance(solver, AbstractTabulated) and isinstance(problem.equation, AbstractSemilinear):
         table = solver.table(problem.equation, problem.times)

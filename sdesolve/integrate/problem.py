@@ -109,6 +109,11 @@ class Problem:
         return self.noise.first_path if isinstance(self.noise, BrownianPath) else 0
 
     @functools.cached_property
+    def padded(self) -> bool:
+        """Whether a last time is repeated: a step of no length, which leaves its row alone."""
+        return bool((self.times[-1] == self.times[-2]).any())
+
+    @functools.cached_property
     def increment(self) -> IncrementShape:
         """Shape of the Brownian increment. Evaluates the diffusion once where the noise type does not settle it."""
         sde, x0 = self.watched, self.x0

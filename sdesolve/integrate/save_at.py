@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Set
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of
+from sdesolve.grids import read_times
 from sdesolve.sde import per_sample
 
-SaveAt = Sequence[float] | Tensor | Literal["grid"] | None
+SaveAt = Iterable[float] | Tensor | Literal["grid"] | None
 Observable = Callable[[Tensor], Tensor]
 
-_SAME_TIME = 1e-9  # of the length of the grid: nearer than this, a time is a grid point
+_SAME_TIME = 2.0**-44  # of the largest time: some roundings of float64, as sums of steps collect
 
 
 class SavePlan:
@@ -29,19 +29,32 @@ class SavePlan:
       very path: the chord alone has too little variance (at mid-step of a Wiener path, half of it);
     - for an ODE the cubic Hermite polynomial through both states and both slopes, of local order 4.
 
+    A time is a grid point if it is one up to the precision that it, or the grid, was given in: `ts` then holds that
+    of the grid.
+
     Args:
         grid: ``(steps + 1,)`` or ``(steps + 1, batch)``, float64.
         save_at: times, in the direction of integration; ``"grid"`` for every grid point; ``None`` for the end alone.
         observable: what to keep of a state instead of all of it, ``(batch, *state) -> (batch, *values)``.
         moments: keep mean and variance over the batch instead of every path.
+        rounding: how far times of the grid may be from those that were meant, by the precision they came in.
+        first: index of the first point of the grid, where an integration goes on.
 
     Raises:
-        ValueError: a time outside the grid or out of order; times inside steps on a grid with a time per sample.
-        TypeError: ``observable`` cannot be called.
+        ValueError: a time outside the grid or out of order, or in a precision that does not tell grid points apart;
+            times inside steps on a grid with a time per sample.
+        TypeError: ``observable`` cannot be called, or ``save_at`` holds no times.
     """
 
     def __init__(
-        self, grid: Tensor, save_at: SaveAt, observable: Observable | None = None, *, moments: bool = False
+        self,
+        grid: Tensor,
+        save_at: SaveAt,
+        observable: Observable | None = None,
+        *,
+        moments: bool = False,
+        rounding: float = 0.0,
+        first: int = 0,
     ) -> None:
         if observable is not None and not callable(observable):
             raise TypeError(f"observable must be a function of x, got {kind_of(observable)}")
@@ -57,10 +70,9 @@ class SavePlan:
             wanted = range(steps + 1) if save_at == "grid" else [steps]
             self.ts = grid[list(wanted)]
             for slot, k in enumerate(wanted):
-                self.on_grid[k].append(slot)
+                self.on_grid[first + k].append(slot)
         else:
-            self.ts = torch.as_tensor(save_at, dtype=torch.float64, device="cpu")
-            self._place(grid)
+            self._place(grid, save_at, rounding, first)
         self._states = [None] * len(self.ts)
         self._variances = [None] * len(self.ts)
 
@@ -72,30 +84,60 @@ class SavePlan:
             kept = kept.mean(0)
         self._states[slot] = kept
 
-    def _place(self, grid: Tensor) -> None:
-        if self.ts.ndim != 1 or self.ts.numel() == 0:
-            hint = "; for one time write save_at=[t], for every step save_at='grid'" if self.ts.ndim == 0 else ""
-            raise ValueError(f"save_at must be a list of at least one time, got shape {tuple(self.ts.shape)}{hint}")
+    def _place(self, grid: Tensor, save_at: Iterable[float] | Tensor, rounding: float, offset: int) -> None:
+        forwards = bool(grid.flatten()[-1] > grid.flatten()[0])
+        if isinstance(save_at, Set):
+            save_at = sorted(save_at, reverse=not forwards)
+        given = read_times(save_at, "save_at")
+        if given.values.ndim != 1 or given.values.numel() == 0:
+            shape = tuple(given.values.shape)
+            hint = "; for one time write save_at=[t], for every step save_at='grid'" if not shape else ""
+            raise ValueError(f"save_at must be a list of at least one time, got shape {shape}{hint}")
         if grid.ndim == 2:
             raise ValueError('with a time per sample, save_at can be None or "grid" only')
+        sign = 1.0 if forwards else -1.0
+        times, points = sign * given.values, sign * grid
         first, last = float(grid[0]), float(grid[-1])
-        sign = math.copysign(1.0, last - first)
-        tolerance = _SAME_TIME * abs(last - first)
-        s = self.ts.tolist()
-        if any(sign * (b - a) <= 0 for a, b in itertools.pairwise(s)):
+        if not bool((times.diff() > 0).all()):
             raise ValueError(
                 f"save_at must follow the direction of integration, from {first} to {last}, without repeats"
             )
-        for slot, time in enumerate(s):
-            if not (sign * (time - first) >= -tolerance and sign * (last - time) >= -tolerance):
-                raise ValueError(f"save_at holds {time}, which is outside the grid from {first} to {last}")
-            k = int(torch.searchsorted(sign * grid, sign * time + tolerance, right=True)) - 1
-            near = min((k, min(k + 1, len(grid) - 1)), key=lambda i: abs(float(grid[i]) - time))
-            if abs(float(grid[near]) - time) <= tolerance:
-                self.on_grid[near].append(slot)
-            else:
-                t0, t1 = float(grid[k]), float(grid[k + 1])
-                self.inside[k].append((slot, (time - t0) / (t1 - t0)))
+        k = torch.searchsorted(points, times, right=True).clamp(1, len(grid) - 1) - 1
+        k += times - points[k] > points[k + 1] - times
+        off = (times - points[k]).abs()  # from the nearest grid point
+        gaps = points.diff()
+        gaps = torch.nn.functional.pad(gaps.where(gaps > 0, math.inf), (1, 1), value=math.inf)  # a repeat is padding
+        near = torch.minimum(gaps[k], gaps[k + 1])
+        exact = off <= _SAME_TIME * float(points.abs().max())
+        loose = torch.full_like(off, max(given.rounding, rounding))
+        alike = off <= loose
+        outside = ~(exact | alike) & ~((times >= points[0]) & (times <= points[-1]))
+        if bool(outside.any()):
+            time = float(given.values[outside][0])
+            raise ValueError(f"save_at holds {time}, which is outside the grid from {first} to {last}")
+        blurred = alike & ~exact & (near < 2.0 * loose)
+        if bool(blurred.any()):
+            time = float(given.values[blurred][0])
+            raise ValueError(
+                f"save_at holds {time} to within {float(loose[blurred][0]):.2g}, and the grid has points "
+                f"{float(near[blurred][0]):.2g} apart there: give grid and save_at in float64"
+            )
+        on = (exact | alike).tolist()
+        same = [k[i] == k[i + 1] and on[i] and on[i + 1] for i in range(len(on) - 1)]
+        if any(same):
+            i = same.index(True)
+            raise ValueError(
+                f"save_at holds {float(given.values[i])!r} and {float(given.values[i + 1])!r}, which are one point "
+                "in the precision that they came in; leave one of them out, or put both on the grid"
+            )
+        self.ts = torch.where(exact | alike, grid[k], given.values)
+        for slot, (here, is_point) in enumerate(zip(k.tolist(), on, strict=True)):
+            if is_point:
+                self.on_grid[offset + here].append(slot)
+                continue
+            step = here if float(times[slot]) > float(points[here]) else here - 1
+            t0, t1 = float(grid[step]), float(grid[step + 1])
+            self.inside[offset + step].append((slot, (float(self.ts[slot]) - t0) / (t1 - t0)))
 
     def at_grid_point(self, k: int, x: Tensor) -> None:
         """Keeps the state at grid point ``k`` if it was asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import whole_number
-from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
+from sdesolve.brownian import BRIDGE_DEPTH, AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
 from sdesolve.integrate.lowering import lower
@@ -52,12 +53,14 @@ def solve(
     Args:
         sde: what to integrate: an `SDE`, an `ODE`, a forward process, a `ReverseSDE` or a `ProbabilityFlow`.
         x0: ``(batch, *state)``, float32 or float64; an empty batch gives an empty result.
-        t0: start time; a number, or ``(batch,)`` for a start per sample.
+        t0: start time; a number, or ``(batch,)`` for a start per sample. Times are read in the precision that they come
+            in, as tensors, arrays, or collections of numbers.
         t1: end time, on either side of ``t0``; likewise.
         steps: number of equal steps. Times are ``t0 + (t1 - t0) k / steps``, computed in float64 for each ``k``.
         solver: the scheme, such as ``EulerMaruyama()``. An adaptive one (`DormandPrince`) takes no ``steps`` or
             ``grid``, and ``save_at`` only as times, whose states its interpolant gives.
-        grid: explicit times instead of ``t0, t1, steps``: ``(steps + 1,)`` or ``(steps + 1, batch)``, monotone.
+        grid: explicit times instead of ``t0, t1, steps``: ``(steps + 1,)`` or ``(steps + 1, batch)``, monotone. Rows
+            with fewer steps are padded by repeating their last time: a step of no length leaves a row alone.
         seed: short for ``noise=BrownianPath(seed)``. Without either, a seed is drawn from torch's default generator; it
             is in ``stats.seed``, so the run can be repeated.
         noise: the driving Brownian motion; its step 0 is the first step of this grid.
@@ -97,7 +100,7 @@ def solve(
             )
         sde = sde.with_params(params)
     if solver.controller is None:
-        times = _grid_of(t0, t1, steps, grid, len(x0))
+        times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
     else:
         given = any(value is not None for value in (steps, grid, observable, reduce))
         if given or isinstance(save_at, str) or backend not in _PLAIN:
@@ -105,9 +108,9 @@ def solve(
                 f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
                 "for states between; no steps, grid, observable, reduce or kernel backend"
             )
-        times = _grid_of(t0, t1, 1, None, len(x0))
+        times, rounding = _grid_of(t0, t1, 1, None, len(x0))
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
-    save = SavePlan(times, save_at, observable, moments=reduce is not None)
+    save = SavePlan(times, save_at, observable, moments=reduce is not None, rounding=rounding)
     return _solution(sde, x0, times, solver, noise, save, backend, progress=progress, check_finite=check_finite)
 
 
@@ -219,7 +222,7 @@ def _executor(name: str, backend: Backend) -> Executor:
 
 
 def _check_plan(problem: Problem) -> None:
-    """Refuses times between grid points where nothing is known of them."""
+    """Refuses times between grid points where nothing is known of them, or not enough."""
     if not problem.save.inside or problem.solver.controller is not None:
         return
     if isinstance(problem.solver, PredictorCorrector):
@@ -229,25 +232,37 @@ def _check_plan(problem: Problem) -> None:
             f"noise of class {type(problem.noise).__name__} is known at grid points alone; put every time of save_at "
             "on the grid"
         )
+    if isinstance(problem.noise, BrownianPath) and problem.random:
+        cells = problem.noise.substeps << BRIDGE_DEPTH
+        for k, inside in problem.save.inside.items():
+            for (slot, theta), (_, after) in itertools.pairwise(inside):
+                if int(theta * cells) == int(after * cells):
+                    raise ValueError(
+                        f"save_at holds times {(after - theta):.2g} of step {k} apart, after t = "
+                        f"{float(problem.save.ts[slot])!r}, and a path between grid points is resolved to 2^-20 of a "
+                        "step; put both on the grid"
+                    )
 
 
-def _grid_of(
-    t0: float | Tensor | None, t1: float | Tensor | None, steps: int | None, grid: Tensor | None, batch: int
-) -> Tensor:
+def _grid_of(t0: Any, t1: Any, steps: int | None, grid: Any, batch: int) -> tuple[Tensor, float]:
+    """The grid, and how far its times may be from those that were meant."""
     if grid is not None:
         if not (t0 is None and t1 is None and steps is None):
             raise ValueError("give either grid or t0, t1 and steps, not both")
-        grid = grids.check_grid(grid)
-        if grid.ndim == 2 and grid.shape[1] != batch:
-            raise ValueError(f"grid has times for {grid.shape[1]} samples, x0 has {batch}")
-        return grid
+        given = grids.read_times(grid, "grid")
+        times = grids.check_grid(given.values, padded=True)
+        if times.ndim == 2 and times.shape[1] != batch:
+            raise ValueError(f"grid has times for {times.shape[1]} samples, x0 has {batch}")
+        return times, given.rounding
     if t0 is None or t1 is None or steps is None:
         missing = [name for name, value in (("t0", t0), ("t1", t1), ("steps", steps)) if value is None]
         raise ValueError(f"give t0, t1 and steps, or a grid of times; missing: {', '.join(missing)}")
-    start, end = (_time(t, name) for name, t in (("t0", t0), ("t1", t1)))
+    (start, coarse0), (end, coarse1) = grids.read_times(t0, "t0"), grids.read_times(t1, "t1")
+    coarsest = max(coarse0, coarse1)
     if start.ndim == end.ndim == 0:
         uniform = _equal_steps if whole_number(steps, "steps", 1) <= _SHARED_STEPS else grids.uniform
-        return uniform(float(start), float(end), int(steps))
+        times = uniform(float(start), float(end), int(steps))
+        return times, coarsest * max(abs(float(start)), abs(float(end)))
     steps = whole_number(steps, "steps", 1)
     for name, t in (("t0", start), ("t1", end)):
         if t.ndim > 1 or (t.ndim == 1 and len(t) != batch):
@@ -260,20 +275,13 @@ def _grid_of(
     u = torch.arange(steps + 1, dtype=torch.float64, device="cpu")[:, None] / steps
     times = start + (end - start) * u
     times[0], times[-1] = start, end
-    return times
+    return grids.check_resolved(times), coarsest * float(times.abs().max()) if batch else 0.0
 
 
 @functools.lru_cache(32)
 def _equal_steps(t0: float, t1: float, steps: int) -> Tensor:
     """A grid that calls share: nobody writes into it."""
     return grids.uniform(t0, t1, steps)
-
-
-def _time(t: float | Tensor, name: str) -> Tensor:
-    try:
-        return torch.as_tensor(t, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or a tensor (batch,) of times, got {t!r}") from None
 
 
 def noise_of(

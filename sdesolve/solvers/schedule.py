@@ -89,16 +89,7 @@ class Schedule:
         return bool((self.sigma[-1] == 0).any())
 
     def orders(self, order: int) -> Tensor:
-        """Order of a multistep scheme in each step, ``(steps,)``: 1 at the start, and for a step to zero noise.
-
-        Raises:
-            ValueError: there are fewer steps than a scheme of that order looks back on.
-        """
-        if len(self.times) <= order:
-            raise ValueError(
-                f"a multistep scheme of order {order} needs the values of {order} steps, and this grid has "
-                f"{len(self.times) - 1}: take more steps or a lower order"
-            )
+        """Order of a multistep scheme in each step, ``(steps,)``: as many values as there are, and 1 to zero noise."""
         orders = torch.arange(1, len(self.times), device="cpu").clamp(max=order)
         if self.ends_clean:
             orders[-1] = 1

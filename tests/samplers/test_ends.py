@@ -167,8 +167,6 @@ def test_a_churn_range_may_be_a_list():
         ({"solver": sds.SDEDPMSolverPP(2), "stochasticity": 0}, "SDEDPMSolverPP adds noise and this is an ODE"),
         ({"solver": sds.DDIM(0.5), "stochasticity": 1.0}, r"DDIM\(eta=0.5\) is made for stochasticity 0.5.*has 1"),
         ({"solver": sds.Ancestral(), "stochasticity": 2.0}, "made for stochasticity 1, and this equation has 2"),
-        ({"solver": sds.UniPC(3), "steps": 2}, "order 3 needs the values of 3 steps, and this grid has 2"),
-        ({"solver": sds.DEIS(4), "steps": 3}, "order 4 needs the values of 4 steps"),
         ({"grid": torch.tensor([1.0, 0.5, 0.5])}, "strictly increasing or strictly decreasing"),
         ({"grid": torch.tensor([0.1, 1.0])}, r"decreases within \[0, t_max = 1.0\]"),
         ({"grid": torch.tensor([1.5, 0.1])}, r"decreases within \[0, t_max = 1.0\]"),
@@ -183,6 +181,29 @@ def test_bad_requests(options, message):
     options.setdefault("steps", None if "grid" in options else 5)
     with pytest.raises(ValueError, match=message):
         sds.sample(process, DATA.score(process), (4, 3), seed=0, **options)
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "lower"),
+    [
+        (sds.DPMSolverPP(2), 1, sds.DPMSolverPP(1)),
+        (sds.DPMSolverPP(3), 2, sds.DPMSolverPP(2)),
+        (sds.SDEDPMSolverPP(3), 1, sds.SDEDPMSolverPP(1)),
+        (sds.UniPC(3), 2, sds.UniPC(2)),
+        (sds.SASolver(3, 3), 1, sds.SASolver(1, 1)),
+        (sds.SASolver(4, 0), 3, sds.SASolver(3, 0)),
+        (sds.DEIS(4), 3, sds.DEIS(3)),
+        (sds.LinearMultistep(4), 1, sds.DDIM()),
+    ],
+    ids=repr,
+)
+def test_fewer_steps_than_the_order_run_at_the_order_that_they_allow(solver, steps, lower):
+    process = sds.VP()
+    few, same = (
+        sds.sample(process, DATA.score(process), (4, 3), solver=s, steps=steps, seed=0, dtype=torch.float64)
+        for s in (solver, lower)
+    )
+    torch.testing.assert_close(few, same, rtol=1e-12, atol=1e-12)
 
 
 def test_equations_that_samplers_are_not_for():

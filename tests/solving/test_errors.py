@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,31 @@ def test_grids(grid, message):
 )
 def test_save_times(save_at, message):
     refuses(ValueError, message, save_at=save_at)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"save_at": torch.tensor([0.2, 0.5], dtype=torch.float16), "steps": 5000}, ValueError, "in float64"),
+        ({"save_at": torch.tensor([0.3, 0.7]), "steps": 5_000_000}, ValueError, "give grid and save_at in float64"),
+        ({"save_at": torch.tensor([0.2, 0.5], requires_grad=True)}, TypeError, r"give save_at.detach\(\)"),
+        ({"save_at": {0.5: 1}}, TypeError, "save_at must be a number or a tensor"),
+        ({"save_at": [0.2, 1j]}, TypeError, "got 1j"),
+        ({"save_at": np.array(["a"])}, TypeError, "array of <U1"),
+        ({"save_at": [0.33, 0.33 + 1e-8]}, ValueError, r"resolved to 2\^-20 of a step; put both on the grid"),
+        ({"save_at": [0.2, 0.2 + 1e-15]}, ValueError, "are one point"),
+        ({"t0": torch.tensor(True)}, TypeError, "t0 must be real numbers, got a tensor of torch.bool"),
+        ({"t0": 1.7e9, "t1": 1.7e9 + 1e-5}, ValueError, r"too short at t = 1.7e\+09.*nearer origin"),
+        ({"t0": torch.full((4,), 1.7e9).double(), "t1": 1.7e9 + 1e-5}, ValueError, "too short at t"),
+        ({"grid": {0.0, 1.0}}, TypeError, r"grid must be in order, and a set has none; give sorted\(grid\)"),
+        ({"grid": [0.0, 0.0, 1.0]}, ValueError, "step 0 goes from 0.0 to 0.0"),
+        ({"grid": [[0.0] * 4, [1.0] * 4, [1.0, 1.0, 2.0, 1.0], [2.0] * 4]}, ValueError, "1.0 in row 0.*padding"),
+    ],
+)  # fmt: skip
+def test_times_that_are_refused(options, error, message):
+    if "grid" in options:
+        options = {"t0": None, "t1": None, "steps": None, **options}
+    refuses(error, message, **options)
 
 
 def test_save_times_with_a_time_per_sample():

@@ -1,0 +1,101 @@
+"""Times as people have them: in any precision and container, far from 0, padded, in either direction."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import sdesolve as sds
+from sdesolve.integrate.save_at import SavePlan
+
+EM = sds.EulerMaruyama()
+CONTAINERS = {
+    "float32": lambda a, b: torch.linspace(a, b, 31),
+    "float16": lambda a, b: torch.linspace(a, b, 31, dtype=torch.float16),
+    "list": lambda a, b: torch.linspace(a, b, 31).tolist(),
+    "scalars": lambda a, b: [np.float32(a + (b - a) * k / 30) for k in range(31)],
+    "tensors": lambda a, b: list(torch.linspace(a, b, 31)),
+    "generator": lambda a, b: (a + (b - a) * k / 30 for k in range(31)),
+    "set": lambda a, b: {a + (b - a) * k / 30 for k in range(31)},
+    "array": lambda a, b: np.linspace(b, a, 31, dtype=np.float32)[::-1],
+    "sums": lambda a, b: [a, *(a + np.cumsum(np.full(30, (b - a) / 30)))],
+}
+
+
+@pytest.mark.parametrize("times", CONTAINERS.values(), ids=CONTAINERS)
+def test_grid_points_are_known_in_every_precision_and_container(times):
+    """Of 100 round end times, 42 were refused in float32; the rest counted as times between grid points."""
+    for end in [k / 10 for k in range(1, 101)]:
+        for a, b in ((0.0, end), (end, 0.0), (-end, end), (100.0 + end, 100.0)):
+            if times is CONTAINERS["float16"] and a > 100:
+                continue  # 31 times are fewer in float16
+            grid = sds.grids.uniform(a, b, 30)
+            plan = SavePlan(grid, times(a, b))
+            assert plan.on_grid == {k: [k] for k in range(31)}
+            assert not plan.inside
+            assert torch.equal(plan.ts, grid)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 0.3), (0.3, 0.0), (-0.1, 0.7)])
+def test_saved_at_float32_times_are_the_states_of_the_grid(ends):
+    sde = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * x)
+    options = {"steps": 30, "solver": EM, "seed": 0, "backend": "eager"}
+    whole = sds.solve(sde, torch.ones(3, 2), *ends, save_at="grid", **options)
+    for t1 in (ends[1], torch.tensor(ends[1]), np.float32(ends[1])):
+        sol = sds.solve(sde, torch.ones(3, 2), ends[0], t1, save_at=torch.linspace(*ends, 31), **options)
+        torch.testing.assert_close(sol.xs, whole.xs, rtol=1e-6, atol=0)
+    grid = torch.linspace(*ends, 31)  # the grid may be the one that was rounded
+    times = [ends[0] + (ends[1] - ends[0]) * k / 30 for k in range(31)]
+    sol = sds.solve(sde, torch.ones(3, 2), grid=grid, solver=EM, seed=0, save_at=times, backend="eager")
+    torch.testing.assert_close(sol.xs, whole.xs, rtol=1e-6, atol=0)
+    assert torch.equal(sol.ts, grid.double())
+
+
+def test_a_time_of_its_own_is_no_grid_point():
+    """What a precision resolves is kept apart: a float32 time a thousandth of a step away, a float64 one 1e-9."""
+    for times, theta in (
+        (torch.tensor([0.5, 0.5001]), 1e-3),
+        ([0.5, 0.5 + 1e-9], 1e-8),
+        (np.array([0.3, 0.4999]), None),
+    ):
+        plan = SavePlan(sds.grids.uniform(0.0, 1.0, 10), times)
+        ((k, ((_, found),)),) = ((k, v) for k, v in plan.inside.items() if v)
+        assert (k, found) == (5, pytest.approx(theta, rel=1e-3)) if theta else k == 4
+
+
+def test_neighbouring_saved_times_have_their_joint_law():
+    n, dt = 20_000, 0.1
+    motion = sds.SDE(lambda x, t: 0 * x, lambda x, t: 1.0, noise="additive")
+    for apart in (2.0**-19 * dt, 2.0**-15 * dt):
+        times = [0.05, 0.05 + apart, dt]
+        sol = sds.solve(motion, torch.zeros(n).double(), 0.0, dt, 1, solver=EM, seed=3, save_at=times)
+        assert abs(float((sol.xs[1] - sol.xs[0]).var()) / apart - 1) < 5 * math.sqrt(2 / n)
+    near = sds.solve(motion, torch.zeros(n).double(), 0.0, dt, 1, solver=EM, seed=3, save_at=[1e-9, dt])
+    assert abs(float(near.xs[0].var()) / 1e-9 - 1) < 5 * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("solver", [EM, sds.Milstein(), sds.Heun(), sds.RK4()], ids=repr)
+def test_rows_are_padded_by_their_last_time(solver):
+    """A step of no length is the identity, also where the functions have no value at the end of a row."""
+    calculus = "stratonovich" if solver == sds.Heun() else "ito"
+    end = 2.0 if solver in (EM, sds.Milstein()) else 2.5  # the others look at the functions there themselves
+    bridge = sds.SDE(lambda x, t: -x / (end - t[..., None]), lambda x, t: 0.3 * x, calculus=calculus)
+    if solver == sds.RK4():
+        bridge = sds.ODE(lambda x, t: -x / (end - t[..., None]))
+    long, short = sds.grids.uniform(0.0, 1.5, 6), sds.grids.uniform(0.5, 2.0, 3)
+    grid = torch.stack([long, torch.cat([short, short[-1:].expand(3)])], dim=1)
+    x0 = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    padded = sds.solve(bridge, x0, grid=grid, solver=solver, seed=1, save_at="grid")
+    assert torch.equal(padded.xs[3, 1], padded.xs[6, 1])
+    assert not torch.equal(padded.xs[3, 0], padded.xs[6, 0])
+    for row, times in enumerate((long, short)):
+        alone = sds.solve(
+            bridge, x0[row : row + 1], grid=times[:, None], solver=solver, noise=sds.BrownianPath(1, first_path=row)
+        )
+        torch.testing.assert_close(padded.x1[row : row + 1], alone.x1, rtol=1e-12, atol=1e-12)
+    shared = torch.cat([long, long[-1:], long[-1:]])
+    sol = sds.solve(bridge, x0, grid=shared[:, None].expand(-1, 2), solver=solver, seed=1)
+    assert torch.equal(sol.x1[0], sds.solve(bridge, x0, grid=long[:, None].expand(-1, 2), solver=solver, seed=1).x1[0])
