@@ -19,6 +19,7 @@ from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
 from sdesolve.integrate.non_finite import refuse_nonfinite
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.solution import Saved
+from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure
 from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
@@ -187,11 +188,15 @@ class Stepwise:
         self._spans_from = 0
         self.k, self.states = 0, lowered.start(problem.x0)
         problem.watched.checking = True
+        check_noise_ahead(problem)
+        self._structured = has_structure(problem)
         problem.save.at_grid_point(0, problem.x0)
 
     def advance(self) -> None:
         """Takes the next step, and keeps the states that were asked for."""
         k, problem, x = self.k, self.problem, self.states[0]
+        if self._structured and k and k & (k - 1) == 0:  # every power of 2: what a function shows later alone
+            check_noise(problem, x, self._span(k).t0)
         span, self.states = self._after(k, self.states)
         on_host = x.device.type == "cpu"  # elsewhere a look at the values would wait for the device
         if problem.watched.checking and problem.check_finite and on_host:
@@ -236,10 +241,13 @@ class Stepwise:
                 span, states = self._after(k, states)
                 refuse_nonfinite(self.problem, k, x, states[0], span)
 
-    def _after(self, k: int, states: tuple[Tensor, ...]) -> tuple[Span, tuple[Tensor, ...]]:
+    def _span(self, k: int) -> Span:
         if not self._spans_from <= k < self._spans_from + len(self._spans):
             self._spans, self._spans_from = self.problem.spans(k, _SPANS), k
-        span = self._spans[k - self._spans_from]
+        return self._spans[k - self._spans_from]
+
+    def _after(self, k: int, states: tuple[Tensor, ...]) -> tuple[Span, tuple[Tensor, ...]]:
+        span = self._span(k)
         self._context.begin(k, span)
         return span, self._lowered.step(self._context, states)
 

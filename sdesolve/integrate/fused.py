@@ -51,11 +51,12 @@ from sdesolve.integrate.non_finite import refuse_end
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan, observed
 from sdesolve.integrate.solution import Saved
+from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure, is_proved
 from sdesolve.solvers.base import Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import Row, torch_row
 
-_KERNELS_KEPT = 128
+_KERNELS_KEPT, _SPANS_KEPT = 128, 1024
 # Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against
 # eager torch: `nn.MLP` of depth 2 and width 16, 32, 64 is 2.9, 2.0, 1.4 times as fast fused on 1024 paths and 3.4, 2.9,
 # 2.3 times on 65,536; two plain hidden layers of 16, 32, 64, 128 are 2.5, 2.0, 1.8, 1.4 and 2.4, 1.8, 1.7, 1.6 times.
@@ -80,6 +81,8 @@ class _Kernel:
         noises: shapes of a step's numbers from each source of noise.
         read: tensors whose values were made into the kernel: places as in ``where``, and the values.
         bindings: what names in libraries stood for (`unchanged`).
+        proved: whether the trace shows that its noise is what the solver takes it for.
+        spans: ends of grids for which that was looked at, where it does not.
         batches: sizes of batch for which it was compared with torch, and why it is not right for one.
     """
 
@@ -89,6 +92,8 @@ class _Kernel:
     noises: tuple[tuple[int, ...], ...]
     read: tuple[tuple[int, Tensor], ...]
     bindings: list[Any]
+    proved: bool
+    spans: set[tuple[float, float]] = dataclasses.field(default_factory=set)
     batches: dict[int, Unsupported | None] = dataclasses.field(default_factory=dict)
 
     def fits(self, guards: Guards) -> bool:
@@ -120,16 +125,28 @@ class Fused:
                 kernel = _known(problem, guards, lowered, self._wanted)
             if kernel is None or len(problem.x0) not in kernel.batches:
                 noises = tuple(source.shape() for source in lowered.sources)  # what this refuses, every executor does
+                check_noise_ahead(problem)
                 with _explained(), _disable_current_modes():  # what watches this call is not to see it
                     kernel, guards = _tried(problem, guards, lowered, noises, kernel, self._wanted)
+            elif not kernel.proved and _span(problem) not in kernel.spans:
+                check_noise_ahead(problem)
+            if len(kernel.spans) == _SPANS_KEPT:
+                kernel.spans.clear()
+            kernel.spans.add(_span(problem))
         try:
             saved = _run(problem, kernel, guards, lowered)
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
+        if not kernel.proved:
+            check_noise(problem, saved.x1, problem.times[-1].to(saved.x1))
         if problem.check_finite and not all_finite(saved.x1):
             Eager().begin(problem, lowered).report_divergence()
             refuse_end(problem, saved.x1)  # rounding took the kernel alone over the edge
         return saved
+
+
+def _span(problem: Problem) -> tuple[float, float]:
+    return float(problem.times[0]), float(problem.times[-1])
 
 
 def _roots(problem: Problem) -> tuple[object, ...]:
@@ -343,6 +360,7 @@ def _build(
         signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0))
         with guards.preserved() as watch:
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
+            proved = not has_structure(problem) or is_proved(problem)
         if failure is not None:
             raise Unsupported(f"its first step fails ({_described(failure)})") from failure
         kinds = [_path(source).kind for source in lowered.sources]
@@ -356,7 +374,7 @@ def _build(
         raise Unsupported("it uses a tensor that it makes outside torch, or that could not be found beforehand")
     where = tuple(places[id(c)] for c in program.captured)
     read = tuple((where[i], program.captured[i].detach().clone()) for i in program.read)
-    return _Kernel(trajectory, where, evaluations, noises, read, watch.bindings()), guards
+    return _Kernel(trajectory, where, evaluations, noises, read, watch.bindings(), proved), guards
 
 
 def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[tuple[int, ...]]) -> Guards:

@@ -14,7 +14,6 @@ from sdesolve.integrate.checks import check_diffusion, check_drift, unchanged
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, is_matrix, noise_shape
 from sdesolve.solvers.base import AbstractSolver, Span
-from sdesolve.solvers.milstein import check_own_component
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 
 
@@ -119,11 +118,9 @@ class Problem:
         sde, x0 = self.watched, self.x0
         t = self.times[0].to(dtype=x0.dtype, device=x0.device)
         g = None
-        with torch.no_grad():
-            if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
+        if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
+            with torch.no_grad():
                 g = sde.diffusion(x0, t)
-            if self.solver.own_component_diffusion and sde.noise is Noise.DIAGONAL and x0.numel():
-                check_own_component(sde, x0.detach(), t)
         elementwise = sde.noise in (Noise.ADDITIVE, Noise.DIAGONAL) and not (g is not None and is_matrix(g, x0))
         return IncrementShape((x0.shape[0], *noise_shape(sde.noise, x0, g)), elementwise)
 

@@ -91,7 +91,12 @@ class AbstractSolver(abc.ABC):
 
     @property
     def own_component_diffusion(self) -> bool:
-        """Whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone."""
+        """Whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone, which `solve` then checks."""
+        return False
+
+    @property
+    def commutative_noise(self) -> bool:
+        """Whether general noise must commute, ``(g_j . grad) g_k = (g_k . grad) g_j``, which `solve` then checks."""
         return False
 
     @property

@@ -70,6 +70,10 @@ class PredictorCorrector(AbstractSolver):
         return self.predictor.own_component_diffusion
 
     @property
+    def commutative_noise(self) -> bool:
+        return self.predictor.commutative_noise
+
+    @property
     def stochasticity(self) -> float | None:
         return self.predictor.stochasticity
 
