@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
+from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift
@@ -27,6 +30,7 @@ from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import AbstractTabulated
 
 
+@runs_as_it_is
 def sample(
     process: AbstractDiffusion,
     score: Score,
@@ -101,7 +105,8 @@ def sample(
             )
 
         return captured(key, straight, where)(path.seed, path.first_path)
-    with torch.no_grad():
+    # No record is kept, but what torch.func differentiates has its derivatives.
+    with contextlib.nullcontext() if is_transformed() else torch.no_grad():
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)
         x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
         x = integrate(backward, x, times, solver=solver, noise=path, backend=backend, progress=progress).x1

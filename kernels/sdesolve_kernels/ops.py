@@ -10,6 +10,7 @@ from torch import Tensor
 from .checks import FLOATS, check_out, integer
 from .dispatch import backend_for, implementation
 from .streams import Stream
+from .transforms import is_transformed, outside_transforms
 
 __all__ = ["normal", "uniform", "words"]
 
@@ -47,6 +48,7 @@ def _fill(
         )
     if op != "words" and dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    allocated = out is None
     if out is None:
         default = torch.int64 if op == "words" else torch.float32
         out = torch.empty((paths, count), dtype=default if dtype is None else dtype, device=device)
@@ -54,6 +56,11 @@ def _fill(
         check_out(out, paths, count, dtype, device)
         if op != "words" and out.dtype not in FLOATS:
             raise TypeError(f"out must be of a dtype among {', '.join(map(str, FLOATS))}, got {out.dtype}")
+    if is_transformed():
+        with outside_transforms():  # noise is a constant there: it depends on its coordinates alone
+            made = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            made = _fill(op, paths, count, **where, dtype=None, device=None, out=made)
+        return made if allocated else out.copy_(made)
     backend_for(op, out.device)  # refuses, also for an empty tensor, what `use_backend` cannot run there
     if out.numel():
         torch.autograd.graph.increment_version(out)

@@ -30,5 +30,21 @@ def jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tup
         pair = torch.func.jvp(function, (x,), (tangent,))
     else:
         with _one_at_a_time:
-            pair = torch.func.jvp(function, (x,), (tangent,))
+            try:
+                pair = torch.func.jvp(function, (x,), (tangent,))
+            except RuntimeError as problem:
+                if "Nested forward mode" not in str(problem):
+                    raise
+                return _by_reverse_mode(function, x, tangent)
     return pair[0], pair[1]
+
+
+def _by_reverse_mode(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """The same inside `forward_ad.dual_level`, in which no other forward mode nests: ``J^T u`` is linear in ``u``."""
+    with torch.enable_grad():
+        x = x.view_as(x) if x.requires_grad else x.view_as(x).requires_grad_()
+        y = function(x)
+        u = torch.zeros_like(y, requires_grad=True)
+        (back,) = torch.autograd.grad(y, x, u, create_graph=True, allow_unused=True, materialize_grads=True)
+        (along,) = torch.autograd.grad(back, u, tangent, create_graph=True, allow_unused=True, materialize_grads=True)
+    return y, along

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.progress import progress_bar
+from sdesolve._internal.transforms import refuse_vmap
 from sdesolve.integrate.checks import check_drift, unchanged
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
@@ -26,13 +27,14 @@ def integrate_adaptively(problem: Problem) -> Saved:
     evaluated on the others alone. Rows keep their places if the drift knows what belongs to which (labels, say).
 
     Raises:
-        ValueError: tolerances below the resolution of the state's dtype.
+        ValueError: tolerances below the resolution of the state's dtype; a call under `torch.func.vmap`.
         DivergenceError: the drift is not finite at the start.
         RuntimeError: a sample needs steps below the resolution of its time, or more than ``max_steps``.
     """
     solver, x, plan = problem.solver, problem.x0, problem.save
     assert isinstance(solver, AbstractEmbedded)
     controller = solver.controller
+    refuse_vmap(f"{type(solver).__name__} chooses its steps by the values of the state")
     eps = torch.finfo(x.dtype).eps
     if controller.rtol < 4 * eps:
         raise ValueError(

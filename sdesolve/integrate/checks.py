@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from sdesolve_kernels.transforms import any_copy, plain
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of
@@ -24,22 +25,47 @@ def check_state(x0: Tensor, name: str = "x0") -> None:
             f"torch.as_tensor({name})"
         )
     if x0.dtype not in STATE_DTYPES:
-        hint = "Brownian increments of small steps vanish in 16 bits" if x0.is_floating_point() else "a state is real"
-        raise TypeError(f"{name} must be float32 or float64, got {x0.dtype}: {hint}; convert it with {name}.float()")
+        raise TypeError(f"{name} must be float32 or float64, got {x0.dtype}: {_dtype_hint(x0, name)}")
+    if x0.layout != torch.strided or x0.is_nested:
+        kind = "nested" if x0.is_nested else f"of layout {x0.layout}"
+        raise TypeError(f"{name} must be a dense tensor, and is {kind}; convert it, for a sparse one with to_dense()")
     if x0.ndim == 0:
         raise ValueError(f"{name} must have a batch axis, shape (batch, *state); got a 0-d tensor, use {name}[None]")
     if x0.is_meta:
         raise ValueError(f"{name} is on the meta device, which holds shapes and no values; make it on a real device")
-    if not all_finite(x0):
-        row = (
-            int((~x0.isfinite()).flatten(1).any(1).nonzero()[0]) if x0.ndim > 1 else int((~x0.isfinite()).nonzero()[0])
+    try:
+        finite = all_finite(x0)
+    except Exception as problem:
+        raise TypeError(
+            f"{name} is a {type(x0).__name__} whose values cannot be read ({type(problem).__name__}); give a plain "
+            "tensor, outside of modes that hold shapes alone"
+        ) from None
+    if not finite:
+        raise ValueError(f"{name} must be finite; row {int(bad_rows(x0).nonzero()[0])} holds nan or inf")
+
+
+def _dtype_hint(x0: Tensor, name: str) -> str:
+    if x0.is_complex():
+        return (
+            f"a complex number is two real ones; give torch.view_as_real({name}), (batch, *state, 2), and let drift "
+            "and diffusion take torch.view_as_complex(x)"
         )
-        raise ValueError(f"{name} must be finite; row {row} holds nan or inf")
+    if x0.is_quantized:
+        return f"a state is real; convert it with {name}.dequantize()"
+    hint = "Brownian increments of small steps vanish in 16 bits" if x0.is_floating_point() else "a state is real"
+    return f"{hint}; convert it with {name}.float()"
 
 
 def all_finite(x: Tensor) -> bool:
     """Whether ``x`` holds neither nan nor inf: one pass that makes no tensor of its size."""
+    x = plain(x)
     return x.numel() == 0 or all(math.isfinite(float(bound)) for bound in x.detach().aminmax())
+
+
+def bad_rows(x: Tensor) -> Tensor:
+    """Which rows of ``(batch, *state)`` hold nan or inf, ``(batch,)``."""
+    bad = any_copy(~x.detach().isfinite())
+    return bad.flatten(1).any(1) if bad.ndim > 1 else bad
 
 
 def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
@@ -138,9 +164,14 @@ def _check_kind(value: Tensor, x: Tensor, what: str) -> None:
     if value.device != x.device:
         raise ValueError(f"{what} returned a tensor on {value.device}, the state is on {x.device}; move one of them")
     if value.dtype != x.dtype and (value.ndim > 0 or not value.is_floating_point()):
+        autocast = value.dtype == torch.get_autocast_dtype(x.device.type) and torch.is_autocast_enabled(x.device.type)
+        cause = (
+            "torch.autocast is on: end its block before, or"
+            if autocast
+            else "build its constants with dtype=x.dtype, or"
+        )
         raise TypeError(
-            f"{what} returned {value.dtype}, the state is {x.dtype}; build its constants with dtype=x.dtype, or "
-            "convert the result"
+            f"{what} returned {value.dtype}, the state is {x.dtype}; {cause} convert the result with .to(x.dtype)"
         )
 
 

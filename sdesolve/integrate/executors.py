@@ -9,7 +9,9 @@ from typing import Protocol, final
 
 import torch
 from sdesolve_kernels import euler_maruyama_step, linear_step
+from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place
@@ -30,6 +32,9 @@ from sdesolve.solvers.tabulated import Row, torch_row
 _CHUNK_NORMALS = 64
 _CHUNK_ELEMENTS = 1 << 20
 _SPANS = 64  # steps whose times are made tensors at once
+
+
+TRANSFORMED = "it takes part in a torch.func transform or in forward-mode differentiation, which kernels are blind to"
 
 
 class CannotExecute(Exception):
@@ -232,11 +237,17 @@ class Stepwise:
             self._reason,
         )
 
-    def report_divergence(self) -> None:
-        """Goes through the integration again, and refuses the first step that gives a state that is not finite."""
-        states = self._lowered.start(self.problem.x0)
+    def report_divergence(self, first: int = 0, last: int | None = None, states: tuple[Tensor, ...] = ()) -> None:
+        """Goes through the integration again, and refuses the first step that gives a state that is not finite.
+
+        Args:
+            first: the step to begin with.
+            last: the step to end before.
+            states: what is carried before the first step, if that is not step 0.
+        """
+        states = states or self._lowered.start(self.problem.x0)
         with torch.no_grad():
-            for k in range(self.problem.steps):
+            for k in range(first, self.problem.steps if last is None else last):
                 x = states[0]
                 span, states = self._after(k, states)
                 refuse_nonfinite(self.problem, k, x, states[0], span)
@@ -257,7 +268,12 @@ class RowKernels:
     """One kernel for each row of a step: of a table, or the row of Euler-Maruyama on elementwise noise."""
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
-        return self.begin(problem, lowered).finish()
+        try:
+            return self.begin(problem, lowered).finish()
+        except NotImplementedError:
+            if forward_ad._current_level < 0:
+                raise
+            raise CannotExecute(TRANSFORMED) from None  # a function holds a tensor that carries a tangent
 
     def begin(self, problem: Problem, lowered: Lowered) -> Stepwise:
         """Gets ready for the first step; raises what `Executor.run` does."""
@@ -269,6 +285,8 @@ class RowKernels:
                 "the noise is not a plain sequence of normals: coarse or weak increments, or a noise of another class"
             )
         solver = lowered.one_step
+        if is_transformed():
+            raise CannotExecute(TRANSFORMED)
         if solver is None:
             reason = "each row of a step is one linear_step kernel, with coefficients tabulated in float64"
         elif isinstance(solver, EulerMaruyama) and problem.increment.elementwise:

@@ -39,15 +39,16 @@ from sdesolve_kernels.trajectory import (
     unchanged,
 )
 from sdesolve_kernels.trajectory.snapshots import random_states
+from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increment
 from sdesolve.integrate.checks import all_finite
-from sdesolve.integrate.executors import CannotExecute, Eager
+from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
 from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
-from sdesolve.integrate.non_finite import refuse_end
+from sdesolve.integrate.non_finite import refuse_overflow
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan, observed
 from sdesolve.integrate.solution import Saved
@@ -134,14 +135,14 @@ class Fused:
                 kernel.spans.clear()
             kernel.spans.add(_span(problem))
         try:
-            saved = _run(problem, kernel, guards, lowered)
+            launch = _launch(problem, kernel, guards, lowered)
+            saved = _run(problem, kernel, launch)
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
         if not kernel.proved:
             check_noise(problem, saved.x1, problem.times[-1].to(saved.x1))
         if problem.check_finite and not all_finite(saved.x1):
-            Eager().begin(problem, lowered).report_divergence()
-            refuse_end(problem, saved.x1)  # rounding took the kernel alone over the edge
+            _report_divergence(problem, kernel.trajectory, lowered, launch)
         return saved
 
 
@@ -207,9 +208,6 @@ def _traced_step(lowered: Lowered) -> Callable[[Inputs], Sequence[Tensor]]:
     return lambda inputs: lowered.step(TracedContext(lowered, inputs), inputs.states)
 
 
-_TRANSFORMED = "it takes part in a torch.func transform or in forward-mode differentiation"
-
-
 def _check_untransformed(*tensors: Tensor) -> None:
     """Refuses derivatives, of which a fused kernel has none."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -217,7 +215,7 @@ def _check_untransformed(*tensors: Tensor) -> None:
             "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
         )
     if has_tangent(*tensors):
-        raise CannotExecute(_TRANSFORMED)
+        raise CannotExecute(TRANSFORMED)
 
 
 def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
@@ -237,8 +235,8 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
         raise CannotExecute("the batch is empty")
     if type(x0) not in (Tensor, torch.nn.Parameter):
         raise CannotExecute(f"the state is a {type(x0).__name__}")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise CannotExecute(_TRANSFORMED)
+    if is_transformed():
+        raise CannotExecute(TRANSFORMED)
     if any(not isinstance(s.noise, BrownianPath) or s.noise.substeps > 1 for s in lowered.sources):
         raise CannotExecute("increments are coarse, or come from a noise of another class than BrownianPath")
     if not (backend_for("trajectory", x0.device).compiles or wanted or requested_backend() != "auto"):
@@ -501,19 +499,40 @@ def _observe(problem: Problem) -> Callable[[Tensor], Tensor] | None:
 _REASON = "the whole trajectory is one generated kernel"
 
 
-def _run(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Saved:
+def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Launch:
+    """The integration from its first step to its last, with nothing saved."""
+    captured = tuple(guards.tensors[i] for i in kernel.where)
+    offsets = _offsets(problem, kernel, lowered)
+    return Launch(problem.x0, problem.times, lowered.table, offsets, (), False, captured)
+
+
+def _report_divergence(problem: Problem, trajectory: AbstractTrajectory, lowered: Lowered, launch: Launch) -> None:
+    """Refuses the first step of a run that gives a state that is not finite.
+
+    It is found by halving the steps between a state that is finite and one that is not, which costs at most another
+    run; that step alone is done in torch, to see why.
+    """
+    first, last, x, memory = 0, problem.steps, problem.x0, launch.memory
+    while last - first > 1:
+        middle = (first + last) // 2
+        half = dataclasses.replace(launch, x0=x, memory=memory, first_step=first, last_step=middle)
+        reached = trajectory.run(half)
+        if all_finite(reached.x1):
+            first, x, memory = middle, reached.x1, reached.memory
+        else:
+            last = middle
+    states = lowered.start(x)
+    if memory is not None:
+        states = (x, *memory.reshape(len(x), lowered.memory, *x.shape[1:]).unbind(1))
+    Eager().begin(problem, lowered).report_divergence(first, last, states)
+    step = dataclasses.replace(launch, x0=x, memory=memory, first_step=first, last_step=last)
+    refuse_overflow(problem, first, trajectory.run(step).x1)
+
+
+def _run(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     work = problem.steps * len(problem.x0)
     with progress_bar(problem.progress, total=work, unit="path-step", leave=False) as bar:
-        launch = Launch(
-            problem.x0,
-            problem.times,
-            lowered.table,
-            _offsets(problem, kernel, lowered),
-            (),
-            False,
-            tuple(guards.tensors[i] for i in kernel.where),
-            progress=bar.update if problem.progress else None,
-        )
+        launch = dataclasses.replace(launch, progress=bar.update if problem.progress else None)
         return (_between if problem.save.inside else _on_grid)(problem, kernel, launch)
 
 

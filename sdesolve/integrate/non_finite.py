@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+from sdesolve_kernels.transforms import plain
 from torch import Tensor
 
+from sdesolve.integrate.checks import all_finite, bad_rows
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.solution import DivergenceError
 from sdesolve.sde import Noise
@@ -19,54 +21,58 @@ def refuse_nonfinite(problem: Problem, k: int, x_before: Tensor, x: Tensor, span
     Raises:
         DivergenceError: it is not.
     """
-    bad = ~x.detach().flatten(1).isfinite().all(1) if x.ndim > 1 else ~x.detach().isfinite()
-    if not bool(bad.any()):
-        return
-    row = int(bad.nonzero()[0])
-    path = row + problem.first_path
-    time = float(problem.times[k].flatten()[row if problem.times.ndim == 2 else 0])
-    message = (
-        f"the state of path {path} stopped being finite in step {k} of {problem.steps}, which starts at "
-        f"t = {time:.6g}: {_culprit(problem, x_before, span, row)}. {int(bad.sum())} of {len(bad)} paths are "
-        "affected by that step"
-    )
-    raise DivergenceError(message, step=k, time=time, path=path)
+    if not all_finite(x):
+        row = int(bad_rows(x).nonzero()[0])
+        _refuse(problem, k, x, _culprit(problem, x_before, span, row))
 
 
-def refuse_end(problem: Problem, x: Tensor) -> None:
-    """Refuses a final state that is not finite, when no step in torch shows why.
+def refuse_overflow(problem: Problem, k: int, x: Tensor) -> None:
+    """Refuses the state ``x`` that a kernel makes of step ``k``, when the same step in torch gives one that is finite.
 
     Raises:
         DivergenceError: always.
     """
-    row = int((~x.isfinite()).reshape(len(x), -1).any(1).nonzero()[0])
-    path = row + problem.first_path
-    message = (
-        f"the state of path {path} is not finite at the end, though the same steps in torch, which round "
-        "differently, end in a finite one; it must have come near to an overflow: take smaller steps"
+    culprit = (
+        "the same step in torch, which rounds differently, gives a finite one, near an overflow; take smaller steps"
     )
-    raise DivergenceError(message, step=problem.steps - 1, time=float(problem.times[-2].flatten()[0]), path=path)
+    _refuse(problem, k, x, culprit)
+
+
+def _refuse(problem: Problem, k: int, x: Tensor, culprit: str) -> None:
+    bad = bad_rows(x)
+    row = int(bad.nonzero()[0])
+    path, time = row + problem.first_path, float(problem.times[k].flatten()[row if problem.times.ndim == 2 else 0])
+    message = (
+        f"the state of path {path} stopped being finite in step {k} of {problem.steps}, which starts at "
+        f"t = {time:.6g}: {culprit}. {int(bad.sum())} of {len(bad)} paths are affected by that step"
+    )
+    raise DivergenceError(message, step=k, time=time, path=path)
 
 
 def _culprit(problem: Problem, x: Tensor, span: Span, row: int) -> str:
-    size = f"{float(x[row].abs().max()):.3g}" if x[row].numel() else "0"
+    size = f"{_largest(x[row]):.3g}"
     sde = problem.watched
     with torch.no_grad():
         values = {"drift": sde.drift(x, span.t0)}
         if sde.noise is not Noise.NONE:
             values["diffusion"] = sde.diffusion(x, span.t0)
     for name, value in values.items():
-        if bool(value.isnan().any()):
+        if bool(plain(value).isnan().any()):
             return f"the {name} returned nan for a state of size {size}"
     for name, value in values.items():
-        if bool(value.isinf().any()):
+        if bool(plain(value).isinf().any()):
             return f"the {name} returned inf for a state of size {size}, which overflowed; take smaller steps"
-    dt = float(span.dt.abs().max())
+    dt = _largest(span.dt)
     scales = {"drift": dt, "diffusion": math.sqrt(dt)}
-    reach = sum(float(value.abs().max()) * scales[name] for name, value in values.items() if value.numel())
-    if float(x.abs().max()) + reach < torch.finfo(x.dtype).max ** 0.25:
+    reach = sum(_largest(value) * scales[name] for name, value in values.items())
+    if _largest(x) + reach < torch.finfo(x.dtype).max ** 0.25:
         return (
             f"drift and diffusion are finite for a state of size {size}, and far from an overflow; the solver uses "
             "them elsewhere in the step too, or (Milstein) the derivative of the diffusion, which have no value"
         )
     return f"the state, of size {size}, overflowed; take smaller steps"
+
+
+def _largest(x: Tensor) -> float:
+    """The largest absolute value; 0 of an empty tensor."""
+    return float(plain(x).abs().max()) if x.numel() else 0.0

@@ -7,10 +7,12 @@ import itertools
 from typing import Any, Literal, get_args
 
 import torch
+from sdesolve_kernels.transforms import outside_transforms
 from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import BRIDGE_DEPTH, AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
@@ -28,6 +30,7 @@ _SHARED_STEPS = 1 << 16  # of grids that are kept for other calls
 _PLAIN = ("auto", "eager")
 
 
+@runs_as_it_is
 def solve(
     sde: AbstractSDE,
     x0: State,
@@ -100,7 +103,8 @@ def solve(
             )
         sde = sde.with_params(params)
     if solver.controller is None:
-        times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
+        with outside_transforms():  # grids are kept for later calls
+            times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
     else:
         given = any(value is not None for value in (steps, grid, observable, reduce))
         if given or isinstance(save_at, str) or backend not in _PLAIN:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of
+from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
 from sdesolve.integrate.solution import Solution
@@ -89,6 +90,7 @@ class Likelihood:
         return self.log_prob - reach, self.log_prob + reach
 
 
+@runs_as_it_is
 def log_likelihood(
     process: AbstractDiffusion,
     score: Score,
@@ -111,6 +113,7 @@ def log_likelihood(
     ).log_prob  # fmt: skip
 
 
+@runs_as_it_is
 def estimate_likelihood(
     process: AbstractDiffusion,
     score: Score,
@@ -179,6 +182,7 @@ def estimate_likelihood(
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
+    refuse_transforms("a likelihood", "encode and decode, and solve, have derivatives")
     _check(process, score, x)
     if not isinstance(ending, Quantisation) and ending not in _ENDINGS:
         raise ValueError(
@@ -228,6 +232,7 @@ def estimate_likelihood(
     return Likelihood(each.mean(1), error, latent, count, exact, nfe, isinstance(ending, Quantisation))
 
 
+@runs_as_it_is
 def encode(
     process: AbstractDiffusion,
     score: Score,
@@ -248,6 +253,7 @@ def encode(
     return _integrate(process.probability_flow(score), x, times, solver).x1
 
 
+@runs_as_it_is
 def decode(
     process: AbstractDiffusion,
     score: Score,

@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.transforms import refuse_transforms
 from sdesolve.brownian import AbstractStreams, BrownianPath, drawn_seed
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import all_finite, check_drift, check_state
@@ -96,12 +97,15 @@ class AnnealedLangevin:
             TypeError: bad types or dtypes.
             DivergenceError: a state stopped being finite.
         """
+        refuse_transforms("AnnealedLangevin", "integrate process.reverse(score) with solve")
         check_state(x0)
         times = self._times(process).to(x0)
         if noise is None:
             noise = BrownianPath(drawn_seed() if seed is None else seed)
         elif seed is not None:
             raise ValueError("seed is short for noise=BrownianPath(seed); give one of them")
+        elif not isinstance(noise, AbstractStreams):
+            raise TypeError(f"noise must be a BrownianPath, got {kind_of(noise)}; a number goes to seed=")
         draws = noise.correctors(1)
         x, k = x0, 0
         for t, size in zip(times, self.step_sizes.tolist(), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve._internal.progress import progress_bar
+from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.brownian import BrownianPath, drawn_seed
 from sdesolve.integrate.checks import check_state
 from sdesolve.integrate.solution import DivergenceError
@@ -37,6 +38,7 @@ class Chain:
     seed: int
 
 
+@runs_as_it_is
 @torch.no_grad()
 def run_chain(
     kernel: AbstractKernel,
@@ -77,6 +79,7 @@ def run_chain(
     """
     if not isinstance(kernel, AbstractKernel):
         raise TypeError(f"kernel must be a step such as Langevin(0.1), got {kind_of(kernel)}")
+    refuse_transforms("run_chain", "differentiate an expectation under the law instead, or integrate with solve")
     check_state(x0)
     steps = whole_number(steps, "steps", 1)
     every = steps if save_every is None else whole_number(save_every, "save_every", 1)

@@ -317,9 +317,13 @@ class NetworkScore(nn.Module):
                 f"sample device={str(weight.device)!r}"
             ) from problem
         if weight.dtype != x.dtype:
+            wide = weight.dtype in (torch.float32, torch.float64)
+            other = (
+                f"give sample dtype={weight.dtype}" if wide else f"compute in it by torch.autocast(..., {weight.dtype})"
+            )
             raise TypeError(
                 f"the network's weights are {weight.dtype}, the state is {x.dtype}; convert the network with "
-                f".to({x.dtype}), or give sample dtype={weight.dtype}"
+                f".to({x.dtype}){', and' if not wide else ', or'} {other}"
             ) from problem
 
     def _call(self, x: Tensor, t: Tensor, c: Coefficients) -> Tensor:

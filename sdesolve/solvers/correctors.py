@@ -11,6 +11,8 @@ from typing import Literal, final
 
 import torch
 from sdesolve_kernels import langevin_step
+from sdesolve_kernels.library import has_tangent
+from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, BrownianPath, unit_normals
@@ -140,7 +142,9 @@ class LangevinCorrector(AbstractCorrector):
 
     def correct(self, score: Field, x: Tensor, t: Tensor, scale: Tensor, noise: AbstractNoise, k: int) -> Tensor:
         s = score(x, t)
-        if isinstance(noise, BrownianPath):
+        # The kernel has no forward-mode derivative and cannot be mapped; the formula below it, where it is one, can.
+        transformed = self._mode == "fixed" and (is_transformed() or has_tangent(x, s))
+        if isinstance(noise, BrownianPath) and not transformed:
             return langevin_step(x, s, mode=self._mode, size=self._size, alpha=scale, **noise.place(k))
         if self._mode != "fixed":
             raise ValueError(

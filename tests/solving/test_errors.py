@@ -9,8 +9,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from sdesolve_kernels.trajectory import numba_launch
 
 import sdesolve as sds
+from sdesolve.integrate.executors import Stepwise
 
 GBM = sds.SDE(lambda x, t: x, lambda x, t: 0.1 * x)
 EM = sds.EulerMaruyama()
@@ -32,7 +34,7 @@ def refuses(error, message, sde=GBM, x0=X0, **options):
         ([1.0], TypeError, r"x0 must be a tensor of shape \(batch, \*state\), got list"),
         (torch.ones(2, 2, dtype=torch.int64), TypeError, r"must be float32 or float64, got torch.int64.*x0.float\(\)"),
         (torch.ones(2, 2, dtype=torch.float16), TypeError, r"got torch.float16: Brownian increments of small steps"),
-        (torch.ones(2, 2, dtype=torch.complex64), TypeError, r"got torch.complex64: a state is real"),
+        (torch.ones(2, 2, dtype=torch.complex64), TypeError, r"got torch.complex64: .*give torch.view_as_real\(x0\)"),
         (torch.tensor(1.0), ValueError, r"must have a batch axis.*use x0\[None\]"),
         (torch.tensor([[1.0, 2.0], [math.nan, 0.0]]), ValueError, "x0 must be finite; row 1 holds nan or inf"),
         (torch.tensor([1.0, math.inf]), ValueError, "x0 must be finite; row 1 holds nan or inf"),
@@ -309,3 +311,45 @@ def test_sde_with_multiplicative_noise_is_not_reversed():
         sds.VP().reverse(lambda x, t: x, 0)
     with pytest.raises(TypeError, match="score must be a function"):
         sds.VP().probability_flow(3)
+
+
+@pytest.mark.parametrize(
+    ("solver", "grid"),
+    [(EM, sds.VP().time_grid(300)), (sds.UniPC(), sds.VP().time_grid(61)), (EM, sds.VP().time_grid(1))],
+)
+def test_diagnosis_of_a_fused_run_costs_one_more(solver, grid, monkeypatch):
+    """At most, in steps by the kernel; one step is done in torch, from where the kernel has come."""
+    process, last, steps, in_torch = sds.VP(), grid[-2], [], []
+
+    def score(x, t):
+        return torch.where((t <= last) & (x > 100.0), math.nan, -x)
+
+    equation = process.reverse(score) if solver is EM else process.probability_flow(score)
+    run, after = numba_launch.NumbaTrajectory.run, Stepwise._after
+
+    def by_kernel(self, launch):
+        steps.append(launch.end - launch.first_step)
+        return run(self, launch)
+
+    def by_torch(self, k, states):
+        in_torch.append(k)
+        return after(self, k, states)
+
+    x0 = torch.tensor([1.0, 1.0, 1.0, 1e6, 1e6])[:, None].repeat(1, 2)
+
+    def failure(backend):
+        noise = sds.BrownianPath(1, first_path=10)
+        with pytest.raises(sds.DivergenceError, match="drift returned nan") as met:
+            sds.solve(equation, x0, grid=grid, solver=solver, noise=noise, backend=backend)
+        return met.value
+
+    expected = failure("eager")
+    assert failure("auto").path == 13
+    monkeypatch.setattr(numba_launch.NumbaTrajectory, "run", by_kernel)
+    monkeypatch.setattr(Stepwise, "_after", by_torch)
+    found = failure("auto")
+    assert (found.step, found.path, found.time) == (expected.step, expected.path, expected.time)
+    assert "2 of 5 paths" in str(found)
+    assert steps
+    assert sum(steps) <= 2 * (len(grid) - 1)
+    assert in_torch == [found.step]

@@ -1,0 +1,198 @@
+"""What torch does to functions that call `solve` and `sample`: derivatives, maps, compilation, modes, other tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.masked import masked_tensor
+
+import sdesolve as sds
+
+EM = sds.EulerMaruyama()
+X0 = torch.linspace(-1.0, 1.5, 6, dtype=torch.float64).reshape(3, 2)
+VP = sds.VP()
+SCORE = sds.Gaussian(torch.tensor([-1.0, 0.5]).double(), 0.5 * torch.eye(2).double()).score(VP)
+
+
+def solved(solver, sde, **options):
+    options = {"t0": 0.0, "t1": 1.0, "steps": 3, **options}
+    return lambda x, backend="auto": sds.solve(sde, x, solver=solver, seed=1, backend=backend, **options)
+
+
+def end_of(solver, sde, **options):
+    f = solved(solver, sde, **options)
+    return lambda *args: f(*args).x1
+
+
+def reverse_of(solver):
+    flow = VP.reverse(SCORE) if solver.sampling_stochasticity else VP.probability_flow(SCORE)
+    return end_of(solver, flow, t0=None, t1=None, steps=None, grid=VP.time_grid(3))
+
+
+ITO = sds.SDE(lambda x, t: -x * t.cos(), lambda x, t: 0.3 * x.cos())
+STRATONOVICH = sds.SDE(lambda x, t: -x * t.cos(), lambda x, t: 0.3 * x.cos(), calculus="stratonovich")
+GENERAL = sds.SDE(lambda x, t: -x, lambda x, t: 0.3 * x[..., None] * torch.ones(2, 3).double(), noise="general")
+ADDITIVE = sds.SDE(lambda x, t: -x.sin(), lambda x, t: 0.3 * torch.ones_like(x), noise="additive")
+BETWEEN, MOMENTS = solved(EM, ITO, save_at=[0.1, 0.5, 1.0]), solved(EM, ITO, save_at="grid", reduce="moments")
+FUNCTIONS = {
+    "Euler-Maruyama": end_of(EM, ITO),
+    "additive noise": end_of(EM, ADDITIVE),
+    "general noise": end_of(EM, GENERAL),
+    "Heun": end_of(sds.Heun(), STRATONOVICH),
+    "Milstein": end_of(sds.Milstein(), ITO),
+    "RK4": end_of(sds.RK4(), sds.ODE(lambda x, t: -x * x.cos())),
+    "saved between": lambda *args: BETWEEN(*args).xs,
+    "moments": lambda *args: MOMENTS(*args).variance,
+    "weak": end_of(EM, ITO, increments="two-point"),
+    "DPM-Solver++": reverse_of(sds.DPMSolverPP()),
+    "corrected": reverse_of(sds.PredictorCorrector(EM, sds.LangevinCorrector(0.1))),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_transform_is_the_derivative(name):
+    """Of every solver and way of saving, under auto, which takes no kernel there."""
+    f = FUNCTIONS[name]
+    x = X0.clone().requires_grad_()
+    v = torch.linspace(1.0, -0.5, 6, dtype=torch.float64).reshape(3, 2)
+
+    def total(x):
+        return f(x).square().sum()
+
+    (slope,) = torch.autograd.grad(total(x), x, create_graph=True)
+    (bent,) = torch.autograd.grad((slope * v).sum(), x)
+    close = torch.testing.assert_close
+    close(grad(total)(X0), slope)
+    close(vjp(total, X0)[1](torch.ones(()).double())[0], slope)
+    close(jvp(total, (X0,), (v,))[1], (slope * v).sum())
+    close(torch.tensordot(hessian(total)(X0), v, 2), bent)
+    close(jacrev(f)(X0), jacfwd(f)(X0))
+    both = torch.stack([X0, 0.5 * X0])
+    close(vmap(f)(both), torch.stack([f(x, "eager") for x in both]))  # the same noise for all
+    close(vmap(grad(total))(both)[0], slope)
+    with forward_ad.dual_level():
+        close(forward_ad.unpack_dual(total(forward_ad.make_dual(X0, v))).tangent, (slope * v).sum())
+
+
+def test_weights_of_a_network_have_derivatives():
+    net = torch.nn.Linear(2, 2).double()
+    weights = dict(net.named_parameters())
+
+    def loss(weights):
+        sde = VP.reverse(lambda x, t: functional_call(net, weights, (x,)))
+        return sds.solve(sde, X0, grid=VP.time_grid(3), solver=EM, seed=0).x1.square().mean()
+
+    def drawn(weights):
+        return sds.sample(VP, lambda x, t: functional_call(net, weights, (x,)), (4, 2), steps=3, seed=1, dtype=X0.dtype)
+
+    loss(weights).backward()
+    found = grad(loss)(weights)
+    assert all(torch.allclose(found[name], weight.grad) for name, weight in weights.items())
+    ahead = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    h = 1e-6
+    moved = [drawn({name: w + s * h for name, w in weights.items()}) for s in (1, -1)]
+    torch.testing.assert_close(
+        jvp(drawn, (weights,), (ahead,))[1], (moved[0] - moved[1]) / (2 * h), atol=1e-5, rtol=1e-5
+    )
+    slopes = grad(lambda weights: drawn(weights).sum())(weights)
+    total = sum(slope.sum() for slope in slopes.values())
+    torch.testing.assert_close(total, ((moved[0] - moved[1]) / (2 * h)).sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_made_under_a_transform_outlives_it():
+    """A grid that calls share belonged to the transform, and was worth nothing afterwards."""
+    f = end_of(EM, ITO, steps=37)
+    grad(lambda x: f(x).sum())(X0)
+    grid = torch.linspace(0.0, 1.0, 38, dtype=torch.float64)
+    torch.testing.assert_close(f(X0, "eager"), end_of(EM, ITO, t0=None, t1=None, steps=None, grid=grid)(X0, "eager"))
+
+
+def test_noise_is_a_constant_for_transforms():
+    times, path = torch.linspace(0.0, 1.0, 3, dtype=torch.float64), sds.BrownianPath(3)
+    expected = path.increments(times, (2, 1))
+    assert torch.equal(vmap(lambda x: x + path.increments(times, (2, 1)))(torch.zeros(1))[0], expected)
+    assert torch.equal(jacrev(lambda x: x * path.increments(times, (2, 1)))(torch.zeros(())), expected)
+
+
+@pytest.mark.parametrize("backend", ["fused", "kernel"])
+def test_kernels_refuse_transforms(backend):
+    f = end_of(EM, ITO)
+    for call in (lambda: grad(lambda x: f(x, backend).sum())(X0), lambda: vmap(lambda x: f(x, backend))(X0[None])):
+        with pytest.raises(ValueError, match="takes part in a torch.func transform.*backend='auto' runs it"):
+            call()
+
+
+def test_what_has_no_derivative_says_so():
+    ode = sds.ODE(lambda x, t: -x)
+    with pytest.raises(ValueError, match="DormandPrince chooses its steps by the values.*vmap hides.*take jacrev"):
+        jacfwd(lambda x: sds.solve(ode, x, 0.0, 1.0, solver=sds.DormandPrince()).x1)(X0)
+    jacobian = jacrev(lambda x: sds.solve(ode, x, 0.0, 1.0, solver=sds.DormandPrince()).x1)(X0)
+    torch.testing.assert_close(
+        jacobian.reshape(6, 6), torch.eye(6).double() * torch.exp(-torch.ones(())), rtol=1e-3, atol=0.0
+    )
+    with pytest.raises(ValueError, match="a likelihood runs under no transform.*encode and decode, and solve"):
+        grad(lambda x: sds.log_likelihood(VP, SCORE, x).sum())(X0)
+    with pytest.raises(ValueError, match="run_chain runs under no transform"):
+        vmap(lambda x: sds.run_chain(sds.mcmc.Langevin(0.1), x, 2, score=lambda x: -x, seed=0).x)(X0[None])
+    with pytest.raises(ValueError, match="AnnealedLangevin runs under no transform"):
+        grad(lambda x: sds.AnnealedLangevin([1.0, 0.5], 0.01, 1)(sds.VE(), lambda x, t: -x, x).sum())(X0)
+
+
+def test_divergence_under_transforms_names_step_and_path():
+    def poisoned(x, t):
+        return torch.where(t > 0.5, x.new_tensor([0.0, torch.nan, 0.0])[:, None] + 0 * x, -x)
+
+    f = end_of(EM, sds.SDE(poisoned, lambda x, t: 0.1 * x), steps=4)
+    for call in (lambda: vmap(f)(torch.stack([X0, X0])), lambda: grad(lambda x: f(x).sum())(X0)):
+        with pytest.raises(sds.DivergenceError, match="path 1 stopped being finite in step 3 of 4") as met:
+            call()
+        assert (met.value.step, met.value.path) == (3, 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile looks at .grad of every tensor
+def test_a_compiled_module_that_solves_runs():
+    """With a break in its graph; it died of recursion."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            sde = sds.SDE(lambda x, t: self.layer(x), lambda x, t: 0.1 * torch.ones_like(x), noise="additive")
+            x = sds.solve(sde, 2 * x, 0.0, 1.0, 3, solver=EM, seed=0).x1  # eager, for its gradient
+            return x + sds.sample(VP, lambda x, t: -x, (3, 2), steps=2, seed=0, backend="eager")
+
+    module, x = Module(), X0.float()
+    expected = module(x)
+    compiled = torch.compile(module, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    assert float(module.layer.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: FakeTensorMode().from_tensor(x), "FakeTensor whose values cannot be read.*give a plain tensor"),
+        (lambda x: masked_tensor(x, x > 0), "MaskedTensor whose values cannot be read"),
+        (lambda x: x.to_sparse(), r"of layout torch.sparse_coo; .*to_dense\(\)"),
+        (lambda x: x.to_sparse_csr(), "of layout torch.sparse_csr"),
+        (lambda x: torch.nested.nested_tensor([x, x]), "must be a dense tensor, and is nested"),
+        (lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), r"got torch.qint8: .*x0.dequantize\(\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_values_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        solved(EM, ITO)(make(X0))
+
+
+def test_fake_mode_is_refused_by_name():
+    with FakeTensorMode(), pytest.raises(ValueError, match="solve needs values, and FakeTensorMode holds shapes alone"):
+        solved(EM, ITO)(torch.ones(3, 2))
+    with FakeTensorMode(), pytest.raises(ValueError, match="sample needs values"):
+        sds.sample(VP, SCORE, (3, 2), steps=2)
