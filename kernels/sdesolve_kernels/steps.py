@@ -12,7 +12,7 @@ from .backend import NoiseOffset
 from .checks import FLOATS, alike, check_output, coefficient, index, no_gradient, noise_offset, same_as_state, state
 from .dispatch import implementation
 from .gradients import noise_product, reduced, root, scaled
-from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, read, recording
+from .library import NOISE, CallContext, call_context, define, define_out, has_tangent, keep, kept, read, recording
 from .streams import Stream
 
 __all__ = ["empty_like", "euler_maruyama_step", "linear_step", "perturb"]
@@ -190,7 +190,8 @@ def _usual(x: Tensor, table: Tensor, row: int, history: Sequence[Tensor]) -> boo
         return False
     if table.dim() != 2 or table.shape[1] != len(history) + 2 or len(history) > 4 or not 0 <= row < table.shape[0]:
         return False
-    return call_context() is CallContext.PLAIN and not recording(x, table, *history)
+    plain = call_context() is CallContext.PLAIN and not has_tangent(x, *history)
+    return plain and not recording(x, table, *history)
 
 
 def linear_step(

@@ -121,19 +121,19 @@ def test_noise_is_a_constant_for_transforms():
 def test_kernels_refuse_transforms(backend):
     f = end_of(EM, ITO)
     for call in (lambda: grad(lambda x: f(x, backend).sum())(X0), lambda: vmap(lambda x: f(x, backend))(X0[None])):
-        with pytest.raises(ValueError, match="takes part in a torch.func transform.*backend='auto' runs it"):
+        with pytest.raises(ValueError, match=r"takes part in a torch.func transform.*backend='auto' runs it"):
             call()
 
 
 def test_what_has_no_derivative_says_so():
     ode = sds.ODE(lambda x, t: -x)
-    with pytest.raises(ValueError, match="DormandPrince chooses its steps by the values.*vmap hides.*take jacrev"):
+    with pytest.raises(ValueError, match=r"DormandPrince chooses its steps by the values.*vmap hides.*take jacrev"):
         jacfwd(lambda x: sds.solve(ode, x, 0.0, 1.0, solver=sds.DormandPrince()).x1)(X0)
     jacobian = jacrev(lambda x: sds.solve(ode, x, 0.0, 1.0, solver=sds.DormandPrince()).x1)(X0)
     torch.testing.assert_close(
         jacobian.reshape(6, 6), torch.eye(6).double() * torch.exp(-torch.ones(())), rtol=1e-3, atol=0.0
     )
-    with pytest.raises(ValueError, match="a likelihood runs under no transform.*encode and decode, and solve"):
+    with pytest.raises(ValueError, match=r"a likelihood runs under no transform.*encode and decode, and solve"):
         grad(lambda x: sds.log_likelihood(VP, SCORE, x).sum())(X0)
     with pytest.raises(ValueError, match="run_chain runs under no transform"):
         vmap(lambda x: sds.run_chain(sds.mcmc.Langevin(0.1), x, 2, score=lambda x: -x, seed=0).x)(X0[None])
