@@ -35,6 +35,12 @@ class Increment:
     W: Tensor
     H: Tensor | None = None
 
+    @property
+    def mean(self) -> Tensor:
+        """``1/dt int (W(t) - W(t0)) dt = W/2 + H``: the mean of the motion over the step, less where it starts."""
+        assert self.H is not None
+        return 0.5 * self.W + self.H
+
 
 class AbstractNoise(abc.ABC):
     """Where a solver gets its random numbers from. `BrownianPath` is the one to use; the oracle has another.

@@ -18,12 +18,18 @@ from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.reverse_diffusion import ReverseDiffusion
 from sdesolve.solvers.rk4 import RK4
 from sdesolve.solvers.sa_solver import SASolver
+from sdesolve.solvers.sea import SEA
+from sdesolve.solvers.shark import ShARK
+from sdesolve.solvers.sra import SOSRA, SRA1, SRA3
+from sdesolve.solvers.sri import SOSRI, SRIW1, SRIW2
+from sdesolve.solvers.stochastic_table import AbstractStochasticTable, StochasticTable
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
 from sdesolve.solvers.unipc import UniPC
 
 __all__ = [
-    "DDIM", "DEIS", "DPM2", "RK4", "AbstractEmbedded", "AbstractOneStep", "AbstractSolver", "AbstractTabulated",
-    "Ancestral", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerMaruyama", "Heun",
-    "LinearMultistep", "Milstein", "PredictorCorrector", "ReverseDiffusion", "Row", "SASolver", "SDEDPMSolverPP",
-    "SDEDPMSolverPP2S", "Span", "StepController", "Table", "UniPC", "supports",
+    "DDIM", "DEIS", "DPM2", "RK4", "SEA", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRIW1", "SRIW2", "AbstractEmbedded",
+    "AbstractOneStep", "AbstractSolver", "AbstractStochasticTable", "AbstractTabulated", "Ancestral", "DPMSolver",
+    "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerMaruyama", "Heun", "LinearMultistep",
+    "Milstein", "PredictorCorrector", "ReverseDiffusion", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S",
+    "ShARK", "Span", "StepController", "StochasticTable", "Table", "UniPC", "supports",
 ]  # fmt: skip

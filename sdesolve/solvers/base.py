@@ -74,6 +74,11 @@ class AbstractSolver(abc.ABC):
         """Evaluations of the drift (for a reverse SDE or probability flow, of the score) a step."""
 
     @property
+    def diffusion_evaluations(self) -> int:
+        """Evaluations of the whole diffusion a step, where there is noise."""
+        return 1
+
+    @property
     def stochasticity(self) -> float | None:
         """Of the reverse SDE that the scheme is made for (`ReverseSDE`), 0 being the flow; ``None`` for any."""
         return None

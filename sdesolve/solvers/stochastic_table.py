@@ -1,0 +1,144 @@
+"""Stochastic Runge-Kutta schemes of strong order 3/2, whose step is a table of numbers."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sdesolve.brownian import Increment
+from sdesolve.sde import AbstractSDE, Noise, apply_diffusion, per_sample
+from sdesolve.solvers.base import AbstractOneStep, Span
+
+Row = tuple[float, ...]
+Rows = tuple[Row, ...]
+
+
+class StochasticTable(NamedTuple):
+    """Coefficients of an explicit stochastic Runge-Kutta scheme of ``s`` stages (`AbstractStochasticTable`).
+
+    Attributes:
+        A0, B0: of the drift's stages; row ``i`` holds entries left of the diagonal, without trailing zeros.
+        A1, B1: likewise, of the diffusion's stages.
+        alpha: weights of the drift.
+        beta1, beta2, beta3, beta4: weights of the diffusion with ``W``, ``I_11``, ``I_10`` and ``I_111``.
+        c1: times of the diffusion's stages; the row sums of ``A1`` where left out.
+    """
+
+    A0: Rows
+    B0: Rows
+    alpha: Row
+    beta1: Row
+    beta3: Row
+    beta2: Row = ()
+    beta4: Row = ()
+    A1: Rows = ()
+    B1: Rows = ()
+    c1: Row = ()
+
+    @property
+    def stages(self) -> int:
+        return len(self.alpha)
+
+    @property
+    def drift_times(self) -> Row:
+        """``c0 = A0 e``: time is one more component of the state, with drift 1."""
+        return tuple(sum(row) for row in self.A0)
+
+    @property
+    def diffusion_times(self) -> Row:
+        return self.c1 or tuple(sum(row) for row in self.A1)
+
+    def same_drift(self, i: int) -> int:
+        """The first stage whose drift is that of stage ``i``: rows of zeros all stand for the start of the step."""
+        return next(j for j in range(i + 1) if (self.A0[j], self.B0[j]) == (self.A0[i], self.B0[i]))
+
+    def weight_at(self, time: float, weights: Row) -> float:
+        """The sum of the weights of stages at one time."""
+        return sum(w for w, c in zip(weights, self.diffusion_times, strict=True) if c == time)
+
+
+def combined(x: Tensor, coefficients: Sequence[float], term: Callable[[int], Tensor]) -> Tensor:
+    """``x + sum_j c_j term(j)`` over the coefficients that are not 0."""
+    for j, c in enumerate(coefficients):
+        if c:
+            x = x + (term(j) if c == 1.0 else c * term(j))
+    return x
+
+
+def weighted(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor | None:
+    """``sum_j c_j terms_j`` over the coefficients that are not 0; ``None`` if there are none."""
+    total = None
+    for c, term in zip(coefficients, terms, strict=True):
+        if c:
+            part = term if c == 1.0 else c * term
+            total = part if total is None else total + part
+    return total
+
+
+class AbstractStochasticTable(AbstractOneStep):
+    """An explicit stochastic Runge-Kutta scheme given by a table. Roessler 2010, equations 5.1 and 6.1.
+
+    With ``h = dt``, ``U = I_10 / h = W/2 + H``, ``I_11 = (W^2 - |h|) / 2`` and ``I_111 = (W^3 - 3 |h| W) / 6``::
+
+        X_i = x + h sum_j A0_ij f(X_j, t + c0_j h) + sum_j B0_ij g(Y_j, t + c1_j h) U
+        Y_i = x + h sum_j A1_ij f(X_j, t + c0_j h) + sqrt|h| sum_j B1_ij g(Y_j, t + c1_j h)
+        x'  = x + h sum_i alpha_i f(X_i, t + c0_i h)
+                + sum_i (beta1_i W + beta2_i I_11 / sqrt|h| + beta3_i U + beta4_i I_111 / |h|) g(Y_i, t + c1_i h)
+
+    with ``c0 = A0 e`` and ``c1 = A1 e``. All products are elementwise for diagonal noise, which must have each ``g_i``
+    depend on ``x_i`` alone. For additive noise, where ``g`` may be a matrix, ``Y_i`` matters through its time alone,
+    and the terms of ``beta2`` and ``beta4`` are left out: no order needs them.
+    """
+
+    needs = ("W", "H")
+
+    @property
+    @abc.abstractmethod
+    def table(self) -> StochasticTable:
+        """The coefficients."""
+
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
+        table, h, additive = self.table, span.dt, sde.noise is Noise.ADDITIVE
+        c0, c1, root_h = table.drift_times, table.diffusion_times, h.abs().sqrt()
+
+        @functools.cache
+        def hf(i: int) -> Tensor:
+            if (first := table.same_drift(i)) < i:
+                return hf(first)
+            X = combined(x, table.A0[i], hf)
+            X = X if noise is None else combined(X, table.B0[i], lambda j: apply_diffusion(g(j), x, noise.mean))
+            return sde.drift(X, _at(span, c0[i])) * h
+
+        @functools.cache
+        def g_at(c: float) -> Tensor:
+            return sde.diffusion(x, _at(span, c))
+
+        @functools.cache
+        def g(i: int) -> Tensor:
+            if additive:
+                return g_at(c1[i])
+            Y = combined(combined(x, table.A1[i], hf), table.B1[i], lambda j: root_h * per_sample(g(j), x))
+            return sde.diffusion(Y, _at(span, c1[i]))
+
+        after = combined(x, table.alpha, hf)
+        if noise is None:
+            return after
+        W, U = noise.W, noise.mean
+        if additive:
+            for c in dict.fromkeys(c1):
+                w = weighted([table.weight_at(c, row) for row in (table.beta1, table.beta3)], [W, U])
+                after = after if w is None else after + apply_diffusion(g_at(c), x, w)
+            return after
+        w1, w3 = 0.5 * (W * W / root_h - root_h), W * (W * W / h.abs() - 3.0) / 6.0
+        for i, weights in enumerate(zip(table.beta1, table.beta2, table.beta3, table.beta4, strict=True)):
+            w = weighted(weights, [W, w1, U, w3])
+            after = after if w is None else after + apply_diffusion(g(i), x, w)
+        return after
+
+
+def _at(span: Span, fraction: float) -> Tensor:
+    return span.t0 if fraction == 0.0 else span.t1 if fraction == 1.0 else span.at(fraction)
