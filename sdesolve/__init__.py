@@ -1,6 +1,7 @@
 """sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
 
 from sdesolve import adapters, grids, inverse, mcmc, metrics, nn, oracle
+from sdesolve._internal.levy_area import LevyArea
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increment
 from sdesolve.chains import DDPM, SMLD, ChainScore, variational_bound
 from sdesolve.diffusions import EDM, OU, VE, VP, AbstractDiffusion, CosineBeta, LinearBeta, LinearDiffusion, SubVP
@@ -83,14 +84,15 @@ __all__ = [
     "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DenoisingScoreMatching",
     "DivergenceError", "DormandPrince", "EDMHeun", "EnergyScore", "EulerMaruyama", "ExactTrace",
     "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "Heun", "HutchPP", "Hutchinson",
-    "ImplicitScoreMatching", "Increment", "LangevinCorrector", "Likelihood", "LinearBeta", "LinearDiffusion",
-    "LinearMultistep", "LogNormalNoise", "Milstein", "NetworkScore", "Noise", "NoiseLadder", "Objective",
-    "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates", "ReverseDiffusion",
-    "ReverseSDE", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "SimpleChainLoss",
-    "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "TrainingTimes",
-    "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels", "encode", "estimate_likelihood",
-    "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "nn", "noised_cross_entropy", "operators",
-    "oracle", "run_chain", "sample", "save", "solve", "supports", "train", "tweedie", "variational_bound",
+    "ImplicitScoreMatching", "Increment", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta",
+    "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "Milstein", "NetworkScore", "Noise", "NoiseLadder",
+    "Objective", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates",
+    "ReverseDiffusion", "ReverseSDE", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK",
+    "SimpleChainLoss", "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table",
+    "TrainingTimes", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels", "encode",
+    "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "nn",
+    "noised_cross_entropy", "operators", "oracle", "run_chain", "sample", "save", "solve", "supports", "train",
+    "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import dataclasses
 import math
-from typing import ClassVar, Literal, TypedDict, final, get_args
+from typing import Any, ClassVar, Literal, TypedDict, cast, final, get_args
 
 import torch
 from sdesolve_kernels import Stream, normal, words
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, composition
 
 Increments = Literal["normal", "two-point", "three-point"]
-Part = Literal["W", "H"]
+Part = Literal["W", "H", "K", "S"] | LevyArea
 _KINDS = get_args(Increments)
+_STREAMS = {"H": Stream.LEVY, "K": Stream.LEVY_K, "S": Stream.SIGNS}
 
-BRIDGE_DEPTH = 20
+_BRIDGE_DEPTH = 20
+_DEEPEST = 120  # levels: beyond, a cell moves a path by less than 2^-60 of what its step does
 _BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Increment:
-    """The Brownian motion over one step, from ``t0`` to ``t1``, as far as a solver needs it.
+    """The Brownian motion over one step, from ``t0`` to ``t1``, as far as a solver `needs` it; the rest is ``None``.
+
+    ``W``, ``H`` and ``K`` have the shape that `AbstractSDE` tabulates and are independent. Reversing time flips the
+    signs of ``W`` and ``K``, and not that of ``H``.
 
     Attributes:
-        W: ``W(t1) - W(t0)``, of the shape that `AbstractSDE` tabulates, variance ``|dt|``.
-        H: space-time Levy area ``1/dt int_t0^t1 (W(t) - W(t0)) dt - W/2``, of the shape of ``W``, variance ``|dt|/12``
-            and independent of ``W``; ``None`` unless the solver needs it (`AbstractSolver.needs`). Reversing time flips
-            ``W`` and not ``H``. Foster, Lyons and Oberhauser 2020, definition 3.5.
+        W: ``W(t1) - W(t0)``, variance ``|dt|``.
+        H: space-time Levy area ``1/dt int (W(t) - W(t0)) dt - W/2``, variance ``|dt|/12``. Foster, Lyons and Oberhauser
+            2020, definition 3.5.
+        K: space-time-time Levy area ``1/dt^2 int (W(t) - W(t0) - (t - t0)/dt W) ((t0 + t1)/2 - t) dt``, variance
+            ``|dt|/720``.
+        A: Levy areas ``1/2 int (W^l dW^k - W^k dW^l)``, ``(batch, channels, channels)``, variance ``dt^2/4``.
+        S: two-point numbers, +-1 with equal chances, ``(batch, max(2, channels))``, or ``(batch, 2)`` for scalar and
+            diagonal noise.
     """
 
     W: Tensor
     H: Tensor | None = None
+    K: Tensor | None = None
+    A: Tensor | None = None
+    S: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
         """``1/dt int (W(t) - W(t0)) dt = W/2 + H``: the mean of the motion over the step, less where it starts."""
         assert self.H is not None
         return 0.5 * self.W + self.H
+
+
+def named(part: Part) -> str:
+    """The field of an `Increment` that holds a part."""
+    return "A" if isinstance(part, LevyArea) else part
 
 
 class AbstractNoise(abc.ABC):
@@ -53,7 +72,7 @@ class AbstractNoise(abc.ABC):
     timeless: ClassVar[bool] = True
 
     @property
-    def provides(self) -> frozenset[Part]:
+    def provides(self) -> frozenset[str]:
         """Which parts of an `Increment` it can make."""
         return frozenset({"W"})
 
@@ -80,7 +99,7 @@ class AbstractNoise(abc.ABC):
             device: of the result.
 
         Returns:
-            ``(n, batch, *channels)``.
+            ``(n, batch, *channels)``; of Levy areas ``(n, batch, channels, channels)``.
         """
 
 
@@ -102,24 +121,36 @@ class AbstractPath(AbstractNoise):
         theta: float,
         shape: tuple[int, ...],
         *,
-        given: tuple[Part, ...] = ("W",),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """The path at the fraction ``theta`` of a step, less its chord, for a step of unit length.
 
-        ``(W(t_k + theta dt) - W(t_k) - theta W_k) / sqrt|dt|``, consistent with every other ``theta`` asked for.
+        ``(W(t_k + theta dt) - W(t_k) - theta W_k) / sqrt|dt|``, a Brownian bridge of variance ``theta (1 - theta)``,
+        independent of ``W`` and consistent with every other ``theta`` asked for. It is that of the very path: given
+        the step's ``H`` it has the mean ``6 theta (1 - theta) H / sqrt|dt|``, and so on for ``K``, whoever asks.
 
         Args:
             step: index of the step.
             theta: in [0, 1].
             shape: ``(batch, *channels)``.
-            given: what drove the step. Given ``W`` alone this is a Brownian bridge, of variance ``theta (1 - theta)``
-                and independent of ``W``; given ``H`` too, it has the mean ``6 theta (1 - theta) H / sqrt|dt|`` and the
-                variance ``theta (1 - theta) (1 - 3 theta (1 - theta))``.
             dtype: of the result.
             device: of the result.
         """
+
+
+def _located(t: float, times: Tensor | None) -> tuple[int, float]:
+    """The step that holds a time, and the fraction of it that lies before."""
+    if times is None:
+        if not 0.0 <= t < 2.0**53:
+            raise ValueError(f"without times= the path has steps of unit length from 0 on, and no value at {t}")
+        return int(t), t % 1.0
+    grid = times.tolist()
+    sign = 1.0 if grid[-1] >= grid[0] else -1.0
+    if not sign * grid[0] <= sign * t <= sign * grid[-1]:
+        raise ValueError(f"the path lies between {grid[0]} and {grid[-1]}, and has no value at {t}")
+    k = min(bisect.bisect_right(grid, sign * t, key=lambda time: sign * time) - 1, len(grid) - 2)
+    return k, (t - grid[k]) / (grid[k + 1] - grid[k])
 
 
 @final
@@ -153,7 +184,7 @@ class Place(TypedDict):
     step: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class BrownianPath(AbstractStreams, AbstractPath):
     r"""Brownian paths addressed by coordinates: row ``i`` of a batch is a function of ``(seed, first_path + i)``.
 
@@ -164,11 +195,13 @@ class BrownianPath(AbstractStreams, AbstractPath):
     that a grid with ``r`` times as many steps takes with ``substeps = 1``: so an integration with ``steps = n`` and
     ``substeps = r`` and one with ``steps = n r`` see the same path, up to rounding in the sum.
 
-    The space-time areas ``H`` of the steps come from a stream of their own, so ``W`` is the same whether or not a
-    solver asks for them, and those of a coarse step are the exact combination of the fine ``W`` and ``H``.
+    Space-time areas ``H`` and ``K`` and Levy areas come from streams of their own, so ``W`` is the same whether or not
+    a solver asks for them, and those of a coarse step are the exact combination of the fine ones.
 
-    Times between grid points come from a Brownian bridge on a dyadic tree of depth 20 under each (sub)step, whose nodes
-    are integers; a float time never seeds anything.
+    Times between grid points come from halving the step, given its ``W``, ``H`` and ``K``, down to the time asked for;
+    nodes of that tree are integers, and a float time never seeds anything. `value` and `increment` give the path at
+    any times. (Levy areas are drawn given ``W``, ``H`` and, by Foster's method, ``K``; they do not bind values within
+    the step any further.)
 
     For weak convergence alone, where only expectations matter, the normals may be replaced by simpler numbers of the
     same first moments, at a fraction of the cost: ``two-point``, +-1 with equal chances, keeps weak order 1;
@@ -183,6 +216,11 @@ class BrownianPath(AbstractStreams, AbstractPath):
         substeps: how many fine increments make one step.
         stream: which of the independent noise streams (`sdesolve_kernels.Stream`), in [0, 256).
         kind: of increments, ``normal``, ``two-point`` or ``three-point``.
+        repeat: row ``i`` is driven by path ``first_path + i mod repeat``, so that a sweep over parameters in one batch
+            has common random numbers; ``None`` for a path of its own for each row.
+        mirrored: ``-W`` in place of ``W`` (`antithetic`).
+        swapped: steps ``2 k`` and ``2 k + 1`` change places (`with_swapped_pairs`).
+        first_row: the row among those that repeat that row 0 is.
 
     Raises:
         TypeError: an argument is not an integer.
@@ -195,14 +233,18 @@ class BrownianPath(AbstractStreams, AbstractPath):
     substeps: int = 1
     stream: int = Stream.DRIVING
     kind: Increments = "normal"
+    repeat: int | None = None
+    mirrored: bool = False
+    swapped: bool = False
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         for name, least, most in (
             *(("seed", 0, 2**64), ("first_path", 0, 2**64), ("first_step", 0, 2**58), ("substeps", 1, 2**58)),
-            ("stream", 0, 2**8),
+            *(("stream", 0, 2**8), ("repeat", 1, 2**64), ("first_row", 0, self.repeat or 1)),
         ):
             given = getattr(self, name)
-            if type(given) is int and least <= given < most:
+            if (type(given) is int and least <= given < most) or (name == "repeat" and given is None):
                 continue
             value = whole_number(given, name, least)
             if value >= most:
@@ -212,23 +254,47 @@ class BrownianPath(AbstractStreams, AbstractPath):
         if self.kind not in _KINDS:
             raise ValueError(f"increments must be one of {', '.join(map(repr, _KINDS))}, got {self.kind!r}")
 
+    def __repr__(self) -> str:
+        given = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)[1:]
+            if getattr(self, f.name) != f.default
+        ]
+        return f"BrownianPath({', '.join([str(self.seed), *given])})"
+
     @property
-    def provides(self) -> frozenset[Part]:
-        """``W`` and ``H``; of numbers that are no normals, ``W`` alone."""
-        return frozenset({"W", "H"}) if self.kind == "normal" else frozenset({"W"})
+    def provides(self) -> frozenset[str]:
+        """Everything; of increments that are no normals, ``W`` and the signs of weak schemes alone."""
+        return frozenset("WHKAS") if self.kind == "normal" else frozenset("WS")
 
     @property
     def plain(self) -> bool:
         """Whether each increment is one normal of the path's sequence, scaled: what step kernels make themselves."""
-        return self.substeps == 1 and self.kind == "normal"
+        views = self.mirrored or self.swapped or self.repeat is not None
+        return self.substeps == 1 and self.kind == "normal" and not views
 
     def rows(self, first: int) -> BrownianPath:
         """The paths of a shard whose row 0 is row ``first`` of this batch."""
-        return dataclasses.replace(self, first_path=self.first_path + whole_number(first, "first", 0))
+        first = whole_number(first, "first", 0)
+        if self.repeat is not None:
+            return dataclasses.replace(self, first_row=(self.first_row + first) % self.repeat)
+        return dataclasses.replace(self, first_path=self.first_path + first)
 
     def after(self, steps: int) -> BrownianPath:
         """The same paths from ``steps`` steps later: what an integration split at a grid point goes on with."""
         return dataclasses.replace(self, first_step=self.first_step + whole_number(steps, "steps", 0))
+
+    def antithetic(self) -> BrownianPath:
+        """The mirrored paths, ``-W``: means of both have no error from odd functions of the noise."""
+        return dataclasses.replace(self, mirrored=not self.mirrored)
+
+    def with_swapped_pairs(self) -> BrownianPath:
+        """The paths with (sub)steps ``2 k`` and ``2 k + 1`` in the opposite order.
+
+        Increments over pairs are the same and their Levy areas have the opposite sign: the fine twin of antithetic
+        multilevel Monte Carlo. Giles and Szpruch 2014, Annals of Applied Probability 24, section 3.
+        """
+        return dataclasses.replace(self, swapped=not self.swapped)
 
     def correctors(self, draws: int) -> BrownianPath:
         """The corrector stream of the same paths: step ``k`` of this one has draws ``k draws ... (k + 1) draws - 1``.
@@ -236,24 +302,42 @@ class BrownianPath(AbstractStreams, AbstractPath):
         It has no coarse increments: a corrector's steps are its own, whatever the grid.
         """
         first = self.first_step * whole_number(draws, "draws", 1)
-        return dataclasses.replace(self, stream=Stream.CORRECTOR, first_step=first, substeps=1, kind="normal")
+        return dataclasses.replace(
+            self, stream=Stream.CORRECTOR, first_step=first, substeps=1, kind="normal", swapped=False
+        )
 
     def place(self, step: int) -> Place:
         """Where the normals of step ``step`` stand, for a kernel that makes them itself.
 
         Raises:
-            ValueError: an increment of this path is a sum of several normals (``substeps > 1``), or no normal.
+            ValueError: an increment of this path is not just one normal (`plain`).
         """
         if self.kind != "normal":
             raise ValueError(f"increments are {self.kind} numbers; a step kernel makes normals")
         if self.substeps != 1:
             raise ValueError(f"increments are sums of {self.substeps} normals; a kernel makes one for each step")
+        if not self.plain:
+            raise ValueError("paths are repeated, mirrored or swapped; a step kernel takes them as they come")
         return {
             "seed": self.seed,
             "stream": self.stream,
             "first_path": self.first_path,
             "step": self.first_step + step,
         }
+
+    def units(self, of: Part) -> BrownianPath:
+        """The sequence of unit numbers that a part is made of: of its own stream and kind, one after another.
+
+        ``W``, ``H`` and ``K`` take as many numbers a (sub)step as there are channels, Levy areas `LevyArea.numbers`.
+        """
+        if of == "W":
+            return self
+        stream = Stream.AREA if isinstance(of, LevyArea) else _STREAMS[of]
+        own = self if of != "S" else dataclasses.replace(self, kind="two-point", mirrored=False)
+        if self.stream == Stream.DRIVING:
+            return dataclasses.replace(own, stream=stream)
+        # The companions of other streams than that which drives: seeded by words that nothing else reads.
+        return dataclasses.replace(own, stream=stream, seed=self._seed_of((1 << 56) + self.stream))
 
     def increments(
         self,
@@ -265,12 +349,21 @@ class BrownianPath(AbstractStreams, AbstractPath):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
+        if named(of) not in self.provides:
+            raise ValueError(f"{self.kind} increments have no {named(of)}; leave increments= out")
         batch, *channels = shape
-        dt = torch.as_tensor(times, dtype=torch.float64, device="cpu").diff(dim=0).abs() / self.substeps
-        make = self._normals if of == "W" else self._areas
-        z = make(step, len(dt), batch, math.prod(channels), dtype, device)
-        scale = dt.sqrt().to(dtype=dtype, device=z.device)
-        return z.reshape(len(dt), *shape) * scale.reshape(*scale.shape, *(1,) * (len(shape) + 1 - scale.ndim))
+        m, dt = math.prod(channels), torch.as_tensor(times, dtype=torch.float64, device="cpu").diff(dim=0).abs()
+        first, n = (self.first_step + step) * self.substeps, len(dt)
+        like = torch.empty(0, dtype=dtype, device=device)
+        if of == "S":
+            z = self.units("S")._numbers(first, n * self.substeps, batch, m, like)[:: self.substeps]
+            return z.reshape(n, *shape)
+        if isinstance(of, LevyArea):
+            unit, scale = self._areas(of, first, n, batch, m, like), dt / self.substeps
+        else:
+            unit, scale = self._composed(of, first, n, batch, m, like).reshape(n, *shape), (dt / self.substeps).sqrt()
+        scale = scale.to(like)
+        return unit * scale.reshape(*scale.shape, *(1,) * (unit.ndim - scale.ndim))
 
     def bridge(
         self,
@@ -278,7 +371,6 @@ class BrownianPath(AbstractStreams, AbstractPath):
         theta: float,
         shape: tuple[int, ...],
         *,
-        given: tuple[Part, ...] = ("W",),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -286,126 +378,174 @@ class BrownianPath(AbstractStreams, AbstractPath):
             raise ValueError(f"{self.kind} increments are no Brownian path and have no values between grid points")
         if not 0.0 <= theta <= 1.0:
             raise ValueError(f"theta is a fraction of a step, in [0, 1], got {theta}")
-        r = self.substeps
-        m = math.prod(shape[1:])
+        r, m, like = self.substeps, math.prod(shape[1:]), torch.empty(0, dtype=dtype, device=device)
+        first = (self.first_step + step) * r
         substep = min(int(theta * r), r - 1)
         local = theta * r - substep
-        unit_bridge = self._unit_bridge_given_area if "H" in given else self._unit_bridge
-        value = unit_bridge((self.first_step + step) * r + substep, local, shape[0], m, dtype, device)
+        value = self._unit_bridge(first + substep, local, shape[0], m, like)
         if r > 1:  # W at theta, less its chord: whole substeps before, the local chord, and the local bridge
-            fine = dataclasses.replace(self, substeps=1, first_step=(self.first_step + step) * r)
-            z = fine._normals(0, r, shape[0], m, dtype, device)
+            z = self._numbers(first, r, shape[0], m, like)
             value = (value + z[:substep].sum(0) + local * z[substep] - theta * z.sum(0)) / math.sqrt(r)
         return value.reshape(shape)
 
-    def _normals(
-        self, step: int, steps: int, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> Tensor:
-        """Sums of ``substeps`` standard normals, ``(steps, batch, m)``."""
-        if self.substeps > 1:
-            return self._sums([1.0] * self.substeps, step, steps, batch, m, dtype, device)
-        z = torch.empty(steps, batch, m, dtype=dtype, device=device)
-        self._draw(batch, steps * m, (self.first_step + step) * m, dtype, device, out=z.transpose(0, 1))
-        return z
-
-    def _areas(
-        self, step: int, steps: int, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> Tensor:
-        """``H`` for substeps of unit length, ``(steps, batch, m)``.
-
-        Over ``r`` substeps, from their ``W_i`` and ``H_i``: ``sum_i [(1/2 - (i + 1/2)/r) W_i + H_i / r]``.
-        """
-        if "H" not in self.provides:
-            raise ValueError(f"{self.kind} increments have no space-time area H; leave increments= out")
-        r = self.substeps
-        own = dataclasses.replace(self, stream=Stream.LEVY)._normals(step, steps, batch, m, dtype, device)
-        areas = own / (math.sqrt(12.0) * r)
-        if r > 1:
-            areas += self._sums([0.5 - (i + 0.5) / r for i in range(r)], step, steps, batch, m, dtype, device)
-        return areas
-
-    def _sums(
+    def value(
         self,
-        weights: list[float],
-        step: int,
-        steps: int,
-        batch: int,
-        m: int,
-        dtype: torch.dtype,
-        device: torch.device | str | None,
+        t: float,
+        shape: tuple[int, ...] = (1,),
+        *,
+        times: Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
     ) -> Tensor:
-        """``sum_i weights_i z_i`` over the normals of the substeps of each step, ``(steps, batch, m)``.
+        """``W(t)``, the path at any time: 0 where its first step starts.
+
+        A function of coordinates and ``t``, whatever else is asked for, and exact in law for any set of times, however
+        near. Takes the increments of all steps before ``t``, and halves the step that holds it.
+
+        Args:
+            t: the time.
+            shape: ``(batch, *channels)``.
+            times: the grid that the steps go over, as that of an integration: ``(steps + 1,)``, in either direction.
+                Steps of unit length from 0 on where it is left out.
+            dtype: of the result.
+            device: of the result.
+
+        Raises:
+            ValueError: the path does not reach ``t``; increments that are no Brownian path.
+        """
+        start = 0.0 if times is None else float(times[0])
+        return self.increment(start, t, shape, times=times, dtype=dtype, device=device)
+
+    def increment(
+        self,
+        s: float,
+        t: float,
+        shape: tuple[int, ...] = (1,),
+        *,
+        times: Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """``W(t) - W(s)`` at any two times; arguments as for `value`. Takes the increments between them alone."""
+        (k, a), (last, b) = (_located(time, times) for time in (s, t))
+        if (last, b) < (k, a):
+            return -self.increment(t, s, shape, times=times, dtype=dtype, device=device)
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+
+        def length(step: int) -> float:
+            return 1.0 if times is None else abs(float(times[step + 1]) - float(times[step]))
+
+        def within(step: int, theta: float) -> Tensor:
+            return math.sqrt(length(step)) * self.bridge(step, theta, shape, **kwargs)
+
+        total = within(last, b) - within(k, a)
+        block = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape) * self.substeps))
+        for first in range(k, last + 1, block):
+            count = min(block, last + 1 - first)
+            ends = torch.arange(first, first + count + 1, dtype=torch.float64) if times is None else times[first:]
+            dW = self.increments(ends[: count + 1], shape, step=first, **kwargs)
+            for i, w in enumerate(dW, first):
+                part = (b if i == last else 1.0) - (a if i == k else 0.0)
+                total = total + (w if part == 1.0 else part * w)
+        return total
+
+    def _composed(self, of: Part, first: int, n: int, batch: int, m: int, like: Tensor) -> Tensor:
+        """A part of ``n`` steps of length ``substeps``, from fine ones of unit length: ``(n, batch, m)``.
 
         One substep after another, so that the order of the sum, hence the last bit, is the same for every batch size.
         """
-        r = self.substeps
-        first = (self.first_step + step) * r * m
-        total = torch.zeros(steps, batch, m, dtype=dtype, device=device)
-        block = max(1, _BLOCK_ELEMENTS // max(1, batch * r * m))
-        for k in range(0, steps, block):
-            n = min(block, steps - k)
-            z = self._draw(batch, n * r * m, first + k * r * m, dtype, device).reshape(batch, n, r, m)
-            for j, weight in enumerate(weights):
-                total[k : k + n] += weight * z[:, :, j].transpose(0, 1)
+        r, total = self.substeps, torch.zeros(0)
+        block = max(1, _BLOCK_ELEMENTS // max(1, batch * r * m)) if r > 1 else n
+        for part, weights in composition(named(of), r).items():
+            units, scale = self.units(cast(Part, part)), math.sqrt(VARIANCES[part])
+            if r == 1:
+                if any(weights):  # at r = 1, the part itself
+                    own = units._numbers(first, n, batch, m, like)
+                    total = own if scale == 1.0 else scale * own
+                continue
+            if total.numel() == 0:
+                total = torch.zeros(n, batch, m, dtype=like.dtype, device=like.device)
+            for k in range(0, n, block):
+                steps = min(block, n - k)
+                z = units._numbers(first + k * r, steps * r, batch, m, like).unflatten(0, (steps, r))
+                for i, weight in enumerate(weights):
+                    total[k : k + steps] += weight * scale * z[:, i]
         return total
 
-    def _unit_bridge(
-        self, step: int, theta: float, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> Tensor:
-        """A standard bridge on [0, 1] at ``theta``: midpoints down a dyadic tree (Levy's construction)."""
-        left = torch.zeros(batch, m, dtype=dtype, device=device)
-        right = torch.zeros_like(left)
-        low, width, node = 0.0, 1.0, 1
-        bridges = dataclasses.replace(self, stream=Stream.BRIDGE)
+    def _areas(self, of: LevyArea, first: int, n: int, batch: int, m: int, like: Tensor) -> Tensor:
+        """Levy areas of ``n`` steps of length ``substeps``: ``(n, batch, m, m)``."""
+        r, path = self.substeps, dataclasses.replace(self, mirrored=False)  # areas of -W are those of W
+
+        def fine(part: Part, numbers: int) -> Tensor:
+            return path.units(part)._numbers(first, n * r, batch, numbers, like).unflatten(0, (n, r))
+
+        W, H, K = (math.sqrt(VARIANCES[named(part)]) * fine(part, m) for part in ("W", "H", "K"))
+        A = of.draw(W, H, K, fine(of, of.numbers(m)))
+        return composed_area(lambda i: A[:, i], lambda i: W[:, i], r)
+
+    def _unit_bridge(self, step: int, theta: float, batch: int, m: int, like: Tensor) -> Tensor:
+        """A standard bridge on [0, 1] at ``theta``: halves of ``(W, H, K)`` down a dyadic tree.
+
+        Foster, Lyons and Oberhauser 2020, "An optimal polynomial approximation of Brownian motion", theorem 6.1, for
+        ``(W, H)``. Below depth 20 a cell is the root of a tree of its own, with a seed of its own.
+        """
+        left = torch.zeros(batch, m, dtype=like.dtype, device=like.device)
         if theta in (0.0, 1.0):
             return left
-        for _ in range(BRIDGE_DEPTH):
-            z = bridges._draw(batch, m, ((step << (BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
-            middle = 0.5 * (left + right) + 0.5 * math.sqrt(width) * z
-            width *= 0.5
-            if theta == low + width:
-                return middle
-            if theta < low + width:
-                right, node = middle, 2 * node
-            else:
-                left, low, node = middle, low + width, 2 * node + 1
-        # Below the resolution of the tree, 2^-20 of a step: a bridge over the last cell, exact for one time in it.
-        u = (theta - low) / width
-        z = bridges._draw(batch, m, ((step << (BRIDGE_DEPTH + 1)) + node) * m, dtype, device)
-        return (1 - u) * left + u * right + math.sqrt(u * (1 - u) * width) * z
-
-    def _unit_bridge_given_area(
-        self, step: int, theta: float, batch: int, m: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> Tensor:
-        """The same given the area too: halves of ``(W, H)`` down the tree (Foster, Lyons and Oberhauser 2020, 6.1)."""
-        left = torch.zeros(batch, m, dtype=dtype, device=device)
-        if theta in (0.0, 1.0):
-            return left
-        fine = dataclasses.replace(self, substeps=1, first_step=step)
-        W, H = torch.zeros_like(left), fine._areas(0, 1, batch, m, dtype, device)[0]
+        W = torch.zeros_like(left)
+        H, K = (math.sqrt(VARIANCES[o]) * self.units(o)._numbers(step, 1, batch, m, like)[0] for o in ("H", "K"))
         low, width, node = 0.0, 1.0, 1
-        bridges = dataclasses.replace(self, stream=Stream.BRIDGE)
-
-        def draw() -> Tensor:
-            first = ((step << (BRIDGE_DEPTH + 1)) + node) * 2 * m
-            return bridges._draw(batch, 2 * m, first, dtype, device).reshape(batch, 2, m)
-
-        for _ in range(BRIDGE_DEPTH):
-            z, y = draw().unbind(1)
-            first = 0.5 * W + 1.5 * H + 0.25 * math.sqrt(width) * z
-            second = W - first
-            mean, half = H - 0.25 * (first - second), 0.5 * math.sqrt(width / 12.0) * y
+        bridges = dataclasses.replace(self.units("H"), stream=Stream.BRIDGE, swapped=False)
+        step ^= self.swapped
+        for level in range(_DEEPEST):
+            if level and level % _BRIDGE_DEPTH == 0:
+                cell = (step << (_BRIDGE_DEPTH + 1)) + node
+                bridges, step, node = dataclasses.replace(bridges, seed=bridges._seed_of(cell)), 0, 1
+            first = (step << (_BRIDGE_DEPTH + 1)) + node
+            z, x, y = bridges._numbers(first, 1, batch, 3 * m, like)[0].unflatten(1, (3, m)).unbind(1)
+            root = math.sqrt(width)
+            z, x, y = root / 4.0 * z, root / math.sqrt(768.0) * x, root / math.sqrt(2880.0) * y
+            half = 0.5 * W + 1.5 * H + z
             width *= 0.5
             if theta == low + width:
-                return left + first
-            if theta < low + width:
-                W, H, node = first, mean + half, 2 * node
+                return left + half
+            sign = 1.0 if theta < low + width else -1.0
+            W, H, K = (
+                half if sign > 0.0 else W - half,
+                0.25 * H - 0.5 * z + sign * (3.75 * K + x),
+                0.125 * K - 0.5 * x + sign * y,
+            )
+            node *= 2
+            if sign < 0.0:
+                left, low, node = left + half, low + width, node + 1
+        return left + (theta - low) / width * W
+
+    def _numbers(self, first: int, count: int, batch: int, m: int, like: Tensor) -> Tensor:
+        """Unit numbers of ``count`` (sub)steps, ``m`` for each: ``(count, batch, m)``."""
+        z = torch.empty(count, batch, m, dtype=like.dtype, device=like.device)
+        if self.swapped:
+            start = first - first % 2
+            pairs = (first + count + 1 - start) // 2
+            whole = dataclasses.replace(self, swapped=False)._numbers(start, 2 * pairs, batch, m, like)
+            return whole.unflatten(0, (pairs, 2)).flip(1).flatten(0, 1)[first - start :][:count]
+        if self.repeat is None or self.first_row + batch <= self.repeat:
+            here = dataclasses.replace(self, first_path=self.first_path + self.first_row) if self.first_row else self
+            here._draw(batch, count * m, first * m, like.dtype, like.device, out=z.transpose(0, 1))
+        else:
+            rows = self.first_row + torch.arange(batch, device=like.device)
+            once = dataclasses.replace(self, repeat=None, first_row=0, mirrored=False)
+            until = self.repeat - self.first_row  # rows before the paths start again
+            if batch >= self.repeat:
+                z = once._numbers(first, count, self.repeat, m, like)[:, rows % self.repeat]
             else:
-                left, low = left + first, low + width
-                W, H, node = second, mean - half, 2 * node + 1
-        u = (theta - low) / width
-        v = u * (1 - u)
-        return left + u * W + 6.0 * v * H + math.sqrt(width * v * (1.0 - 3.0 * v)) * draw()[:, 0]
+                z[:, :until] = once.rows(self.first_row)._numbers(first, count, until, m, like)
+                z[:, until:] = once._numbers(first, count, batch - until, m, like)
+        return z.neg_() if self.mirrored else z
+
+    def _seed_of(self, index: int) -> int:
+        """A seed for what has no stream of its own, from two words of the generator."""
+        low, high = words(1, 2, seed=self.seed, stream=Stream.SEEDS, offset=2 * index, device="cpu")[0].tolist()
+        return low + (high << 32)
 
     def _draw(
         self,

@@ -17,7 +17,7 @@ class Stream(enum.IntEnum):
 
     DRIVING = 0  # Brownian increments that drive an SDE
     INITIAL = 1  # the state at the start: prior samples
-    BRIDGE = 2  # Brownian-bridge midpoints below the integer grid
+    BRIDGE = 2  # halves of a Brownian motion within a step
     CORRECTOR = 3  # Langevin correctors between predictor steps
     PERTURBATION = 4  # training: z in x_t = alpha_t x_0 + sigma_t z
     TIMES = 5  # training: the times t
@@ -29,3 +29,9 @@ class Stream(enum.IntEnum):
     LEVY = 11  # space-time Levy area, independent of the increments
     ACCEPTANCE = 12  # which proposals of a Markov chain are accepted
     VELOCITY = 13  # velocities at the start of underdamped dynamics
+    SEEDS = 14  # words that seed what has no stream of its own, such as the halves below depth 20 of a step
+    LEVY_K = 15  # space-time-time Levy area, independent of increments and space-time areas
+    AREA = 16  # Levy areas between channels, given the three
+    JUMP = 17  # times of jumps
+    MARK = 18  # sizes of jumps
+    SIGNS = 19  # two-point numbers of weak schemes beside the increments

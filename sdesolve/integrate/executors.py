@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sdesolve._internal.progress import progress_bar
-from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place
+from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place, named
 from sdesolve.integrate.adaptive import integrate_adaptively
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
@@ -102,7 +102,7 @@ class TorchContext(AbstractSteppedContext):
         if not self._driving:
             return None
         parts = zip(self._driving, self._drawn, strict=True)
-        return Increment(**{str(source.of): drawn[self._k - self._first] for source, drawn in parts})
+        return Increment(**{named(source.of): drawn[self._k - self._first] for source, drawn in parts if source.of})
 
     def _draw(self, source: NoiseSource, k: int) -> Tensor:
         """Numbers of steps ``k ...``: increments of the path, or unit normals ``(steps, draws, batch, *state)``."""

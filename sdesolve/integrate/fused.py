@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 import threading
@@ -17,7 +18,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, final
 
 import torch
-from sdesolve_kernels import Stream
 from sdesolve_kernels.dispatch import backend_for, requested_backend, use_backend
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
@@ -38,6 +38,8 @@ from sdesolve_kernels.trajectory import (
     trace,
     unchanged,
 )
+from sdesolve_kernels.trajectory.launch import Saved as Run
+from sdesolve_kernels.trajectory.launch import pooled
 from sdesolve_kernels.trajectory.snapshots import random_states
 from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
@@ -47,7 +49,7 @@ from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increment
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
-from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
+from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled
 from sdesolve.integrate.non_finite import refuse_overflow
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan, observed
@@ -58,6 +60,8 @@ from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import Row, torch_row
 
 _KERNELS_KEPT, _SPANS_KEPT = 128, 1024
+# Sums over fine steps are written out: with 128 of them, increments and areas of one channel take 5 s to compile.
+_MOST_SUMMED, _MOST_SUMMED_UNASKED, _FEWEST_REPEATED = 512, 4, 64
 # Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against
 # eager torch: `nn.MLP` of depth 2 and width 16, 32, 64 is 2.9, 2.0, 1.4 times as fast fused on 1024 paths and 3.4, 2.9,
 # 2.3 times on 65,536; two plain hidden layers of 16, 32, 64, 128 are 2.5, 2.0, 1.8, 1.4 and 2.4, 1.8, 1.7, 1.6 times.
@@ -125,7 +129,7 @@ class Fused:
                 _check_untransformed(problem.x0, *guards.tensors)
                 kernel = _known(problem, guards, lowered, self._wanted)
             if kernel is None or len(problem.x0) not in kernel.batches:
-                noises = tuple(source.shape() for source in lowered.sources)  # what this refuses, every executor does
+                noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
                 check_noise_ahead(problem)
                 with _explained(), _disable_current_modes():  # what watches this call is not to see it
                     kernel, guards = _tried(problem, guards, lowered, noises, kernel, self._wanted)
@@ -134,6 +138,7 @@ class Fused:
             if len(kernel.spans) == _SPANS_KEPT:
                 kernel.spans.clear()
             kernel.spans.add(_span(problem))
+        kernel = _repeating(kernel, lowered)
         try:
             launch = _launch(problem, kernel, guards, lowered)
             saved = _run(problem, kernel, launch)
@@ -190,18 +195,18 @@ class TracedContext(StepContext):
         return False  # what is not needed is multiplied by 0
 
     def row(self, columns: slice, draw: int | None) -> Row:
-        return torch_row(self._inputs.row[columns], None if draw is None else self._inputs.noises[0][:, draw])
+        z = None if draw is None else self._lowered.sources[0].coarse(self._inputs.noises[0])[:, draw]
+        return torch_row(self._inputs.row[columns], z)
 
     def increment(self) -> Increment | None:
         if not self._lowered.driving:
             return None
-        scale = self._inputs.scale
-        scales = {"W": scale, "H": scale * math.sqrt(1.0 / 12.0)}
-        pairs = zip(self._lowered.driving, self._inputs.noises, strict=False)
-        return Increment(**{str(source.of): z * scales[str(source.of)] for source, z in pairs})
+        driving = self._lowered.driving
+        return assembled(driving, self._inputs.noises[: len(driving)], self._inputs.scale)
 
     def corrections(self) -> tuple[AbstractNoise, int]:
-        return GivenNormals(self._inputs.noises[-1].transpose(0, 1)), 0
+        source = self._lowered.sources[-1]
+        return GivenNormals(source.coarse(self._inputs.noises[-1]).transpose(0, 1)), 0
 
 
 def _traced_step(lowered: Lowered) -> Callable[[Inputs], Sequence[Tensor]]:
@@ -237,17 +242,62 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
         raise CannotExecute(f"the state is a {type(x0).__name__}")
     if is_transformed():
         raise CannotExecute(TRANSFORMED)
-    if any(not isinstance(s.noise, BrownianPath) or s.noise.substeps > 1 for s in lowered.sources):
-        raise CannotExecute("increments are coarse, or come from a noise of another class than BrownianPath")
+    for source in lowered.sources:
+        path = source.noise
+        if not isinstance(path, BrownianPath):
+            raise CannotExecute("increments come from a noise of another class than BrownianPath")
+        if path.substeps > (_MOST_SUMMED if wanted else _MOST_SUMMED_UNASKED):
+            raise CannotExecute(f"{path.substeps} fine increments to a step are too many to be written out in a kernel")
+        if path.swapped and path.substeps % 2:
+            raise CannotExecute("pairs of increments that change places lie in two steps")
+        if path.repeat is not None and path.repeat < min(len(x0), _FEWEST_REPEATED):
+            raise CannotExecute(
+                f"fewer than {_FEWEST_REPEATED} paths are repeated, and each launch takes every path once"
+            )
     if not (backend_for("trajectory", x0.device).compiles or wanted or requested_backend() != "auto"):
         raise CannotExecute(f"no compiler of kernels for {x0.device.type} is installed")
 
 
-def _path(source: NoiseSource) -> BrownianPath:
-    """Where a source's unit numbers stand."""
-    path = source.noise
-    assert isinstance(path, BrownianPath)  # by _check_fusible
-    return dataclasses.replace(path, stream=Stream.LEVY) if source.of == "H" else path
+@final
+class _Repeating(AbstractTrajectory):
+    """A trajectory whose rows take the same paths again and again: a launch for each time."""
+
+    def __init__(self, trajectory: AbstractTrajectory, path: BrownianPath) -> None:
+        self._trajectory, self._path, self.plan = trajectory, path, trajectory.plan
+
+    @property
+    def source(self) -> str:  # type: ignore[override]  # it may depend on the launch
+        return self._trajectory.source
+
+    def run(self, launch: Launch) -> Run:
+        assert self._path.repeat is not None
+        batch, first = len(launch.x0), self._path.first_row
+        ends = [0, *range(self._path.repeat - first, batch, self._path.repeat), batch]
+        runs, counts = [], torch.tensor(ends, dtype=torch.float64, device="cpu").diff()
+        for start, end in itertools.pairwise(ends):
+            captured = [
+                c[start:end] if each else c for c, each in zip(launch.captured, self.plan.program.by_path, strict=True)
+            ]
+            places = [(seed, stream, path + (0 if start else first), n) for seed, stream, path, n in launch.places]
+            memory = None if launch.memory is None else launch.memory[start:end]
+            piece = dataclasses.replace(
+                launch, x0=launch.x0[start:end], captured=captured, places=places, memory=memory
+            )
+            runs.append(self._trajectory.run(piece))
+        x1, states, memory = torch.cat([r.x1 for r in runs]), None, None
+        if runs[0].states is not None:
+            states = torch.cat([r.states for r in runs if r.states is not None], 1)
+        if runs[0].memory is not None:
+            memory = torch.cat([r.memory for r in runs if r.memory is not None])
+        moments = [r.moments for r in runs if r.moments is not None]
+        return Run(x1, states, pooled(moments, counts) if moments else None, memory)
+
+
+def _repeating(kernel: _Kernel, lowered: Lowered) -> _Kernel:
+    path = lowered.sources[0].noise if lowered.sources else None
+    if not isinstance(path, BrownianPath) or path.repeat is None:
+        return kernel
+    return dataclasses.replace(kernel, trajectory=_Repeating(kernel.trajectory, path))
 
 
 def _known(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> _Kernel | None:
@@ -327,8 +377,15 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         bool(problem.save.inside),
         lowered.columns,
         lowered.memory,
-        tuple((_path(s).kind, s.draws, s.of) for s in lowered.sources),
+        tuple(_made_of(source) for source in lowered.sources),
     )
+
+
+def _made_of(source: NoiseSource) -> Hashable:
+    """What of a source of noise goes into a kernel."""
+    path = source.noise
+    assert isinstance(path, BrownianPath)  # by _check_fusible
+    return source.path.kind, source.draws, source.of, path.substeps, path.mirrored, path.swapped
 
 
 def _build(
@@ -361,7 +418,7 @@ def _build(
             proved = not has_structure(problem) or is_proved(problem)
         if failure is not None:
             raise Unsupported(f"its first step fails ({_described(failure)})") from failure
-        kinds = [_path(source).kind for source in lowered.sources]
+        kinds = [source.path.kind for source in lowered.sources]
         trajectory = compile_trajectory(program, kinds, math.inf if wanted else _COMPILING)
     except Unsupported:
         raise
@@ -416,7 +473,7 @@ def _inputs(
     t, dt = times.to(x), times.diff()
     normals = []
     for source, shape in zip(lowered.sources, noises, strict=True):
-        path, m = _path(source), math.prod(shape)
+        path, m = source.path, math.prod(shape)
         numbers = dataclasses.replace(path, first_step=path.first_step * (m // source.draws) + k * m)
         units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
         # A process that finds its kernel on disk has not loaded Numba, and need not for this.
@@ -438,6 +495,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
     """
     last, x0, step, table = problem.steps, problem.x0.detach(), _traced_step(lowered), lowered.table
     observe, captured = _observe(problem), tuple(guards.tensors[i] for i in kernel.where)
+    kernel = _repeating(kernel, lowered)
     program = kernel.trajectory.plan.program
     eps = coarsest(program)
 
@@ -486,7 +544,7 @@ def _offsets(problem: Problem, kernel: _Kernel, lowered: Lowered, step: int = 0)
     """Where the numbers of each source begin, ``step`` steps after the first."""
     found = []
     for source, m in zip(lowered.sources, map(math.prod, kernel.noises), strict=True):
-        seed, stream, first_path, first = _offset(_path(source), m // source.draws, len(problem.x0), m * problem.steps)
+        seed, stream, first_path, first = _offset(source.path, m // source.draws, len(problem.x0), m * problem.steps)
         found.append((seed, stream, first_path, first + step * m))
     return found
 

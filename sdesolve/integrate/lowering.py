@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Increment, Part
+from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, composition, weighted_sum
+from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Increment, Part, named
 from sdesolve.integrate.problem import Problem
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span
@@ -71,13 +74,91 @@ class NoiseSource:
         noise: where they come from.
         draws: how many steps of ``noise`` one step of the solver takes.
         shape: gives the shape of a step's numbers for one path; may evaluate the diffusion.
-        of: which part of an `Increment` they are; ``None`` for unit normals.
+        of: which part of an `Increment` they are, with a shape of its channels; ``None`` for unit normals.
     """
 
     noise: AbstractNoise
     draws: int
     shape: Callable[[], tuple[int, ...]]
     of: Part | None = None
+
+    @property
+    def substeps(self) -> int:
+        """Fine steps of a path to one of its own."""
+        return self.noise.substeps if isinstance(self.noise, BrownianPath) else 1
+
+    @property
+    def path(self) -> BrownianPath:
+        """The sequence of unit numbers that a kernel makes, one for each number of a fine step.
+
+        Raises:
+            TypeError: the noise is no `BrownianPath`.
+        """
+        if not isinstance(self.noise, BrownianPath):
+            raise TypeError(f"noise of class {type(self.noise).__name__} has no sequence of unit numbers")
+        path = self.noise if self.of is None else self.noise.units(self.of)
+        return dataclasses.replace(path, substeps=1, mirrored=False, swapped=False)
+
+    def numbers(self) -> tuple[int, ...]:
+        """Shape of the unit numbers of a step, for one path: those of its fine steps one after another.
+
+        ``(draws, [substeps], *state)`` for unit normals, ``([substeps], *channels)`` for parts of increments.
+        """
+        shape, r = self.shape(), self.substeps
+        if isinstance(self.of, LevyArea):
+            shape = (self.of.numbers(math.prod(shape)),)
+        if r == 1:
+            return shape
+        return (shape[0], r, *shape[1:]) if self.of is None else (r, *shape)
+
+    def of_piece(self, numbers: Tensor, i: int) -> Tensor:
+        """The unit numbers of fine step ``i``, from those of a step, ``(batch, *numbers())``."""
+        assert isinstance(self.noise, BrownianPath)
+        axis = 2 if self.of is None else 1
+        return numbers if self.substeps == 1 else numbers.select(axis, i ^ self.noise.swapped)
+
+    def scaled(self, total: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """A sum over fine steps, as a number of the step and of its path: ``-scale / sqrt(substeps)`` if mirrored."""
+        assert isinstance(self.noise, BrownianPath)
+        factor = (-1.0 if self.noise.mirrored else 1.0) / math.sqrt(self.substeps)
+        return total * (scale if factor == 1.0 else scale * factor)
+
+    def coarse(self, numbers: Tensor) -> Tensor:
+        """Unit normals of a step from those of its fine ones, ``(batch, draws, *state)``."""
+        return self.scaled(weighted_sum([1.0] * self.substeps, lambda i: self.of_piece(numbers, i)))
+
+
+def assembled(sources: Sequence[NoiseSource], numbers: Sequence[Tensor], scale: Tensor) -> Increment:
+    """The increment of a step from the unit numbers of its sources, each ``(batch, *numbers())``.
+
+    Args:
+        sources: one for each part that the solver needs, and for each part that these are made from.
+        numbers: theirs.
+        scale: ``sqrt|dt|``.
+    """
+    r, parts = sources[0].substeps, dict[str, Tensor]()
+    of = {named(s.of): (s, z) for s, z in zip(sources, numbers, strict=True) if s.of is not None}
+
+    def piece(part: str, i: int) -> Tensor:
+        source, z = of[part]
+        unit = source.of_piece(z, i)
+        return unit if VARIANCES.get(part, 1.0) == 1.0 else math.sqrt(VARIANCES[part]) * unit
+
+    for part in ("W", "H", "K"):
+        if part in of:
+            terms = [(p, w) for p, w in composition(part, r).items() if any(w)]
+            sums = [weighted_sum(w, functools.partial(piece, p)) for p, w in terms]
+            parts[part] = of["W"][0].scaled(functools.reduce(torch.add, sums), scale)
+    if "S" in of:
+        parts["S"] = piece("S", 0)
+    if "A" in of:
+        area = of["A"][0].of
+        assert isinstance(area, LevyArea)
+        W, H, K = ([piece(part, i).flatten(1) for i in range(r)] for part in ("W", "H", "K"))
+        fine = [area.draw(W[i], H[i], K[i], piece("A", i)) for i in range(r)]
+        A = composed_area(lambda i: fine[i], lambda i: W[i], r)
+        parts["A"] = A * (scale * scale / r)
+    return Increment(**parts)
 
 
 @final
@@ -170,15 +251,35 @@ def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
 
     driving: tuple[NoiseSource, ...] = ()
     if sde.noise is not Noise.NONE:
-        missing = [part for part in solver.needs if part not in noise.provides]
+        missing = [named(part) for part in solver.needs if named(part) not in noise.provides]
         if missing:
             raise ValueError(
-                f"{type(solver).__name__} needs {' and '.join(missing)} of the driving noise, and "
-                f"{_named(noise)} makes {' and '.join(sorted(noise.provides))} alone; give seed= or a BrownianPath of "
-                "normal increments"
+                f"{type(solver).__name__} needs {' and '.join(missing)} of the driving noise, and {_named(noise)} "
+                f"makes {' and '.join(sorted(noise.provides - {'S'}))} alone; give seed= or a BrownianPath of normal "
+                "increments"
             )
-        driving = tuple(NoiseSource(noise, 1, lambda: problem.increment.shape[1:], part) for part in solver.needs)
+        driving = tuple(
+            NoiseSource(noise, 1, functools.partial(_shape, problem, part), part) for part in _read(solver.needs)
+        )
     return Lowered(step, driving=driving, one_step=solver)
+
+
+def _read(needs: Sequence[Part]) -> Sequence[Part]:
+    """Parts that a step needs, and those that they are drawn given or composed of: ``W`` first."""
+    names = {named(part) for part in needs}
+    within: list[Part] = ["W"]
+    within += ["H"] if names & {"H", "K", "A"} else []
+    within += ["K"] if names & {"K", "A"} else []
+    return [*within, *(part for part in needs if named(part) in ("S", "A"))]
+
+
+def _shape(problem: Problem, part: Part) -> tuple[int, ...]:
+    """The channels of a part for one path."""
+    shape, elementwise = problem.increment.shape[1:], problem.increment.elementwise
+    if part != "S":
+        return shape
+    own = elementwise or problem.equation.noise is Noise.SCALAR
+    return (2,) if own else (max(2, math.prod(shape)),)
 
 
 def _named(noise: AbstractNoise) -> str:

@@ -130,7 +130,7 @@ class Problem:
         if sde.noise is Noise.NONE:
             return _hermite(sde, x, x_next, span, theta)
         assert isinstance(self.noise, AbstractPath)  # or the plan would have been refused
-        b = self.noise.bridge(k, theta, self.increment.shape, given=self.solver.needs, dtype=x.dtype, device=x.device)
+        b = self.noise.bridge(k, theta, self.increment.shape, dtype=x.dtype, device=x.device)
         chord = x + theta * (x_next - x)
         return chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b)
 

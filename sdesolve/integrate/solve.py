@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from sdesolve import grids
 from sdesolve._internal.arguments import whole_number
 from sdesolve._internal.transforms import runs_as_it_is
-from sdesolve.brownian import BRIDGE_DEPTH, AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
+from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
 from sdesolve.integrate.lowering import lower
@@ -226,7 +225,7 @@ def _executor(name: str, backend: Backend) -> Executor:
 
 
 def _check_plan(problem: Problem) -> None:
-    """Refuses times between grid points where nothing is known of them, or not enough."""
+    """Refuses times between grid points where nothing is known of them."""
     if not problem.save.inside or problem.solver.controller is not None:
         return
     if isinstance(problem.solver, PredictorCorrector):
@@ -236,16 +235,6 @@ def _check_plan(problem: Problem) -> None:
             f"noise of class {type(problem.noise).__name__} is known at grid points alone; put every time of save_at "
             "on the grid"
         )
-    if isinstance(problem.noise, BrownianPath) and problem.random:
-        cells = problem.noise.substeps << BRIDGE_DEPTH
-        for k, inside in problem.save.inside.items():
-            for (slot, theta), (_, after) in itertools.pairwise(inside):
-                if int(theta * cells) == int(after * cells):
-                    raise ValueError(
-                        f"save_at holds times {(after - theta):.2g} of step {k} apart, after t = "
-                        f"{float(problem.save.ts[slot])!r}, and a path between grid points is resolved to 2^-20 of a "
-                        "step; put both on the grid"
-                    )
 
 
 def _grid_of(t0: Any, t1: Any, steps: int | None, grid: Any, batch: int) -> tuple[Tensor, float]:

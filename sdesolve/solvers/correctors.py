@@ -144,7 +144,7 @@ class LangevinCorrector(AbstractCorrector):
         s = score(x, t)
         # The kernel has no forward-mode derivative and cannot be mapped; the formula below it, where it is one, can.
         transformed = self._mode == "fixed" and (is_transformed() or has_tangent(x, s))
-        if isinstance(noise, BrownianPath) and not transformed:
+        if isinstance(noise, BrownianPath) and not transformed and (noise.plain or self._mode != "fixed"):
             return langevin_step(x, s, mode=self._mode, size=self._size, alpha=scale, **noise.place(k))
         if self._mode != "fixed":
             raise ValueError(

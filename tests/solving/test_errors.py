@@ -103,7 +103,6 @@ def test_save_times(save_at, message):
         ({"save_at": {0.5: 1}}, TypeError, "save_at must be a number or a tensor"),
         ({"save_at": [0.2, 1j]}, TypeError, "got 1j"),
         ({"save_at": np.array(["a"])}, TypeError, "array of <U1"),
-        ({"save_at": [0.33, 0.33 + 1e-8]}, ValueError, r"resolved to 2\^-20 of a step; put both on the grid"),
         ({"save_at": [0.2, 0.2 + 1e-15]}, ValueError, "are one point"),
         ({"t0": torch.tensor(True)}, TypeError, "t0 must be real numbers, got a tensor of torch.bool"),
         ({"t0": 1.7e9, "t1": 1.7e9 + 1e-5}, ValueError, r"too short at t = 1.7e\+09.*nearer origin"),

@@ -175,11 +175,21 @@ def _evaluated(
 
 
 def combined(parts: Tensor, lanes: int, batch: int) -> Moments:
-    """Mean and variance over all blocks from those of each (Chan, Golub and LeVeque 1983, eq. 2.1)."""
+    """Mean and variance over all blocks of means and sums of squares (Chan, Golub and LeVeque 1983, eq. 2.1)."""
     counts = torch.full((parts.shape[1],), float(lanes), dtype=torch.float64, device=parts.device)
     counts[-1] = batch - lanes * (len(counts) - 1)
-    means, squares = parts[:, :, 0], parts[:, :, 1]
-    weight = counts[None, :, None]
+    return _pooled(parts[:, :, 0], parts[:, :, 1], counts)
+
+
+def pooled(moments: Sequence[Moments], counts: Tensor) -> Moments:
+    """Mean and variance over several batches of these sizes from those of each."""
+    means, variances = (torch.stack([getattr(m, name) for m in moments], 1) for name in ("mean", "variance"))
+    freedom = (counts.to(means) - 1)[None, :, None]
+    return _pooled(means, torch.where(freedom > 0, variances * freedom, 0.0), counts.to(means))
+
+
+def _pooled(means: Tensor, squares: Tensor, counts: Tensor) -> Moments:
+    weight, batch = counts[None, :, None], float(counts.sum())
     mean = (weight * means).sum(1) / batch
     between = (weight * (means - mean[:, None]).square()).sum(1)
     return Moments(mean, (squares.sum(1) + between) / (batch - 1 if batch > 1 else math.nan))
