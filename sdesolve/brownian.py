@@ -76,6 +76,10 @@ class AbstractNoise(abc.ABC):
         """Which parts of an `Increment` it can make."""
         return frozenset({"W"})
 
+    def in_draws(self, draws: int) -> AbstractNoise:
+        """This noise for a solver that takes ``draws`` increments a step, one after another."""
+        return self
+
     @abc.abstractmethod
     def increments(
         self,
@@ -281,8 +285,16 @@ class BrownianPath(AbstractStreams, AbstractPath):
         return dataclasses.replace(self, first_path=self.first_path + first)
 
     def after(self, steps: int) -> BrownianPath:
-        """The same paths from ``steps`` steps later: what an integration split at a grid point goes on with."""
+        """The same paths from ``steps`` steps of the solver later, however many draws of noise it takes in a step.
+
+        With it an integration split at a grid point goes on, if its solver remembers nothing; ``start=sol.state`` of
+        `solve` goes on with any.
+        """
         return dataclasses.replace(self, first_step=self.first_step + whole_number(steps, "steps", 0))
+
+    def in_draws(self, draws: int) -> BrownianPath:
+        """Increment ``j`` of step ``k`` is number ``k draws + j`` of the result."""
+        return self if draws <= 1 else dataclasses.replace(self, first_step=self.first_step * draws)
 
     def antithetic(self) -> BrownianPath:
         """The mirrored paths, ``-W``: means of both have no error from odd functions of the noise."""

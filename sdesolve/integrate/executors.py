@@ -167,8 +167,8 @@ class _PathContext(KernelContext):
     def __init__(self, problem: Problem, lowered: Lowered) -> None:
         super().__init__(lowered, problem.x0.dtype, problem.x0.device)
         # An ODE makes no noise, so any coordinates do; those of its path may be of a kind that no kernel makes.
-        noise, noisy = problem.noise, problem.equation.noise is not Noise.NONE
-        self._first = (noise if noisy and isinstance(noise, BrownianPath) else BrownianPath(0)).place(0)
+        noise = lowered.driving[0].noise if lowered.driving else None
+        self._first = (noise if isinstance(noise, BrownianPath) else BrownianPath(0)).place(0)
 
     def offset(self, draw: int) -> Place:
         return {**self._first, "step": self._first["step"] + draw}
@@ -191,11 +191,11 @@ class Stepwise:
         self._execution, self._reason = execution, "; ".join(filter(None, [reason, after]))
         self._spans: list[Span] = []
         self._spans_from = 0
-        self.k, self.states = 0, lowered.start(problem.x0)
+        self.k, self.states = problem.first, lowered.start(problem.x0, problem.memory)
         problem.watched.checking = True
         check_noise_ahead(problem)
         self._structured = has_structure(problem)
-        problem.save.at_grid_point(0, problem.x0)
+        problem.save.at_grid_point(self.k, problem.x0)
 
     def advance(self) -> None:
         """Takes the next step, and keeps the states that were asked for."""
@@ -231,23 +231,26 @@ class Stepwise:
             self.states[0],
             save.states(),
             save.variances() if save.moments else None,
-            problem.steps,
+            problem.taken,
             problem.watched.evaluations,
             self._execution,
             self._reason,
+            memory=self.states[1:],
         )
 
-    def report_divergence(self, first: int = 0, last: int | None = None, states: tuple[Tensor, ...] = ()) -> None:
+    def report_divergence(
+        self, first: int | None = None, last: int | None = None, states: tuple[Tensor, ...] = ()
+    ) -> None:
         """Goes through the integration again, and refuses the first step that gives a state that is not finite.
 
         Args:
             first: the step to begin with.
             last: the step to end before.
-            states: what is carried before the first step, if that is not step 0.
+            states: what is carried before the first step, if that is not where the integration begins.
         """
-        states = states or self._lowered.start(self.problem.x0)
+        states = states or self._lowered.start(self.problem.x0, self.problem.memory)
         with torch.no_grad():
-            for k in range(first, self.problem.steps if last is None else last):
+            for k in range(self.problem.first if first is None else first, last or self.problem.steps):
                 x = states[0]
                 span, states = self._after(k, states)
                 refuse_nonfinite(self.problem, k, x, states[0], span)

@@ -126,7 +126,7 @@ class Fused:
         with _uncounted(problem):
             with _explained():
                 guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
-                _check_untransformed(problem.x0, *guards.tensors)
+                _check_untransformed(problem.x0, *problem.memory, *guards.tensors)
                 kernel = _known(problem, guards, lowered, self._wanted)
             if kernel is None or len(problem.x0) not in kernel.batches:
                 noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
@@ -443,7 +443,7 @@ def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[t
             back as it was.
     """
     with guards.put_back_on_error() as changed:
-        inputs = _inputs(problem, lowered, noises, 0, problem.steps, problem.x0.detach())
+        inputs = _inputs(problem, lowered, noises, problem.first, problem.steps, problem.x0.detach())
         rewind = random_states()
         first = _evaluated(problem, lowered, inputs)
         what, now = changed(), look_into(*_roots(problem))
@@ -493,7 +493,8 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
     Raises:
         Unsupported: they differ.
     """
-    last, x0, step, table = problem.steps, problem.x0.detach(), _traced_step(lowered), lowered.table
+    begin, last, x0, table = problem.first, problem.steps, problem.x0.detach(), lowered.table
+    step = _traced_step(lowered)
     observe, captured = _observe(problem), tuple(guards.tensors[i] for i in kernel.where)
     kernel = _repeating(kernel, lowered)
     program = kernel.trajectory.plan.program
@@ -513,13 +514,13 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         def fused(x: Tensor) -> Tensor:
             return kernel.trajectory.run(launch(x, k, end, ())).x1
 
-        if k == 0:
+        if k == begin:
             calls = recorded(step, observe, _inputs(problem, lowered, kernel.noises, k, end, x0))
             same_operations(program, calls, len(x0))
         agree(eager, fused, x0, eps)
 
     try:
-        for k in sorted({0} if kernel.batches else {0, (last - 1) // 2, last - 1}):
+        for k in sorted({begin} if kernel.batches else {begin, (begin + last - 1) // 2, last - 1}):
             at(k)
         if observe is not None:
             shape = program.observed_shape or ()
@@ -561,7 +562,10 @@ def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered)
     """The integration from its first step to its last, with nothing saved."""
     captured = tuple(guards.tensors[i] for i in kernel.where)
     offsets = _offsets(problem, kernel, lowered)
-    return Launch(problem.x0, problem.times, lowered.table, offsets, (), False, captured)
+    memory = torch.cat([m.detach().flatten(1) for m in problem.memory], 1) if problem.memory else None
+    return Launch(
+        problem.x0, problem.times, lowered.table, offsets, (), False, captured, first_step=problem.first, memory=memory
+    )
 
 
 def _report_divergence(problem: Problem, trajectory: AbstractTrajectory, lowered: Lowered, launch: Launch) -> None:
@@ -570,7 +574,7 @@ def _report_divergence(problem: Problem, trajectory: AbstractTrajectory, lowered
     It is found by halving the steps between a state that is finite and one that is not, which costs at most another
     run; that step alone is done in torch, to see why.
     """
-    first, last, x, memory = 0, problem.steps, problem.x0, launch.memory
+    first, last, x, memory = problem.first, problem.steps, problem.x0, launch.memory
     while last - first > 1:
         middle = (first + last) // 2
         half = dataclasses.replace(launch, x0=x, memory=memory, first_step=first, last_step=middle)
@@ -588,7 +592,7 @@ def _report_divergence(problem: Problem, trajectory: AbstractTrajectory, lowered
 
 
 def _run(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
-    work = problem.steps * len(problem.x0)
+    work = problem.taken * len(problem.x0)
     with progress_bar(problem.progress, total=work, unit="path-step", leave=False) as bar:
         launch = dataclasses.replace(launch, progress=bar.update if problem.progress else None)
         return (_between if problem.save.inside else _on_grid)(problem, kernel, launch)
@@ -598,12 +602,12 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     """A run whose plan has times on the grid alone."""
     save, x0 = problem.save, problem.x0
     trajectory = kernel.trajectory
-    evaluations = kernel.evaluations * problem.steps
+    evaluations = kernel.evaluations * problem.taken
     saves = sorted(k for k, slots in save.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
     plain = saves == [problem.steps] and save.observable is None and not save.moments
     saved = trajectory.run(dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments))
-    source = trajectory.source  # which may depend on the launch
+    source, memory = trajectory.source, _remembered(saved.memory, x0)  # the source may depend on the launch
     # Two times at one grid point are two entries of what is returned.
     entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
     order = [entry[slot] for slot in range(len(save.ts))]
@@ -612,10 +616,15 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     if saved.moments is not None:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
         mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
-        return Saved(saved.x1, mean, variance, problem.steps, evaluations, "fused", _REASON, source)
+        return Saved(saved.x1, mean, variance, problem.taken, evaluations, "fused", _REASON, source, memory=memory)
     xs = saved.x1[None].clone() if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
     xs = xs if order == list(range(len(xs))) else xs[order]
-    return Saved(saved.x1, xs, None, problem.steps, evaluations, "fused", _REASON, source)
+    return Saved(saved.x1, xs, None, problem.taken, evaluations, "fused", _REASON, source, memory=memory)
+
+
+def _remembered(memory: Tensor | None, x0: Tensor) -> tuple[Tensor, ...]:
+    """What the solver carries at the end, as tensors of the state's shape."""
+    return () if memory is None else tuple(m.reshape(x0.shape) for m in memory.split(x0[0].numel(), 1))
 
 
 def _offset(path: BrownianPath, numbers: int, batch: int, count: int) -> tuple[int, int, int, int]:
@@ -654,6 +663,7 @@ def _between(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
             (span,) = problem.spans(k, 1)
             save.within_step(k, functools.partial(problem.between, k, x=x, x_next=states[k + 1], span=span))
     variances = save.variances() if save.moments else None
-    evaluations = kernel.evaluations * problem.steps + watched.evaluations - before
+    evaluations = kernel.evaluations * problem.taken + watched.evaluations - before
     source = kernel.trajectory.source
-    return Saved(saved.x1, save.states(), variances, problem.steps, evaluations, "fused", _REASON, source)
+    memory, xs = _remembered(saved.memory, problem.x0), save.states()
+    return Saved(saved.x1, xs, variances, problem.taken, evaluations, "fused", _REASON, source, memory=memory)

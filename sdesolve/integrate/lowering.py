@@ -198,9 +198,9 @@ class Lowered:
     def parts(self) -> int:
         return 0 if self.skipped is None else self.skipped.shape[1]
 
-    def start(self, x0: Tensor) -> States:
-        """What is carried before the first step."""
-        return (x0, *(torch.zeros_like(x0, requires_grad=False),) * self.memory)
+    def start(self, x0: Tensor, memory: States = ()) -> States:
+        """What is carried before the first step; ``memory`` where that is not the first of all."""
+        return (x0, *(memory or (torch.zeros_like(x0, requires_grad=False),) * self.memory))
 
 
 def lower(problem: Problem) -> Lowered:
@@ -303,7 +303,13 @@ def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table) -> Low
         x, after = solver.advance(evaluate, [context.row(*row) for row in rows], x, tuple(memory))
         return (x, *after)
 
-    source = NoiseSource(problem.noise, table.draws, lambda: (table.draws, *state))
+    noise = problem.noise
+    if table.draws and solver.memory and isinstance(noise, BrownianPath) and noise.first_step and not problem.first:
+        raise ValueError(
+            f"{type(solver).__name__} remembers the steps before, and noise that begins at step {noise.first_step} "
+            "does not: go on with start=sol.state of the run before"
+        )
+    source = NoiseSource(noise.in_draws(table.draws), table.draws, lambda: (table.draws, *state))
     numbers = torch.cat([table.times, *table.rows], dim=1)
     driving = (source,) if table.draws else ()
     return Lowered(step, solver.memory, driving, table=numbers, skipped=table.skipped)

@@ -81,6 +81,9 @@ class Problem:
         save: which states to keep.
         check_finite: raise `DivergenceError` when the state stops being finite.
         progress: show a progress bar.
+        first: step to begin with; ``times``, and numbers of steps, are those of the whole integration that it goes on
+            with (`Continuation`).
+        memory: what the solver remembers before that step; nothing at the start.
     """
 
     solver: AbstractSolver
@@ -92,6 +95,13 @@ class Problem:
     save: SavePlan
     check_finite: bool = True
     progress: bool = False
+    first: int = 0
+    memory: tuple[Tensor, ...] = ()
+
+    @property
+    def taken(self) -> int:
+        """Steps that this integration takes itself."""
+        return self.steps - self.first
 
     @property
     def steps(self) -> int:
@@ -116,7 +126,7 @@ class Problem:
     def increment(self) -> IncrementShape:
         """Shape of the Brownian increment. Evaluates the diffusion once where the noise type does not settle it."""
         sde, x0 = self.watched, self.x0
-        t = self.times[0].to(dtype=x0.dtype, device=x0.device)
+        t = self.times[self.first].to(dtype=x0.dtype, device=x0.device)
         g = None
         if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
             with torch.no_grad():

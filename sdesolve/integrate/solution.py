@@ -9,6 +9,9 @@ from typing import NamedTuple, final
 
 from torch import Tensor
 
+from sdesolve.brownian import AbstractNoise
+from sdesolve.solvers.base import AbstractSolver
+
 
 @final
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Saved:
         reason: which kernel, or what follows each step; may be empty.
         source: of the generated kernel, if one ran.
         adaptive: counts of each sample, with an adaptive solver.
+        memory: what the solver remembers at the end.
     """
 
     x1: Tensor
@@ -36,6 +40,7 @@ class Saved:
     reason: str
     source: str | None = None
     adaptive: AdaptiveCounts | None = None
+    memory: tuple[Tensor, ...] = ()
 
 
 class AdaptiveCounts(NamedTuple):
@@ -81,6 +86,43 @@ class Stats:
         return self.execution
 
 
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class Continuation:
+    """Where an integration has come to: ``solve(sde, t1=..., steps=..., solver=solver, start=state)`` goes on from it.
+
+    Cut at any grid point, an integration has the bits of the whole: the noise goes on where it stopped, counted in
+    steps of the solver, and so does what a multistep solver remembers. It can be pickled.
+
+    Attributes:
+        x: the state, ``(batch, *state)``; the memory of `Solution.x1`.
+        memory: tensors that the solver carries beside it.
+        times: the grid so far, ``(steps + 1,)`` or ``(steps + 1, batch)``, float64 on the host.
+        noise: what drives it, from the first of all steps.
+        solver: which takes the next step too.
+    """
+
+    x: Tensor
+    memory: tuple[Tensor, ...]
+    times: Tensor
+    noise: AbstractNoise
+    solver: AbstractSolver
+
+    @property
+    def t(self) -> Tensor:
+        """The time of the state, ``()`` or ``(batch,)``."""
+        return self.times[-1]
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return len(self.times) - 1
+
+    def __repr__(self) -> str:
+        batch = f"{len(self.x)} states of shape {tuple(self.x.shape[1:])}"
+        return f"Continuation({batch}, {self.steps} steps of {self.solver!r})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Solution:
     """The result of `solve`.
@@ -93,6 +135,10 @@ class Solution:
         stats: how it was made.
         mean: of what ``xs`` would hold over the batch, ``(times, *state)``, float64, if ``reduce="moments"``.
         variance: likewise, unbiased.
+        state: what `solve` goes on with; ``None`` if a run cannot be cut: steps are adaptive, or depend on how many the
+            whole grid has (`AbstractSolver.divisible`).
+
+    No two of ``x1``, ``xs`` and ``x0`` share memory, whatever ran.
     """
 
     x1: Tensor
@@ -101,6 +147,7 @@ class Solution:
     stats: Stats
     mean: Tensor | None = None
     variance: Tensor | None = None
+    state: Continuation | None = None
 
 
 class DivergenceError(FloatingPointError):

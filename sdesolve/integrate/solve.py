@@ -10,7 +10,7 @@ from sdesolve_kernels.transforms import outside_transforms
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
@@ -18,7 +18,7 @@ from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKern
 from sdesolve.integrate.lowering import lower
 from sdesolve.integrate.problem import Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
-from sdesolve.integrate.solution import Saved, Solution, Stats
+from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -32,13 +32,14 @@ _PLAIN = ("auto", "eager")
 @runs_as_it_is
 def solve(
     sde: AbstractSDE,
-    x0: State,
+    x0: State | None = None,
     t0: float | Tensor | None = None,
     t1: float | Tensor | None = None,
     steps: int | None = None,
     *,
     solver: AbstractSolver,
     grid: Tensor | None = None,
+    start: Continuation | None = None,
     seed: int | None = None,
     noise: AbstractNoise | None = None,
     save_at: SaveAt = None,
@@ -63,6 +64,8 @@ def solve(
             ``grid``, and ``save_at`` only as times, whose states its interpolant gives.
         grid: explicit times instead of ``t0, t1, steps``: ``(steps + 1,)`` or ``(steps + 1, batch)``, monotone. Rows
             with fewer steps are padded by repeating their last time: a step of no length leaves a row alone.
+        start: go on from the ``state`` of another `Solution`, with its noise and what the solver remembers, in place of
+            ``x0``, ``t0`` and ``seed`` or ``noise``. A grid begins at the time of that state.
         seed: short for ``noise=BrownianPath(seed)``. Without either, a seed is drawn from torch's default generator; it
             is in ``stats.seed``, so the run can be repeated.
         noise: the driving Brownian motion; its step 0 is the first step of this grid.
@@ -93,6 +96,11 @@ def solve(
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
     _check_choice("reduce", reduce, (None, "moments"))
+    if start is not None:
+        _check_start(start, solver, x0=x0, seed=seed, noise=noise, increments=increments)
+        x0, t0, noise = start.x, start.t if grid is None and t0 is None else t0, start.noise
+    elif x0 is None:
+        raise TypeError("give x0, the states to start from, or start, the state of a Solution to go on with")
     _check_arguments(sde, x0, solver, backend)
     if params is not None:
         if not isinstance(sde, SDE | ODE):
@@ -113,8 +121,13 @@ def solve(
             )
         times, rounding = _grid_of(t0, t1, 1, None, len(x0))
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
-    save = SavePlan(times, save_at, observable, moments=reduce is not None, rounding=rounding)
-    return _solution(sde, x0, times, solver, noise, save, backend, progress=progress, check_finite=check_finite)
+    times = _continued(start, times, rounding)
+    first = 0 if start is None else start.steps
+    save = SavePlan(times[first:], save_at, observable, moments=reduce is not None, rounding=rounding, first=first)
+    problem = Problem(
+        solver, sde, Watched(sde), noise, times, x0, save, check_finite, progress, first, start.memory if start else ()
+    )
+    return _solution(problem, backend)
 
 
 def integrate(
@@ -124,6 +137,7 @@ def integrate(
     *,
     solver: AbstractSolver,
     noise: AbstractNoise | None = None,
+    start: Continuation | None = None,
     backend: Backend = "auto",
     progress: bool = False,
 ) -> Solution:
@@ -135,6 +149,7 @@ def integrate(
         times: ``(steps + 1,)``.
         solver: the scheme.
         noise: what drives it; a path of a drawn seed by default.
+        start: what to go on from, at the first of these times; ``x0`` is its state and ``noise`` its noise.
         backend: which executor.
         progress: show a progress bar.
 
@@ -144,7 +159,12 @@ def integrate(
     _check_arguments(sde, x0, solver, backend)
     times = grids.check_grid(times)
     noise = noise_of(None, noise, random=_reads_noise(sde, solver))
-    return _solution(sde, x0, times, solver, noise, SavePlan(times, None), backend, progress=progress)
+    times, first, memory = _continued(start, times), *((start.steps, start.memory) if start else (0, ()))
+    save = SavePlan(times[first:], None, first=first)
+    return _solution(
+        Problem(solver, sde, Watched(sde), noise, times, x0, save, progress=progress, first=first, memory=memory),
+        backend,
+    )
 
 
 def _reads_noise(sde: AbstractSDE, solver: AbstractSolver) -> bool:
@@ -162,20 +182,9 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _solution(
-    sde: AbstractSDE,
-    x0: State,
-    times: Tensor,
-    solver: AbstractSolver,
-    noise: AbstractNoise,
-    save: SavePlan,
-    backend: Backend,
-    *,
-    progress: bool,
-    check_finite: bool = True,
-) -> Solution:
-    check_process_times(sde, times)
-    problem = Problem(solver, sde, Watched(sde), noise, times, x0, save, check_finite, progress)
+def _solution(problem: Problem, backend: Backend) -> Solution:
+    solver, noise, times, save, x0 = problem.solver, problem.noise, problem.times, problem.save, problem.x0
+    check_process_times(problem.equation, times)
     _check_plan(problem)
     saved, reason = _executed(problem, backend)
     adaptive = saved.adaptive
@@ -191,9 +200,39 @@ def _solution(
         rejected=adaptive and adaptive.rejected,
         evaluations=adaptive and adaptive.evaluations,
     )
+    state = Continuation(saved.x1, saved.memory, times.clone(), noise, solver) if solver.divisible else None
     if saved.variances is None:
-        return Solution(x1=saved.x1, ts=save.ts, xs=saved.xs, stats=stats)
-    return Solution(saved.x1, save.ts, x0.new_empty(0, *x0.shape), stats, mean=saved.xs, variance=saved.variances)
+        return Solution(saved.x1, save.ts, saved.xs, stats, state=state)
+    nothing = x0.new_empty(0, *x0.shape)
+    return Solution(saved.x1, save.ts, nothing, stats, mean=saved.xs, variance=saved.variances, state=state)
+
+
+def _check_start(start: Continuation, solver: AbstractSolver, **others: object) -> None:
+    if not isinstance(start, Continuation):
+        raise TypeError(f"start must be the state of a Solution, got {kind_of(start)}; tensors go to x0")
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(f"start holds state and noise of the run to go on with: leave {' and '.join(given)} out")
+    if solver != start.solver:
+        raise ValueError(
+            f"start comes from {start.solver!r}, which goes on with what it remembers, and not {solver!r}; to change "
+            "the solver, begin another run at x0=start.x, t0=start.t"
+        )
+
+
+def _continued(start: Continuation | None, times: Tensor, rounding: float = 0.0) -> Tensor:
+    """The grid of the whole integration, of which ``times`` are the rest."""
+    if start is None:
+        return times
+    off = (times[0] - start.t).abs()
+    if bool((off > rounding + 2.0**-44 * start.t.abs()).any()):
+        row = int(off.flatten().argmax())
+        at, begin = float(start.t.expand_as(off).flatten()[row]), float(times[0].flatten()[row])
+        raise ValueError(f"start is the state at t = {at!r}, and the grid begins at {begin!r}")
+    past, rest = start.times, times[1:]
+    if past.ndim != rest.ndim:
+        past, rest = (t if t.ndim == 2 else t[:, None].expand(-1, len(start.x)) for t in (past, rest))
+    return torch.cat([past, rest])
 
 
 def _executed(problem: Problem, backend: Backend) -> tuple[Saved, str]:

@@ -110,6 +110,11 @@ class AbstractSolver(abc.ABC):
         return ("W",)
 
     @property
+    def divisible(self) -> bool:
+        """Whether a run may be cut at a grid point and gone on with: no step depends on how many there are in all."""
+        return self.controller is None
+
+    @property
     def controller(self) -> StepController | None:
         """How it chooses its own steps; ``None`` for a solver that takes those of a given grid."""
         return None

@@ -78,6 +78,10 @@ class PredictorCorrector(AbstractSolver):
         return self.predictor.stochasticity
 
     @property
+    def divisible(self) -> bool:
+        return self.predictor.divisible
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         return self.predictor.needs
 

@@ -139,6 +139,10 @@ class AbstractChurned(AbstractSingleStep):
         return 1.0 if self.churn else 0.0
 
     @property
+    def divisible(self) -> bool:
+        return not self.churn  # which is shared out among all steps
+
+    @property
     def weak_order(self) -> float | None:
         return 2.0 if self.churn else None
 
