@@ -287,8 +287,8 @@ class BrownianPath(AbstractStreams, AbstractPath):
     def after(self, steps: int) -> BrownianPath:
         """The same paths from ``steps`` steps of the solver later, however many draws of noise it takes in a step.
 
-        With it an integration split at a grid point goes on, if its solver remembers nothing; ``start=sol.state`` of
-        `solve` goes on with any.
+        An integration cut at a grid point goes on with it if its solver remembers nothing; one that remembers earlier
+        steps would begin afresh, and goes on by ``start=sol.state`` of `solve`.
         """
         return dataclasses.replace(self, first_step=self.first_step + whole_number(steps, "steps", 0))
 

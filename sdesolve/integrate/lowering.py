@@ -303,13 +303,7 @@ def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table) -> Low
         x, after = solver.advance(evaluate, [context.row(*row) for row in rows], x, tuple(memory))
         return (x, *after)
 
-    noise = problem.noise
-    if table.draws and solver.memory and isinstance(noise, BrownianPath) and noise.first_step and not problem.first:
-        raise ValueError(
-            f"{type(solver).__name__} remembers the steps before, and noise that begins at step {noise.first_step} "
-            "does not: go on with start=sol.state of the run before"
-        )
-    source = NoiseSource(noise.in_draws(table.draws), table.draws, lambda: (table.draws, *state))
+    source = NoiseSource(problem.noise.in_draws(table.draws), table.draws, lambda: (table.draws, *state))
     numbers = torch.cat([table.times, *table.rows], dim=1)
     driving = (source,) if table.draws else ()
     return Lowered(step, solver.memory, driving, table=numbers, skipped=table.skipped)

@@ -184,14 +184,3 @@ def test_what_does_not_go_on(options, error, message):
     state = sds.solve(sde, X0, 0.0, 1.0, 3, solver=sds.EulerMaruyama(), seed=0, backend="eager").state
     with pytest.raises(error, match=message):
         sds.solve(sde, **{"t1": 2.0, "steps": 4, "solver": sds.EulerMaruyama(), "start": state, **options})
-
-
-def test_a_solver_that_remembers_does_not_begin_in_the_middle():
-    with pytest.raises(ValueError, match=r"SDEDPMSolverPP remembers the steps before.*start=sol\.state"):
-        sds.solve(
-            VP.reverse(SCORE),
-            X0,
-            grid=VP.time_grid(4),
-            solver=sds.SDEDPMSolverPP(2),
-            noise=sds.BrownianPath(0).after(3),
-        )
