@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.generators import seeded
+from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
@@ -31,6 +33,7 @@ from sdesolve.solvers.tabulated import AbstractTabulated
 
 
 @runs_as_it_is
+@in_evaluation
 def sample(
     process: AbstractDiffusion,
     score: Score,
@@ -48,6 +51,7 @@ def sample(
     backend: Backend = "auto",
     progress: bool = False,
     cuda_graph: bool = False,
+    dropout: bool = False,
 ) -> Tensor:
     r"""Draws ``shape = (batch, *state)`` samples: prior at ``t_max``, integrated back to ``t_min``, then denoised.
 
@@ -74,6 +78,9 @@ def sample(
         progress: show a progress bar.
         cuda_graph: capture the whole sampler as a CUDA graph at the first call with these arguments, and replay it
             with the new seed at later ones. The state is then not checked for nan.
+        dropout: let dropout draw while sampling. Networks are in evaluation mode otherwise, and have their own modes
+            again when the call ends; batch statistics stay as they are in either case. What a network draws depends on
+            the seed, and on all rows of the batch.
 
     Raises:
         ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease; a score of another process.
@@ -92,6 +99,8 @@ def sample(
     stochasticity = solver.sampling_stochasticity if stochasticity is None else stochasticity
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
+        if dropout:
+            raise ValueError("a CUDA graph replays its dropout masks; leave cuda_graph out to draw new ones")
         if solver.controller is not None:
             raise ValueError(f"{type(solver).__name__} decides on its steps as it goes, which a CUDA graph cannot hold")
         where = torch.empty(0, device=device).device
@@ -105,8 +114,12 @@ def sample(
             )
 
         return captured(key, straight, where)(path.seed, path.first_path)
+    draws: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if dropout:
+        seed = path.seed if isinstance(path, BrownianPath) else 0
+        draws = seeded("dropout", seed, device=torch.empty(0, device=device).device)
     # No record is kept, but what torch.func differentiates has its derivatives.
-    with contextlib.nullcontext() if is_transformed() else torch.no_grad():
+    with contextlib.nullcontext() if is_transformed() else torch.no_grad(), draws:
         start = path if isinstance(path, BrownianPath) else BrownianPath(0)
         x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
         x = integrate(backward, x, times, solver=solver, noise=path, backend=backend, progress=progress).x1

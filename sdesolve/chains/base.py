@@ -12,6 +12,7 @@ from sdesolve_kernels import Stream, normal, perturb
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.modes import in_evaluation
 from sdesolve.diffusions.base import AbstractDiffusion, Marginal, Prior
 from sdesolve.reverse import Score, evaluated
 from sdesolve.scores.base import AbstractData, check_state, flat
@@ -142,6 +143,7 @@ class AbstractChain(abc.ABC):
         return torch.stack(states)
 
     @final
+    @in_evaluation
     def sample(
         self,
         score: StepScore,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sdesolve._internal.modes import in_evaluation
 from sdesolve.chains.base import AbstractChain, StepScore, Variance
 from sdesolve.likelihood.quantisation import Quantisation, discretised_gaussian_log_prob
 from sdesolve.reverse import evaluated
@@ -41,6 +42,7 @@ class BoundTerms:
         return self.total / (self.dimension * math.log(2.0))
 
 
+@in_evaluation
 def variational_bound(
     chain: AbstractChain,
     score: StepScore,

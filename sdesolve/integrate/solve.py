@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
@@ -19,6 +20,7 @@ from sdesolve.integrate.lowering import lower
 from sdesolve.integrate.problem import Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
 from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
+from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -52,6 +54,11 @@ def solve(
     check_finite: bool = True,
 ) -> Solution:
     r"""Integrates ``dX = f(X, t) dt + g(X, t) dW`` (or an ODE) from ``x0`` over a grid of times.
+
+    The networks within the score of a `ReverseSDE` or `ProbabilityFlow` are in evaluation mode meanwhile, and have
+    their own modes again afterwards. Those in the functions of an `SDE` or `ODE` stay as they are, so that they can be
+    trained through `solve`: call ``net.eval()`` first where dropout is not to draw and batch statistics are to stay.
+    Under ``torch.no_grad()`` a warning says so.
 
     Args:
         sde: what to integrate: an `SDE`, an `ODE`, a forward process, a `ReverseSDE` or a `ProbabilityFlow`.
@@ -102,6 +109,8 @@ def solve(
     elif x0 is None:
         raise TypeError("give x0, the states to start from, or start, the state of a Solution to go on with")
     _check_arguments(sde, x0, solver, backend)
+    if not (torch.is_grad_enabled() or isinstance(sde, ReverseSDE | ProbabilityFlow)):
+        warn_of_training(sde)
     if params is not None:
         if not isinstance(sde, SDE | ODE):
             raise TypeError(
@@ -186,7 +195,8 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     solver, noise, times, save, x0 = problem.solver, problem.noise, problem.times, problem.save, problem.x0
     check_process_times(problem.equation, times)
     _check_plan(problem)
-    saved, reason = _executed(problem, backend)
+    with evaluation_mode(*((sde.score,) if isinstance(sde, ReverseSDE | ProbabilityFlow) else ())):
+        saved, reason = _executed(problem, backend)
     adaptive = saved.adaptive
     stats = Stats(
         solver=type(solver).__name__,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of
+from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
@@ -114,6 +115,7 @@ def log_likelihood(
 
 
 @runs_as_it_is
+@in_evaluation
 def estimate_likelihood(
     process: AbstractDiffusion,
     score: Score,
@@ -233,6 +235,7 @@ def estimate_likelihood(
 
 
 @runs_as_it_is
+@in_evaluation
 def encode(
     process: AbstractDiffusion,
     score: Score,
@@ -254,6 +257,7 @@ def encode(
 
 
 @runs_as_it_is
+@in_evaluation
 def decode(
     process: AbstractDiffusion,
     score: Score,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import refuse_transforms
 from sdesolve.brownian import AbstractStreams, BrownianPath, drawn_seed
 from sdesolve.diffusions.base import AbstractDiffusion
@@ -69,6 +70,7 @@ class AnnealedLangevin:
         return self.step_size * (self.sigmas / self.sigmas[-1]).square()
 
     @torch.no_grad()
+    @in_evaluation
     def __call__(
         self,
         process: AbstractDiffusion,

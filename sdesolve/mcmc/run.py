@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.progress import progress_bar
 from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.brownian import BrownianPath, drawn_seed
@@ -40,6 +41,7 @@ class Chain:
 
 @runs_as_it_is
 @torch.no_grad()
+@in_evaluation
 def run_chain(
     kernel: AbstractKernel,
     x0: Tensor,

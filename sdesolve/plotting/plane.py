@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.modes import in_evaluation
 from sdesolve.plotting.style import COLOURS, INK
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def _grid(window: Window, resolution: int, margin: float = 0.0) -> tuple[Tensor,
     return x, y
 
 
+@in_evaluation
 def _at(function: Function, x: Tensor, y: Tensor, value_shape: tuple[int, ...]) -> Tensor:
     with torch.no_grad():
         values = function(torch.stack([x.reshape(-1), y.reshape(-1)], dim=1))

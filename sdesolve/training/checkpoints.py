@@ -34,7 +34,7 @@ def save(score: nn.Module, path: str | Path) -> None:
 
 
 def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> None:
-    """Reads weights that `save` or a training run wrote into ``score``, in place.
+    """Reads weights that `save` or a training run wrote into ``score``, in place, and puts it into evaluation mode.
 
     ``path`` is a file of `save`, or the folder or file of a training checkpoint, whose averaged weights are taken.
 
@@ -59,6 +59,7 @@ def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> Non
         kept = f"averages with decays {', '.join(map(str, decays))}" if decays else "weights only, no averages"
         raise ValueError(f"{path} holds {kept}; ema={ema} is not there")
     load_named(score, part(tensors, average_prefix(0 if ema is None else decays.index(ema)) if decays else ""))
+    score.eval()
 
 
 def _check_module(score: nn.Module, path: object) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import number, whole_number
+from sdesolve._internal.modes import training_mode
 from sdesolve._internal.progress import progress_bar
 from sdesolve.nn.ema import EMA
 from sdesolve.scores.network import NetworkScore
@@ -179,9 +180,8 @@ def train(
         (score.net if isinstance(score, NetworkScore) and isinstance(score.net, nn.Module) else score).compile()
 
     rate = _DECAYS[decay]
-    score.train()
     stream = batches.after(run.position)
-    with progress_bar(progress, total=steps, initial=first, unit="step", desc="train") as bar:
+    with training_mode(score), progress_bar(progress, total=steps, initial=first, unit="step", desc="train") as bar:
         while run.step < steps:
             warm = min(1.0, (run.step + 1) / warmup) if warmup else 1.0
             rate_now = lr * warm * rate(run.step / steps)

@@ -1,0 +1,191 @@
+"""Evaluation mode for the networks that a call uses, given back afterwards as it was, module by module."""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import functools
+import inspect
+import os
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LIBRARIES = frozenset(("torch", "numpy", "sdesolve", "sdesolve_kernels", "builtins"))
+_MOST = 10_000  # objects looked at
+_LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, type(None))
+
+
+class _Hold(NamedTuple):
+    """A module that calls have in a mode of theirs, each under a token of its own; the last one's mode is in force."""
+
+    module: nn.Module
+    before: bool
+    wanted: dict[object, bool]
+
+
+_holds: dict[int, _Hold] = {}
+_lock = threading.RLock()
+_drawing = contextvars.ContextVar("drawing", default=False)  # whether a block around this one lets networks draw
+
+
+def _renew() -> None:
+    """A forked child has the lock, but perhaps not the thread that would release it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+@contextmanager
+def evaluation_mode(*held: object, dropout: bool = False) -> Iterator[None]:
+    """Within the block, the modules that ``held`` reaches are in evaluation mode; then each has its own mode again.
+
+    Blocks may be nested and run in several threads: a module gets its mode back when the last block that holds it ends.
+    Flags are set module by module, so that what was frozen stays frozen; `nn.Module.train` is not called.
+
+    Args:
+        held: scores, networks, functions, or objects that hold them.
+        dropout: keep modules without buffers of their own in training mode, so that they draw. Those with buffers,
+            which training mode rewrites (running statistics, power iterations), are in evaluation mode all the same.
+            Holds for blocks within this one as well.
+    """
+    token, modules = object(), modules_within(held)
+    dropout = dropout or _drawing.get()
+    outside = _drawing.set(dropout)
+    try:
+        for module in modules:
+            _hold(module, token, dropout and not module._buffers)
+        yield
+    finally:
+        _drawing.reset(outside)
+        for module in modules:
+            _release(module, token)
+
+
+@contextmanager
+def training_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into training mode, and after an error each part of it into the mode that it had before."""
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        module.train()
+        yield
+    except BaseException:
+        for part, mode in before:
+            _set(part, mode)
+        raise
+
+
+def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose arguments are in `evaluation_mode` while it runs; its argument ``dropout`` is the one there."""
+
+    @functools.wraps(function)
+    def evaluating(*args: P.args, **kwargs: P.kwargs) -> R:
+        with evaluation_mode(*args, *kwargs.values(), dropout=bool(kwargs.get("dropout"))):
+            return function(*args, **kwargs)
+
+    return evaluating
+
+
+def modules_within(held: Iterable[object]) -> list[nn.Module]:
+    """All modules that scores or functions reach, in closures, defaults, attributes and global names as well."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = collections.deque(held)  # what is near comes first
+    while waiting and len(seen) < _MOST:
+        value = waiting.popleft()
+        if id(value) in seen or isinstance(value, _LEAVES):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+            waiting += value._modules.values()
+            if _library(type(value).__module__):
+                waiting += [v for v in vars(value).values() if callable(v)]  # a network that is a function
+        elif isinstance(value, types.FunctionType):
+            waiting += _read_by(value)
+        elif isinstance(value, types.MethodType):
+            waiting += (value.__self__, value.__func__)
+        elif isinstance(value, functools.partial):
+            waiting += (value.func, *value.args, *value.keywords.values())
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif type(value).__module__.partition(".")[0] not in _LIBRARIES - {"sdesolve"}:
+            waiting += getattr(value, "__dict__", {}).values()
+            call = inspect.getattr_static(type(value), "__call__", None)
+            waiting += [call] if isinstance(call, types.FunctionType) else []
+    return found
+
+
+def warn_of_training(sde: object) -> None:
+    """Warns of dropout and batch statistics in training mode within an equation that is solved without gradients."""
+    for module in modules_within([sde]):
+        if module.training and (
+            (isinstance(module, _DropoutNd) and module.p > 0)
+            or (isinstance(module, _NormBase) and module.track_running_stats)
+        ):
+            warnings.warn(
+                f"the functions of this equation hold a {type(module).__name__} in training mode: runs of one seed "
+                "differ, or rewrite its statistics. solve leaves the networks of an SDE or ODE as they are, so that "
+                "they can be trained through it; call .eval() on the network before solving under torch.no_grad()",
+                stacklevel=3,
+            )
+            return
+
+
+def _read_by(function: types.FunctionType) -> Iterator[object]:
+    """What a function reads that is not given to it."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # still empty
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    if _library(function.__module__):
+        return
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+
+
+def _library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+def _hold(module: nn.Module, token: object, mode: bool) -> None:
+    with _lock:
+        hold = _holds.setdefault(id(module), _Hold(module, module.training, {}))
+        hold.wanted[token] = mode
+        _set(module, mode)
+
+
+def _release(module: nn.Module, token: object) -> None:
+    with _lock:
+        hold = _holds.get(id(module))
+        if hold is None or hold.wanted.pop(token, None) is None:
+            return
+        _set(module, next(reversed(hold.wanted.values()), hold.before))
+        if not hold.wanted:
+            del _holds[id(module)]
+
+
+def _set(module: nn.Module, mode: bool) -> None:
+    if module.training != mode:
+        module.training = mode
