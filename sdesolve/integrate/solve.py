@@ -195,7 +195,8 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     solver, noise, times, save, x0 = problem.solver, problem.noise, problem.times, problem.save, problem.x0
     check_process_times(problem.equation, times)
     _check_plan(problem)
-    with evaluation_mode(*((sde.score,) if isinstance(sde, ReverseSDE | ProbabilityFlow) else ())):
+    equation = problem.equation
+    with evaluation_mode(*((equation.score,) if isinstance(equation, ReverseSDE | ProbabilityFlow) else ())):
         saved, reason = _executed(problem, backend)
     adaptive = saved.adaptive
     stats = Stats(
