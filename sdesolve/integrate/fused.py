@@ -368,6 +368,7 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         batch == 1,
         tuple(x0.shape[1:]),
         x0.dtype,
+        problem.time_dtype,
         x0.device,
         backend_for("trajectory", x0.device).name,
         torch.get_default_dtype(),
@@ -412,7 +413,7 @@ def _build(
             raise
         except Exception as met:  # tracing says more of it
             failure = met
-        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0))
+        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0), problem.time_dtype)
         with guards.preserved() as watch:
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
             proved = not has_structure(problem) or is_proved(problem)
@@ -470,7 +471,7 @@ def _inputs(
 ) -> Inputs:
     """What step ``k``, taken to grid point ``end``, is called with in torch."""
     times, batch = problem.times[[k, end]], len(x)
-    t, dt = times.to(x), times.diff()
+    t, dt = problem.clock(times), times.diff()
     normals = []
     for source, shape in zip(lowered.sources, noises, strict=True):
         path, m = source.path, math.prod(shape)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, composition, weighted_sum
 from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Increment, Part, named
+from sdesolve.integrate.clock import check_clock
 from sdesolve.integrate.problem import Problem
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span
@@ -287,6 +288,7 @@ def _named(noise: AbstractNoise) -> str:
 
 
 def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table) -> Lowered:
+    check_clock(problem.times, problem.x0, by_row=problem.times.ndim == 2)
     field, state = problem.watched.field, tuple(problem.x0.shape[1:])
     rows: list[tuple[slice, int | None]] = []
     column, draw = table.times.shape[1], 0

@@ -7,12 +7,14 @@ import functools
 from typing import NamedTuple, final
 
 import torch
+from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath
 from sdesolve.integrate.checks import check_diffusion, check_drift, unchanged
+from sdesolve.integrate.clock import keeping_clock, time_dtype
 from sdesolve.integrate.save_at import SavePlan
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise, is_matrix, noise_shape
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, is_matrix, noise_shape
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 
@@ -24,12 +26,13 @@ class Watched(AbstractSDE):
     def __init__(self, sde: AbstractSDE) -> None:
         self.noise, self.calculus, self._sde = sde.noise, sde.calculus, sde
         self.evaluations, self.checking = 0, True
+        self.step = 0.0  # the shortest, where functions are given the time in float64 for its sake
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += 1
         if not self.checking:
             return self._sde.drift(x, t)
-        f = unchanged(self._sde.drift, x, t, "drift")
+        f = self._checked(self._sde.drift, x, t, "drift")
         check_drift(f, x, t)
         return f
 
@@ -40,16 +43,21 @@ class Watched(AbstractSDE):
         self.evaluations += 1
         if not self.checking:
             return self._sde.field(x, t)
-        s = unchanged(self._sde.field, x, t, "score")
+        s = self._checked(self._sde.field, x, t, "score")
         check_drift(s, x, t, "score")
         return s
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         if not self.checking:
             return self._sde.diffusion(x, t)
-        g = unchanged(self._sde.diffusion, x, t, "diffusion")
+        g = self._checked(self._sde.diffusion, x, t, "diffusion")
         check_diffusion(g, x, self.noise)
         return g
+
+    def _checked(self, function: Field, x: Tensor, t: Tensor, what: str) -> Tensor:
+        if self.step and type(t) is Tensor and type(x) is Tensor and not is_transformed():
+            return keeping_clock(functools.partial(unchanged, function, x, t, what), x, t, self.step, what)
+        return unchanged(function, x, t, what)
 
 
 class IncrementShape(NamedTuple):
@@ -118,6 +126,15 @@ class Problem:
         return self.noise.first_path if isinstance(self.noise, BrownianPath) else 0
 
     @functools.cached_property
+    def time_dtype(self) -> torch.dtype:
+        """Of the times that functions are given (`time_dtype`)."""
+        return time_dtype(self.times, self.x0.dtype)
+
+    def clock(self, times: Tensor) -> Tensor:
+        """Float64 times as functions are given them."""
+        return times.to(dtype=self.time_dtype, device=self.x0.device)
+
+    @functools.cached_property
     def padded(self) -> bool:
         """Whether a last time is repeated: a step of no length, which leaves its row alone."""
         return bool((self.times[-1] == self.times[-2]).any())
@@ -126,7 +143,7 @@ class Problem:
     def increment(self) -> IncrementShape:
         """Shape of the Brownian increment. Evaluates the diffusion once where the noise type does not settle it."""
         sde, x0 = self.watched, self.x0
-        t = self.times[self.first].to(dtype=x0.dtype, device=x0.device)
+        t = self.clock(self.times[self.first])
         g = None
         if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
             with torch.no_grad():
@@ -145,9 +162,9 @@ class Problem:
         return chord + sde.diffusion_product(x, span.t0, span.dt.abs().sqrt() * b)
 
     def spans(self, first: int, count: int) -> list[Span]:
-        """Steps ``first ... first + count - 1``, rounded once from float64 to the dtype of the state."""
+        """Steps ``first ... first + count - 1``, rounded once from float64: lengths to the dtype of the state."""
         x, times = self.x0, self.times[first : first + count + 1]
-        ts = times.to(dtype=x.dtype, device=x.device)
+        ts = self.clock(times)
         dts = times.diff(dim=0).to(dtype=x.dtype, device=x.device)
         if times.ndim == 2:
             dts = dts.reshape(*dts.shape, *(1,) * (x.ndim - 1))

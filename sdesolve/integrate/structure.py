@@ -56,12 +56,12 @@ def check_noise_ahead(problem: Problem) -> None:
     """
     if not has_structure(problem):
         return
-    x, start, end = problem.x0.detach(), problem.times[0], problem.times[-1]
-    check_noise(problem, x, start.to(dtype=x.dtype, device=x.device))
+    x, start, end = problem.x0.detach(), problem.times[problem.first], problem.times[-1]
+    check_noise(problem, x, problem.clock(start))
     check = _CHECKS[problem.equation.noise]
     with torch.no_grad(), unnoticed(problem.equation):
         for moment in _MOMENTS:
-            t = (start + moment * (end - start)).to(dtype=x.dtype, device=x.device)
+            t = problem.clock(start + moment * (end - start))
             for y in (x, *_around(x, moment)):
                 try:
                     fits = check(problem.watched, y, t)

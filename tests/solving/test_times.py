@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sdesolve_kernels.dispatch import use_backend
 
 import sdesolve as sds
 from sdesolve.integrate.save_at import SavePlan
@@ -95,3 +96,86 @@ def test_rows_are_padded_by_their_last_time(solver):
     shared = torch.cat([long, long[-1:], long[-1:]])
     sol = sds.solve(bridge, x0, grid=shared[:, None].expand(-1, 2), solver=solver, seed=1)
     assert torch.equal(sol.x1[0], sds.solve(bridge, x0, grid=long[:, None].expand(-1, 2), solver=solver, seed=1).x1[0])
+
+
+DRIVE = sds.ODE(lambda x, t: 100.0 * torch.sin(2 * math.pi * 50.0 * t) - x)
+FAR = [100.0, 86_400.0, -86_400.0, 1.7e9]
+
+
+@pytest.mark.parametrize("t0", FAR)
+@pytest.mark.parametrize("backend", ["eager", "fused", "kernel"])
+def test_functions_get_the_time_with_the_digits_that_the_steps_have(t0, backend):
+    """A 50 Hz drive a day after the origin, with a float32 state, was off by 0.17 of the amplitude, or 1.3."""
+    for steps, sign in ((100, 1), (90, -1)):  # one kernel for all
+        options = {"steps": steps, "solver": EM if backend == "kernel" else sds.RK4()}
+        sde = DRIVE
+        if backend == "kernel":
+            sde = sds.SDE(lambda x, t: 100.0 * torch.sin(2 * math.pi * 50.0 * t) - x, lambda x, t: 0.0 * x)
+            options["seed"] = 0
+        single = sds.solve(sde, torch.ones(2, 1), t0, t0 + sign * 0.0125, backend=backend, **options)
+        double = sds.solve(sde, torch.ones(2, 1).double(), t0, t0 + sign * 0.0125, backend="eager", **options)
+        assert single.stats.execution == backend
+        torch.testing.assert_close(single.x1, double.x1.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("t0", [0.0, 86_400.0, 1.7e9])
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_a_bridge_arrives_wherever_the_origin_of_time_is(t0, backend):
+    """From 1.7e9 on it "diverged"; times between its steps follow from exact differences."""
+    times = [t0 + 0.25, t0 + 0.999755859375, t0 + 1.0]  # no grid points but the last
+    bridge = sds.SDE(lambda x, t: (1.0 - x) / (t0 + 1.0 - t), lambda x, t: 1.0, noise="additive")
+    with use_backend("reference"):
+        sol = sds.solve(bridge, torch.zeros(3, 2), t0, t0 + 1.0, 50, solver=EM, seed=0, save_at=times, backend=backend)
+    near = sds.SDE(lambda x, t: (1.0 - x) / (1.0 - t), lambda x, t: 1.0, noise="additive")
+    ref = sds.solve(near, torch.zeros(3, 2), 0.0, 1.0, 50, solver=EM, seed=0, save_at=[t - t0 for t in times])
+    torch.testing.assert_close(sol.xs, ref.xs, rtol=1e-5, atol=2e-5 if t0 > 1e9 else 1e-5)
+
+
+def rate(x):
+    return torch.full((len(x), 1), 50.0, dtype=x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("drift", "message"),
+    [
+        (lambda x, t: torch.sin(rate(x) * t) - x, "drift rounds t = 86400 to torch.float32"),
+        (lambda x, t: torch.sin(rate(x) * (2.0 * t + 1.0)) - x, r"take off an origin.*\(t - t0\) \* w"),
+        (lambda x, t: x - t, r"or integrate in float64, x0.double\(\)"),
+        (
+            lambda x, t: torch.nn.functional.linear(torch.cat([x, t.expand(len(x), 1)], 1), torch.ones(2, 3)),
+            "drift fails on a",
+        ),
+    ],
+)
+def test_functions_that_round_the_time_are_refused(drift, message):
+    for backend in ("eager", "auto"):
+        with pytest.raises(ValueError, match=message):
+            sds.solve(sds.ODE(drift), torch.ones(3, 2), 86_400.0, 86_400.01, 100, solver=EM, backend=backend)
+    sds.solve(sds.ODE(drift), torch.ones(3, 2), 0.0, 0.01, 100, solver=EM, backend="eager")
+
+
+def test_functions_that_keep_the_time_are_not():
+    """The advice of the refusals, and what has no dependence on time, runs; values are those of float64."""
+    drifts = [
+        lambda x, t: torch.sin(rate(x) * (t - 86_400.0)) - x,
+        lambda x, t: x * torch.sin(50.0 * t),
+        lambda x, t: -x,
+        lambda x, t: torch.where(t > 86_400.005, x, -x),
+    ]
+    for drift in drifts:
+        options = {"solver": sds.RK4(), "backend": "eager"}
+        single = sds.solve(sds.ODE(drift), torch.ones(3, 2), 86_400.0, 86_400.01, 100, **options)
+        double = sds.solve(sds.ODE(drift), torch.ones(3, 2).double(), 86_400.0, 86_400.01, 100, **options)
+        torch.testing.assert_close(single.x1, double.x1.float(), rtol=2e-6, atol=2e-6)
+
+
+def test_times_that_a_dtype_cannot_hold_are_refused_where_they_are_tensors():
+    x0, drive = torch.ones(3, 2), sds.ODE(lambda x, t: torch.sin(50.0 * t)[:, None] - x)
+    with pytest.raises(ValueError, match=r"float32 does not tell the times of this grid apart.*x0.double\(\)"):
+        sds.solve(drive, x0, torch.full((3,), 86_400.0), 86_400.01, 100, solver=EM)
+    sds.solve(drive, x0.double(), torch.full((3,), 86_400.0).double(), 86_400.01, 100, solver=EM)
+    sds.solve(drive, x0, torch.full((3,), 86_400.0), 96_400.0, 100, solver=EM)
+    flow = sds.LinearDiffusion(lambda t: torch.exp(-t / 1e6), lambda t: (t / 1e6).sqrt(), t_min=1.0, t_max=1e6)
+    grid = 9e5 - torch.arange(11, dtype=torch.float64) * 1e-2
+    with pytest.raises(ValueError, match="does not tell the times of this grid apart"):
+        sds.solve(flow.probability_flow(lambda x, t: -x), x0, grid=grid, solver=sds.DDIM())

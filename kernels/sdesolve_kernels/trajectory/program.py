@@ -51,6 +51,7 @@ class Signature:
         noises: shapes of the standard normals drawn in a step, one for each source of noise.
         columns: length of the row of numbers that the solver tabulates for each step.
         batch: paths in the call that is traced.
+        clock: dtype of the times at the ends of a step; ``None`` for that of the state.
     """
 
     dtype: torch.dtype
@@ -59,6 +60,7 @@ class Signature:
     noises: tuple[tuple[int, ...], ...]
     columns: int
     batch: int
+    clock: torch.dtype | None = None
 
 
 @final
@@ -259,14 +261,15 @@ def _inputs(tracer: Tracer, signature: Signature) -> Inputs:
         leaves = tracer.per_row(lambda r, i: graph.leaf(kind(r, start + i), name), shape)
         return _frozen(tracer, leaves, signature.dtype)
 
-    def number(what: str) -> Traced:
-        return _frozen(tracer, filled([graph.leaf(Time(what), name)], ()), signature.dtype)
+    def number(what: str, dtype: torch.dtype = signature.dtype) -> Traced:
+        return _frozen(tracer, filled([graph.leaf(Time(what), dtype_name(dtype))], ()), dtype)
 
     states = tuple(per_row(State, s, at) for s, at in zip(signature.states, _starts(signature.states), strict=True))
     noises = tuple(per_row(NoiseLeaf, s, at) for s, at in zip(signature.noises, _starts(signature.noises), strict=True))
     columns = [graph.leaf(TableColumn(j), name) for j in range(signature.columns)]
     row = _frozen(tracer, filled(columns, (signature.columns,)), signature.dtype)
-    return Inputs(states, noises, number("t0"), number("t1"), number("dt"), number("scale"), row)
+    t0, t1 = (number(what, signature.clock or signature.dtype) for what in ("t0", "t1"))
+    return Inputs(states, noises, t0, t1, number("dt"), number("scale"), row)
 
 
 def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:
