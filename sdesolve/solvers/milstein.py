@@ -21,8 +21,8 @@ class Milstein(AbstractOneStep):
 
     Strong and weak order 1. The derivative of the diffusion is taken by forward-mode automatic differentiation. For
     diagonal noise each ``g_i`` must depend on ``x_i`` alone (`solve` tests this, at several states and times); for
-    scalar noise ``g`` may be any vector field. ``|dt|`` because a backward integration is driven by a Brownian motion of its own, of variance
-    ``|dt|``. Milstein 1974; Kloeden and Platen 1992, section 10.3.
+    scalar noise ``g`` may be any vector field. ``|dt|`` because a backward integration is driven by a Brownian motion
+    of its own, of variance ``|dt|``. Milstein 1974; Kloeden and Platen 1992, section 10.3.
     """
 
     supported = supports(ito=_NOISE, stratonovich=_NOISE)

@@ -30,9 +30,9 @@ def zero(x, t):
 )
 def test_coupled_components_are_seen_wherever_they_couple(g, x0, drift):
     """The run alone gets far away; fused, its last state is looked at, for no trace proves this diffusion."""
+    sde = sds.SDE(drift, g, calculus="stratonovich")
     for backend in ("eager", "auto"):
         with pytest.raises(ValueError, match=COUPLED):
-            sde = sds.SDE(drift, g, calculus="stratonovich")
             sds.solve(sde, x0, 0.0, 1.0, 64, solver=sds.Milstein(), seed=0, backend=backend)
 
 
