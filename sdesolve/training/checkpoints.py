@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import platform
+import reprlib
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from sdesolve._internal.arguments import kind_of, number
 from sdesolve.scores.network import NetworkScore
 
-VERSION = 1
+VERSION = 2
 WEIGHTS, TRAINING = "weights", "training"
 TRAINING_FILE = "checkpoint.safetensors"
 
@@ -58,7 +61,9 @@ def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> Non
     if ema is not None and ema not in decays:
         kept = f"averages with decays {', '.join(map(str, decays))}" if decays else "weights only, no averages"
         raise ValueError(f"{path} holds {kept}; ema={ema} is not there")
-    load_named(score, part(tensors, average_prefix(0 if ema is None else decays.index(ema)) if decays else ""))
+    weights = part(tensors, average_prefix(0 if ema is None else decays.index(ema)) if decays else "")
+    check_tensors(score.state_dict(), weights, path)
+    load_named(score, weights)
     score.eval()
 
 
@@ -143,20 +148,42 @@ def check_fingerprint(module: nn.Module, header: Mapping[str, Any], path: Path) 
         )
 
 
+def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses tensors that are not of the names and shapes of those that they are to be written into.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    ours, theirs = ({name: tuple(value.shape) for name, value in of.items()} for of in (expected, given))
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            what = f"{name} is {theirs.get(name, 'absent')} where {ours.get(name, 'nothing')} belongs"
+            raise damaged(path, what)
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error about a file that is whole, and cannot be what `write` was given."""
+    return ValueError(f"{path} is damaged: {what}. Delete it to start afresh")
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes ``tensors`` (on the host, contiguous) and a JSON ``header`` to ``path``, whole or not at all.
 
-    The bytes go to a file beside ``path``, are flushed to the disk, and take its name in one rename: whatever goes
-    wrong and whenever the power fails, ``path`` holds either the old content or the new.
+    The bytes go to a file beside ``path`` with a name of its own, are flushed to the disk, and take its name in one
+    rename: whatever goes wrong, whenever the power fails and whoever else writes there, ``path`` holds either the old
+    content or the new.
 
     Raises:
         OSError: the disk refused; ``path`` is as it was.
     """
-    full = {**header, "version": VERSION, "checksum": _checksum(tensors)}
+    full = {**header, "version": VERSION}
+    full["checksum"] = _checksum(full, tensors)
     content = safetensors.torch.save(dict(tensors), metadata={"sdesolve": json.dumps(full)})
-    partial = path.with_name(f".{path.name}.partial")
+    start = f".{path.name}.{platform.node()}-"
+    partial = path.with_name(f"{start}{os.getpid()}-{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent, start)
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
@@ -180,42 +207,78 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(
             f"there is no checkpoint at {path}: give the file that save wrote, or the folder that train was given"
         )
+    content = path.read_bytes()  # at once: safetensors opens a file twice, and it may be replaced in between
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except safetensors.SafetensorError as error:
+        tensors = safetensors.torch.load(content)
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    except Exception as error:  # a SafetensorError, or what torch says of a type that it does not have
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}): it is damaged, cut short, or of another kind, such as "
             "one of torch.save, whose weights go into a network by load_state_dict. A checkpoint that is damaged must "
             "be deleted to start afresh"
         ) from error
     header = _header(metadata, path)
-    if header["checksum"] != _checksum(tensors):
-        raise ValueError(f"{path} is damaged: its contents do not match their checksum. Delete it to start afresh")
+    if header["checksum"] != _checksum(header, tensors):
+        raise damaged(path, "its contents do not match their checksum")
+    if header["kind"] == TRAINING:
+        _check_run(header, path)
     return tensors, header
 
 
 def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         header = json.loads(metadata["sdesolve"])
-        version, kind = int(header["version"]), header["kind"]
-        complete = isinstance(header["fingerprint"], dict) and "checksum" in header
-    except (KeyError, TypeError, ValueError):
+        version, kind = header["version"], header["kind"]
+        complete = is_count(version) and isinstance(header["fingerprint"], dict) and "checksum" in header
+    except (KeyError, TypeError, ValueError, RecursionError):
         complete, version, kind = False, 0, ""
-    if complete and version > VERSION:
-        raise ValueError(
-            f"{path} has format {version}, and this version of sdesolve reads up to {VERSION}; update sdesolve"
-        )
-    if not complete or kind not in (WEIGHTS, TRAINING):
+    if not complete or (version <= VERSION and kind not in (WEIGHTS, TRAINING)):
         raise ValueError(f"{path} is a safetensors file, but not one that sdesolve wrote")
+    if version != VERSION:
+        hint = (
+            "update sdesolve" if version > VERSION else "it is from before the first release; delete it to start afresh"
+        )
+        raise ValueError(f"{path} has format {version}, and this version of sdesolve reads format {VERSION}; {hint}")
     return header
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    total = 0
+def is_count(value: object) -> bool:
+    """Whether a value from a header is a number of something."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_run(header: Mapping[str, Any], path: Path) -> None:
+    """Refuses a header that no training run writes."""
+    config, position, metrics = (header.get(name) for name in ("config", "position", "metrics"))
+    ema = config.get("ema") if isinstance(config, dict) else None
+    decays = ema if isinstance(ema, list) else [ema]
+    good = {
+        "config": bool(decays) and all(isinstance(d, float) and 0.0 <= d < 1.0 for d in decays),
+        "step": is_count(header.get("step")),
+        "updates": header.get("updates") == header.get("step"),
+        "position": isinstance(position, list) and len(position) == 3 and all(map(is_count, position)),
+        "metrics": isinstance(metrics, list) and all(map(_is_measurement, metrics)),
+    }
+    for name, fits in good.items():
+        if not fits:
+            raise damaged(path, f"its {name} is {reprlib.repr(header.get(name))}, which no run has")
+
+
+def _is_measurement(entry: object) -> bool:
+    if not (isinstance(entry, list) and len(entry) == 2 and is_count(entry[0]) and isinstance(entry[1], dict)):
+        return False
+    return all(isinstance(value, float | int) for value in entry[1].values())
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """Of everything in a file but itself."""
+    rest = {name: value for name, value in header.items() if name != "checksum"}
+    # By way of JSON once more: what a file gives back has lists for tuples, and text for other keys.
+    total = zlib.crc32(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode())
     for name in sorted(tensors):
-        total = zlib.crc32(name.encode(), total)
+        about = f"{name} {tensors[name].dtype} {list(tensors[name].shape)}"
+        total = zlib.crc32(about.encode(), total)
         total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return total
 
@@ -227,6 +290,26 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _remove_stale(folder: Path, start: str) -> None:
+    """Removes what processes of this machine that are gone had begun to write."""
+    for partial in folder.glob(f"{glob.escape(start)}*.partial"):
+        number = partial.name.removeprefix(start).partition("-")[0]
+        if number.isdecimal() and not _is_alive(int(number)):
+            _remove(partial)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 ends a process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

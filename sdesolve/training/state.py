@@ -193,12 +193,22 @@ class Run:
             )
         if header["step"] > steps:
             raise ValueError(f"the run in {file} is at step {header['step']}, beyond steps={steps}; ask for more steps")
-        checkpoints.load_named(self.score, checkpoints.part(tensors, "weights."))
+        optimizer = self._optimizer_state(tensors, header["step"], file)
+        weights = checkpoints.part(tensors, "weights.")
+        checkpoints.check_tensors(self.score.state_dict(), weights, file)
+        for k, average in enumerate(self.averages.values()):
+            given = checkpoints.part(tensors, checkpoints.average_prefix(k))
+            checkpoints.check_tensors(average.state_dict(), given, file)
+        losses = tensors.get("losses")
+        if losses is None or losses.shape != (header["step"],) or losses.dtype != torch.float64:
+            raise checkpoints.damaged(file, f"it does not hold a loss for each of its {header['step']} steps")
+        # All is checked; only now is anything written.
+        checkpoints.load_named(self.score, weights)
         for k, average in enumerate(self.averages.values()):
             average.load_state_dict(checkpoints.part(tensors, checkpoints.average_prefix(k)), header["updates"])
-        self.optimizer.load_state_dict(self._optimizer_state(tensors))
+        self.optimizer.load_state_dict(optimizer)
         self.step, self.position = header["step"], Position(*header["position"])
-        self.losses = tensors["losses"].tolist()
+        self.losses = losses.tolist()
         self.metrics = [(step, found) for step, found in header["metrics"]]
 
     def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -242,16 +252,26 @@ class Run:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast is not None)
 
-    def _optimizer_state(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def _optimizer_state(self, tensors: dict[str, Tensor], step: int, file: Path) -> dict[str, Any]:
+        """What AdamW knew; its update reads as many numbers of it as a parameter has, whatever is there."""
         state = self.optimizer.state_dict()
         names = {id(p): name for name, p in self.parameters.items()}
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        state["state"] = {
-            k: {key: tensors[f"adamw.{key}.{names[id(p)]}"] for key in keys}
-            for k, p in enumerate(ordered)
-            if f"adamw.step.{names[id(p)]}" in tensors
-        }
+        count = torch.empty(())
+        expected: dict[str, Tensor] = {}
+        for k, p in enumerate(ordered):
+            name = names[id(p)]
+            if f"adamw.step.{name}" in tensors:  # it had a gradient
+                keys = {"step": count, "exp_avg": p, "exp_avg_sq": p}
+                expected |= {f"adamw.{key}.{name}": like for key, like in keys.items()}
+                state["state"][k] = {key: tensors.get(f"adamw.{key}.{name}") for key in keys}
+        given = {name: value for name, value in tensors.items() if name.startswith("adamw.")}
+        checkpoints.check_tensors(expected, given, file)
+        for name, like in expected.items():
+            value = given[name]
+            steps = like is not count or (0 <= float(value) <= step and float(value).is_integer())
+            if value.dtype != like.dtype or not steps or not bool(value.isfinite().all()):
+                raise checkpoints.damaged(file, f"{name} is none that AdamW leaves after {step} steps")
         return state
 
     def _failure(self, x0: Tensor, label: Tensor | None, value: float, size: float, file: Path | None) -> str:

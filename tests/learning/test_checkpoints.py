@@ -1,6 +1,9 @@
 import errno
 import json
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -125,7 +128,7 @@ def foreign(metadata):
 
 
 def header(**changes):
-    whole = {"version": 1, "kind": "weights", "fingerprint": {}, "checksum": 0}
+    whole = {"version": 2, "kind": "weights", "fingerprint": {}, "checksum": 0}
     return foreign({"sdesolve": json.dumps(whole | changes)})
 
 
@@ -138,7 +141,10 @@ def header(**changes):
         (foreign({"sdesolve": "not json"}), "not one that sdesolve wrote"),
         (foreign({"sdesolve": "[]"}), "not one that sdesolve wrote"),
         (header(kind="odd"), "not one that"),
-        (header(version=9), "has format 9"),
+        (header(version=9), "has format 9.*update sdesolve"),
+        (header(version=1), "has format 1.*from before the first release"),
+        (header(version=2.0), "not one that sdesolve wrote"),
+        (foreign({"sdesolve": "[" * 100_000}), "not one that sdesolve wrote"),
     ],
 )  # fmt: skip
 def test_a_foreign_file_is_refused(make_score, tmp_path, content, message):
@@ -204,3 +210,141 @@ def test_arguments_in_the_wrong_order_and_files_of_torch_save(make_score, tmp_pa
         ValueError, match=r"such as one of torch.save, whose weights go into a network by load_state_dict"
     ):
         load(score, tmp_path / "x.pt")
+
+
+@pytest.fixture
+def run_folder(make_score, data, tmp_path):
+    """A folder with a run of three steps."""
+    train(make_score(), data, loss=DenoisingScoreMatching(), steps=3, batch_size=8, checkpoint=tmp_path, progress=False)
+    return tmp_path
+
+
+def resume(score, data, folder):
+    return train(score, data, loss=DenoisingScoreMatching(), steps=5, batch_size=8, checkpoint=folder, progress=False)
+
+
+def test_every_digit_of_a_file_is_covered_by_its_checksum(make_score, data, run_folder):
+    """A changed step, position or count of updates resumed in silence, to other weights."""
+    file = run_folder / checkpoints.TRAINING_FILE
+    content = file.read_bytes()
+    start = content.index(b"__metadata__")
+    end = content.index(b"}", content.index(b'"checksum', start) if b'"checksum' in content else start)
+    end = max(end, content.index(b"checksum", start) + 24)
+    digits = [i for i in range(start, end) if content[i : i + 1].isdigit()]
+    assert len(digits) > 40
+    for i in digits[:: max(1, len(digits) // 60)]:
+        changed = bytearray(content)
+        changed[i] = ord("1") + (changed[i] - ord("0")) % 9
+        file.write_bytes(changed)
+        score = make_score(seed=3)
+        with pytest.raises(ValueError, match=r"damaged|has format|not one that sdesolve wrote"):
+            resume(score, data, run_folder)
+        assert same(score, make_score(seed=3))
+    file.write_bytes(content)
+    assert resume(make_score(), data, run_folder).resumed_from == 3
+
+
+HEADERS = {
+    "step": [-1, 2.5, "3", None, True, 2**70, -(2**70)],
+    "updates": [-1, 2, 3.0001, None],
+    "position": [[], [24, 0], [24.5, 0, 0], [-8, 0, 0], {"samples": 3}, 24, [24, 0, None]],
+    "metrics": [None, 3, [[1]], [[1, 2]], [[-1, {}]], [[1, {"a": "b"}]]],
+    "config": [None, [], {}, {"ema": "x"}, {"ema": [2.0]}, {"ema": []}],
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_no_run_writes_are_refused(make_score, data, run_folder, name):
+    """With a checksum that is right; they gave KeyErrors, endless loops and other weights."""
+    file = run_folder / checkpoints.TRAINING_FILE
+    tensors, header = checkpoints.read(file)
+    for value in HEADERS[name]:
+        checkpoints.write(file, tensors, header | {name: value})
+        for call in (lambda: resume(make_score(), data, run_folder), lambda: load(make_score(), run_folder)):
+            with pytest.raises(ValueError, match=f"is damaged: its {name} is .* which no run has"):
+                call()
+    checkpoints.write(file, tensors, {k: v for k, v in header.items() if k != name})
+    with pytest.raises(ValueError, match=f"is damaged: its {name} is None"):
+        load(make_score(), run_folder)
+
+
+def test_tensors_of_other_shapes_are_refused_before_anything_is_written(make_score, data, run_folder):
+    """AdamW read and wrote past the end of state that was too small."""
+    file = run_folder / checkpoints.TRAINING_FILE
+    tensors, header = checkpoints.read(file)
+    moment = next(name for name in tensors if name.startswith("adamw.exp_avg."))
+    weight, average = moment.replace("adamw.exp_avg.", "weights."), moment.replace("adamw.exp_avg.", "ema.")
+    step = moment.replace("exp_avg", "step")
+    changes = [
+        {name: tensors[name].flatten()[:1].clone()}
+        for name in (moment, moment.replace("avg", "avg_sq"), weight, average)
+    ]
+    changes += [{name: None} for name in (moment, step, weight, average, "losses")]
+    changes += [{step: torch.tensor(value)} for value in (-1.0, 2.5, 9.0, torch.nan)]
+    changes += [{step: torch.ones(2)}, {moment: tensors[moment].double()}, {moment: tensors[moment] * torch.nan}]
+    changes += [
+        {"losses": torch.zeros(4, dtype=torch.float64)},
+        {"losses": torch.zeros(3)},
+        {"adamw.more": torch.ones(1)},
+    ]
+    for change in changes:
+        whole = {name: value for name, value in (tensors | change).items() if value is not None}
+        checkpoints.write(file, whole, header)
+        score = make_score(seed=3)
+        with pytest.raises(ValueError, match=r"is damaged: .*Delete it to start afresh"):
+            resume(score, data, run_folder)
+        assert same(score, make_score(seed=3))
+    for change in ({average: tensors[average][:1]}, {average: None}):
+        checkpoints.write(file, {k: v for k, v in (tensors | change).items() if v is not None}, header)
+        with pytest.raises(ValueError, match="is damaged"):
+            load(make_score(), run_folder)
+
+
+def test_a_changed_row_is_other_data(make_score, data, run_folder):
+    other = data.clone()
+    other[137 % len(data)] += 1e-3
+    with pytest.raises(ValueError, match="was made with data='tensor"):
+        resume(make_score(), other, run_folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks in processes with threads
+def test_two_processes_in_one_folder_leave_whole_files(tmp_path):
+    """They shared a temporary name: one died in its rename, and others read half a file."""
+    file, writers = tmp_path / "w", []
+    for value in (1.0, 2.0):
+        process = os.fork()
+        if not process:
+            try:
+                for _ in range(100):
+                    checkpoints.write(file, {"a": torch.full((4000,), value)}, {"kind": "weights", "fingerprint": {}})
+                os._exit(0)
+            finally:
+                os._exit(1)
+        writers.append(process)
+    seen, running = set(), set(writers)
+    while running:
+        running -= {
+            process for process in running if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        }
+        if file.exists():
+            values = checkpoints.read(file)[0]["a"]
+            assert bool((values == values[0]).all())
+            seen.add(float(values[0]))
+    assert [os.waitpid(process, 0)[1] for process in writers] == [0, 0]
+    assert seen == {1.0, 2.0}
+    assert os.listdir(tmp_path) == ["w"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="nobody can ask there whether a process lives")
+def test_what_a_killed_process_began_is_removed(tmp_path):
+    start = f".w.{platform.node()}-"
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    for name in (
+        f"{start}{int(dead.stdout)}-1.partial",
+        f"{start}{os.getppid()}-1.partial",
+        ".w.elsewhere-1-1.partial",
+    ):
+        (tmp_path / name).write_bytes(b"half")
+    save(torch.nn.Linear(1, 1), tmp_path / "w")
+    assert sorted(os.listdir(tmp_path)) == sorted([".w.elsewhere-1-1.partial", f"{start}{os.getppid()}-1.partial", "w"])
