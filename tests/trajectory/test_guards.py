@@ -7,24 +7,32 @@ import array
 import builtins
 import collections
 import contextvars
+import csv
 import dataclasses
 import datetime
 import decimal
 import enum
 import functools
 import inspect
+import io
+import itertools
 import math
 import operator
+import queue
+import random
 import re
+import struct
 import sys
 import threading
 import types
 import typing
 import weakref
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from sdesolve_kernels.trajectory.snapshots import written_in_python
 
 import sdesolve as sds
 from sdesolve.sde import Noise
@@ -465,6 +473,29 @@ NOT_SEEN_INTO = {
         torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     ),
 }
+
+
+def test_compiled_classes_are_told_by_the_size_of_their_instances():
+    """On every Python: which of them are made at run time, as those written in Python are, differs."""
+
+    @dataclasses.dataclass(slots=True, weakref_slot=True)
+    class Slots:
+        a: int = 1
+
+    class Mixed(Slots, Described):
+        pass
+
+    class Numbers(typing.NamedTuple):
+        a: int
+
+    python = (Slots, Mixed, Numbers, Plain, Real, Text, Entries, Items, torch.nn.Linear, random.Random, queue.Queue)
+    compiled = (
+        itertools.cycle([]), itertools.count(), iter([]), map(str, ()), zip(), csv.reader([]), array.array("d"),
+        io.BytesIO(), zlib.compressobj(), struct.Struct("d"), queue.SimpleQueue(), re.compile(""), torch._C.Graph(),
+        object(),
+    )  # fmt: skip
+    assert all(map(written_in_python, python))
+    assert not any(all(map(written_in_python, type(value).__mro__[:-1] or (object,))) for value in compiled)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

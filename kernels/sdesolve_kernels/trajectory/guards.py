@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels.trajectory.snapshots import Snapshot, slots_of
+from sdesolve_kernels.trajectory.snapshots import Snapshot, slots_of, written_in_python
 from sdesolve_kernels.trajectory.tracing import Unsupported
 from sdesolve_kernels.trajectory.watching import DENIED, Watch, is_library, is_pure, refusal
 
@@ -44,7 +44,6 @@ __all__ = ["Guards", "look_into"]
 _MOST = 20_000  # objects looked at
 _DEEPEST = 100  # objects within one another
 _LARGEST_ARRAY = 1 << 16  # bytes of a NumPy array, which is compared by value
-_PYTHON_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _BASES = frozenset(("object", "Module", "Generic", "Protocol", "ABC", "NamedTuple", "tuple"))
 
 # With these in the code, any attribute of any class or module may be read.
@@ -388,7 +387,7 @@ class _Walk:
     def instance(self, value: Any, kind: type) -> None:
         """An object of a class that is written in Python."""
         mro = kind.__mro__
-        if not all(base.__flags__ & _PYTHON_CLASS for base in mro if base not in _PLAIN_BASES):
+        if not all(written_in_python(base) for base in mro if base not in _PLAIN_BASES):
             self.refuse(value, kind)
         if is_library(kind.__module__) and not is_pure(kind.__module__) and kind.__module__ not in _HOLDERS:
             self.refuse(value, kind)
@@ -450,7 +449,7 @@ class _Walk:
             if base in self._classes:
                 continue
             self._classes.add(base)
-            if not base.__flags__ & _PYTHON_CLASS:
+            if not written_in_python(base):
                 continue
             self.held.append(base)
             if is_library(base.__module__):

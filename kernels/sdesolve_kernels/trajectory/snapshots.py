@@ -7,6 +7,7 @@ import contextlib
 import functools
 import operator
 import random
+import struct
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, final
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sdesolve_kernels.trajectory.watching import is_library
 
-__all__ = ["Snapshot", "random_states", "slots_of"]
+__all__ = ["Snapshot", "random_states", "slots_of", "written_in_python"]
 
 _LARGEST = 1 << 20  # elements of a tensor that is copied; no operation of a trace reaches its values anyway
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
@@ -136,12 +137,23 @@ def random_states() -> Callable[[], None]:
     return put_back
 
 
+def written_in_python(kind: type) -> bool:
+    """Whether all that a class adds to its instances is a ``__dict__``, weak references and slots.
+
+    A class that is compiled may keep more, which nothing shows but the size of its instances. That it is made at run
+    time (``Py_TPFLAGS_HEAPTYPE``) does not tell: those of itertools are from Python 3.12 on.
+    """
+    if not kind.__flags__ & 1 << 9 or kind.__base__ is None:
+        return False
+    own, fields = vars(kind), (kind.__basicsize__ - kind.__base__.__basicsize__) // struct.calcsize("P")
+    fields -= ("__dict__" in own) + ("__weakref__" in own)
+    return fields <= 0 or fields <= sum(type(a) is types.MemberDescriptorType for a in own.values())
+
+
 def slots_of(kind: type) -> list[types.MemberDescriptorType]:
     """Descriptors of the slots that instances of a class have."""
-    if kind.__flags__ & 1 << 9 == 0:
-        return []
     return [
-        a for b in kind.__mro__ if "__slots__" in vars(b) for a in vars(b).values()
+        a for b in kind.__mro__ if "__slots__" in vars(b) and written_in_python(b) for a in vars(b).values()
         if type(a) is types.MemberDescriptorType
     ]  # fmt: skip
 

@@ -206,10 +206,10 @@ def facts_of(flat: Sequence[Any]) -> tuple[Any, ...]:
 
 @final
 class Deadline:
-    """So many seconds from now on."""
+    """So many seconds of this thread from now on: what fuses does not depend on what else the machine does."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.end = seconds, time.perf_counter() + seconds
+        self.seconds, self.end = seconds, time.thread_time() + seconds
 
 
 @final
@@ -337,7 +337,7 @@ class Tracer(TorchDispatchMode):
 
     def check_time(self) -> None:
         """Gives up when tracing has taken too long."""
-        if self._deadline is not None and time.perf_counter() > self._deadline.end:
+        if self._deadline is not None and time.thread_time() > self._deadline.end:
             raise self.refuse(f"tracing takes longer than {self._deadline.seconds:g} s")
 
     def known(self, tensor: Tensor) -> Traced:
