@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import contextvars
 import functools
 import inspect
+import itertools
 import os
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -121,22 +124,35 @@ def modules_within(held: Iterable[object]) -> list[nn.Module]:
         elif isinstance(value, functools.partial):
             waiting += (value.func, *value.args, *value.keywords.values())
         elif isinstance(value, dict):
-            waiting += value.values()
+            waiting += itertools.islice(value.values(), _MOST)
         elif isinstance(value, list | tuple | set | frozenset):
-            waiting += value
+            waiting += itertools.islice(value, _MOST)
         elif type(value).__module__.partition(".")[0] not in _LIBRARIES - {"sdesolve"}:
-            waiting += getattr(value, "__dict__", {}).values()
+            with contextlib.suppress(Exception):  # whatever a property of that name does
+                waiting += vars(value).values()
             call = inspect.getattr_static(type(value), "__call__", None)
             waiting += [call] if isinstance(call, types.FunctionType) else []
     return found
 
 
+_drawing_modules: weakref.WeakKeyDictionary[Any, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
+
+
 def warn_of_training(sde: object) -> None:
-    """Warns of dropout and batch statistics in training mode within an equation that is solved without gradients."""
-    for module in modules_within([sde]):
-        if module.training and (
-            (isinstance(module, _DropoutNd) and module.p > 0)
-            or (isinstance(module, _NormBase) and module.track_running_stats)
+    """Warns of dropout and batch statistics in training mode within an equation that is solved without gradients.
+
+    What an equation holds is searched once.
+    """
+    modules = _drawing_modules.get(sde)
+    if modules is None:
+        found = (m for m in modules_within([sde]) if isinstance(m, _DropoutNd | _NormBase))
+        modules = _drawing_modules[sde] = [weakref.ref(module) for module in found]
+    for reference in modules:
+        module = reference()
+        if (
+            module is not None
+            and module.training
+            and (module.p > 0 if isinstance(module, _DropoutNd) else module.track_running_stats)
         ):
             warnings.warn(
                 f"the functions of this equation hold a {type(module).__name__} in training mode: runs of one seed "
