@@ -11,15 +11,16 @@ from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.arguments import kind_of, number, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.integrate.checks import check_drift
+from sdesolve.integrate.checks import check_drift, check_state
 from sdesolve.integrate.cuda_graph import StraightSampler, captured
-from sdesolve.integrate.solve import Backend, integrate, noise_of
+from sdesolve.integrate.solution import Continuation
+from sdesolve.integrate.solve import Backend, check_start, integrate, noise_of
 from sdesolve.inverse.base import AbstractPosteriorScore
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import AbstractData, ExactScore
@@ -31,14 +32,19 @@ from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import AbstractTabulated
 
+_FINEST = 1 << 20  # steps of a grid of which the last are taken
+
 
 @runs_as_it_is
 @in_evaluation
 def sample(
     process: AbstractDiffusion,
     score: Score,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None = None,
     *,
+    x0: Tensor | None = None,
+    from_time: float | None = None,
+    start: Continuation | None = None,
     solver: AbstractSolver | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
@@ -46,7 +52,7 @@ def sample(
     noise: AbstractNoise | None = None,
     stochasticity: float | None = None,
     denoise: bool = True,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     backend: Backend = "auto",
     progress: bool = False,
@@ -60,7 +66,14 @@ def sample(
     Args:
         process: the forward diffusion.
         score: ``grad_x log p_t(x)``, exact or learned.
-        shape: of the result.
+        shape: of the result; may be left out with ``x0`` or ``start``.
+        x0: states at the first time, ``(batch, *state)``, in place of draws from the prior. To go on from images, add
+            the noise of that time first: ``m = process.marginal(images, t)``, ``x0 = m.mean + m.std * z`` (Meng et al.
+            2022, SDEdit).
+        from_time: the first time, with ``steps``; ``t_max`` by default. Without ``x0`` states are drawn from
+            `AbstractDiffusion.prior_at` it, as they are for the first time of a ``grid``.
+        start: go on from the ``state`` of a `Solution` of the same reverse equation, with its noise and what its solver
+            remembers; in place of ``x0``, ``from_time``, ``seed`` and ``noise``.
         solver: ``EulerMaruyama()`` by default.
         steps: number of steps on the process's own grid (`AbstractDiffusion.time_grid`). `DormandPrince` takes neither
             these nor a grid: it goes from ``t_max`` to ``t_min`` in steps of its own, each sample for itself.
@@ -72,8 +85,8 @@ def sample(
             default what the solver is made for; 1 if that is any SDE with additive noise, 0 if it takes ODEs only.
         denoise: finish with Tweedie's formula ``(x + sigma^2 score) / alpha`` at the last time, which removes the noise
             that is left there at the cost of one score evaluation.
-        dtype: float32 or float64.
-        device: where to sample.
+        dtype: float32 (the default) or float64; that of ``x0`` where it is given.
+        device: where to sample; likewise.
         backend: as for `solve`.
         progress: show a progress bar.
         cuda_graph: capture the whole sampler as a CUDA graph at the first call with these arguments, and replay it
@@ -83,22 +96,30 @@ def sample(
             the seed, and on all rows of the batch.
 
     Raises:
-        ValueError: as `solve`; a grid that leaves ``(0, t_max]`` or does not decrease; a score of another process.
+        ValueError: as `solve`; ``from_time`` outside ``(t_min, t_max]``; a grid that leaves ``(0, t_max]`` or does not
+            decrease; a score of another process.
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
     _check_model(process, score)
-    shape = _shape(shape)
     solver = EulerMaruyama() if solver is None else solver
     if not isinstance(solver, AbstractSolver):
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {kind_of(solver)}")
-    times = _times(process, solver, steps, grid)
+    if start is not None:
+        check_start(start, solver, x0=x0, from_time=from_time, seed=seed, noise=noise)
+        if start.t.ndim:
+            raise ValueError("start has a time for each sample, and sample takes one for all; integrate with solve")
+        x0, noise, from_time = start.x, start.noise, float(start.t) if grid is None else None
+    shape, dtype, device = _like(x0, shape, dtype, device)
+    times = _times(process, solver, steps, grid, from_time)
     if bool((process.sigma(times[-1]) == 0).any()):
         denoise = False  # nothing is left to remove
     path = noise_of(seed, noise)
     stochasticity = solver.sampling_stochasticity if stochasticity is None else stochasticity
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
+        if x0 is not None:
+            raise ValueError("a captured sampler starts from the prior; leave out cuda_graph, or x0 and start")
         if dropout:
             raise ValueError("a CUDA graph replays its dropout masks; leave cuda_graph out to draw new ones")
         if solver.controller is not None:
@@ -120,9 +141,14 @@ def sample(
         draws = seeded("dropout", seed, device=torch.empty(0, device=device).device)
     # No record is kept, but what torch.func differentiates has its derivatives.
     with contextlib.nullcontext() if is_transformed() else torch.no_grad(), draws:
-        start = path if isinstance(path, BrownianPath) else BrownianPath(0)
-        x = process.sample_prior(shape, seed=start.seed, first_path=start.first_path, dtype=dtype, device=device)
-        x = integrate(backward, x, times, solver=solver, noise=path, backend=backend, progress=progress).x1
+        x = x0
+        if x is None:
+            first, prior = (
+                path if isinstance(path, BrownianPath) else BrownianPath(0),
+                process.prior_at(float(times[0])),
+            )
+            x = prior.sample(shape, seed=first.seed, first_path=first.first_path, dtype=dtype, device=device)
+        x = integrate(backward, x, times, solver=solver, noise=path, start=start, backend=backend, progress=progress).x1
         return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
 
 
@@ -191,16 +217,66 @@ def _shape(shape: object) -> tuple[int, ...]:
     return tuple(whole_number(n, "each entry of shape", 0) for n in shape)
 
 
-def _times(process: AbstractDiffusion, solver: AbstractSolver, steps: int | None, grid: Tensor | None) -> Tensor:
+def _like(
+    x0: Tensor | None, shape: object, dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[tuple[int, ...], torch.dtype, torch.device | str | None]:
+    """Shape, dtype and device of the samples: those of ``x0``, where it is given."""
+    if x0 is None:
+        if shape is None:
+            raise TypeError("give the shape of the result, (batch, *state), or x0, the states to start from")
+        return _shape(shape), dtype or torch.float32, device
+    check_state(x0)
+    for name, given, own in (("shape", shape and _shape(shape), tuple(x0.shape)), ("dtype", dtype, x0.dtype)):
+        if given is not None and given != own:
+            raise ValueError(f"{name} of the samples is that of x0, {own}, got {given}; leave it out")
+    if device is not None and torch.empty(0, device=device).device != x0.device:
+        raise ValueError(f"samples are made where x0 is, on {x0.device}, got device={str(device)!r}; move x0 there")
+    return tuple(x0.shape), x0.dtype, x0.device
+
+
+def _own_grid(process: AbstractDiffusion, steps: int, first: float) -> Tensor:
+    """The last times of a grid of the process, after ``first``: ``steps`` steps of about the size that it has there."""
+    low, high = steps, steps
+    while int((process.time_grid(high) < first).sum()) < steps:
+        low, high = high, 2 * high
+        if high > _FINEST:
+            raise ValueError(
+                f"from_time = {first} is too near t_min = {process.t_min} for {steps} steps of the process's own grid; "
+                "give grid="
+            )
+    while low < high:
+        middle = (low + high) // 2
+        enough = int((process.time_grid(middle) < first).sum()) >= steps
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return torch.cat([torch.tensor([first], dtype=torch.float64), process.time_grid(high)[-steps:]])
+
+
+def _times(
+    process: AbstractDiffusion, solver: AbstractSolver, steps: int | None, grid: Tensor | None, from_time: float | None
+) -> Tensor:
+    if from_time is not None:
+        from_time = number(from_time, "from_time")
+        if grid is not None:
+            raise ValueError("a grid begins at its own first time: give from_time with steps, or a grid from then on")
+        if not process.t_min < from_time <= process.t_max * (1 + 1e-6):
+            raise ValueError(
+                f"from_time must lie in (t_min, t_max] = ({process.t_min}, {process.t_max}], got {from_time}; "
+                "for other times give a grid"
+            )
+    first = process.t_max if from_time is None else min(from_time, process.t_max)
     if solver.controller is not None:
         if steps is not None or grid is not None:
             raise ValueError(f"{type(solver).__name__} chooses its own steps: leave out steps and grid")
-        return torch.tensor([process.t_max, process.t_min], dtype=torch.float64, device="cpu")
+        return torch.tensor([first, process.t_min], dtype=torch.float64, device="cpu")
     if isinstance(solver, PredictorCorrector):
         solver = solver.predictor
     if (steps is None) == (grid is None):
         raise ValueError("give steps, the number of steps on the process's own grid, or grid, explicit times")
-    times = process.time_grid(steps) if grid is None else grids.check_grid(grid)  # type: ignore[arg-type]
+    if grid is not None:
+        times = grids.check_grid(grid)
+    else:
+        steps = whole_number(steps, "steps", 1)
+        times = process.time_grid(steps) if first == process.t_max else _own_grid(process, steps, first)
     first, last = float(times[0].max()), float(times[-1].min())
     to_zero = isinstance(solver, AbstractTabulated) and not isinstance(solver, AbstractOneStep)
     if times.ndim != 1 or not (0 <= last < first <= process.t_max * (1 + 1e-6)) or (last == 0 and not to_zero):

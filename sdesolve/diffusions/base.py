@@ -91,6 +91,19 @@ class AbstractDiffusion(AbstractLinearSDE):
     def prior(self) -> Prior:
         """The law that sampling starts from at ``t_max``."""
 
+    def prior_at(self, t: float) -> Prior:
+        """The law that sampling starts from at a time ``t``; at ``t_max`` `prior`.
+
+        Before it ``N(0, (alpha(t)^2 v + sigma(t)^2) I)``, with the variance ``v`` of the data for which `prior` is the
+        law at ``t_max``: 0 on `EDM` and `VE`, where it is ``N(0, sigma(t)^2 I)``.
+        """
+        if t >= self.t_max:
+            return self.prior
+        (alpha, sigma), (alpha_end, sigma_end) = ((float(self.alpha(s)), float(self.sigma(s))) for s in (t, self.t_max))
+        excess = (self.prior.std / sigma_end) ** 2 - 1.0
+        v = max(excess, 0.0) * (sigma_end / alpha_end) ** 2 if abs(excess) > 1e-9 else 0.0
+        return Prior(math.sqrt(alpha**2 * v + sigma**2))
+
     @abc.abstractmethod
     def time_grid(self, steps: int) -> Tensor:
         """The grid that `sample` uses when given only a number of steps: from ``t_max`` down to ``t_min``, float64."""

@@ -148,6 +148,11 @@ class AbstractScheduled(AbstractDiffusion):
         return Prior(1.0)
 
     @final
+    def prior_at(self, t: float) -> Prior:
+        """The limit law ``N(0, I)``, which `VP` keeps for data of unit variance."""
+        return self.prior
+
+    @final
     def time_grid(self, steps: int) -> Tensor:
         """Uniform in time."""
         return grids.uniform(self.t_max, self.t_min, steps)

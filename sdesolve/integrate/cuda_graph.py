@@ -87,7 +87,7 @@ class StraightSampler:
         self._spans = problem.spans(0, problem.steps)
         self._score = score
         self._end = times[-1].to(dtype=dtype, device=device)
-        self._prior = process.prior.std
+        self._prior = process.prior_at(float(times[0])).std
         last = times[-1]
         self._alpha, self._sigma2 = (
             c.to(dtype=dtype, device=device) for c in (process.alpha(last), process.sigma(last).square())

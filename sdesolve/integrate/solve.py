@@ -108,7 +108,7 @@ def solve(
     """
     _check_choice("reduce", reduce, (None, "moments"))
     if start is not None:
-        _check_start(start, solver, x0=x0, seed=seed, noise=noise, increments=increments)
+        check_start(start, solver, x0=x0, seed=seed, noise=noise, increments=increments)
         x0, t0, noise = start.x, start.t if grid is None and t0 is None else t0, start.noise
     elif x0 is None:
         raise TypeError("give x0, the states to start from, or start, the state of a Solution to go on with")
@@ -227,7 +227,8 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     return Solution(saved.x1, save.ts, nothing, stats, mean=saved.xs, variance=saved.variances, state=state)
 
 
-def _check_start(start: Continuation, solver: AbstractSolver, **others: object) -> None:
+def check_start(start: Continuation, solver: AbstractSolver, **others: object) -> None:
+    """Refuses what an integration by ``solver`` cannot go on from, and arguments that it has already."""
     if not isinstance(start, Continuation):
         raise TypeError(f"start must be the state of a Solution, got {kind_of(start)}; tensors go to x0")
     given = [name for name, value in others.items() if value is not None]

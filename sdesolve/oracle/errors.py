@@ -163,7 +163,8 @@ def _elementwise(data: Gaussian) -> bool:
 
 def _start(process: AbstractDiffusion, data: Gaussian, grid: Tensor, *, prior: bool) -> Moments:
     if prior:
-        return Moments(torch.zeros_like(data.mean), torch.tensor(process.prior.std**2, dtype=torch.float64))
+        variance = process.prior_at(float(grid[0])).std ** 2
+        return Moments(torch.zeros_like(data.mean), torch.tensor(variance, dtype=torch.float64))
     return data.moments(process, float(grid[0]))
 
 

@@ -113,7 +113,8 @@ def start_of(data: GaussianMixture, process: AbstractDiffusion, t: float, *, pri
     """From uniform numbers to states at the start: the first of them chooses a component."""
     d = data.means[0].numel()
     if prior:
-        return lambda u: process.prior.std * torch.special.ndtri(u[:, 1:])
+        std = process.prior_at(t).std
+        return lambda u: std * torch.special.ndtri(u[:, 1:])
     alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
     covs = alpha**2 * data.covs + sigma**2 * torch.eye(d, dtype=torch.float64)
     factors, means = torch.linalg.cholesky(covs), alpha * data.means.reshape(-1, d)

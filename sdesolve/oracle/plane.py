@@ -58,8 +58,8 @@ def variation_2d(
     one product of matrices. Where steps remember earlier ones the law is estimated (`Particles`).
     """
     score, end = data.score(process), grid[-1]
-    std, (centre, spread) = process.prior.std, _moments(data)
     t0 = float(grid[0])
+    std, (centre, spread) = process.prior_at(t0).std, _moments(data)
 
     def prior_density(x: Tensor) -> Tensor:
         return (-0.5 * (x / std).square().sum(-1)).exp() / (2 * math.pi * std**2)
