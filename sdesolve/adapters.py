@@ -17,7 +17,7 @@ from sdesolve._internal.arguments import whole_number
 from sdesolve.brownian import AbstractNoise, Part
 from sdesolve.integrate.checks import check_diffusion, check_drift, check_state
 from sdesolve.nn.labels import LabelledNetwork
-from sdesolve.sde import AbstractSDE, Calculus, Noise, is_matrix, per_sample
+from sdesolve.sde import AbstractSDE, Calculus, Noise, is_matrix
 
 
 @final
@@ -192,8 +192,8 @@ class ToTorchSDE(nn.Module):
         x = self._unflattened(y)
         g = self._sde.diffusion(x, self._sign * t)
         if is_matrix(g, x):
-            return g.reshape(*y.shape, g.shape[-1])
-        flat = per_sample(g, x).expand(x.shape).reshape(y.shape)
+            return g.expand(*x.shape, g.shape[-1]).reshape(*y.shape, g.shape[-1])
+        flat = g.expand(x.shape).reshape(y.shape)
         return flat if self.noise_type == Noise.DIAGONAL else flat.unsqueeze(-1)
 
     def times(self, ts: Sequence[float] | Tensor) -> Tensor:

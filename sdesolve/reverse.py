@@ -18,7 +18,6 @@ from sdesolve.sde import (
     Rates,
     apply_diffusion,
     is_matrix,
-    per_sample,
 )
 
 
@@ -128,7 +127,7 @@ def _squared_diffusion_product(forward: AbstractSDE, x: Tensor, t: Tensor, s: Te
     if is_matrix(g, x):
         gT_s = (g * s.unsqueeze(-1)).reshape(len(x), math.prod(x.shape[1:]), g.shape[-1]).sum(1)
         return apply_diffusion(g, x, gT_s)
-    return per_sample(g * g, x) * s
+    return g * g * s
 
 
 def _check_reversible(forward: AbstractSDE, score: Score) -> None:

@@ -48,15 +48,22 @@ class AbstractSDE(abc.ABC):
     Subclasses give `drift` and `diffusion`, and say by `noise` what shape the diffusion has for ``x: (batch, *state)``:
 
     ============  ==================================================================  =================
-    noise         ``g`` (rank-1 results are read as one value per sample)             ``dW``
+    noise         ``g``                                                               ``dW``
     ============  ==================================================================  =================
     ``none``      not called: an ordinary differential equation                       none
-    ``additive``  independent of ``x``; ``()``, ``(batch,)`` or broadcastable to      as ``x``;
-                  ``x``, or a matrix ``(batch, *state, channels)``                    ``(batch, channels)``
-    ``scalar``    ``()``, ``(batch,)`` or broadcastable to ``x``                      ``(batch, 1, ..., 1)``
-    ``diagonal``  ``()``, ``(batch,)`` or broadcastable to ``x``                      as ``x``
-    ``general``   ``(batch, *state, channels)``                                       ``(batch, channels)``
+    ``additive``  independent of ``x``; what broadcasts to ``x``,                     as ``x``;
+                  or to a matrix ``(batch, *state, channels)`` of as many axes        ``(batch, channels)``
+    ``scalar``    what broadcasts to ``x``                                            ``(batch, 1, ..., 1)``
+    ``diagonal``  what broadcasts to ``x``                                            as ``x``
+    ``general``   what broadcasts to ``(batch, *state, channels)``, of as many axes   ``(batch, channels)``
     ============  ==================================================================  =================
+
+    Shapes are aligned from the right, as torch does it: ``(d,)`` has a number for each column of ``x: (batch, d)``,
+    ``(batch, 1)`` one for each row, and ``G[None]`` is one matrix ``G: (d, channels)`` for all rows. What only fits
+    because batch and state happen to be of one size is refused.
+
+    A function is asked for all rows at once, at one time ``t: ()`` or at a time for each, ``(batch,)``. Where it
+    broadcasts ``t`` against ``x`` in a way that would mix rows up, it gets ``t: (batch, 1, ..., 1)``.
     """
 
     noise: Noise
@@ -77,7 +84,7 @@ class AbstractSDE(abc.ABC):
 
 
 def is_matrix(g: Tensor, x: Tensor) -> bool:
-    """Whether ``g`` is a ``(batch, *state, channels)`` diffusion for the state ``x``."""
+    """Whether ``g`` is a diffusion ``(batch, *state, channels)``, or ``(1, *state, channels)``, for the state ``x``."""
     return g.ndim == x.ndim + 1
 
 
@@ -85,7 +92,7 @@ def apply_diffusion(g: Tensor, x: Tensor, dW: Tensor) -> Tensor:
     """``g dW`` for a diffusion of any allowed shape."""
     if is_matrix(g, x):
         return (g * dW.reshape(dW.shape[0], *(1,) * (x.ndim - 1), dW.shape[1])).sum(-1)
-    return per_sample(g, x) * dW
+    return g * dW
 
 
 def noise_shape(noise: Noise, x: Tensor, g: Tensor | None = None) -> tuple[int, ...]:
@@ -95,14 +102,6 @@ def noise_shape(noise: Noise, x: Tensor, g: Tensor | None = None) -> tuple[int, 
     if g is not None and is_matrix(g, x):
         return (g.shape[-1],)
     return tuple(x.shape[1:])
-
-
-class AbstractPerSample(AbstractSDE):
-    """An equation that holds something for each row of a batch, and can be written for some of the rows alone."""
-
-    @abc.abstractmethod
-    def of_rows(self, rows: Tensor) -> AbstractSDE:
-        """The equation of a batch that consists of ``rows``, their indices in this one's."""
 
 
 class AbstractLinearSDE(AbstractSDE):
@@ -129,8 +128,8 @@ class AbstractLinearSDE(AbstractSDE):
 
     @final
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        """``g(t)``, of the shape of ``t``."""
-        return self.squared_diffusion(t).sqrt().to(x.dtype)
+        """``g(t)``, ``()`` or ``(batch, 1, ..., 1)``."""
+        return per_sample(self.squared_diffusion(t).sqrt().to(x.dtype), x)
 
 
 class Rates(NamedTuple):

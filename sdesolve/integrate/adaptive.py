@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdesolve._internal.progress import progress_bar
 from sdesolve._internal.transforms import refuse_vmap
-from sdesolve.integrate.checks import check_drift, unchanged
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import AdaptiveCounts, DivergenceError, Saved
-from sdesolve.sde import AbstractPerSample, AbstractSDE, per_sample
-from sdesolve.solvers.embedded import AbstractEmbedded, Attempt
+from sdesolve.integrate.structure import treats_rows_alike
+from sdesolve.sde import per_sample
+from sdesolve.solvers.embedded import AbstractEmbedded, Attempt, Slope
 
 _FEW, _LEAST = 0.8, 16  # arrived samples leave where at most this share of at least so many is still going
 
@@ -23,8 +24,8 @@ _FEW, _LEAST = 0.8, 16  # arrived samples leave where at most this share of at l
 def integrate_adaptively(problem: Problem) -> Saved:
     """Takes every sample from the first to the last of ``problem.times``, in steps of its own.
 
-    Samples that have arrived stand still in the batch until they are many, and then leave it, so that the drift is
-    evaluated on the others alone. Rows keep their places if the drift knows what belongs to which (labels, say).
+    Samples that have arrived stand still in the batch. They leave it when they are many and a trace of the drift shows
+    that it treats all rows alike: one may hold something for each row, such as labels, and use it at some times only.
 
     Raises:
         ValueError: tolerances below the resolution of the state's dtype; a call under `torch.func.vmap`.
@@ -42,26 +43,29 @@ def integrate_adaptively(problem: Problem) -> Saved:
             "state"
         )
     plan.at_grid_point(0, x)
-    drift = _Drift(problem.equation)
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        f = problem.watched.drift(x, t.to(x.dtype))
+        problem.watched.checking = False
+        return f
+
     # Forward differentiation by an expanded tensor fails.
     t, t1 = (end.expand(len(x)).to(x.device).contiguous() for end in problem.times)
-    slope = unchanged(drift, x, t, "drift")
-    check_drift(slope, x, t)
+    slope = drift(x, t)
     _refuse_nonfinite(slope, t)
     h = _first_step(drift, solver, x, slope, t, t1)
     none = torch.zeros_like(t, dtype=torch.int64)
     batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none.bool(), none, none)
-    whole, starts = batch, drift.calls
+    whole, starts, narrows = batch, problem.watched.evaluations, functools.cache(lambda: treats_rows_alike(problem))
     with progress_bar(problem.progress, unit="attempt", leave=False) as bar:
         while True:
             going = batch.t != batch.t1
             count = int(going.sum())
             if not count:
                 break
-            if drift.narrows and len(going) >= _LEAST and count <= _FEW * len(going):
-                those, whole = batch.at(going.nonzero().squeeze(1)), whole.updated(batch)
-                if drift.narrow(those, whole):
-                    batch = those
+            if len(going) >= _LEAST and count <= _FEW * len(going) and narrows():
+                whole = whole.updated(batch)
+                batch = batch.at(going.nonzero().squeeze(1))
             batch = _attempted(drift, solver, batch, plan, len(whole.t))
             bar.update()
     whole = whole.updated(batch)
@@ -70,11 +74,18 @@ def integrate_adaptively(problem: Problem) -> Saved:
     counts = AdaptiveCounts(accepted, rejected, starts + solver.evaluations * (accepted + rejected))
     steps = int(accepted.amax()) if len(x) else 0
     return Saved(
-        whole.x, plan.states(), None, steps, drift.calls, "eager", "steps differ between samples", adaptive=counts
+        whole.x,
+        plan.states(),
+        None,
+        steps,
+        problem.watched.evaluations,
+        "eager",
+        "steps differ between samples",
+        adaptive=counts,
     )
 
 
-def _attempted(drift: _Drift, solver: AbstractEmbedded, batch: _Samples, plan: SavePlan, n: int) -> _Samples:
+def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: SavePlan, n: int) -> _Samples:
     """The samples after one attempt of each; those of a whole batch of ``n`` that are still going."""
     rows, x, slope, t, t1, h, held, accepted, rejected = batch
     active = t != t1
@@ -119,70 +130,7 @@ class _Samples(NamedTuple):
         return _Samples(*(v.index_copy(0, some.rows, w) for v, w in zip(self, some, strict=True)))
 
 
-@final
-class _Drift:
-    """``f(x, t)`` at float64 times, counted."""
-
-    def __init__(self, sde: AbstractSDE) -> None:
-        self._whole = self._sde = sde
-        self.narrows = True
-        self._rows: Tensor | None = None
-        self._company: _Samples | None = None
-        self.calls = 0
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        if self._rows is not None:
-            alone = self._evaluated(self._sde, x, t) if self.narrows else None
-            if alone is not None and alone.shape == x.shape:
-                return alone
-            self.narrows = False
-            return self._among_all(x, t)
-        self.calls += 1
-        return self._sde.drift(x, t.to(x.dtype))
-
-    def narrow(self, those: _Samples, whole: _Samples) -> bool:
-        """Goes on with some rows alone, if the slopes that they had in company are found again without it.
-
-        A drift that holds something for each row either refuses a smaller batch or finds other slopes, and so does
-        one that couples the samples. They agree to half of their digits where only rounding differs. One refusal is
-        enough: the drift is not asked again. One that comes later, from a drift that uses what it holds at some times
-        only, brings those who left back.
-        """
-        sde = self._whole.of_rows(those.rows) if isinstance(self._whole, AbstractPerSample) else self._whole
-        with torch.no_grad():
-            alone = self._evaluated(sde, those.x, those.t)
-        self.narrows = alone is not None and _same_slopes(alone, those.slope)
-        if self.narrows:
-            self._sde, self._rows, self._company = sde, those.rows, whole
-        return self.narrows
-
-    def _evaluated(self, sde: AbstractSDE, x: Tensor, t: Tensor) -> Tensor | None:
-        self.calls += 1
-        try:
-            f = sde.drift(x, t.to(x.dtype))
-        except Exception:  # whatever a third party's drift raises on a batch of another size
-            return None
-        return f if isinstance(f, Tensor) else None
-
-    def _among_all(self, x: Tensor, t: Tensor) -> Tensor:
-        """The drift of the rows that are left, in the company of those that have arrived."""
-        assert self._rows is not None
-        assert self._company is not None
-        rows, (_, all_x, _, all_t, *_) = self._rows, self._company
-        self.calls += 1
-        all_x, all_t = all_x.index_copy(0, rows, x), all_t.index_copy(0, rows, t)
-        return self._whole.drift(all_x, all_t.to(x.dtype)).index_select(0, rows)
-
-
-def _same_slopes(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    d = math.prod(b.shape[1:])
-    off, size = ((v.detach().double().reshape(len(b), d)).norm(dim=1) for v in (a - b, b))
-    return bool((off <= math.sqrt(torch.finfo(b.dtype).eps) * size).all())
-
-
-def _first_step(drift: _Drift, solver: AbstractEmbedded, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+def _first_step(drift: Slope, solver: AbstractEmbedded, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
     """Starting step sizes: Hairer, Norsett and Wanner 1993, section II.4, for each sample."""
     length = (t1 - t0).abs()
     scale = solver.controller.scale(x.abs())

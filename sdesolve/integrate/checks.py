@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.integrate.probing import unnoticed
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
@@ -144,20 +146,61 @@ def check_diffusion(g: Tensor, x: Tensor, noise: Noise) -> None:
     """Refuses a diffusion whose shape does not fit the noise type, or of another dtype or device than the state."""
     if not isinstance(g, Tensor):
         raise TypeError(f"diffusion must return a tensor, got {type(g).__name__}")
-    batch, shape = x.shape[0], tuple(x.shape)
-    matrix = g.ndim == x.ndim + 1 and g.shape[:-1] == x.shape
-    broadcasts = g.ndim == 0 or (g.ndim == 1 and g.shape[0] == batch) or (g.ndim == x.ndim and _broadcasts(g, x))
-    fits = matrix if noise is Noise.GENERAL else broadcasts or (matrix and noise is Noise.ADDITIVE)
+    shape = tuple(x.shape)
+    matrix = g.ndim == x.ndim + 1 and _broadcasts(g.shape[:-1], shape)
+    by_entry = g.ndim <= x.ndim and _broadcasts(g.shape, shape)
+    fits = matrix if noise is Noise.GENERAL else by_entry or (matrix and noise is Noise.ADDITIVE)
     if not fits:
-        general = f"(batch, *state, channels) = {(*shape, 'channels')}".replace("'", "")
-        elementwise = f"(), (batch,) = ({batch},), or a shape that broadcasts to {shape}"
-        expected = {Noise.GENERAL: general, Noise.ADDITIVE: f"{elementwise}; or {general}"}.get(noise, elementwise)
-        hint = " For a matrix of several Brownian motions declare noise='general'." if matrix else ""
+        general = f"{(*shape, 'channels')}".replace("'", "")
+        expected = {
+            Noise.GENERAL: f"{general}, or (1, *state, channels) for all rows",
+            Noise.ADDITIVE: f"what broadcasts to {shape}, or a matrix {general} or (1, *state, channels)",
+        }.get(noise, f"what broadcasts to {shape}")
         raise ValueError(
             f"diffusion returned shape {tuple(g.shape)} for a state of shape {shape}, which does not fit noise="
-            f"'{noise}': expected {expected}.{hint}"
+            f"'{noise}': expected {expected}.{_hint(g, x, noise, matrix)}"
         )
     _check_kind(g, x, "diffusion")
+
+
+def _hint(g: Tensor, x: Tensor, noise: Noise, matrix: bool) -> str:
+    if matrix:
+        return " For a matrix of several Brownian motions declare noise='general'."
+    if g.ndim == x.ndim and g.shape[:-1] == x.shape[1:] and noise in (Noise.ADDITIVE, Noise.GENERAL):
+        return " If it is one matrix for all rows, return g[None]."
+    if g.ndim < x.ndim and g.shape[:1] == x.shape[:1]:
+        ones = ", 1" * (x.ndim - g.ndim)
+        return f" If it is a number for each row, return g.reshape({', '.join(map(str, g.shape))}{ones})."
+    return ""
+
+
+def check_reading(function: Field, g: Tensor, x: Tensor, t: Tensor, noise: Noise) -> None:
+    """Refuses a diffusion that fits the state only because batch and state happen to be of one size.
+
+    What is aligned from the right has a number for each column. So one whose size follows the number of rows, as
+    ``x.norm(dim=1)`` does, is of rows that would be read as columns; and additive noise whose size does not follow it
+    may be one matrix for all rows that would be read as a number for each entry. Another call, with one row more,
+    tells.
+    """
+    short = 0 < g.ndim < x.ndim and len(x) in g.shape
+    square = noise is Noise.ADDITIVE and g.ndim == x.ndim > 1 and g.shape[:-1] == x.shape[1:] and len(x) == len(g) > 1
+    if not (short or square):
+        return
+    other = None
+    with torch.no_grad(), unnoticed(function), contextlib.suppress(Exception):  # where it holds something for each row
+        other = function(torch.cat([x, x[:1]]), torch.cat([t, t[:1]]) if t.ndim else t).shape
+    returned = f"diffusion returned shape {tuple(g.shape)} for a state of shape {tuple(x.shape)}"
+    if short and other != g.shape:
+        by_row = f"({len(x)}, {', '.join('1' * (x.ndim - 1))})"
+        raise ValueError(
+            f"{returned}, and its size follows the batch. Numbers for each row have the shape {by_row}, by keepdim=True"
+            " or reshape; numbers for each column are as many whatever the batch"
+        )
+    if square and other == g.shape:
+        raise ValueError(
+            f"{returned}, which can be read in two ways: for one matrix for all rows return g[None], for a number for "
+            "each entry of the state g.expand_as(x)"
+        )
 
 
 def _check_kind(value: Tensor, x: Tensor, what: str) -> None:
@@ -175,8 +218,8 @@ def _check_kind(value: Tensor, x: Tensor, what: str) -> None:
         )
 
 
-def _broadcasts(g: Tensor, x: Tensor) -> bool:
-    return all(a in (1, b) for a, b in zip(g.shape, x.shape, strict=True))
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _listed(names: list[str]) -> str:

@@ -75,7 +75,7 @@ class StraightSampler:
     ) -> None:
         self._zeros = torch.zeros(shape, dtype=dtype, device=device)
         noise = BrownianPath(0)
-        problem = Problem(solver, backward, Watched(backward), noise, times, self._zeros, SavePlan(times, None))
+        problem = Problem(solver, backward, Watched(backward, times), noise, times, self._zeros, SavePlan(times, None))
         problem.watched.checking = False  # a check of values would wait for the device
         self._lowered = lower(problem)
         if self._lowered.one_step is not None or self._lowered.correcting is not None:

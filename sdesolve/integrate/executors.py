@@ -155,8 +155,9 @@ class KernelContext(AbstractSteppedContext):
         """Euler-Maruyama with elementwise noise: the row ``(1, dt, g sqrt|dt|)``."""
         t, dt = self.span.t0, self.span.dt
         f, g = sde.drift(x, t), sde.diffusion(x, t)
-        if g.ndim > 1 and g.shape != x.shape:
-            g = g.expand_as(x)
+        if g.ndim and g.shape != x.shape:
+            by_row = g.ndim == x.ndim and g.numel() == len(g) == len(x)
+            g = g.reshape(-1) if by_row else g.expand_as(x)
         return euler_maruyama_step(x, f, g, dt.reshape(-1) if dt.ndim else dt, **self.offset(self._k))
 
 

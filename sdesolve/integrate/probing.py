@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from typing import final
+
+import torch
+from sdesolve_kernels.transforms import plain
+from torch import Tensor
+
+from sdesolve.sde import Field, is_matrix
 
 _MOST_WEIGHTS = 1 << 16
+# Of the way from start to end: irregular, so that what vanishes at some round time is seen at another.
+MOMENTS = (0.0, 0.2928932, 0.7236068, 1.0)
 
 
 @contextlib.contextmanager
@@ -25,3 +35,91 @@ def unnoticed(*functions: object) -> Iterator[None]:
         except Exception:  # objects of the user may answer anything with an exception
             stack.callback(random_states())
         yield
+
+
+def agree(a: Tensor, b: Tensor, *sizes: Tensor) -> bool:
+    """Whether entries that are finite differ by no more than rounding: they have half of their digits in common."""
+    scale = torch.stack([v.abs().expand_as(a) for v in (a, b, *sizes)]).amax(0)
+    finite = scale.isfinite()
+    scale = torch.where(finite, scale, 0.0)
+    within = math.sqrt(torch.finfo(a.dtype).eps) * (scale + scale.sum() / finite.sum().clamp(min=1))
+    return bool(plain(((a - b).abs() <= within) | ~finite).all())
+
+
+@final
+class ByRow:
+    """A function of ``(x, t)`` that row by row is what it is at that row's time, however it broadcasts ``t``.
+
+    At a time per row, ``t: (batch,)``, a row of its value has to be what it is where all rows have that time. It is
+    given ``(batch,)``, or ``(batch, 1, ..., 1)`` if that is what it is right for, as ``t * x`` is. Compared at several
+    times before it is first used so, and with every power of two of calls again.
+
+    Args:
+        function: ``f(x, t)``, of the shape of ``x``, or a diffusion.
+        what: its name.
+        times: that the run goes through, of any shape.
+
+    Raises:
+        ValueError: when called, it is right for neither.
+    """
+
+    def __init__(self, function: Field, what: str, times: Tensor) -> None:
+        self._function, self._what, self._times = function, what, times
+        self._wide, self._calls = False, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        if t.ndim == 0 or x.ndim < 2 or not len(x):
+            return self._function(x, t)
+        if self._calls == 0:
+            with torch.no_grad(), unnoticed(self._function):
+                self._choose(x.detach())
+        value = self.given(x, t)
+        if self._calls & (self._calls - 1) == 0:
+            with torch.no_grad(), unnoticed(self._function):
+                ends = {int(t.argmin()), int(t.argmax())}
+                if not self._is_right(x.detach(), t, [(t[i], torch.tensor([i], device=x.device)) for i in ends]):
+                    raise ValueError(self._refusal(x))
+        self._calls += 1
+        return value
+
+    def given(self, x: Tensor, t: Tensor) -> Tensor:
+        """Its value, with ``t: (batch,)`` shaped as was found to be right."""
+        return self._function(x, t.reshape(-1, *(1,) * (x.ndim - 1)) if self._wide and t.ndim == 1 else t)
+
+    def _choose(self, x: Tensor) -> None:
+        low, high = float(self._times.min()), float(self._times.max())
+        moments = (low + (high - low) * torch.tensor(MOMENTS, dtype=torch.float64, device="cpu")).to(x)
+        which = (torch.arange(len(x), device=x.device) * 7 + 3) // 5 % len(moments)
+        rows = [(t, (which == k).nonzero().squeeze(1)) for k, t in enumerate(moments)]
+        failure: Exception | None = None
+        for self._wide in (False, True) if len(x) > 1 else (True, False):  # one row is right in either way
+            try:
+                if self._is_right(x, moments[which], rows):
+                    return
+            except Exception as met:  # a function may fail in any way on a time of a shape that it does not know
+                failure = failure or met
+        if failure is not None:
+            for t in moments:
+                self._function(x, t)  # what fails at one time for all, too, fails with its own error
+        raise ValueError(self._refusal(x, failure)) from failure
+
+    def _is_right(self, x: Tensor, t: Tensor, rows: list[tuple[Tensor, Tensor]]) -> bool:
+        """Whether ``rows`` of the value at ``t`` are what they are at one time for all."""
+        together = self._called(x, t)
+        return all(agree(together[i], self._called(x, time.repeat(len(x)))[i]) for time, i in rows if len(i))
+
+    def _called(self, x: Tensor, t: Tensor) -> Tensor:
+        """Its value, of the state's shape, or a matrix of as many rows; the next one draws the same random numbers."""
+        from sdesolve_kernels.trajectory.snapshots import random_states
+
+        rewind = random_states()
+        value = self.given(x.clone(), t)  # one that writes into the state is refused later
+        rewind()
+        return value.expand(*x.shape, value.shape[-1]) if is_matrix(value, x) else value.expand_as(x)
+
+    def _refusal(self, x: Tensor, failure: Exception | None = None) -> str:
+        why = str(failure).strip().partition("\n")[0][:200] if failure else "its rows are not those of their own times"
+        return (
+            f"the {self._what} is not right for a time per row, t of shape ({len(x)},): {why}. Where t meets a state "
+            f"of shape {tuple(x.shape)} write t.reshape({', '.join(['-1', *'1' * (x.ndim - 1)])}), right for one too"
+        )

@@ -11,8 +11,9 @@ from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath
-from sdesolve.integrate.checks import check_diffusion, check_drift, unchanged
+from sdesolve.integrate.checks import check_diffusion, check_drift, check_reading, unchanged
 from sdesolve.integrate.clock import keeping_clock, time_dtype
+from sdesolve.integrate.probing import ByRow
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, is_matrix, noise_shape
 from sdesolve.solvers.base import AbstractSolver, Span
@@ -21,37 +22,50 @@ from sdesolve.solvers.predictor_corrector import PredictorCorrector
 
 @final
 class Watched(AbstractSDE):
-    """An SDE that counts its drift evaluations, and checks what its functions return until told to stop."""
+    """An SDE that counts its drift evaluations, and checks what its functions return until told to stop.
 
-    def __init__(self, sde: AbstractSDE) -> None:
+    Args:
+        sde: the equation.
+        times: that the run goes through, of any shape.
+    """
+
+    def __init__(self, sde: AbstractSDE, times: Tensor) -> None:
         self.noise, self.calculus, self._sde = sde.noise, sde.calculus, sde
+        self._drift, self._diffusion = ByRow(sde.drift, "drift", times), ByRow(sde.diffusion, "diffusion", times)
+        self._field = ByRow(sde.field, "score", times) if isinstance(sde, AbstractSemilinear) else None
         self.evaluations, self.checking = 0, True
         self.step = 0.0  # the shortest, where functions are given the time in float64 for its sake
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += 1
         if not self.checking:
-            return self._sde.drift(x, t)
-        f = self._checked(self._sde.drift, x, t, "drift")
+            return self._drift(x, t)
+        f = self._checked(self._drift, x, t, "drift")
         check_drift(f, x, t)
         return f
 
+    def drift_at(self, x: Tensor, t: Tensor) -> Tensor:
+        """`drift` with nothing counted or checked, once that was called: for traces."""
+        return self._drift.given(x, t)
+
     def field(self, x: Tensor, t: Tensor) -> Tensor:
         """The score of a reverse SDE or probability flow, counted as one evaluation of the drift it makes."""
-        if not isinstance(self._sde, AbstractSemilinear):
+        if self._field is None:
             raise TypeError(f"{type(self._sde).__name__} has no field")
         self.evaluations += 1
         if not self.checking:
-            return self._sde.field(x, t)
-        s = self._checked(self._sde.field, x, t, "score")
+            return self._field(x, t)
+        s = self._checked(self._field, x, t, "score")
         check_drift(s, x, t, "score")
         return s
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         if not self.checking:
-            return self._sde.diffusion(x, t)
-        g = self._checked(self._sde.diffusion, x, t, "diffusion")
+            return self._diffusion(x, t)
+        g = self._checked(self._diffusion, x, t, "diffusion")
         check_diffusion(g, x, self.noise)
+        if type(x) in (Tensor, torch.nn.Parameter):  # and no symbol of a trace
+            check_reading(self._diffusion, g, x, t, self.noise)
         return g
 
     def _checked(self, function: Field, x: Tensor, t: Tensor, what: str) -> Tensor:

@@ -138,7 +138,17 @@ def solve(
     first = 0 if start is None else start.steps
     save = SavePlan(times[first:], save_at, observable, moments=reduce is not None, rounding=rounding, first=first)
     problem = Problem(
-        solver, sde, Watched(sde), noise, times, x0, save, check_finite, progress, first, start.memory if start else ()
+        solver,
+        sde,
+        Watched(sde, times),
+        noise,
+        times,
+        x0,
+        save,
+        check_finite,
+        progress,
+        first,
+        start.memory if start else (),
     )
     return _solution(problem, backend)
 
@@ -175,7 +185,9 @@ def integrate(
     times, first, memory = _continued(start, times), *((start.steps, start.memory) if start else (0, ()))
     save = SavePlan(times[first:], None, first=first)
     return _solution(
-        Problem(solver, sde, Watched(sde), noise, times, x0, save, progress=progress, first=first, memory=memory),
+        Problem(
+            solver, sde, Watched(sde, times), noise, times, x0, save, progress=progress, first=first, memory=memory
+        ),
         backend,
     )
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
-from sdesolve_kernels.transforms import plain
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sdesolve._internal.forward_mode import jvp
-from sdesolve.integrate.probing import unnoticed
+from sdesolve.integrate.probing import MOMENTS, agree, unnoticed
 from sdesolve.integrate.problem import Problem
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractLinearSDE, AbstractSDE, Noise, is_matrix
 
-# Of the way from start to end: irregular, so that what vanishes at some round time is seen at another.
-_MOMENTS = (0.0, 0.2928932, 0.7236068, 1.0)
-_SECONDS = 5.0  # that a trace may take
+_SECONDS, _MOST_WEIGHTS = 5.0, 1 << 12  # of a trace
 
 
 def has_structure(problem: Problem) -> bool:
@@ -60,7 +57,7 @@ def check_noise_ahead(problem: Problem) -> None:
     check_noise(problem, x, problem.clock(start))
     check = _CHECKS[problem.equation.noise]
     with torch.no_grad(), unnoticed(problem.equation):
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             t = problem.clock(start + moment * (end - start))
             for y in (x, *_around(x, moment)):
                 try:
@@ -102,6 +99,30 @@ def is_proved(problem: Problem) -> bool:
     return all(reads[e.id] & ~(allowed << i) == 0 for i, e in enumerate(program.states))
 
 
+def treats_rows_alike(problem: Problem) -> bool:
+    """Whether a trace of the drift, at a time per row, shows that it gives every row the same function of that row.
+
+    A trace has few rows. What a drift does with many and with one less is compared besides.
+    """
+    from sdesolve_kernels.trajectory import Inputs, Signature, look_into, trace  # as in `probing`
+
+    x0, drift = problem.x0, problem.watched.drift_at
+
+    def step(inputs: Inputs) -> list[Tensor]:
+        x, t = inputs.states
+        return [drift(x, t), t]
+
+    try:
+        held = look_into(problem.equation, most_weights=_MOST_WEIGHTS)
+        with torch.no_grad(), _disable_current_modes(), held.preserved():  # what watches the run is not to see a trace
+            signature = Signature(x0.dtype, x0.device, (tuple(x0.shape[1:]), ()), (), 0, len(x0))
+            alike = not any(trace(step, signature, seconds=_SECONDS).by_path)
+            t = problem.times[0].expand(len(x0)).to(x0).contiguous()
+            return alike and agree(drift(x0, t)[1:], drift(x0[1:], t[1:]))
+    except Exception:  # whatever a drift raises on a symbol, or on a batch of another size
+        return False
+
+
 def _around(x: Tensor, phase: float) -> tuple[Tensor, Tensor]:
     """States of the same signs, and states moved by about the size of the state."""
     wave = _irregular(x, phase)
@@ -109,13 +130,13 @@ def _around(x: Tensor, phase: float) -> tuple[Tensor, Tensor]:
 
 
 def _irregular(x: Tensor, phase: float) -> Tensor:
-    return torch.sin(phase + torch.arange(x.numel(), dtype=torch.float64) * 2.3).to(x).reshape(x.shape)
+    return torch.sin(phase + torch.arange(x.numel(), dtype=torch.float64, device="cpu") * 2.3).to(x).reshape(x.shape)
 
 
 def _is_additive(sde: AbstractSDE, x: Tensor, t: Tensor) -> bool:
     g = sde.diffusion(x, t)
     others = [sde.diffusion(y, t) for y in _around(x, 2.0)]
-    return all(g.shape == h.shape and _agree(g, h) for h in others)
+    return all(g.shape == h.shape and agree(g, h) for h in others)
 
 
 def _is_own_component(sde: AbstractSDE, x: Tensor, t: Tensor) -> bool:
@@ -126,7 +147,7 @@ def _is_own_component(sde: AbstractSDE, x: Tensor, t: Tensor) -> bool:
 
     v = _irregular(x, 1.0)
     along_ones, along_v = (jvp(g_of, x, u)[1] for u in (torch.ones_like(x), v))
-    return _agree(along_v, v * along_ones, along_ones)
+    return agree(along_v, v * along_ones, along_ones)
 
 
 def _commutes(sde: AbstractSDE, x: Tensor, t: Tensor) -> bool:
@@ -138,16 +159,7 @@ def _commutes(sde: AbstractSDE, x: Tensor, t: Tensor) -> bool:
     g = g_of(x)
     a, b = (_irregular(x.new_empty(len(x), *(1,) * (x.ndim - 1), g.shape[-1]), phase) for phase in (1.0, 2.5))
     one, other = ((jvp(g_of, x, (g * u).sum(-1))[1] * w).sum(-1) for u, w in ((a, b), (b, a)))
-    return _agree(one, other)
-
-
-def _agree(a: Tensor, b: Tensor, *sizes: Tensor) -> bool:
-    """Whether entries that are finite differ by no more than rounding: they have half of their digits in common."""
-    scale = torch.stack([v.abs().expand_as(a) for v in (a, b, *sizes)]).amax(0)
-    finite = scale.isfinite()
-    scale = torch.where(finite, scale, 0.0)
-    within = math.sqrt(torch.finfo(a.dtype).eps) * (scale + scale.sum() / finite.sum().clamp(min=1))
-    return bool(plain(((a - b).abs() <= within) | ~finite).all())
+    return agree(one, other)
 
 
 _CHECKS: dict[Noise, Callable[[AbstractSDE, Tensor, Tensor], bool]] = {

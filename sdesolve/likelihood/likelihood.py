@@ -24,7 +24,7 @@ from sdesolve.likelihood.quantisation import Quantisation
 from sdesolve.likelihood.trace_estimators import AbstractDivergence, ExactTrace, Hutchinson
 from sdesolve.reverse import Score
 from sdesolve.sampling import check_same_process
-from sdesolve.sde import AbstractODE, AbstractPerSample, per_sample
+from sdesolve.sde import AbstractODE, per_sample
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.dormand_prince import DormandPrince
 from sdesolve.solvers.rk4 import RK4
@@ -275,7 +275,7 @@ def decode(
 
 
 @final
-class _FlowWithDivergence(AbstractODE, AbstractPerSample):
+class _FlowWithDivergence(AbstractODE):
     """The probability flow on ``(batch, d + estimates)``: the state, then the integrals of ``-g^2 div score / 2``."""
 
     def __init__(
@@ -289,17 +289,13 @@ class _FlowWithDivergence(AbstractODE, AbstractPerSample):
         self._process, self._score, self._divergence = process, score, divergence
         self._probes, self._shape = probes, shape
 
-    def of_rows(self, rows: Tensor) -> _FlowWithDivergence:
-        probes, shape = self._probes.index_select(1, rows), (len(rows), *self._shape[1:])
-        return _FlowWithDivergence(self._process, self._score, self._divergence, probes, shape)
-
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         d = math.prod(self._shape[1:])
         with torch.inference_mode(False), torch.enable_grad():  # in inference mode nothing would have a divergence
             x, t, probes = (v.clone() if v.is_inference() else v for v in (x, t, self._probes))
             flat = x[:, :d].detach()
             state = flat.reshape(self._shape).requires_grad_()
-            s = self._score(state, t)
+            s = self._score(state, t.reshape(-1, *(1,) * (state.ndim - 1)) if t.ndim > 1 else t)
             check_drift(s, state, t, "score")
             trace = self._divergence(s, state, probes).detach()
         f, g2 = (per_sample(c.to(x), flat) for c in (self._process.drift_rate(t), self._process.squared_diffusion(t)))

@@ -38,9 +38,8 @@ class DormandPrince(AbstractEmbedded):
 
     Order 5, six drift evaluations an attempted step, for ODEs such as the probability flow. Every sample of a batch has
     its own time, step size and decision to accept, so that its result does not depend on who is in the batch with it.
-    Samples that have arrived leave the batch by and by, unless the drift holds something for each row, such as labels,
-    or couples them: then its slopes on a smaller batch, which are looked at first, are others or an error. What is not
-    seen is a drift that cuts what it holds to the batch, as in ``labels[:len(x)]``, and does not use it just then.
+    The drift is always evaluated on the whole batch, so that labels and whatever else it holds for each row stay with
+    their rows; samples that have arrived stand still.
     Step sizes are those of `StepController`. States between steps come from the fourth-order interpolant of Hairer,
     Norsett and Wanner 1993, section II.6. Dormand and Prince 1980.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdesolve._internal.forward_mode import jvp
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Calculus, Noise, per_sample
+from sdesolve.sde import AbstractSDE, Calculus, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 _NOISE = (Noise.NONE, Noise.ADDITIVE, Noise.DIAGONAL, Noise.SCALAR)
@@ -49,7 +49,7 @@ def diffusion_and_derivative(sde: AbstractSDE, x: Tensor, t: Tensor) -> tuple[Te
     """``g`` and ``(g . grad) g``, both of the shape of ``x``."""
 
     def g_of(y: Tensor) -> Tensor:
-        return per_sample(sde.diffusion(y, t), y).expand_as(y)
+        return sde.diffusion(y, t).expand_as(y)
 
     if sde.noise is Noise.SCALAR:
         g = g_of(x)

@@ -212,17 +212,10 @@ def test_rows_do_not_depend_on_their_batch(law, steps):
 
 @pytest.mark.parametrize("law", [ExactTrace(), Hutchinson(3), HutchPP(3, 2)], ids=repr)
 def test_probes_go_with_their_samples_when_others_have_arrived(law):
-    """An adaptive solver goes on with fewer rows; fixed steps keep them all."""
-    exact, sizes = DATA.score(VP), []
-
-    def score(x, t):
-        sizes.append(len(x))
-        return exact(x, t)
-
-    x = torch.cat([X, 30 * X[:8]])
+    """Samples that have arrived stand still, and others go on with their own probes."""
+    score, x = DATA.score(VP), torch.cat([X, 30 * X[:8]])
     how = {"divergence": law, "seed": 6, "ending": "density"}
     ours = estimate_likelihood(VP, score, x, solver=sds.DormandPrince(1e-7, 1e-7), t_min=1e-2, **how)
-    assert sum(size < len(x) for size in sizes) > 6  # one that found other slopes would be the last
     grid = sds.grids.uniform_log_snr(VP, 200, t1=1e-2)
     fixed = estimate_likelihood(VP, score, x, solver=sds.RK4(), grid=grid, **how)
     torch.testing.assert_close(ours.log_prob, fixed.log_prob, rtol=1e-5, atol=1e-4)

@@ -19,7 +19,9 @@ PROCESSES = [sds.VP(), sds.VP(sds.CosineBeta()), sds.VE(), sds.SubVP(), sds.OU()
 EQUATIONS = {
     "diagonal": sds.SDE(lambda x, t: 1.0 - x, lambda x, t: 0.2 * x),
     "stored constant": sds.SDE(lambda x, t: -x * t, lambda x, t: 0.3, noise="additive"),
-    "per sample": sds.SDE(lambda x, t: -x, lambda x, t: x.detach().abs().sum(1) * 0 + 0.5, noise="additive"),
+    "per sample": sds.SDE(
+        lambda x, t: -x, lambda x, t: x.detach().abs().sum(1, keepdim=True) * 0 + 0.5, noise="additive"
+    ),
     "broadcast": sds.SDE(lambda x, t: -x, lambda x, t: 0.1 + x[:, :1] ** 2 / 10),
 }
 EM = sds.EulerMaruyama()
