@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from sdesolve_kernels.transforms import is_transformed
@@ -58,6 +58,7 @@ def sample(
     progress: bool = False,
     cuda_graph: bool = False,
     dropout: bool = False,
+    given: Mapping[str, Tensor | float] | None = None,
 ) -> Tensor:
     r"""Draws ``shape = (batch, *state)`` samples: prior at ``t_max``, integrated back to ``t_min``, then denoised.
 
@@ -94,13 +95,17 @@ def sample(
         dropout: let dropout draw while sampling. Networks are in evaluation mode otherwise, and have their own modes
             again when the call ends; batch statistics stay as they are in either case. What a network draws depends on
             the seed, and on all rows of the batch.
+        given: conditions of the network by name, as for `NetworkScore.given`: ``given={"label": 7}`` is to sample from
+            ``score.given(label=7)``. With `ClassifierFreeGuidance` they go to the conditional score.
 
     Raises:
         ValueError: as `solve`; ``from_time`` outside ``(t_min, t_max]``; a grid that leaves ``(0, t_max]`` or does not
-            decrease; a score of another process.
+            decrease; a score of another process; conditions with another number of rows than samples, or none where
+            the network was never trained without.
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
+    score = score if given is None else _given(score, given)
     _check_model(process, score)
     solver = EulerMaruyama() if solver is None else solver
     if not isinstance(solver, AbstractSolver):
@@ -166,6 +171,14 @@ def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> T
     return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
 
 
+def _given(score: Score, conditions: Mapping[str, Tensor | float]) -> Score:
+    if isinstance(score, ClassifierFreeGuidance):
+        return ClassifierFreeGuidance(_given(score.conditional, conditions), score.unconditional, scale=score.scale)
+    if not isinstance(score, NetworkScore):
+        raise TypeError(f"given is for a NetworkScore, or guidance by one, got {kind_of(score)}; bind it in the score")
+    return score.given(**conditions)  # type: ignore[arg-type]
+
+
 def _check_model(process: AbstractDiffusion, score: Score) -> None:
     if not isinstance(process, AbstractDiffusion):
         hint = ""
@@ -179,17 +192,20 @@ def _check_model(process: AbstractDiffusion, score: Score) -> None:
     check_same_process(process, score)
 
 
-def check_same_process(process: AbstractDiffusion, score: Score) -> None:
+def check_same_process(process: AbstractDiffusion, score: Score, samples: int | None = None) -> None:
     """Refuses a score that was made for other noise than that of ``process``, where it says what it was made for.
 
     Scores within guidance and posterior scores are looked at too. Processes are compared by their alpha and sigma, at
     the ends and in the middle of the working interval.
 
     Raises:
-        ValueError: they differ by more than a thousandth.
+        ValueError: they differ by more than a thousandth; a network lacks a condition that it was never trained
+            without, or has one with rows for another number of ``samples``.
     """
     for inner in _scores_within(score):
-        check_same_process(process, inner)
+        check_same_process(process, inner, samples)
+    if isinstance(score, NetworkScore):
+        score.check_conditions(samples)
     if not isinstance(score, NetworkScore | ExactScore | AbstractPosteriorScore) or score.process is process:
         return
     theirs = score.process
@@ -207,7 +223,8 @@ def check_same_process(process: AbstractDiffusion, score: Score) -> None:
 
 def _scores_within(score: Score) -> tuple[Score, ...]:
     if isinstance(score, ClassifierFreeGuidance):
-        return score.conditional, score.unconditional
+        parts = ((score.conditional, score.scale != 0.0), (score.unconditional, score.scale != 1.0))
+        return tuple(part for part, called in parts if called)
     return (score.score,) if isinstance(score, ClassifierGuidance | AbstractPosteriorScore) else ()
 
 

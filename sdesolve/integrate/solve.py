@@ -22,6 +22,7 @@ from sdesolve.integrate.problem import Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
 from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
+from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -217,6 +218,8 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         problem.watched.step = float(gaps[gaps > 0].min())
     _check_plan(problem)
     equation = problem.equation
+    if isinstance(equation, ReverseSDE | ProbabilityFlow) and isinstance(equation.score, NetworkScore):
+        equation.score.check_conditions(len(problem.x0))
     with evaluation_mode(*((equation.score,) if isinstance(equation, ReverseSDE | ProbabilityFlow) else ())):
         saved, reason = _executed(problem, backend)
     adaptive = saved.adaptive

@@ -326,8 +326,8 @@ def _standard_error(each: Tensor) -> Tensor:
 def _check(process: AbstractDiffusion, score: Score, x: Tensor) -> None:
     if not isinstance(process, AbstractDiffusion):
         raise TypeError(f"process must be a linear diffusion such as VP(), got {kind_of(process)}")
-    check_same_process(process, score)
     check_state(x, "x")
+    check_same_process(process, score, len(x))
 
 
 def _way(

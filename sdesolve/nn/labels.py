@@ -1,9 +1,13 @@
-"""Networks that may be told a class, and what binds a class to one."""
+"""Networks that may be told more than state and time, such as a class, and what binds that to them."""
 
 from __future__ import annotations
 
 import abc
-from typing import final
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -51,34 +55,131 @@ class LabelEmbedding(nn.Module):
 
 @final
 class Given(nn.Module):
-    """``net(x, t)`` from ``net(x, t, label)``: the network with its label decided.
+    """``net(x, t)`` from ``net(x, t, **conditions)``: the network with its conditions decided.
 
     Args:
-        net: a class-conditional network. It is shared, not copied.
-        label: one class for all samples, or ``(batch,)`` integers; ``net.classes`` is the null class.
+        net: a network that takes ``conditions`` by these names. It is shared, not copied.
+        label: one class for all samples, or ``(batch,)``; for a `LabelledNetwork` integers, of which ``net.classes`` is
+            the null class.
+        conditions: tensors with a row for each sample, ``(batch, ...)``, or one row for all, ``(1, ...)``; numbers are
+            one for all. None is as if not given. Those of floating point are given in the dtype of the state.
 
     Raises:
-        TypeError: ``net`` is not a `LabelledNetwork`; labels that are not integers.
-        ValueError: ``net`` has no classes; a label outside them.
+        TypeError: the network takes no such input; labels of a `LabelledNetwork` that are not integers; a condition
+            that is neither a tensor nor a number.
+        ValueError: a `LabelledNetwork` has no classes; a label outside them.
     """
 
-    label: Tensor
-
-    def __init__(self, net: nn.Module, label: Tensor | int) -> None:
+    def __init__(
+        self, net: Callable[..., Tensor], label: Tensor | int | None = None, **conditions: Tensor | float | None
+    ) -> None:
         super().__init__()
-        if not isinstance(net, LabelledNetwork):
-            raise TypeError(f"a label needs a network net(x, t, label), a LabelledNetwork; got {type(net).__name__}")
-        checked = check_labels(label, net.classes)
-        self.net = net
-        self.register_buffer("label", checked, persistent=False)
+        more: dict[str, Any] = {"label": label} | conditions
+        given = {name: value for name, value in more.items() if value is not None}
+        if isinstance(net, Given):
+            given = net.conditions | given
+            net = net.net
+        check_inputs(net, given)
+        self.net: Callable[..., Tensor] = net
+        self._names = tuple(given)
+        for name, value in given.items():
+            if name == "label" and isinstance(net, LabelledNetwork):
+                tensor = check_labels(value, net.classes)
+            else:
+                tensor = _condition(name, value)
+            self.register_buffer(f"given_{name}", tensor, persistent=False)
+        self.training = bool(getattr(net, "training", False))
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """What is given, by name."""
+        return {name: self._buffers[f"given_{name}"] for name in self._names}  # type: ignore[misc]
+
+    @property
+    def label(self) -> Tensor | None:
+        """The label, if one is given."""
+        return self.conditions.get("label")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """As the network, with the label given.
+        """As the network, with its conditions given.
 
         Raises:
-            ValueError: there are not as many labels as samples.
+            ValueError: there are not as many rows of a condition as samples.
         """
-        return self.net(x, t, labels_for(self.label, x))
+        return self.net(x, t, **{name: rows_for(name, value, x) for name, value in self.conditions.items()})
+
+
+def inputs_of(net: Callable[..., Any]) -> tuple[list[str], list[str]] | None:
+    """Names of what ``net(x, t, ...)`` takes besides, and those of them that it needs; None if it takes any."""
+    net = getattr(net, "_orig_mod", net)  # of torch.compile
+    function = net.forward if isinstance(net, nn.Module) else net
+    if isinstance(function, types.MethodType):
+        return _inputs(function.__func__, 3)
+    return _inputs(function, 2)
+
+
+@functools.lru_cache(256)
+def _inputs(function: Callable[..., Any], known: int) -> tuple[list[str], list[str]] | None:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    named = [p for p in parameters[known:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in named], [p.name for p in named if p.default is p.empty]
+
+
+def check_inputs(net: Callable[..., Any], names: Iterable[str]) -> None:
+    """Refuses conditions that a network does not take.
+
+    Raises:
+        TypeError: naming the first, and what it takes.
+    """
+    found = inputs_of(net)
+    unknown = [name for name in names if found is not None and name not in found[0]]
+    if unknown:
+        kind = type(net).__name__ if isinstance(net, nn.Module) else "network; this one is a function"
+        if unknown[0] == "label":
+            raise TypeError(f"a label needs a network net(x, t, label), a LabelledNetwork; got {kind}")
+        takes = ", ".join(found[0]) if found and found[0] else "nothing"
+        raise TypeError(f"this {kind} takes no {unknown[0]!r}: after x and t it takes {takes}")
+
+
+def _condition(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{name} must be a tensor with a row for each sample, or a number; got {type(value).__name__}. What is "
+                "no number is made one before it, text by an encoder"
+            ) from None
+    return value
+
+
+def check_rows(name: str, value: Tensor, samples: int) -> None:
+    """Refuses a condition that has neither one row nor one for each sample; labels ``(1,)`` are for one sample."""
+    if value.ndim and len(value) != samples and (len(value) != 1 or (name == "label" and value.ndim == 1)):
+        if name == "label":
+            raise ValueError(
+                f"there are {len(value)} labels and {samples} samples; give one label for all, or one for each"
+            )
+        raise ValueError(
+            f"{name} has {len(value)} rows and there are {samples} samples; give one row for all, (1, ...), or one for "
+            "each"
+        )
+
+
+def rows_for(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """A condition with a row for each sample of ``x``, on its device, and in its dtype if it has a floating-point one.
+
+    Raises:
+        ValueError: it has neither one row nor as many as ``x``.
+    """
+    check_rows(name, value, len(x))
+    value = value.expand(len(x), *value.shape[1:])
+    return value.to(x.device, x.dtype if value.is_floating_point() else value.dtype)
 
 
 def check_labels(label: Tensor | int, classes: int | None = None, *, null: bool = True) -> Tensor:
@@ -113,8 +214,5 @@ def labels_for(labels: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: there are not as many labels as samples.
     """
-    if labels.ndim == 1 and len(labels) != len(x):
-        raise ValueError(
-            f"there are {len(labels)} labels and {len(x)} samples; give one label for all, or one for each"
-        )
+    check_rows("label", labels, len(x))
     return labels.to(x.device).expand(len(x))

@@ -16,6 +16,7 @@ from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.nn.labels import check_labels, labels_for
 from sdesolve.reverse import Score
 from sdesolve.scores.base import check_process
+from sdesolve.scores.network import NetworkScore
 
 
 @final
@@ -83,27 +84,49 @@ class ClassifierFreeGuidance:
     of `NetworkScore` are. What was said of scales other than 1 in `ClassifierGuidance` holds here too.
 
     Args:
-        conditional: ``(x, t)``, such as ``score.given(labels)`` (`NetworkScore.given`).
-        unconditional: ``(x, t)``, such as ``score`` itself, given nothing; not called at scale 1.
+        conditional: ``(x, t)``, such as ``score.given(labels)`` (`NetworkScore.given`). With ``conditions``, the score
+            that they are given to.
+        unconditional: ``(x, t)``, such as ``score`` itself, given nothing; not called at scale 1. With ``conditions``,
+            ``conditional`` without them by default.
         scale: not negative; or
         weight: at least -1.
+        conditions: by name, as for `NetworkScore.given`.
 
     Raises:
-        TypeError: either cannot be called.
-        ValueError: both or neither of ``scale`` and ``weight``, or one that is out of range or not finite. When called:
-            results of different shapes.
+        TypeError: either cannot be called; conditions for what is no `NetworkScore`, or that its network does not take.
+        ValueError: both or neither of ``scale`` and ``weight``, or one that is out of range or not finite; a network
+            that `train` never saw without its conditions. When called: results of different shapes.
+
+    Example:
+        >>> guided = ClassifierFreeGuidance(score, scale=3.0, label=7)  # score.given(7) and score
     """
 
     def __init__(
-        self, conditional: Score, unconditional: Score, *, scale: float | None = None, weight: float | None = None
+        self,
+        conditional: Score,
+        unconditional: Score | None = None,
+        *,
+        scale: float | None = None,
+        weight: float | None = None,
+        **conditions: Tensor | float,
     ) -> None:
+        if conditions:
+            if not isinstance(conditional, NetworkScore):
+                raise TypeError(f"conditions need a NetworkScore to be given to, got {type(conditional).__name__}")
+            unconditional = conditional if unconditional is None else unconditional
+            conditional = conditional.given(**conditions)  # type: ignore[arg-type]
         for name, function in (("conditional", conditional), ("unconditional", unconditional)):
             if not callable(function):
                 raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
         if (scale is None) == (weight is None):
             raise ValueError("give scale (1 is the plain conditional score) or weight = scale - 1, exactly one of them")
-        self.conditional, self.unconditional = conditional, unconditional
+        assert unconditional is not None  # or it could not be called
+        self.conditional: Score = conditional
+        self.unconditional: Score = unconditional
         self.scale = _finite(1.0 + weight, "1 + weight") if scale is None else _finite(scale, "scale")  # type: ignore[operator]
+        for score, used in ((conditional, self.scale != 0.0), (unconditional, self.scale != 1.0)):
+            if used and isinstance(score, NetworkScore):
+                score.check_conditions()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided score, of the shape of ``x: (batch, *state)``."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.nn.labels import Given
+from sdesolve.nn.labels import Given, LabelledNetwork, check_rows
 from sdesolve.nn.normalizer import Normalizer
 from sdesolve.sde import per_sample
 
@@ -172,6 +172,16 @@ _PARAMETERIZATIONS: dict[str, Callable[[float], AbstractParameterization]] = {
 }
 
 
+_DROPOUT = {"label": "label_dropout=0.1 as well"}
+_DROPOUT_OF = "condition_dropout=0.1 and its null value as well"
+
+
+class _TrainingRecord:
+    """What training did to a network, shared by all scores that share the network."""
+
+    always_given: frozenset[str] | None = None
+
+
 @final
 class NetworkScore(nn.Module):
     """``score(x, t) = grad log p_t(x)`` from a network ``net(x, t)``, whatever the network predicts.
@@ -230,6 +240,7 @@ class NetworkScore(nn.Module):
         self.net, self.process, self.normalizer = net, process, normalizer
         self.predicts, self.sigma_data = predicts, float(sigma_data)
         self._parameterization = _PARAMETERIZATIONS[predicts](self.sigma_data)
+        self._training_record = _TrainingRecord()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """``grad log p_t(x)``: ``x: (batch, *state)``, ``t`` of shape ``()`` or ``(batch,)``."""
@@ -266,20 +277,65 @@ class NetworkScore(nn.Module):
         target = self._parameterization.target(self._coefficients(x, t))
         return Target(*(c.reshape(-1) if isinstance(c, Tensor) else c for c in target))
 
-    def given(self, label: Tensor | int) -> NetworkScore:
-        """The score of one class for all samples, or of a class for each, from a class-conditional network.
+    def given(self, label: Tensor | int | None = None, **conditions: Tensor | float | None) -> NetworkScore:
+        """The score under a class or other conditions, from a network ``net(x, t, **conditions)`` (`Given`).
 
         The result shares the network with this score. ``label`` is an integer or ``(batch,)`` of them; the number of
-        classes stands for the null class, as does a score that was given nothing.
+        classes stands for the null class, as does a score that was given nothing. Other conditions go by the names of
+        the network's inputs: tensors ``(batch, ...)`` with a row for each sample, ``(1, ...)`` or numbers for all.
 
         Raises:
-            TypeError: the network is not a `LabelledNetwork`; labels that are not integers.
+            TypeError: the network takes no such input; labels that are not integers, for a `LabelledNetwork`.
             ValueError: the network has no classes; a label outside them.
         """
-        if not isinstance(self.net, nn.Module):
-            raise TypeError("a label needs a network net(x, t, label), a LabelledNetwork; this one is a function")
-        net = Given(self.net, label)
-        return NetworkScore(net, self.process, self.predicts, self.sigma_data, normalizer=self.normalizer)
+        score = NetworkScore(
+            Given(self.net, label, **conditions), self.process, self.predicts, self.sigma_data,
+            normalizer=self.normalizer,
+        )  # fmt: skip
+        score.training, score._training_record = self.training, self._training_record
+        return score
+
+    @property
+    def always_given(self) -> frozenset[str] | None:
+        """Names of the conditions that every sample had in all that `train` did to this network; None before that.
+
+        Without them the network was never trained. It is saved with the weights, and shared with what `given` returns.
+        """
+        return self._training_record.always_given
+
+    def record_training(self, always_given: frozenset[str]) -> None:
+        """Notes a training in which every sample had these conditions."""
+        before = self._training_record.always_given
+        self.set_training(always_given if before is None else before & always_given)
+
+    def set_training(self, always_given: frozenset[str] | None) -> None:
+        """Sets `always_given`, as for weights that come from a file."""
+        self._training_record.always_given = always_given
+
+    def check_conditions(self, samples: int | None = None) -> None:
+        """Refuses to leave a condition open that the network was never trained without.
+
+        Args:
+            samples: how many there will be; conditions must have a row for each, or one for all.
+
+        Raises:
+            ValueError: naming it, or both numbers of rows.
+        """
+        given = self.net.conditions if isinstance(self.net, Given) else {}
+        if samples is not None:
+            for name, value in given.items():
+                check_rows(name, value, samples)
+        net = self.net.net if isinstance(self.net, Given) else self.net
+        null = net.classes if isinstance(net, LabelledNetwork) else None
+        for name in sorted(self.always_given or ()):
+            open_here = name not in given or (
+                name == "label" and null is not None and bool((given[name] == null).any())
+            )
+            if open_here:
+                raise ValueError(
+                    f"this network was trained with a {name} for every sample, so what it says without one was never "
+                    f"trained: give one, score.given({name}=...), or train with {_DROPOUT.get(name, _DROPOUT_OF)}"
+                )
 
     def extra_repr(self) -> str:
         return f"process={type(self.process).__name__}, predicts={self.predicts!r}, sigma_data={self.sigma_data:g}"

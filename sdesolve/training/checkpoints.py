@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import kind_of, number
+from sdesolve._internal.modes import modules_within
 from sdesolve.scores.network import NetworkScore
 
 VERSION = 2
@@ -30,10 +31,12 @@ def save(score: nn.Module, path: str | Path) -> None:
 
     Raises:
         TypeError: ``score`` is no module, or its state holds something else than tensors.
+        ValueError: the score has no weights of its own, as one of a function.
         OSError: the file could not be written; what was there before is intact.
     """
     _check_module(score, path)
-    write(Path(path), named(score), {"kind": WEIGHTS, "fingerprint": fingerprint(score)})
+    tensors = named(score)
+    write(Path(path), tensors, {"kind": WEIGHTS, "fingerprint": fingerprint(score)} | record_of(score))
 
 
 def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> None:
@@ -64,6 +67,7 @@ def load(score: nn.Module, path: str | Path, *, ema: float | None = None) -> Non
     weights = part(tensors, average_prefix(0 if ema is None else decays.index(ema)) if decays else "")
     check_tensors(score.state_dict(), weights, path)
     load_named(score, weights)
+    restore_record(score, header)
     score.eval()
 
 
@@ -71,6 +75,37 @@ def _check_module(score: nn.Module, path: object) -> None:
     if not isinstance(score, nn.Module):
         hint = "; the score comes first, then the path" if isinstance(path, nn.Module) else ""
         raise TypeError(f"score must be a module, such as a NetworkScore; got {kind_of(score)}{hint}")
+    if all(name.startswith("normalizer.") for name in score.state_dict()):
+        raise ValueError(f"this {type(score).__name__} has no weights to save or load{hidden_modules(score)}")
+
+
+def hidden_modules(score: nn.Module) -> str:
+    """Advice for a message, where a module calls others that are no part of it: by way of functions."""
+    own = set(map(id, score.modules()))
+    hidden = [m for m in modules_within([score]) if id(m) not in own and any(True for _ in m.parameters())]
+    if not hidden:
+        return (
+            "; its network is a function without any"
+            if callable(getattr(score, "net", None)) and not own - {id(score)}
+            else ""
+        )
+    return (
+        f"; its network is a function that calls a {type(hidden[0]).__name__}, which is no part of it: give the module "
+        "itself, or make the function the forward of an nn.Module that holds it"
+    )
+
+
+def record_of(score: nn.Module) -> dict[str, Any]:
+    """What a header says of the trainings of a score."""
+    always = score.always_given if isinstance(score, NetworkScore) else None
+    return {} if always is None else {"always_given": sorted(always)}
+
+
+def restore_record(score: nn.Module, header: Mapping[str, Any]) -> None:
+    """Tells a score what the header of its checkpoint says of its trainings."""
+    if isinstance(score, NetworkScore):
+        always = header.get("always_given")
+        score.set_training(frozenset(map(str, always)) if isinstance(always, list) else None)
 
 
 def decays_of(ema: float | Sequence[float]) -> list[float]:

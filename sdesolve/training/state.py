@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
+from sdesolve_kernels import Stream, uniform
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import evaluation_mode
 from sdesolve.nn.ema import EMA
-from sdesolve.nn.labels import LabelledNetwork, check_labels
+from sdesolve.nn.labels import LabelledNetwork, check_inputs, check_labels, inputs_of
 from sdesolve.nn.normalizer import Normalizer
-from sdesolve.scores.guidance import drop_labels
 from sdesolve.scores.network import NetworkScore
+from sdesolve.sde import per_sample
 from sdesolve.training import checkpoints
-from sdesolve.training.batches import Batch, Position
+from sdesolve.training.batches import AbstractBatches, Batch, Position, TensorBatches
 from sdesolve.training.losses import AbstractObjective
 
 Metrics = Callable[[nn.Module], Mapping[str, float]]
@@ -46,7 +47,8 @@ class Run:
         seed: of all randomness.
         accumulate: parts that a batch is cut into.
         autocast: 16-bit type of the network's forward pass, or None.
-        label_dropout: share of labels replaced by the null class.
+        dropout: share of samples that lose a condition, by its name; under ``""`` that of all of them at once.
+        nulls: what stands for no condition, by its name; the null class for a label of a `LabelledNetwork`.
 
     Raises:
         TypeError: an argument of another kind.
@@ -63,7 +65,8 @@ class Run:
         *,
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
-        label_dropout: float = 0.0,
+        dropout: Mapping[str, float] | None = None,
+        nulls: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         if not isinstance(score, nn.Module):
             raise TypeError(f"score must be a module, such as a NetworkScore; got {kind_of(score)}")
@@ -71,7 +74,10 @@ class Run:
             raise TypeError(f"loss must be an Objective, such as DenoisingScoreMatching(); got {kind_of(loss)}")
         self.parameters = {name: p for name, p in score.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError(f"this {type(score).__name__} has no parameters that require gradients: nothing to train")
+            raise ValueError(
+                f"this {type(score).__name__} has no parameters that require gradients: nothing to train"
+                f"{checkpoints.hidden_modules(score)}"
+            )
         decays = checkpoints.decays_of(ema)
         if not decays or len(set(decays)) < len(decays) or not all(0.0 <= d < 1.0 for d in decays):
             several = "" if isinstance(ema, float | int) else ", or several different ones"
@@ -83,7 +89,7 @@ class Run:
             )
         self.score, self.loss, self.seed = score, loss, whole_number(seed, "seed", 0)
         self.accumulate = whole_number(accumulate, "accumulate", 1)
-        self.autocast, self.label_dropout = autocast, label_dropout
+        self.autocast, self.dropout, self.nulls = autocast, dict(dropout or {}), dict(nulls or {})
         self.device = next(iter(self.parameters.values())).device
         matrices = [p for p in self.parameters.values() if p.ndim > 1]
         vectors = [p for p in self.parameters.values() if p.ndim <= 1]
@@ -95,32 +101,42 @@ class Run:
         )
         self.averages = {decay: EMA(score, decay) for decay in decays}
         self.average = self.averages[decays[0]]
-        self.step, self.position = 0, Position()
+        self.step, self.position, self.told = 0, Position(), frozenset[str]()
         self.losses: list[float] = []
         self.metrics: list[tuple[int, dict[str, float]]] = []
 
-    def check(self, data: object, labels: Tensor | None) -> None:
-        """Refuses a tensor of data, and its labels, that some step would refuse: before hours of work, not after."""
+    def take(self, batches: AbstractBatches) -> None:
+        """Takes the data, and refuses tensors that some step would refuse: before hours of work, not after."""
+        self.batches = batches
+        if not isinstance(batches, TensorBatches):
+            return
         dtypes = {p.dtype.to_real() if p.is_complex() else p.dtype for p in self.parameters.values()}
-        if isinstance(data, Tensor):
-            if data.dtype not in dtypes:
-                ours = ", ".join(sorted(map(str, dtypes)))
-                raise TypeError(
-                    f"the data is {data.dtype} and the score's parameters are {ours}; convert one to the other"
-                )
-            self._check_range(data)
-        if labels is not None:
-            self._checked_labels(labels)
+        if batches.data.dtype not in dtypes:
+            ours = ", ".join(sorted(map(str, dtypes)))
+            raise TypeError(
+                f"the data is {batches.data.dtype} and the score's parameters are {ours}; convert one to the other"
+            )
+        self._check_range(batches.data)
+        for name, value in self._checked(batches.conditions).items():
+            if self.dropout.get("") or self.dropout.get(name):
+                self._null(name, value)
+
+    @property
+    def always_given(self) -> frozenset[str]:
+        """Conditions that no sample so far was without."""
+        if self.dropout.get("", 0.0):
+            return frozenset()
+        return frozenset(name for name in self.told if not self.dropout.get(name, 0.0))
 
     def advance(self, batch: Batch, lr: float, clip: float | None, file: Path | None) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""
-        x0, label = self._prepared(batch)
+        x0, told = self._prepared(batch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with seeded("network", self.seed, self.step, device=self.device):
-            for score, part, first in self._parts(x0, label):
+            for score, part, first in self._parts(x0, told):
                 with self._precision():
                     loss = self.loss(score, part, seed=self.seed, first_sample=first) * (len(part) / len(x0))
                 loss.backward()
@@ -129,11 +145,13 @@ class Run:
         # One transfer from the device per step. It must come before the update, or a bad step would spoil the weights.
         value, size = torch.stack([total, norm.double()]).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
-            raise FloatingPointError(self._failure(x0, label, value, size, file))
+            raise FloatingPointError(self._failure(x0, told, value, size, file))
         self.optimizer.step()
         for average in self.averages.values():
             average.update()
         self.step, self.position = self.step + 1, batch.position
+        if isinstance(self.score, NetworkScore):
+            self.score.record_training(self.always_given)
         self.losses.append(value)
         return value, size
 
@@ -172,8 +190,8 @@ class Run:
         header = {
             "kind": checkpoints.TRAINING, "fingerprint": checkpoints.fingerprint(self.score), "config": config,
             "step": self.step, "position": list(self.position), "updates": self.average.updates,
-            "metrics": self.metrics,
-        }  # fmt: skip
+            "metrics": self.metrics, "begun": self.batches.begun(self.position),
+        } | checkpoints.record_of(self.score)  # fmt: skip
         checkpoints.write(file, tensors, header)
 
     def restore(self, file: Path, config: dict[str, Any], steps: int) -> None:
@@ -210,21 +228,21 @@ class Run:
         self.step, self.position = header["step"], Position(*header["position"])
         self.losses = losses.tolist()
         self.metrics = [(step, found) for step, found in header["metrics"]]
+        self.batches.expected = header.get("begun", "")
+        checkpoints.restore_record(self.score, header)
 
-    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The states and classes of a batch: checked where they are, moved, normalised, some classes dropped."""
-        x0, label, _ = batch
+    def _prepared(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """States and conditions of a batch: checked where they are, moved, normalised, some conditions dropped."""
+        x0, told, _ = batch
         normalizer = self._check_range(x0)
         x0 = x0.to(self.device)
         if normalizer is not None:
             x0 = normalizer(x0)
-        if label is None:
-            return x0, None
-        label, null = self._checked_labels(label)
-        if self.label_dropout:
-            first = self.position.samples
-            label = drop_labels(label, self.label_dropout, null_label=null, seed=self.seed, first_sample=first)
-        return x0, label.to(self.device)
+        told = self._checked(told)
+        self.told = frozenset(told)
+        if any(self.dropout.values()):
+            told = self._dropped(told)
+        return x0, {name: value.to(self.device) for name, value in told.items()}
 
     def _check_range(self, x0: Tensor) -> Normalizer | None:
         normalizer = self.score.normalizer if isinstance(self.score, NetworkScore) else None
@@ -232,20 +250,77 @@ class Run:
             normalizer.check(x0)
         return normalizer
 
-    def _checked_labels(self, label: Tensor) -> tuple[Tensor, int]:
-        """The labels as int64, and the null class."""
-        if not isinstance(self.score, NetworkScore) or not isinstance(self.score.net, LabelledNetwork):
+    def _checked(self, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditions that the network takes, with labels as int64."""
+        if not isinstance(self.score, NetworkScore):
+            if told:
+                raise TypeError(
+                    f"{', '.join(told)} need a NetworkScore to be given to, got {type(self.score).__name__}"
+                )
+            return {}
+        net = self.score.net
+        takes = inputs_of(net)
+        if "label" in told and takes is not None and "label" not in takes[0]:
             raise TypeError("labels need a NetworkScore of a LabelledNetwork, such as nn.UNet(shape, classes=10)")
-        return check_labels(label, self.score.net.classes, null=False), self.score.net.classes
+        check_inputs(net, told)
+        missing = [name for name in (takes[1] if takes else ()) if name not in told]
+        if missing:
+            raise ValueError(
+                f"the network needs {missing[0]!r} and the data hold {', '.join(told) or 'the state alone'}; name what "
+                "they hold by fields="
+            )
+        for name in (*self.dropout, *self.nulls):
+            if name and name not in told:
+                raise ValueError(
+                    f"{name!r} is to be dropped, and the data hold {', '.join(told) or 'no conditions'}; name what "
+                    "they hold by fields="
+                )
+        if "label" in told and isinstance(net, LabelledNetwork):
+            return {**told, "label": check_labels(told["label"], net.classes, null=False)}
+        return dict(told)
 
-    def _parts(self, x0: Tensor, label: Tensor | None) -> Iterator[Part]:
+    def _null(self, name: str, value: Tensor) -> Tensor:
+        """What stands for no such condition, in its dtype."""
+        if name not in self.nulls:
+            net = self.score.net if isinstance(self.score, NetworkScore) else None
+            if name != "label" or not isinstance(net, LabelledNetwork):
+                raise ValueError(
+                    f"to drop {name!r} it must be known what stands for none: give it as null={{{name!r}: value}}"
+                )
+            return torch.tensor(net.classes, device=value.device)
+        null = torch.as_tensor(self.nulls[name]).to(value)
+        try:
+            null = null.expand(value.shape[1:])
+        except RuntimeError:
+            raise ValueError(
+                f"the null value of {name} has shape {tuple(null.shape)}, and its rows {tuple(value.shape[1:])}"
+            ) from None
+        return null
+
+    def _dropped(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each number that decides is a function of the seed, the sample and the condition's place (`drop_labels`)."""
+        names = sorted(told, key=lambda name: (name != "label", name))
+        rows = len(next(iter(told.values()), ()))
+        u = uniform(
+            rows, len(names), seed=self.seed, stream=Stream.DROPOUT, first_path=self.position.samples,
+            dtype=torch.float64,
+        )  # fmt: skip
+        together, kept = self.dropout.get("", 0.0), dict(told)
+        for k, name in enumerate(names):
+            share, value = self.dropout.get(name, 0.0), told[name]
+            if together or share:
+                lost = ((u[:, 0] < together) | (u[:, k] < share)).to(value.device)
+                kept[name] = torch.where(per_sample(lost, value), self._null(name, value), value)
+        return kept
+
+    def _parts(self, x0: Tensor, told: dict[str, Tensor]) -> Iterator[Part]:
         """A batch in parts, each with the score that its loss is to see."""
         first = self.position.samples
-        labels = [None] * self.accumulate if label is None else label.tensor_split(self.accumulate)
-        for x, which in zip(x0.tensor_split(self.accumulate), labels, strict=True):
+        split = {name: value.tensor_split(self.accumulate) for name, value in told.items()}
+        for k, x in enumerate(x0.tensor_split(self.accumulate)):
             if len(x):
-                # given() exists: labels are there for a NetworkScore only
-                score = self.score.given(which) if which is not None else self.score  # type: ignore[operator]
+                # given() exists: conditions are there for a NetworkScore only
+                score = self.score.given(**{n: v[k] for n, v in split.items()}) if told else self.score  # type: ignore[operator]
                 yield Part(score, x, first)
                 first += len(x)
 
@@ -274,10 +349,10 @@ class Run:
                 raise checkpoints.damaged(file, f"{name} is none that AdamW leaves after {step} steps")
         return state
 
-    def _failure(self, x0: Tensor, label: Tensor | None, value: float, size: float, file: Path | None) -> str:
+    def _failure(self, x0: Tensor, told: dict[str, Tensor], value: float, size: float, file: Path | None) -> str:
         each_part, t_part = [], []
         with torch.no_grad(), self._precision(), seeded("network", self.seed, self.step, device=self.device):
-            for score, part, first in self._parts(x0, label):
+            for score, part, first in self._parts(x0, told):
                 each_part.append(self.loss.per_sample(score, part, seed=self.seed, first_sample=first))
                 t_part.append(self.loss.times(score, part, seed=self.seed, first_sample=first))
         each, t = torch.cat(each_part), torch.cat(t_part)

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from sdesolve._internal.arguments import number, whole_number
 from sdesolve._internal.modes import training_mode
@@ -17,7 +18,8 @@ from sdesolve._internal.progress import progress_bar
 from sdesolve.nn.ema import EMA
 from sdesolve.scores.network import NetworkScore
 from sdesolve.training import checkpoints
-from sdesolve.training.batches import batches_of
+from sdesolve.training.batches import Fields, batches_of
+from sdesolve.training.identity import identity
 from sdesolve.training.losses import AbstractObjective
 from sdesolve.training.state import Metrics, Run
 
@@ -64,7 +66,7 @@ class TrainingResult(NamedTuple):
 
 def train(
     score: nn.Module,
-    data: Tensor | Iterable[object],
+    data: Tensor | Mapping[str, Tensor] | Dataset[Any] | Iterable[object],
     *,
     loss: AbstractObjective,
     steps: int,
@@ -77,6 +79,9 @@ def train(
     clip: float | None = 1.0,
     labels: Tensor | None = None,
     label_dropout: float | None = None,
+    fields: Fields | None = None,
+    condition_dropout: float | Mapping[str, float] | None = None,
+    null: Mapping[str, Tensor | float] | None = None,
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
     compile: bool = False,
@@ -100,16 +105,20 @@ def train(
     threads, it ends with bitwise the weights of a run that never stopped. Asking for more ``steps`` later extends a
     finished run (not with ``decay="cosine"``, whose learning rates depend on the number of steps).
 
-    Data go through the score's `Normalizer` first, if it has one. With labels the loss sees ``score.given(labels)``, so
-    that every objective trains class-conditional networks; dropped labels make them fit for classifier-free guidance.
+    Data go through the score's `Normalizer` first, if it has one. Where the data hold more than ``x``, each entry has
+    the name of an input of the network, ``net(x, t, label=..., context=..., mask=...)``, and the loss sees
+    ``score.given(label=..., context=..., mask=...)``, so that every objective trains conditional networks. An entry
+    without a name is refused. Dropped conditions make a network fit for classifier-free guidance; without them what it
+    says unconditionally was never trained, and guidance and sampling refuse it. The loss is over all entries of ``x``,
+    whatever a mask says to the network.
 
     Args:
         score: a `NetworkScore`, or another module whose ``score(x, t)`` the loss understands.
-        data: samples ``(samples, *state)``, or an iterable of batches (or of tuples that start with one), which is gone
-            through again every epoch.
+        data: samples ``(samples, *state)``; a dictionary or tuple of tensors with as many rows, or a ``Dataset``; or an
+            iterable of batches of the same kinds, which is gone through again every epoch.
         loss: such as `DenoisingScoreMatching`.
         steps: length of the run, the part before a resume included.
-        batch_size: for a tensor of samples; 256 by default.
+        batch_size: for data that are not in batches; 256 by default.
         lr: highest learning rate.
         warmup: steps over which the learning rate grows.
         decay: what the learning rate does afterwards.
@@ -119,14 +128,22 @@ def train(
         clip: largest gradient norm; None for no limit.
         labels: classes ``(samples,)`` of a tensor of samples, for a class-conditional network.
         label_dropout: share of labels that are replaced by the null class, in [0, 1]; 0 where only ``labels`` is given.
-            With an iterable of pairs (data, labels) it is what says that the labels are to be used.
+            With pairs (data, labels) it is what says that the labels are to be used.
+        fields: what is what in the data: a name for each entry of a tuple, ``("x", "context")``, or a name by key,
+            ``{"pixel_values": "x"}``; None in place of a name for what is not used. Keys are names by default, and
+            a single tensor is ``"x"``.
+        condition_dropout: share of samples that lose all their conditions at once, or a share by name.
+        null: what stands for a condition that was dropped, by name: a number, or a tensor like one row. A label of a
+            `LabelledNetwork` has its null class.
         accumulate: parts that each batch is cut into, to go through the network one after another for less memory. The
             gradient is that of the whole batch; what the network draws for itself is drawn for each part.
         autocast: ``torch.bfloat16`` to let matrix products of the network run in 16 bits (`torch.autocast`); weights,
             their averages, noise and loss stay as they are.
         compile: compile the network in place with `torch.nn.Module.compile`; it stays compiled.
         seed: of all randomness here; the initial weights are the caller's.
-        checkpoint: folder of this run.
+        checkpoint: folder of this run. Data are part of it, by a checksum that reads them once at the start: whole
+            tensors, and of a loader what its data set holds (tensors, arrays, lists, texts). A loader that begins an
+            epoch with another batch than in the run that is taken up is warned of.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         progress: show a bar with the loss.
         callback: called after each step with a `StepReport`.
@@ -136,10 +153,11 @@ def train(
         metrics_every: steps between them.
 
     Raises:
-        TypeError: ``score`` is no module, ``loss`` no `Objective`; integer data; labels that are not integers or whose
-            network takes none; a count that is not an integer, or a number that is none.
-        ValueError: an argument out of range, empty data, data outside the range of the normalizer, labels outside the
-            classes, nothing to train, or a checkpoint that is damaged or belongs to another run.
+        TypeError: ``score`` is no module, ``loss`` no `Objective`; integer data; labels that are not integers;
+            conditions that the network does not take; a count that is not an integer, or a number that is none.
+        ValueError: an argument out of range, empty data, entries of the data without a name or with another number of
+            rows, data outside the range of the normalizer, labels outside the classes, nothing to train, or a
+            checkpoint that is damaged or belongs to another run.
         FloatingPointError: the loss or its gradient is not finite. The message says at which step, sample and time;
             the weights in ``score`` are those before the step.
         OSError: a checkpoint could not be written; the one before it is intact.
@@ -147,9 +165,16 @@ def train(
     started = time.perf_counter()
     labelled = labels is not None or label_dropout is not None
     dropped = 0.0 if label_dropout is None else number(label_dropout, "label_dropout")
-    _check_range("label_dropout", dropped, lambda v: 0 <= v <= 1, "a share in [0, 1]")
+    shares = {"label": dropped} if dropped else {}
+    if isinstance(condition_dropout, Mapping):
+        shares |= condition_dropout
+    elif condition_dropout is not None:
+        shares |= {"": condition_dropout}
+    for name, share in shares.items():
+        what = "label_dropout" if name == "label" and dropped else f"condition_dropout {name}".strip()
+        _check_range(what, share, lambda v: 0 <= v <= 1, "a share in [0, 1]")
     run = Run(
-        score, loss, ema, weight_decay, seed, accumulate=accumulate, autocast=autocast, label_dropout=dropped
+        score, loss, ema, weight_decay, seed, accumulate=accumulate, autocast=autocast, dropout=shares, nulls=null
     )  # fmt: skip
     steps, warmup = whole_number(steps, "steps", 1), whole_number(warmup, "warmup", 0)
     whole_number(checkpoint_every, "checkpoint_every", 1)
@@ -160,19 +185,21 @@ def train(
         _check_range("clip", clip, lambda v: v > 0, "positive, or None for no clipping")
     if decay not in _DECAYS:
         raise ValueError(f"decay={decay!r} is unknown; choose one of {', '.join(map(repr, _DECAYS))}")
-    if isinstance(data, Tensor) and batch_size is None:
-        batch_size = 256
-    batches = batches_of(data, batch_size, run.seed, labels, labelled=labelled)
-    run.check(data, labels)
-    config = {  # numbers of Python alone: those of numpy are no JSON
-        "loss": repr(loss), "data": repr(batches), "batch_size": None if batch_size is None else int(batch_size),
+    batches = batches_of(data, batch_size, run.seed, labels, labelled=labelled, fields=fields)
+    run.take(batches)
+    file = _checkpoint_file(checkpoint)
+    config: dict[str, Any] = {  # numbers of Python alone: those of numpy are no JSON
+        "loss": repr(loss), "data": "" if file is None else batches.identity(), "batch_size": batches.size,
         "lr": float(lr), "warmup": warmup, "decay": decay, "weight_decay": float(weight_decay),
         "ema": list(run.averages) if isinstance(ema, Sequence) else float(ema),
         "clip": None if clip is None else float(clip), "label_dropout": None if label_dropout is None else dropped,
         "accumulate": run.accumulate, "autocast": None if autocast is None else str(autocast),
         "compile": bool(compile), "seed": run.seed,
     } | ({"steps": steps} if decay == "cosine" else {})  # fmt: skip
-    file = _checkpoint_file(checkpoint)
+    if condition_dropout is not None:
+        config |= {"condition_dropout": {k: float(v) for k, v in shares.items()}, "null": identity(null)}
+    if fields is not None:
+        config["fields"] = repr(fields)
     if file is not None and file.exists():
         run.restore(file, config, steps)
     first = run.step

@@ -131,7 +131,6 @@ def test_bad_arguments_are_refused_before_anything_starts(make_score, data, opti
         (torch.tensor(1.0), ValueError, r"training data must be \(samples, \*state\)"),
         (torch.ones(8, 3), ValueError, r"takes states of shape \(2,\)"),
         (3, TypeError, "must be a tensor .* or an iterable of batches, got int"),
-        (torch.utils.data.TensorDataset(torch.ones(8, 2)), TypeError, "a Dataset goes into a DataLoader"),
         (torch.ones(8, 2).numpy(), TypeError, r"made a tensor with torch.as_tensor\(data\)"),
         ([], ValueError, "the loader gave no batch in epoch 0"),
         (["text"], TypeError, "a loader must give tensors, or tuples whose first entry is one; got str"),
@@ -149,7 +148,7 @@ def test_bad_data_is_refused(make_score, data, error, message):
 def test_a_loader_keeps_its_own_batch_size(make_score, data):
     with pytest.raises(ValueError, match="a loader already decides the size of its batches"):
         run(make_score(), [data], batch_size=8)
-    assert repr(batches_of([data], None, 0)) == "list"
+    assert batches_of([data], None, 0).identity().startswith("list ")
 
 
 def test_there_must_be_something_to_train(make_score, data):
