@@ -12,16 +12,20 @@ from sdesolve import grids
 from sdesolve._internal.forward_mode import jvp
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_times, inverse_log_snr
 
+_NOTHING = 2.0**-50  # what rounding leaves of an alpha that is 0
+
 
 @final
 class LinearDiffusion(AbstractDiffusion):
     """``x_t = alpha(t) x_0 + sigma(t) z`` for differentiable functions that you give.
 
     The SDE's coefficients follow by automatic differentiation, ``f = alpha' / alpha`` and
-    ``g^2 = 2 sigma (sigma' - f sigma)``, in the precision of the time.
+    ``g^2 = 2 sigma (sigma' - f sigma)``, in float64 whatever the precision of the time.
 
     Args:
-        alpha: scale of the data, positive, elementwise in a tensor of times.
+        alpha: scale of the data, elementwise in a tensor of times; positive, but at ``t_max`` it may be 0 ("zero
+            terminal SNR"): samplers that step in the denoised state start there, if the score predicts data or
+            velocity.
         sigma: standard deviation of the noise, positive on ``[t_min, t_max]``, likewise.
         t_min: where sampling stops.
         t_max: where it starts.
@@ -48,21 +52,25 @@ class LinearDiffusion(AbstractDiffusion):
         self._check()
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return self._alpha(as_time(t)).log()
+        t = as_time(t)
+        alpha = self._alpha(t.double())
+        return torch.where(alpha.abs() < _NOTHING, 0.0, alpha).log().to(t.dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return self._sigma(as_time(t))
+        t = as_time(t)
+        return self._sigma(t.double()).to(t.dtype)
 
     def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
         return inverse_log_snr(self, log_snr)
 
     def drift_rate(self, t: Tensor | float) -> Tensor:
         value, slope = _value_and_slope(self._alpha, as_time(t))
-        return slope / value
+        return (slope / value).to(as_time(t).dtype)
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        sigma, slope = _value_and_slope(self._sigma, as_time(t))
-        return 2.0 * sigma * (slope - self.drift_rate(t) * sigma)
+        t = as_time(t)
+        sigma, slope = _value_and_slope(self._sigma, t)
+        return (2.0 * sigma * (slope - self.drift_rate(t.double()) * sigma)).to(t.dtype)
 
     @property
     def prior(self) -> Prior:
@@ -85,14 +93,18 @@ class LinearDiffusion(AbstractDiffusion):
                     f"{name}(t) must return a tensor of the shape of t, {tuple(t.shape)}, got {got}; for a constant "
                     "write torch.ones_like(t)"
                 )
-            _first_failure(values.isfinite() & (values > 0), t, values, f"{name}(t) must be positive and finite")
+            good = values.isfinite() & (values > 0)
+            if name == "alpha":
+                good[-1] |= values[-1].abs() < _NOTHING
+            _first_failure(good, t, values, f"{name}(t) must be positive and finite")
+        t = t[:-1]  # the rates have no value where alpha is 0
         g2 = self.squared_diffusion(t)
         scale = self.sigma(t).square() / t
         _first_failure(g2 >= -1e-9 * scale, t, g2, "alpha(t) / sigma(t) must not grow with t: g(t)^2 would be negative")
 
 
 def _value_and_slope(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    t = t.contiguous()  # an expanded time has no memory of its own for a tangent
+    t = t.double().contiguous()  # an expanded time has no memory of its own for a tangent
     return jvp(function, t, torch.ones_like(t))
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, composition, weighted_sum
 from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Increment, Part, named
+from sdesolve.integrate import pure_noise
 from sdesolve.integrate.clock import check_clock
 from sdesolve.integrate.problem import Problem
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
@@ -229,16 +230,18 @@ def _lowered(problem: Problem) -> Lowered:
     solver = problem.solver
     if isinstance(solver, PredictorCorrector):
         return _corrected(problem, solver, _lowered(dataclasses.replace(problem, solver=solver.predictor)))
+    pure_noise.refuse(problem)
     noise, one_step = problem.noise, isinstance(solver, AbstractOneStep)
     if isinstance(solver, AbstractTabulated) and isinstance(problem.equation, AbstractSemilinear):
-        table = solver.table(problem.equation, problem.times)
+        denoise = pure_noise.denoiser(problem)
+        table = (solver.denoised_table if denoise else solver.table)(problem.equation, problem.times)
         if table is not None and (noise.timeless or not (table.draws and one_step)):
             if table.draws and not noise.timeless:
                 raise ValueError(
                     f"{type(solver).__name__} takes standard normals one after another, and {type(noise).__name__} has "
                     "increments over its own times alone; give seed= or a BrownianPath, or take EulerMaruyama"
                 )
-            return _tabulated(problem, solver, table)
+            return _tabulated(problem, solver, table, denoise)
     if not isinstance(solver, AbstractOneStep):
         raise TypeError(f"{type(solver).__name__} has no step for {type(problem.equation).__name__}")
     return _one_step(problem, solver)
@@ -287,9 +290,9 @@ def _named(noise: AbstractNoise) -> str:
     return repr(noise) if isinstance(noise, BrownianPath) else type(noise).__name__
 
 
-def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table) -> Lowered:
+def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table, denoise: Field | None) -> Lowered:
     check_clock(problem.times, problem.x0, by_row=problem.times.ndim == 2)
-    field, state = problem.watched.field, tuple(problem.x0.shape[1:])
+    field, state = functools.partial(problem.watched.field, of=denoise), tuple(problem.x0.shape[1:])
     rows: list[tuple[slice, int | None]] = []
     column, draw = table.times.shape[1], 0
     for row, noisy in zip(table.rows, table.noisy, strict=True):

@@ -48,14 +48,18 @@ class Watched(AbstractSDE):
         """`drift` with nothing counted or checked, once that was called: for traces."""
         return self._drift.given(x, t)
 
-    def field(self, x: Tensor, t: Tensor) -> Tensor:
-        """The score of a reverse SDE or probability flow, counted as one evaluation of the drift it makes."""
-        if self._field is None:
+    def field(self, x: Tensor, t: Tensor, of: Field | None = None) -> Tensor:
+        """The score of a reverse SDE or probability flow, counted as one evaluation of the drift it makes.
+
+        ``of`` is what to evaluate in its place.
+        """
+        field = of or self._field
+        if field is None:
             raise TypeError(f"{type(self._sde).__name__} has no field")
         self.evaluations += 1
         if not self.checking:
-            return self._field(x, t)
-        s = self._checked(self._field, x, t, "score")
+            return field(x, t)
+        s = self._checked(field, x, t, "score")
         check_drift(s, x, t, "score")
         return s
 

@@ -34,14 +34,21 @@ class AbstractDataMultistep(AbstractTabulated):
     @final
     def table(self, sde: AbstractSemilinear, times: Tensor) -> Table:
         p = Schedule.of(self, sde, times)
-        alpha, sigma, q2h = p.alpha, p.sigma, p.stochasticity**2 * p.h
+        denoise = torch.stack([1.0 / p.alpha, p.sigma.square() / p.alpha, torch.zeros_like(p.alpha)], dim=1)[:-1]
+        return self._moved(p, denoise, noisy=sde.noise is not Noise.NONE)
+
+    @final
+    def denoised_table(self, sde: AbstractSemilinear, times: Tensor) -> Table:
+        p = Schedule.of(self, sde, times, from_noise=True)
+        denoise = torch.stack([torch.zeros_like(p.h), torch.ones_like(p.h), torch.zeros_like(p.h)], dim=1)
+        return self._moved(p, denoise, noisy=sde.noise is not Noise.NONE)
+
+    def _moved(self, p: Schedule, denoise: Tensor, *, noisy: bool) -> Table:
+        sigma, q2h = p.sigma, p.stochasticity**2 * p.h
         a = sigma[1:] / sigma[:-1] * torch.exp(-q2h)
         c = sigma[1:] * (-torch.expm1(-2.0 * q2h)).sqrt()
-        b = self.weights(p, a)
-        zero = torch.zeros_like(a)
-        denoise = torch.stack([1.0 / alpha[:-1], sigma[:-1].square() / alpha[:-1], zero], dim=1)
-        move = torch.cat([a[:, None], b, c[:, None]], dim=1)
-        return Table(times[:-1, None], (denoise, move), (False, sde.noise is not Noise.NONE), none_skipped(times, 1))
+        move = torch.cat([a[:, None], self.weights(p, a), c[:, None]], dim=1)
+        return Table(p.times[:-1, None], (denoise, move), (False, noisy), none_skipped(p.times, 1))
 
     @final
     def advance(

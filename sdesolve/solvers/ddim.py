@@ -56,3 +56,9 @@ class DDIM(AbstractSingleRow):
         noise = self.eta**2 * (1.0 - (p.rho[1:] / p.rho[:-1]).square())
         b = p.sigma[:-1] * (alpha * p.rho[:-1] - sigma * (1.0 - noise).sqrt())
         return single_row(times, alpha / p.alpha[:-1], b, sigma * noise.sqrt(), noisy=self.eta > 0)
+
+    def denoised_table(self, sde: AbstractSemilinear, times: Tensor) -> Table:
+        p = Schedule.of(self, sde, times, from_noise=True)
+        noise = self.eta**2 * (1.0 - (p.rho[1:] / p.rho[:-1]).square())
+        a = p.sigma[1:] * (1.0 - noise).sqrt() / p.sigma[:-1]
+        return single_row(times, a, p.alpha[1:] - a * p.alpha[:-1], p.sigma[1:] * noise.sqrt(), noisy=self.eta > 0)

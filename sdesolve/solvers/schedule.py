@@ -43,13 +43,15 @@ class Schedule:
     lam: Tensor
 
     @classmethod
-    def of(cls, solver: AbstractSolver, sde: AbstractSemilinear, times: Tensor) -> Schedule:
-        """What ``solver`` needs of ``sde`` on a grid.
+    def of(
+        cls, solver: AbstractSolver, sde: AbstractSemilinear, times: Tensor, *, from_noise: bool = False
+    ) -> Schedule:
+        """What ``solver`` needs of ``sde`` on a grid; `from_noise` where that may start at ``alpha = 0``.
 
         Raises:
-            ValueError: ``sde`` is not the reversal of a linear diffusion; the grid starts at zero noise, or ends there
-                for some samples and not for others; the log-SNR does not change over a step; a reverse SDE is
-                integrated towards noise.
+            ValueError: ``sde`` is not the reversal of a linear diffusion; ``alpha`` is 0 on the grid; the grid starts
+                at zero noise, or ends there for some samples and not for others; the log-SNR does not change over a
+                step; a reverse SDE is integrated towards noise.
         """
         name = type(solver).__name__
         if not isinstance(sde, ReverseSDE | ProbabilityFlow) or not isinstance(sde.forward, AbstractDiffusion):
@@ -60,6 +62,14 @@ class Schedule:
         process = sde.forward
         log_alpha, sigma = process.log_alpha(times), process.sigma(times)
         alpha, lam = log_alpha.exp(), log_alpha - sigma.log()
+        if from_noise:  # a step of infinite length, of which exponentials leave nothing
+            lam = torch.cat([lam[:1].clamp(min=lam[1:2] - _LONGEST), lam[1:]])
+        if bool((alpha[1 if from_noise else 0 :] == 0).any()):
+            k = int((alpha == 0).reshape(len(times), -1).any(1).nonzero()[-1])
+            raise ValueError(
+                f"{name} cannot pass t = {float(times[k].flatten()[0]):.6g}, where alpha of {type(process).__name__} is 0 "
+                "and nothing is left of the data; leave that time out of the grid"
+            )
         stochasticity = sde.stochasticity if isinstance(sde, ReverseSDE) else 0.0
         if solver.stochasticity is not None and solver.stochasticity != stochasticity:
             raise ValueError(

@@ -87,6 +87,13 @@ class AbstractTabulated(AbstractSolver):
             ValueError: the scheme is not one for this equation or grid.
         """
 
+    def denoised_table(self, sde: AbstractSemilinear, times: Tensor) -> Table | None:
+        """`table` for the denoised state ``D = E[x_0 | x_t]`` in place of the score, which says nothing at pure noise.
+
+        ``None`` for a scheme that is none in ``D``, or that cannot start where ``alpha`` is 0.
+        """
+        return None
+
     @abc.abstractmethod
     def advance(
         self, field: Evaluate, rows: Sequence[Row], x: Tensor, memory: tuple[Tensor, ...]
