@@ -37,9 +37,9 @@ def denoiser(problem: Problem) -> Field | None:
     later = float(process.time_at_log_snr(2.0 * math.log(_WEAKEST)))
     what = "its score says" if able else f"{type(solver).__name__} steps in the score, which says"
     raise ValueError(
-        f"{type(process).__name__} has alpha = {alpha:.2g} at t = {t:.6g}, too little of the data for {problem.x0.dtype}, "
-        f"and {what} nothing of them there: start at t = {later:.6g} or before, or take DDIM, DPMSolverPP, SDEDPMSolverPP, "
-        "UniPC or SASolver with a NetworkScore that predicts data or velocity"
+        f"{type(process).__name__} has alpha = {alpha:.2g} at t = {t:.6g}, too little of the data for "
+        f"{problem.x0.dtype}, and {what} nothing of them there: start at t = {later:.6g} or before, or take DDIM, "
+        "DPMSolverPP, SDEDPMSolverPP, UniPC or SASolver with a NetworkScore that predicts data or velocity"
     )
 
 

@@ -65,6 +65,6 @@ class UniPC(AbstractPredictorCorrectorMultistep):
     def _B(self, p: Schedule) -> Tensor:
         if self.variant == "bh1" and bool((p.alpha[0] == 0).any()):
             raise ValueError(
-                "UniPC with variant='bh1' goes by the length of a step, which is infinite from pure noise on; take 'bh2'"
+                "UniPC of variant='bh1' goes by the length of a step, infinite from pure noise on; take 'bh2'"
             )
         return p.h if self.variant == "bh1" else -torch.expm1(-p.h)
