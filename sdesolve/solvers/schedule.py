@@ -67,8 +67,8 @@ class Schedule:
         if bool((alpha[1 if from_noise else 0 :] == 0).any()):
             k = int((alpha == 0).reshape(len(times), -1).any(1).nonzero()[-1])
             raise ValueError(
-                f"{name} cannot pass t = {float(times[k].flatten()[0]):.6g}, where {type(process).__name__} has alpha = "
-                "0 and nothing is left of the data; leave that time out of the grid"
+                f"{name} cannot pass t = {float(times[k].flatten()[0]):.6g}, where {type(process).__name__} has alpha "
+                "= 0 and nothing is left of the data; leave that time out of the grid"
             )
         stochasticity = sde.stochasticity if isinstance(sde, ReverseSDE) else 0.0
         if solver.stochasticity is not None and solver.stochasticity != stochasticity:
