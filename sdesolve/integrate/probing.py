@@ -115,7 +115,8 @@ class ByRow:
         rewind = random_states()
         value = self.given(x.clone(), t)  # one that writes into the state is refused later
         rewind()
-        return value.expand(*x.shape, value.shape[-1]) if is_matrix(value, x) else value.expand_as(x)
+        matrix = self._what == "diffusion" and is_matrix(value, x)
+        return value.expand(*x.shape, value.shape[-1]) if matrix else value.expand_as(x)
 
     def _refusal(self, x: Tensor, failure: Exception | None = None) -> str:
         why = str(failure).strip().partition("\n")[0][:200] if failure else "its rows are not those of their own times"
