@@ -1,6 +1,6 @@
 """sdesolve: SDE solvers for PyTorch, built around score-based generative modelling."""
 
-from sdesolve import adapters, grids, inverse, mcmc, metrics, nn, oracle
+from sdesolve import adapters, grids, inverse, mcmc, metrics, models, nn, oracle
 from sdesolve._internal.levy_area import LevyArea
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increment
 from sdesolve.chains import DDPM, SMLD, ChainScore, variational_bound
@@ -12,6 +12,7 @@ from sdesolve.likelihood.likelihood import Likelihood, decode, encode, estimate_
 from sdesolve.likelihood.quantisation import Quantisation
 from sdesolve.likelihood.trace_estimators import ExactTrace, Hutchinson, HutchPP
 from sdesolve.mcmc import AnnealedLangevin, run_chain
+from sdesolve.models import UnderdampedLangevin
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sampling import sample, tweedie
 from sdesolve.scores import (
@@ -26,9 +27,13 @@ from sdesolve.scores import (
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import ODE, SDE, AbstractSDE, AbstractSemilinear, Calculus, Noise, Rates
 from sdesolve.solvers import (
+    ALIGN,
+    BAOAB,
     DDIM,
     DEIS,
     DPM2,
+    OBABO,
+    QUICSORT,
     RK4,
     SEA,
     SOSRA,
@@ -37,6 +42,7 @@ from sdesolve.solvers import (
     SRA3,
     SRIW1,
     SRIW2,
+    UBU,
     AbstractOneStep,
     AbstractStochasticTable,
     AbstractTabulated,
@@ -77,20 +83,20 @@ from sdesolve.training.times import LogNormalNoise, NoiseLadder, TrainingTimes, 
 from sdesolve.training.train import train
 
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "ODE", "OU", "RK4", "SDE", "SEA", "SMLD", "SOSRA", "SOSRI", "SRA1",
-    "SRA3", "SRIW1", "SRIW2", "VE", "VP", "AbstractDiffusion", "AbstractNoise", "AbstractOneStep", "AbstractPath",
-    "AbstractSDE", "AbstractSemilinear", "AbstractStochasticTable", "AbstractTabulated", "Ancestral",
-    "AnnealedLangevin", "BrownianPath", "Calculus", "ChainBound", "ChainScore", "ClassifierFreeGuidance",
-    "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DenoisingScoreMatching",
-    "DivergenceError", "DormandPrince", "EDMHeun", "EnergyScore", "EulerMaruyama", "ExactTrace",
-    "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "Heun", "HutchPP", "Hutchinson",
+    "ALIGN", "BAOAB", "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "OBABO", "ODE", "OU", "QUICSORT", "RK4", "SDE", "SEA",
+    "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRIW1", "SRIW2", "UBU", "VE", "VP", "AbstractDiffusion", "AbstractNoise",
+    "AbstractOneStep", "AbstractPath", "AbstractSDE", "AbstractSemilinear", "AbstractStochasticTable",
+    "AbstractTabulated", "Ancestral", "AnnealedLangevin", "BrownianPath", "Calculus", "ChainBound", "ChainScore",
+    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
+    "DenoisingScoreMatching", "DivergenceError", "DormandPrince", "EDMHeun", "EnergyScore", "EulerMaruyama",
+    "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "Heun", "HutchPP", "Hutchinson",
     "ImplicitScoreMatching", "Increment", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta",
     "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "Milstein", "NetworkScore", "Noise", "NoiseLadder",
-    "Objective", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates",
-    "ReverseDiffusion", "ReverseSDE", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK",
-    "SimpleChainLoss", "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table",
-    "TrainingTimes", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels", "encode",
-    "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "nn",
+    "Objective", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates", "ReverseDiffusion",
+    "ReverseSDE", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "SimpleChainLoss",
+    "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "TrainingTimes",
+    "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels", "encode",
+    "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn",
     "noised_cross_entropy", "operators", "oracle", "run_chain", "sample", "save", "solve", "supports", "train",
     "tweedie", "variational_bound",
 ]  # fmt: skip

@@ -77,6 +77,15 @@ class AbstractSDE(abc.ABC):
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """``g(x, t)``, of the shape that `noise` calls for."""
 
+    @property
+    def equation(self) -> AbstractSDE:
+        """The equation as it was given, where this one only watches another."""
+        return self
+
+    def channels(self, x: Tensor) -> tuple[int, ...] | None:
+        """Shape of ``dW`` without its batch axis, which must broadcast; ``None`` for what the table above says."""
+        return None
+
     @final
     def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
         """``g(x, t) dW``, broadcastable to ``x``."""

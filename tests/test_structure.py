@@ -27,7 +27,7 @@ PUBLIC = [
 LAYERS = [
     {"sdesolve_kernels", "sdesolve._internal", "sdesolve.grids", "sdesolve.sde"},
     {"sdesolve.reverse", "sdesolve.brownian"},
-    {"sdesolve.diffusions", "sdesolve.nn", "sdesolve.inverse.operators"},
+    {"sdesolve.diffusions", "sdesolve.models", "sdesolve.nn", "sdesolve.inverse.operators"},
     {"sdesolve.scores", "sdesolve.solvers", "sdesolve.inverse"},
     {"sdesolve.chains", "sdesolve.likelihood.trace_estimators", "sdesolve.likelihood.quantisation"},
     {"sdesolve.integrate", "sdesolve.mcmc"},

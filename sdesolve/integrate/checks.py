@@ -85,6 +85,11 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
             f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "
             "EulerMaruyama or Heun"
         )
+    if solver.equations and not isinstance(sde, solver.equations):
+        raise ValueError(
+            f"{name} integrates {' or '.join(e.__name__ for e in solver.equations)} alone, got {type(sde).__name__}. "
+            "For other equations take a solver such as EulerMaruyama or Heun"
+        )
     if (sde.calculus, sde.noise) in solver.supported:
         return
     calculi = sorted({str(c) for c, n in solver.supported if n is sde.noise})

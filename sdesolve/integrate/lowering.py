@@ -22,7 +22,7 @@ from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Incr
 from sdesolve.integrate import pure_noise
 from sdesolve.integrate.clock import check_clock
 from sdesolve.integrate.problem import Problem
-from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise
+from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
@@ -250,8 +250,15 @@ def _lowered(problem: Problem) -> Lowered:
 def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
     sde, noise = problem.watched, problem.noise
 
+    table = solver.numbers(problem.equation, problem.times)
+    columns = 0 if table is None else table.shape[1]
+
     def step(context: StepContext, states: States) -> States:
-        return (context.one_step(solver, sde, *states),)
+        (x,) = states
+        if columns:
+            numbers = tuple(per_sample(context.number(i), x) for i in range(columns))
+            context.span = dataclasses.replace(context.span, numbers=numbers)
+        return (context.one_step(solver, sde, x),)
 
     driving: tuple[NoiseSource, ...] = ()
     if sde.noise is not Noise.NONE:
@@ -265,7 +272,7 @@ def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
         driving = tuple(
             NoiseSource(noise, 1, functools.partial(_shape, problem, part), part) for part in _read(solver.needs)
         )
-    return Lowered(step, driving=driving, one_step=solver)
+    return Lowered(step, driving=driving, table=table, one_step=solver)
 
 
 def _read(needs: Sequence[Part]) -> Sequence[Part]:

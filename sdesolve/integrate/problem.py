@@ -36,6 +36,13 @@ class Watched(AbstractSDE):
         self.evaluations, self.checking = 0, True
         self.step = 0.0  # the shortest, where functions are given the time in float64 for its sake
 
+    @property
+    def equation(self) -> AbstractSDE:
+        return self._sde
+
+    def channels(self, x: Tensor) -> tuple[int, ...] | None:
+        return self._sde.channels(x)
+
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += 1
         if not self.checking:
@@ -162,6 +169,8 @@ class Problem:
         """Shape of the Brownian increment. Evaluates the diffusion once where the noise type does not settle it."""
         sde, x0 = self.watched, self.x0
         t = self.clock(self.times[self.first])
+        if (own := sde.channels(x0)) is not None:
+            return IncrementShape((x0.shape[0], *own), elementwise=False)
         g = None
         if sde.noise in (Noise.ADDITIVE, Noise.GENERAL):
             with torch.no_grad():

@@ -13,6 +13,7 @@ from sdesolve.solvers.edm import DPM2, EDMHeun
 from sdesolve.solvers.embedded import AbstractEmbedded
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.heun import Heun
+from sdesolve.solvers.langevin import ALIGN, BAOAB, OBABO, QUICSORT, UBU
 from sdesolve.solvers.milstein import Milstein
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.reverse_diffusion import ReverseDiffusion
@@ -27,9 +28,10 @@ from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
 from sdesolve.solvers.unipc import UniPC
 
 __all__ = [
-    "DDIM", "DEIS", "DPM2", "RK4", "SEA", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRIW1", "SRIW2", "AbstractEmbedded",
-    "AbstractOneStep", "AbstractSolver", "AbstractStochasticTable", "AbstractTabulated", "Ancestral", "DPMSolver",
-    "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerMaruyama", "Heun", "LinearMultistep",
-    "Milstein", "PredictorCorrector", "ReverseDiffusion", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S",
-    "ShARK", "Span", "StepController", "StochasticTable", "Table", "UniPC", "supports",
+    "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "OBABO", "QUICSORT", "RK4", "SEA", "SOSRA", "SOSRI", "SRA1", "SRA3",
+    "SRIW1", "SRIW2", "UBU", "AbstractEmbedded", "AbstractOneStep", "AbstractSolver", "AbstractStochasticTable",
+    "AbstractTabulated", "Ancestral", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun",
+    "EulerMaruyama", "Heun", "LinearMultistep", "Milstein", "PredictorCorrector", "ReverseDiffusion", "Row", "SASolver",
+    "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "Span", "StepController", "StochasticTable", "Table", "UniPC",
+    "supports",
 ]  # fmt: skip

@@ -26,12 +26,14 @@ class Span:
 
     ``t0`` and ``t1`` are ``()`` or ``(batch,)``. ``dt = t1 - t0``, negative when time runs backwards, is rounded from
     the float64 grid and not taken from the rounded times; with a time per sample it has the shape
-    ``(batch, 1, ..., 1)`` that broadcasts against the state.
+    ``(batch, 1, ..., 1)`` that broadcasts against the state. ``numbers``, shaped as ``dt``, are those that the solver
+    made of the grid beforehand (`AbstractOneStep.numbers`).
     """
 
     t0: Tensor
     t1: Tensor
     dt: Tensor
+    numbers: tuple[Tensor, ...] = ()
 
     def at(self, fraction: float) -> Tensor:
         """The time that lies ``fraction`` of the way through the step, shaped as ``t0``."""
@@ -95,6 +97,11 @@ class AbstractSolver(abc.ABC):
         return 1.0 if (Calculus.ITO, Noise.ADDITIVE) in self.supported else 0.0
 
     @property
+    def equations(self) -> tuple[type[AbstractSDE], ...]:
+        """Classes of SDEs that the step is made for; empty for any SDE of a supported kind."""
+        return ()
+
+    @property
     def own_component_diffusion(self) -> bool:
         """Whether diagonal noise must have each ``g_i`` depend on ``x_i`` alone, which `solve` then checks."""
         return False
@@ -139,6 +146,15 @@ class AbstractSolver(abc.ABC):
 
 class AbstractOneStep(AbstractSolver):
     """A solver for any SDE of a supported kind: its step is a function of state, times and Brownian increment."""
+
+    def numbers(self, sde: AbstractSDE, times: Tensor) -> Tensor | None:
+        """Numbers of each step that follow from its ends, ``(steps, columns[, batch])``, float64; ``None`` for none.
+
+        Args:
+            sde: the equation.
+            times: the grid, ``(steps + 1[, batch])``, float64 on the host.
+        """
+        return None
 
     @abc.abstractmethod
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:

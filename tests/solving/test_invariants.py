@@ -23,6 +23,7 @@ PROBLEMS = {
     "general": sds.SDE(lambda x, t: 1.0 - x, matrix_diffusion, noise="general"),
     "stratonovich": sds.SDE(lambda x, t: 1.0 - x, lambda x, t: 0.2 * x, calculus="stratonovich"),
     "ode": sds.ODE(lambda x, t: -x * x),
+    "langevin": sds.UnderdampedLangevin(lambda x, t: x**3 - t, mass=2.0, friction=1.5, temperature=0.7),
 }
 PAIRS = [
     ("additive", sds.EulerMaruyama()),
@@ -35,6 +36,8 @@ PAIRS = [
     ("additive", sds.Heun()),
     ("ode", sds.RK4()),
     ("ode", sds.Heun()),
+    ("langevin", sds.ALIGN()),
+    ("langevin", sds.UBU()),
 ]
 pairs = st.sampled_from(PAIRS)
 seeds = st.integers(0, 2**64 - 1)
