@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypedDict, cast, final, get_args
 
 import torch
 from sdesolve_kernels import Stream, normal, words
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
@@ -351,6 +352,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
         # The companions of other streams than that which drives: seeded by words that nothing else reads.
         return dataclasses.replace(own, stream=stream, seed=self._seed_of((1 << 56) + self.stream))
 
+    @survives_forks
     def increments(
         self,
         times: Tensor,
@@ -377,6 +379,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
         scale = scale.to(like)
         return unit * scale.reshape(*scale.shape, *(1,) * (unit.ndim - scale.ndim))
 
+    @survives_forks
     def bridge(
         self,
         step: int,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, whole_number
@@ -85,6 +86,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"a {kind_of(value)}"
 
 
+@survives_forks
 def uniform(t0: float, t1: float, steps: int) -> Tensor:
     """``t_k = t0 + (t1 - t0) k / steps``: equal steps.
 
@@ -101,6 +103,7 @@ def uniform(t0: float, t1: float, steps: int) -> Tensor:
     return check_resolved(_pinned(t0 + (t1 - t0) * u, t0, t1))
 
 
+@survives_forks
 def karras(t0: float, t1: float, steps: int, rho: float = 7.0) -> Tensor:
     """``t_k = (t0^(1/rho) + k/steps (t1^(1/rho) - t0^(1/rho)))^rho``, Karras et al. 2022, eq. 5.
 
@@ -116,6 +119,7 @@ def karras(t0: float, t1: float, steps: int, rho: float = 7.0) -> Tensor:
     return _pinned((a + u * (b - a)) ** rho, t0, t1)
 
 
+@survives_forks
 def geometric(t0: float, t1: float, steps: int) -> Tensor:
     """``t_k = t0 (t1 / t0)^(k/steps)``: equal ratios, for positive times.
 
@@ -128,6 +132,7 @@ def geometric(t0: float, t1: float, steps: int) -> Tensor:
     return _pinned(t0 * (t1 / t0) ** u, t0, t1)
 
 
+@survives_forks
 def linear_steps(t0: float, t1: float, steps: int, ratio: float = 0.005) -> Tensor:
     """Step sizes ``gamma_k`` that change linearly, as in score-based models built on `OU`.
 
@@ -155,6 +160,7 @@ def linear_steps(t0: float, t1: float, steps: int, ratio: float = 0.005) -> Tens
     return _pinned(grid if t0 < t1 else grid.flip(0), t0, t1)
 
 
+@survives_forks
 def exponential_steps(t0: float, t1: float, steps: int) -> Tensor:
     """Constant steps while time is above 1, then steps in proportion to time: ``gamma_k = kappa min(1, t)``.
 
@@ -200,6 +206,7 @@ class NoiseLevels(Protocol):
         """Its inverse."""
 
 
+@survives_forks
 def uniform_log_snr(process: NoiseLevels, steps: int, *, t0: float | None = None, t1: float | None = None) -> Tensor:
     """Equal steps in the log-SNR ``log(alpha^2 / sigma^2)`` of ``process``, the time of exponential integrators.
 
@@ -242,6 +249,7 @@ def uniform_sigma(process: NoiseLevels, steps: int, *, t0: float | None = None, 
     return karras_sigma(process, steps, t0=t0, t1=t1, rho=1.0)
 
 
+@survives_forks
 def karras_sigma(
     process: NoiseLevels, steps: int, *, t0: float | None = None, t1: float | None = None, rho: float = 7.0
 ) -> Tensor:
@@ -274,6 +282,7 @@ def karras_sigma(
     return _at_log_snr(process, -2.0 * karras(a, b, steps, rho).log(), t0, t1)
 
 
+@survives_forks
 def with_zero(grid: Tensor) -> Tensor:
     """``grid``, one of decreasing positive times, with 0 as one more time at its end.
 

@@ -14,21 +14,26 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-__all__ = ["Job", "scratch", "single_threaded_if_forked", "split"]
+__all__ = ["Job", "scratch", "single_threaded_if_forked", "split", "survives_forks"]
 
 _PIECES = 6  # for each thread, at least
 _LARGEST = 512  # grains in a piece, at most: where a grain takes 60 us, an interrupt waits for 30 ms
 _SCRATCH_KEPT = 1 << 20  # bytes that a thread keeps
 _POLL = 0.1  # seconds between two reports of progress while the caller waits for others
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -77,7 +82,7 @@ def split(work: Callable[[int, int], object], total: int, grain: int, job: Job |
     are begun, and the exception is raised.
     """
     most = max(1, total // max(grain, 1))
-    threads = max(1, min(torch.get_num_threads(), most))
+    threads = max(1, min(_alone.threads or torch.get_num_threads(), most))
     pieces = min(most, max(_PIECES * threads if threads > 1 else 1, -(-most // _LARGEST)))
     if pieces == 1:
         work(0, total)
@@ -157,18 +162,45 @@ def single_threaded_if_forked() -> contextlib.AbstractContextManager[None]:
     """Keep torch's operations in this thread, in a process that was forked from one that had loaded this module.
 
     The child of a process that has used torch's OpenMP threads does not have them, and would wait for them for ever.
+    Our own threads are made anew there, and `split` uses as many as ever.
     """
     return _single_threaded() if _forked else contextlib.nullcontext()
 
 
+def survives_forks(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs within `single_threaded_if_forked`."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not _forked:
+            return function(*args, **kwargs)
+        with _single_threaded():
+            return function(*args, **kwargs)
+
+    return call
+
+
+class _Alone(threading.local):
+    """How many threads there are to be, where torch has been told of one; 0 elsewhere."""
+
+    threads = 0
+
+
+_alone = _Alone()
+
+
 @contextlib.contextmanager
 def _single_threaded() -> Iterator[None]:
-    threads = torch.get_num_threads()
+    if _alone.threads:
+        yield
+        return
+    _alone.threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(_alone.threads)
+        _alone.threads = 0
 
 
 def _after_fork() -> None:

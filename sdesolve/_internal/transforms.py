@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from sdesolve_kernels.threads import single_threaded_if_forked
 from sdesolve_kernels.transforms import is_mapped, is_transformed
 
 P = ParamSpec("P")
@@ -18,7 +19,8 @@ def runs_as_it_is(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, which torch.compile calls without compiling it, with a break in the graph of its caller.
 
     It makes kernels of its own. ``torch.compiler.disable`` does this too, but loads the compiler, 3 s, for everybody.
-    Calls under a `FakeTensorMode`, which has no values, are refused with a ValueError.
+    Calls under a `FakeTensorMode`, which has no values, are refused with a ValueError. In forked processes
+    torch keeps to one thread, since others would not come.
     """
     as_it_is: list[Callable[P, R]] = []
 
@@ -28,11 +30,12 @@ def runs_as_it_is(function: Callable[P, R]) -> Callable[P, R]:
             raise ValueError(
                 f"{function.__name__} needs values, and FakeTensorMode holds shapes alone; call it outside of the mode"
             )
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not as_it_is:
-            as_it_is.append(torch.compiler.disable(function))
-        return as_it_is[0](*args, **kwargs)
+        with single_threaded_if_forked():
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            if not as_it_is:
+                as_it_is.append(torch.compiler.disable(function))
+            return as_it_is[0](*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     call._torchdynamo_disable_msg = "sdesolve makes kernels of its own"  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol, final
 
 import torch
 from sdesolve_kernels import Stream, normal, perturb
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import whole_number
@@ -144,6 +145,7 @@ class AbstractChain(abc.ABC):
 
     @final
     @in_evaluation
+    @survives_forks
     def sample(
         self,
         score: StepScore,

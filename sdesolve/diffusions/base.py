@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 
 import torch
 from sdesolve_kernels import Stream, normal
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import number
@@ -169,6 +170,7 @@ class AbstractDiffusion(AbstractLinearSDE):
         return ProbabilityFlow(self, score)
 
     @final
+    @survives_forks
     def sample_prior(
         self,
         shape: tuple[int, ...],

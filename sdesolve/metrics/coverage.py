@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
@@ -25,6 +26,7 @@ class PrecisionRecall(NamedTuple):
     recall: Tensor
 
 
+@survives_forks
 def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
 

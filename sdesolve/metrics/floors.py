@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from sdesolve_kernels import Stream, uniform
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
@@ -27,6 +28,7 @@ class Floor(NamedTuple):
     values: Tensor
 
 
+@survives_forks
 def sample_floor(
     metric: Callable[[Tensor, Tensor], Tensor],
     data: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import real
@@ -10,6 +11,7 @@ from sdesolve.metrics.samples import samples
 from sdesolve.scores.components import Spectrum, spectrum
 
 
+@survives_forks
 def bures_wasserstein(
     mean0: Tensor | float, cov0: Tensor | float, mean1: Tensor | float, cov1: Tensor | float
 ) -> Tensor:
@@ -32,6 +34,7 @@ def bures_wasserstein(
     return _squared_bures(*_pair(mean0, cov0, mean1, cov1)).sqrt()
 
 
+@survives_forks
 def gaussian_kl(mean0: Tensor | float, cov0: Tensor | float, mean1: Tensor | float, cov1: Tensor | float) -> Tensor:
     r"""The divergence ``KL(N(mean0, cov0) || N(mean1, cov1))`` in nats; 0-d float64.
 
@@ -61,6 +64,7 @@ def gaussian_kl(mean0: Tensor | float, cov0: Tensor | float, mean1: Tensor | flo
     return 0.5 * (shift.square().sum() + (excess - torch.log1p(excess)).sum())
 
 
+@survives_forks
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     r"""The Frechet distance of two sets of feature vectors, squared as is the custom for FID; 0-d float64.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve.metrics.samples import flat_pair
@@ -31,6 +32,7 @@ class Estimate(NamedTuple):
     high: Tensor
 
 
+@survives_forks
 def squared_mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, confidence: float = 0.95) -> Estimate:
     r"""The squared maximum mean discrepancy for ``k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2))``.
 
@@ -62,6 +64,7 @@ def squared_mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, confide
     return _discrepancy(kernel, a, b, confidence)
 
 
+@survives_forks
 def energy_distance(a: Tensor, b: Tensor, *, confidence: float = 0.95) -> Estimate:
     r"""The energy distance ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` (Szekely and Rizzo 2013, eq. 1).
 

@@ -6,12 +6,14 @@ import math
 
 import torch
 from sdesolve_kernels import Stream, normal
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
 from sdesolve.metrics.samples import flat_pair, samples
 
 
+@survives_forks
 def wasserstein_1d(a: Tensor, b: Tensor, p: float = 2.0) -> Tensor:
     r"""The exact ``p``-Wasserstein distance between two empirical laws on the line; float64.
 
@@ -38,6 +40,7 @@ def wasserstein_1d(a: Tensor, b: Tensor, p: float = 2.0) -> Tensor:
     return _quantile_cost(a, b, _order(p)) ** (1.0 / p)
 
 
+@survives_forks
 def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 256, p: float = 2.0, seed: int = 0) -> Tensor:
     r"""The sliced ``p``-Wasserstein distance between two samples; 0-d float64.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple, final
 
 import torch
 from sdesolve_kernels import Stream, normal
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import real, whole_number
@@ -88,6 +89,7 @@ class Gaussian(AbstractData):
         gain = c.posterior_gain(alpha, c.variances(alpha, sigma))
         return c.mean + c.from_eigenbasis(gain * c.displacement(x, alpha))
 
+    @survives_forks
     def sample(
         self,
         n: int,

@@ -7,6 +7,7 @@ from typing import final
 
 import torch
 from sdesolve_kernels import Stream, normal, uniform
+from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import real, whole_number
@@ -102,6 +103,7 @@ class GaussianMixture(AbstractData):
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return self._by_rows(_posterior_mean, x, alpha, sigma)
 
+    @survives_forks
     def sample(
         self,
         n: int,

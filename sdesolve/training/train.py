@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from sdesolve._internal.arguments import number, whole_number
 from sdesolve._internal.modes import training_mode
 from sdesolve._internal.progress import progress_bar
+from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.nn.ema import EMA
 from sdesolve.scores.network import NetworkScore
 from sdesolve.training import checkpoints
@@ -64,6 +65,7 @@ class TrainingResult(NamedTuple):
     """Steps and what ``metrics`` found there, from before a resume as well."""
 
 
+@runs_as_it_is
 def train(
     score: nn.Module,
     data: Tensor | Mapping[str, Tensor] | Dataset[Any] | Iterable[object],

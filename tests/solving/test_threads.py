@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import pytest
 import torch
 from sdesolve_kernels import perturb
 from torch.autograd import forward_ad
@@ -56,3 +61,50 @@ def test_a_level_that_another_thread_has_open_changes_nothing():
     assert beside.stats.backend == alone.stats.backend == "fused"
     assert torch.equal(beside.x1, alone.x1)
     assert torch.equal(out, perturb(X0, 1.0, 0.5, seed=1))
+
+
+FORKED = """
+import os, signal, torch, sdesolve as sds
+rate = torch.tensor(2.0)
+sde = sds.SDE(lambda x, t: -rate * x, lambda x, t: 0.1 * x)
+process, solver = sds.VP(), sds.EulerMaruyama()
+many, few, wide = torch.ones(20_000, 2), torch.ones(3, 2), torch.linspace(0, 1, 40_001).double()
+data = sds.Gaussian(torch.zeros(2), torch.eye(2))
+few_samples = torch.randn(300, 2)
+calls = {
+    "eager": lambda: sds.solve(sde, many, 0.0, 1.0, 2, solver=solver, seed=0, backend="eager").x1,
+    "50,000 steps": lambda: sds.solve(sde, few, 0.0, 1.0, 50_000, solver=solver, seed=0).x1,
+    "a grid": lambda: sds.solve(sde, few, grid=wide, solver=solver, seed=0, save_at="grid", reduce="moments").mean,
+    "an adaptive solver": lambda: sds.solve(sds.ODE(lambda x, t: -x), many, 0.0, 1.0, solver=sds.DormandPrince()).x1,
+    "a path": lambda: sds.BrownianPath(0).increments(wide, (2, 2)),
+    "grids": lambda: sds.grids.karras_sigma(process, 40_000),
+    "a metric": lambda: torch.tensor(sds.metrics.energy_distance(many[:900], few_samples).value),
+    "exact samples": lambda: data.sample(40_000, seed=0),
+}
+for call in calls.values():
+    call(), many.exp()  # torch's threads, and all kernels, are there
+threads = torch.get_num_threads()
+for name, call in calls.items():
+    expected = call()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        found = call()
+        same = torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        os._exit(0 if same and torch.allclose(found, expected, rtol=1e-5, atol=1e-6) else 1)
+    print(name, os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_does_all_that_its_parent_did():
+    """Torch's threads are not there in the child of a process that has used them, and it waited for them for ever."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(str(p) for p in (root, root / "kernels"))
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8, done.stderr
+    assert all(line.endswith(" 0") for line in lines), done.stdout

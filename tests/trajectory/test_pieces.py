@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from sdesolve_kernels.threads import Job, split
 from sdesolve_kernels.trajectory import Launch, Signature, compile_trajectory, numba_launch, trace
 
-ROOT = Path(__file__).parents[2]
 STEPS, PATHS, WIDTH = 96, 1000, 3
 TIMES = torch.linspace(0.0, 1.0, STEPS + 1, dtype=torch.float64)
 ROWS = torch.linspace(0.5, 1.0, 2 * STEPS, dtype=torch.float64).reshape(STEPS, 2)
@@ -234,37 +229,3 @@ def test_progress_is_told_to_the_callers_thread():
     finally:
         torch.set_num_threads(before)
     assert sum(told) == 1000
-
-
-FORKED = """
-import os, signal, torch
-from sdesolve_kernels.trajectory import Launch, Signature, compile_trajectory, trace
-torch.set_num_threads(2)
-steps, x0 = 50_000, torch.ones(40, 2)
-times = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)  # torch's threads are there now
-def step(inputs):
-    (x,), (z,) = inputs.states, inputs.noises
-    return (x - torch.exp(inputs.t0) * x * inputs.dt + torch.sqrt(inputs.t1 + 1) * z * inputs.scale,)
-signature = Signature(torch.float32, torch.device("cpu"), ((2,),), ((2,),), 0, 40)
-trajectory = compile_trajectory(trace(step, signature, None), ["normal"])
-def run(end):
-    launch = Launch(x0, times[: end + 1], None, [(1, 0, 0, 0)], (end,), True, ())
-    return trajectory.run(launch).moments.mean
-expected = run(steps)
-if os.fork() == 0:
-    signal.alarm(60)
-    run(steps - 1)  # other tables
-    os._exit(0 if torch.equal(run(steps), expected) else 1)
-_, status = os.wait()
-print(status)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_child_makes_its_tables():
-    """Torch's threads are not there in the child of a process that has used them, and it would wait for them."""
-    path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels"))
-    command = [sys.executable, "-W", "ignore", "-c", FORKED]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "0", done.stdout + done.stderr
