@@ -70,12 +70,14 @@ _RUN = (
     _PEAK
     + """
 import torch, sdesolve as sds
-paths, width, steps = map(int, sys.argv[1:])
+paths, width, steps, runs = map(int, sys.argv[1:5])
 sde = sds.SDE(lambda x, t: 1.5 * x, lambda x, t: 0.01 * x)
-solve = lambda x, n: sds.solve(sde, x, 0.0, 1.0, n, solver=sds.EulerMaruyama(), seed=0, backend="fused").x1
+solve = lambda x, n: sds.solve(sde, x, 0.0, 1.0, n, solver=sds.EulerMaruyama(), seed=0, backend=sys.argv[5]).x1
 solve(torch.full((1000, width), 0.1), 4)
 x0 = torch.full((paths, width), 0.1)
-print(x0.numel() * 4 + peak(lambda: solve(x0, steps)))
+for _ in range(runs):
+    held = x0.numel() * 4 + peak(lambda: solve(x0, steps))
+print(held)
 """
 )
 _FIRST = """
@@ -92,9 +94,12 @@ print(time.perf_counter() - start)
 _IMPORT = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
-def peak_of(paths: int, width: int, steps: int) -> float:
-    """Bytes that a run to the last state holds at its peak, the start among them."""
-    return _output(_RUN, str(paths), str(width), str(steps))
+def peak_of(paths: int, width: int, steps: int, runs: int = 2, backend: str = "fused") -> float:
+    """Bytes that the last of some runs to the last state holds at its peak, the start among them.
+
+    The first run of a batch of new size does a step in torch as well, on all rows, to compare the kernel with.
+    """
+    return _output(_RUN, str(paths), str(width), str(steps), str(runs), backend)
 
 
 def _loss() -> dict[str, float]:
@@ -221,6 +226,13 @@ FIGURES: dict[str, Figure] = {
     "peak of dsm_loss": Figure("tensors of the batch's size, the gradient among them", _loss),
     "peak of a run, 64 steps": Figure(
         "tensors of the start's size, the start among them", lambda: {"sdesolve": peak_of(1 << 23, 3, 64) / (3 << 25)}
+    ),
+    "peak of a first run, 64 steps": Figure(
+        "tensors of the start's size, the start among them",
+        lambda: {
+            who: peak_of(1 << 22, 3, 64, 1, backend) / (3 << 24)
+            for who, backend in (("sdesolve", "fused"), ("sdesolve eager", "eager"))
+        },
     ),
     "peak of a run, 4 steps": Figure(
         "tensors of the start's size, the start among them", lambda: {"sdesolve": peak_of(1 << 23, 3, 4) / (3 << 25)},

@@ -59,7 +59,7 @@ from sdesolve.solvers.base import Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import Row, torch_row
 
-_KERNELS_KEPT, _SPANS_KEPT = 128, 1024
+_KERNELS_KEPT, _SPANS_KEPT, _ROWS_AT_ONCE = 128, 1024, 1 << 16
 # Sums over fine steps are written out: with 128 of them, increments and areas of one channel take 5 s to compile.
 _MOST_SUMMED, _MOST_SUMMED_UNASKED, _FEWEST_REPEATED = 512, 4, 64
 # Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against
@@ -479,9 +479,13 @@ def _inputs(
         units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
         # A process that finds its kernel on disk has not loaded Numba, and need not for this.
         ready = x.device.type == "cpu" and "numba" in sys.modules
+        z = x.new_empty(batch, m)
         with contextlib.nullcontext() if ready else use_backend("reference"):
-            z = numbers.increments(units, (batch, 1), dtype=x.dtype, device=x.device)
-        normals.append(z.reshape(m, batch).T.reshape(batch, *shape))
+            for first in range(0, batch, _ROWS_AT_ONCE):  # words in torch are 16 times what they make
+                some = z[first : first + _ROWS_AT_ONCE]
+                drawn = numbers.rows(first).increments(units, (len(some), 1), dtype=x.dtype, device=x.device)
+                some.copy_(drawn.reshape(m, len(some)).T)
+        normals.append(z.reshape(batch, *shape))
     row = x.new_zeros(0) if lowered.table is None else lowered.table[k].to(x)
     return Inputs(lowered.start(x), tuple(normals), t[0], t[1], dt[0].to(x), dt[0].abs().sqrt().to(x), row)
 
