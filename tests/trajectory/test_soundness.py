@@ -249,6 +249,7 @@ MOVING = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:the functions of this equation hold a BatchNorm1d in training mode")
 @pytest.mark.parametrize("make", list(MOVING.values()), ids=list(MOVING))
 def test_state_that_moves(make, difference, interpreted):
     torch.manual_seed(0)
