@@ -66,6 +66,8 @@ from sdesolve.solvers import (
     Span,
     StochasticTable,
     Table,
+    Tamed,
+    Truncated,
     UniPC,
     supports,
 )
@@ -94,9 +96,9 @@ __all__ = [
     "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "Milstein", "NetworkScore", "Noise", "NoiseLadder",
     "Objective", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates", "ReverseDiffusion",
     "ReverseSDE", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "SimpleChainLoss",
-    "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "TrainingTimes",
-    "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels", "encode",
-    "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn",
+    "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "Tamed", "TrainingTimes",
+    "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels",
+    "encode", "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn",
     "noised_cross_entropy", "operators", "oracle", "run_chain", "sample", "save", "solve", "supports", "train",
     "tweedie", "variational_bound",
 ]  # fmt: skip

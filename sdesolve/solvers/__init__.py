@@ -24,6 +24,7 @@ from sdesolve.solvers.shark import ShARK
 from sdesolve.solvers.sra import SOSRA, SRA1, SRA3
 from sdesolve.solvers.sri import SOSRI, SRIW1, SRIW2
 from sdesolve.solvers.stochastic_table import AbstractStochasticTable, StochasticTable
+from sdesolve.solvers.superlinear import Tamed, Truncated
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
 from sdesolve.solvers.unipc import UniPC
 
@@ -32,6 +33,6 @@ __all__ = [
     "SRIW1", "SRIW2", "UBU", "AbstractEmbedded", "AbstractOneStep", "AbstractSolver", "AbstractStochasticTable",
     "AbstractTabulated", "Ancestral", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun",
     "EulerMaruyama", "Heun", "LinearMultistep", "Milstein", "PredictorCorrector", "ReverseDiffusion", "Row", "SASolver",
-    "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "Span", "StepController", "StochasticTable", "Table", "UniPC",
-    "supports",
+    "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "Span", "StepController", "StochasticTable", "Table", "Tamed",
+    "Truncated", "UniPC", "supports",
 ]  # fmt: skip
