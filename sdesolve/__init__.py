@@ -4,7 +4,18 @@ from sdesolve import adapters, grids, inverse, mcmc, metrics, models, nn, oracle
 from sdesolve._internal.levy_area import LevyArea
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increment
 from sdesolve.chains import DDPM, SMLD, ChainScore, variational_bound
-from sdesolve.diffusions import EDM, OU, VE, VP, AbstractDiffusion, CosineBeta, LinearBeta, LinearDiffusion, SubVP
+from sdesolve.diffusions import (
+    EDM,
+    OU,
+    VE,
+    VP,
+    AbstractDiffusion,
+    CosineBeta,
+    LinearBeta,
+    LinearDiffusion,
+    Rectified,
+    SubVP,
+)
 from sdesolve.integrate.solution import DivergenceError, Solution, Stats
 from sdesolve.integrate.solve import solve
 from sdesolve.inverse import operators
@@ -94,7 +105,8 @@ __all__ = [
     "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "Heun", "HutchPP", "Hutchinson",
     "ImplicitScoreMatching", "Increment", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta",
     "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "Milstein", "NetworkScore", "Noise", "NoiseLadder",
-    "Objective", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates", "ReverseDiffusion",
+    "Objective", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates", "Rectified",
+    "ReverseDiffusion",
     "ReverseSDE", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "SimpleChainLoss",
     "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "Tamed", "TrainingTimes",
     "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels",

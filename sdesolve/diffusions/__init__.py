@@ -4,6 +4,7 @@ from sdesolve.diffusions.base import AbstractDiffusion, Marginal, Prior, Transit
 from sdesolve.diffusions.edm import EDM
 from sdesolve.diffusions.linear import LinearDiffusion
 from sdesolve.diffusions.ou import OU
+from sdesolve.diffusions.rectified import Rectified
 from sdesolve.diffusions.subvp import SubVP
 from sdesolve.diffusions.ve import VE
 from sdesolve.diffusions.vp import VP, AbstractBetaSchedule, CosineBeta, LinearBeta
@@ -20,6 +21,7 @@ __all__ = [
     "LinearDiffusion",
     "Marginal",
     "Prior",
+    "Rectified",
     "SubVP",
     "Transition",
     "inverse_log_snr",

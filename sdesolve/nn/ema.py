@@ -62,11 +62,12 @@ class EMA:
             if name in self._averaged:
                 kept = self._average[name]
                 average.append(kept)
-                weights.append(value.detach().to(kept.dtype))
+                weights.append(value if value.dtype == kept.dtype else value.to(kept.dtype))
             else:
                 self._copy(name, value)
-        for name in self._average.keys() - state.keys():
-            del self._average[name]  # a cache that the module has dropped
+        if len(self._average) > len(state):
+            for name in self._average.keys() - state.keys():
+                del self._average[name]  # a cache that the module has dropped
         if average:  # one call for all tensors; at d = 0 it copies
             torch._foreach_lerp_(average, weights, 1.0 - d)
 

@@ -1,4 +1,4 @@
-"""A network as a score: the five usual parameterisations and exact conversions between them."""
+"""A network as a score: the six usual parameterisations and exact conversions between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdesolve.nn.labels import Given, LabelledNetwork, check_rows
 from sdesolve.nn.normalizer import Normalizer
 from sdesolve.sde import per_sample
 
-Prediction = Literal["noise", "data", "score", "velocity", "edm"]
+Prediction = Literal["noise", "data", "score", "velocity", "flow", "edm"]
 
 
 class Coefficients(NamedTuple):
@@ -132,6 +132,20 @@ class PredictsVelocity(_Unscaled):
 
 
 @final
+class PredictsFlow(_Unscaled):
+    """``F = z - x_0``, the velocity of ``x_t = (1 - t) x_0 + t z`` (Lipman et al. 2023; Liu et al. 2023, eq. 1)."""
+
+    def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return x - c.sigma * F
+
+    def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+        return x + c.alpha * F
+
+    def target(self, c: Coefficients) -> Target:
+        return Target(data=-1.0, noise=1.0, gain=c.alpha)
+
+
+@final
 class PreconditionsEDM(AbstractParameterization):
     """Karras et al. 2022, eq. 7 and table 1, on ``x_t / alpha`` at noise level ``r = sigma / alpha``.
 
@@ -168,8 +182,29 @@ _PARAMETERIZATIONS: dict[str, Callable[[float], AbstractParameterization]] = {
     "data": lambda sigma_data: PredictsData(),
     "score": lambda sigma_data: PredictsScore(),
     "velocity": lambda sigma_data: PredictsVelocity(),
+    "flow": lambda sigma_data: PredictsFlow(),
     "edm": PreconditionsEDM,
 }
+
+
+def _check_meaning(predicts: str, process: AbstractDiffusion) -> None:
+    """Refuses v-prediction along the line of flow matching, and the velocity of that line elsewhere."""
+    if predicts not in ("velocity", "flow"):
+        return
+    times = (process.t_min, 0.5 * (process.t_min + process.t_max), process.t_max)
+    straight = all(abs(float(process.alpha(t)) + float(process.sigma(t)) - 1.0) < 1e-6 for t in times)
+    if predicts == "flow" and not straight:
+        raise ValueError(
+            f"predicts='flow' is z - x_0, the velocity of x_t = (1 - t) x_0 + t z: give the process Rectified(), on "
+            f"which such a network was trained. On {type(process).__name__} a network of alpha z - sigma x_0 has "
+            "predicts='velocity'"
+        )
+    if predicts == "velocity" and straight:
+        raise ValueError(
+            "on x_t = (1 - t) x_0 + t z a velocity is that of flow matching, z - x_0: say predicts='flow'. A network "
+            "F = alpha z - sigma x_0 goes in by its noise, lambda x, t: (sigma x + alpha F) / (alpha^2 + sigma^2), "
+            "with predicts='noise'"
+        )
 
 
 _DROPOUT = {"label": "label_dropout=0.1 as well"}
@@ -193,11 +228,14 @@ class NetworkScore(nn.Module):
     ``"data"``        ``(x_t, t)``                                       ``x_0``
     ``"score"``       ``(x_t, t)``                                       ``grad log p_t``
     ``"velocity"``    ``(x_t, t)``                                       ``alpha z - sigma x_0``
+    ``"flow"``        ``(x_t, t)``                                       ``z - x_0``, on `Rectified`
     ``"edm"``         scaled ``x_t`` and ``log(sigma / alpha) / 4``      a mix of both (`PreconditionsEDM`)
     ================  =================================================  ==========================================
 
     The conversions are exact for every process, by Tweedie's formula ``E[x_0 | x_t] = (x_t + sigma^2 score) / alpha``
-    (Efron 2011). The score itself is ``-noise / sigma`` and grows without bound as ``t -> 0``; `noise` and `data` do
+    (Efron 2011). Two things are called velocity: that of v-prediction (Salimans and Ho 2022), ``"velocity"`` here, and
+    that of flow matching, along ``x_t = (1 - t) x_0 + t z``, ``"flow"`` here. Each is refused on the process of the
+    other. The score itself is ``-noise / sigma`` and grows without bound as ``t -> 0``; `noise` and `data` do
     not.
 
     Args:
@@ -212,7 +250,8 @@ class NetworkScore(nn.Module):
     Raises:
         TypeError: ``net`` cannot be called, ``process`` is not a diffusion with alpha and sigma, or ``normalizer`` is
             no `Normalizer`.
-        ValueError: ``predicts`` is unknown, or ``sigma_data`` is not positive and finite.
+        ValueError: ``predicts`` is unknown, or has another meaning on this process; ``sigma_data`` is not positive and
+            finite.
     """
 
     def __init__(
@@ -235,6 +274,7 @@ class NetworkScore(nn.Module):
             )
         if not 0 < sigma_data < math.inf:
             raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
+        _check_meaning(predicts, process)
         if normalizer is not None and not isinstance(normalizer, Normalizer):
             raise TypeError(f"normalizer must be a Normalizer, got {type(normalizer).__name__}")
         self.net, self.process, self.normalizer = net, process, normalizer

@@ -23,6 +23,7 @@ from sdesolve.sde import per_sample
 from sdesolve.training import checkpoints
 from sdesolve.training.batches import AbstractBatches, Batch, Position, TensorBatches
 from sdesolve.training.losses import AbstractObjective
+from sdesolve.training.scale import warn_of_scale
 
 Metrics = Callable[[nn.Module], Mapping[str, float]]
 
@@ -101,6 +102,7 @@ class Run:
         )
         self.averages = {decay: EMA(score, decay) for decay in decays}
         self.average = self.averages[decays[0]]
+        self.looked = False
         self.step, self.position, self.told = 0, Position(), frozenset[str]()
         self.losses: list[float] = []
         self.metrics: list[tuple[int, dict[str, float]]] = []
@@ -131,6 +133,9 @@ class Run:
     def advance(self, batch: Batch, lr: float, clip: float | None, file: Path | None) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""
         x0, told = self._prepared(batch)
+        if not self.looked:
+            warn_of_scale(self.score, x0)
+            self.looked = True
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)

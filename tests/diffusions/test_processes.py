@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdesolve import grids
-from sdesolve.diffusions import EDM, OU, VE, VP, AbstractDiffusion, CosineBeta, LinearBeta, LinearDiffusion, SubVP
+from sdesolve.diffusions import (
+    EDM,
+    OU,
+    VE,
+    VP,
+    AbstractDiffusion,
+    CosineBeta,
+    LinearBeta,
+    LinearDiffusion,
+    Rectified,
+    SubVP,
+)
 from sdesolve.oracle import chain_moments
 from sdesolve.sde import Calculus, Noise
 from sdesolve.solvers import EulerMaruyama
@@ -34,6 +45,7 @@ closed_forms = st.one_of(
     st.builds(VE, st.floats(1e-3, 0.1), st.floats(1.0, 1e3)),
     st.builds(OU, st.floats(0.05, 4.0), st.floats(0.1, 4.0)),
     st.builds(EDM, st.floats(1e-3, 0.1), st.floats(1.0, 100.0)),
+    st.builds(Rectified, st.floats(1e-3, 0.1), st.floats(0.9, 0.999)),
 )
 processes = (
     closed_forms

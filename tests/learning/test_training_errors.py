@@ -1,7 +1,9 @@
 import errno
 import math
 import os
+import re
 import resource
+import warnings
 
 import pytest
 import torch
@@ -158,6 +160,54 @@ def test_there_must_be_something_to_train(make_score, data):
     score.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameters that require gradients"):
         run(score, data)
+
+
+# Data of another scale
+
+
+def shown(score, data):
+    """The warning of a run, if there is one, by its text."""
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        run(score, data, loss=DenoisingScoreMatching(), steps=2)
+    return "".join(str(each.message) for each in met)
+
+
+PIXELS = torch.arange(64 * 16).remainder(256).reshape(64, 1, 4, 4).float()
+OFF = {
+    "deviation 100": (lambda x: 100 * x, {}, r"deviation 1\d\d, and VP with predicts='noise' is made for about 1"),
+    "pixels": (lambda x: PIXELS, {"dim": (1, 4, 4)}, r"mean 128 and standard deviation 73.9, and VP with"),
+    "far away": (lambda x: x + 50, {"process": sds.Rectified()}, r"mean 5\d.* and Rectified with"),
+    "tiny": (lambda x: 1e-4 * x, {"process": sds.EDM()}, r"predicts='noise' has noise of 0.002 where it stops"),
+    "beyond the noise": (lambda x: 60 * x, {"process": sds.EDM()}, r"starts to sample from 0 and 80"),
+    "edm": (lambda x: 20 * x, {"predicts": "edm"}, "and sigma_data=1"),
+    "centred edm": (
+        lambda x: 20 * (x - x.mean(0)), {"predicts": "edm", "process": sds.EDM(0.01, 500.0)}, "and sigma_data=1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OFF)
+def test_data_far_from_the_expected_scale_are_warned_of_with_the_figure(make_score, data, kind):
+    change, options, message = OFF[kind]
+    options = {"predicts": "noise"} | options
+    there = change(data)
+    text = shown(make_score(**options), there)
+    assert re.search(message, text)
+    assert not shown(make_score(**options), (there - there.mean()) / there.std())
+    score = make_score(**options)  # the advice, followed
+    if "sigma_data=" in text.split("suffer: ")[1]:
+        told = float(re.search(r"sigma_data=([\d.]+), or", text)[1])
+        fitted = sds.NetworkScore(score.net, score.process, score.predicts, told)
+        assert not shown(fitted, there)
+    fitted = sds.NetworkScore(score.net, score.process, score.predicts, normalizer=sds.nn.Normalizer.fit(there))
+    assert not shown(fitted, there)
+
+
+def test_data_of_usual_scales_are_not_warned_of(make_score, data):
+    for process in (sds.VP(), sds.SubVP(), sds.VE(), sds.EDM(), sds.Rectified(), sds.OU()):
+        for scale in (0.25, 1.0, 2.0):
+            assert not shown(make_score("noise", process=process), scale * (data - data.mean(0)) / data.std(0)), process
 
 
 # What a checkpoint refuses
