@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_SHARE = 2.0**-6  # of a step: how far the time that a function is given may be from the time of the step
+# Of a step: how far the time that a function is given may be from the time of the step; and from where on it is given
+# float64 if it takes it.
+_SHARE, _GAIN = 2.0**-6, 2.0**-10
 _aten = torch.ops.aten
 
 
@@ -21,9 +23,20 @@ def roundings(times: Tensor, dtype: torch.dtype) -> float:
     return 0.5 * torch.finfo(dtype).eps * float(share.max()) if share.numel() else 0.0
 
 
-def time_dtype(times: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """That of the state where it holds the times to within 1/64 of a step, else float64."""
-    return dtype if dtype == torch.float64 or roundings(times, dtype) <= _SHARE else torch.float64
+def time_dtype(times: Tensor, x: Tensor, takes: Callable[[], bool]) -> torch.dtype:
+    """That of the state where it holds the times to within 1/1024 of a step, else float64.
+
+    Up to 1/64 of a step functions get that of the state all the same, unless they ``take`` float64.
+    """
+    if x.dtype == torch.float64 or x.device.type == "mps":
+        return x.dtype
+    off = roundings(times, x.dtype)
+    return torch.float64 if off > _SHARE or (off > _GAIN and takes()) else x.dtype
+
+
+def needs_float64(times: Tensor, dtype: torch.dtype) -> bool:
+    """Whether functions that do not keep a float64 time are refused."""
+    return roundings(times, dtype) > _SHARE
 
 
 def check_clock(times: Tensor, x0: Tensor, *, by_row: bool) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath
 from sdesolve.integrate.checks import check_diffusion, check_drift, check_reading, unchanged
 from sdesolve.integrate.clock import keeping_clock, time_dtype
-from sdesolve.integrate.probing import ByRow
+from sdesolve.integrate.probing import ByRow, unnoticed
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, is_matrix, noise_shape
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.tabulated import AbstractTabulated
 
 
 @final
@@ -80,7 +81,7 @@ class Watched(AbstractSDE):
         return g
 
     def _checked(self, function: Field, x: Tensor, t: Tensor, what: str) -> Tensor:
-        if self.step and type(t) is Tensor and type(x) is Tensor and not is_transformed():
+        if self.step and t.dtype != x.dtype and type(t) is Tensor and type(x) is Tensor and not is_transformed():
             return keeping_clock(functools.partial(unchanged, function, x, t, what), x, t, self.step, what)
         return unchanged(function, x, t, what)
 
@@ -153,7 +154,22 @@ class Problem:
     @functools.cached_property
     def time_dtype(self) -> torch.dtype:
         """Of the times that functions are given (`time_dtype`)."""
-        return time_dtype(self.times, self.x0.dtype)
+        return time_dtype(self.times, self.x0, self._takes_float64)
+
+    def _takes_float64(self) -> bool:
+        """Whether drift and diffusion are as they should be at a time in float64; the times of a table are not."""
+        sde, x = self.equation, self.x0.detach()
+        if isinstance(self.solver, AbstractTabulated) and isinstance(sde, AbstractSemilinear):
+            return False
+        try:
+            with torch.no_grad(), unnoticed(sde):
+                t = self.times[self.first].to(x.device)
+                check_drift(sde.drift(x, t), x, t)
+                if sde.noise is not Noise.NONE:
+                    check_diffusion(sde.diffusion(x, t), x, sde.noise)
+        except Exception:  # what a function raises that is not made for it; if for another reason, then again
+            return False
+        return True
 
     def clock(self, times: Tensor) -> Tensor:
         """Float64 times as functions are given them."""

@@ -15,7 +15,7 @@ from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
-from sdesolve.integrate.clock import check_clock
+from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
 from sdesolve.integrate.lowering import lower
 from sdesolve.integrate.problem import Problem, Watched
@@ -63,7 +63,8 @@ def solve(
     Under ``torch.no_grad()`` a warning says so.
 
     Functions are given ``t`` in the dtype of the state; in float64, where that one does not hold the times of the grid
-    to within 1/64 of a step, as float32 does not a day after the origin with steps of a millisecond.
+    to within 1/1024 of a step and they take it, or to within 1/64, as float32 does not a day after the origin with
+    steps of a millisecond.
 
     Args:
         sde: what to integrate: an `SDE`, an `ODE`, a forward process, a `ReverseSDE` or a `ProbabilityFlow`.
@@ -213,7 +214,7 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     check_process_times(problem.equation, times)
     if times.ndim == 2:
         check_clock(times, x0, by_row=True)
-    elif problem.time_dtype != x0.dtype:
+    elif problem.time_dtype != x0.dtype and needs_float64(times, x0.dtype):
         gaps = times.diff().abs()
         problem.watched.step = float(gaps[gaps > 0].min())
     _check_plan(problem)
