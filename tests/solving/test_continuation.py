@@ -34,6 +34,9 @@ MADE = {
 }
 
 
+EQUATIONS = {sds.UnderdampedLangevin: sds.UnderdampedLangevin(lambda x, t: x + torch.sin(3 * t), friction=0.7)}
+
+
 def exported(kind):
     classes = [getattr(sds, name) for name in sds.__all__] + [getattr(sds.mcmc, name) for name in dir(sds.mcmc)]
     return {c for c in classes if inspect.isclass(c) and issubclass(c, kind) and not inspect.isabstract(c)}
@@ -51,6 +54,8 @@ def equation(solver):
     if not isinstance(solver, sds.AbstractOneStep):
         flow = solver.weak_order is None or (Calculus.ITO, Noise.ADDITIVE) not in solver.supported
         return VP.probability_flow(SCORE) if flow else VP.reverse(SCORE, solver.stochasticity or 1.0)
+    if solver.equations:
+        return EQUATIONS[solver.equations[0]]
     kinds = [
         n
         for n in (Noise.GENERAL, Noise.DIAGONAL, Noise.SCALAR, Noise.ADDITIVE)
