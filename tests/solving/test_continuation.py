@@ -42,7 +42,15 @@ def exported(kind):
     return {c for c in classes if inspect.isclass(c) and issubclass(c, kind) and not inspect.isabstract(c)}
 
 
-SOLVERS = [s for c in sorted(exported(AbstractSolver), key=str) for s in MADE.get(c.__name__) or [c()]]
+def made(kind):
+    """Solvers of a class: those above, that of its defaults, or one that wraps another solver."""
+    if kind.__name__ in MADE:
+        return MADE[kind.__name__]
+    needed = [p for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    return [kind(sds.EulerMaruyama()) if needed else kind()]
+
+
+SOLVERS = [solver for kind in sorted(exported(AbstractSolver), key=str) for solver in made(kind)]
 
 
 def column(t):
