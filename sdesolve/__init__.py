@@ -23,7 +23,16 @@ from sdesolve.likelihood.likelihood import Likelihood, decode, encode, estimate_
 from sdesolve.likelihood.quantisation import Quantisation
 from sdesolve.likelihood.trace_estimators import ExactTrace, Hutchinson, HutchPP
 from sdesolve.mcmc import AnnealedLangevin, run_chain
-from sdesolve.models import UnderdampedLangevin
+from sdesolve.models import (
+    CIR,
+    DoubleWell,
+    GeometricBrownianMotion,
+    Heston,
+    Jacobi,
+    LotkaVolterra,
+    OrnsteinUhlenbeck,
+    UnderdampedLangevin,
+)
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sampling import sample, tweedie
 from sdesolve.scores import (
@@ -44,6 +53,7 @@ from sdesolve.solvers import (
     DEIS,
     DPM2,
     OBABO,
+    QE,
     QUICSORT,
     RK4,
     SEA,
@@ -65,6 +75,7 @@ from sdesolve.solvers import (
     EDMHeun,
     EulerMaruyama,
     Heun,
+    ImplicitSquareRoot,
     LinearMultistep,
     Milstein,
     PredictorCorrector,
@@ -96,21 +107,21 @@ from sdesolve.training.times import LogNormalNoise, NoiseLadder, TrainingTimes, 
 from sdesolve.training.train import train
 
 __all__ = [
-    "ALIGN", "BAOAB", "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "OBABO", "ODE", "OU", "QUICSORT", "RK4", "SDE", "SEA",
-    "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRIW1", "SRIW2", "UBU", "VE", "VP", "AbstractDiffusion", "AbstractNoise",
-    "AbstractOneStep", "AbstractPath", "AbstractSDE", "AbstractSemilinear", "AbstractStochasticTable",
+    "ALIGN", "BAOAB", "CIR", "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "OBABO", "ODE", "OU", "QE", "QUICSORT", "RK4",
+    "SDE", "SEA", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRIW1", "SRIW2", "UBU", "VE", "VP", "AbstractDiffusion",
+    "AbstractNoise", "AbstractOneStep", "AbstractPath", "AbstractSDE", "AbstractSemilinear", "AbstractStochasticTable",
     "AbstractTabulated", "Ancestral", "AnnealedLangevin", "BrownianPath", "Calculus", "ChainBound", "ChainScore",
     "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
-    "DenoisingScoreMatching", "DivergenceError", "DormandPrince", "EDMHeun", "EnergyScore", "EulerMaruyama",
-    "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "Heun", "HutchPP", "Hutchinson",
-    "ImplicitScoreMatching", "Increment", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta",
-    "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "Milstein", "NetworkScore", "Noise", "NoiseLadder",
-    "Objective", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates", "Rectified",
-    "ReverseDiffusion",
-    "ReverseSDE", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "SimpleChainLoss",
-    "SlicedScoreMatching", "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "Tamed", "TrainingTimes",
-    "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels",
-    "encode", "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn",
+    "DenoisingScoreMatching", "DivergenceError", "DormandPrince", "DoubleWell", "EDMHeun", "EnergyScore",
+    "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "GeometricBrownianMotion",
+    "Heston", "Heun", "HutchPP", "Hutchinson", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Jacobi",
+    "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta", "LinearDiffusion", "LinearMultistep", "LogNormalNoise",
+    "LotkaVolterra", "Milstein", "NetworkScore", "Noise", "NoiseLadder", "Objective", "OrnsteinUhlenbeck", "PlainScore",
+    "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates", "Rectified", "ReverseDiffusion", "ReverseSDE",
+    "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "SimpleChainLoss", "SlicedScoreMatching",
+    "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "Tamed", "TrainingTimes", "Truncated",
+    "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "adapters", "decode", "drop_labels", "encode",
+    "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn",
     "noised_cross_entropy", "operators", "oracle", "run_chain", "sample", "save", "solve", "supports", "train",
     "tweedie", "variational_bound",
 ]  # fmt: skip

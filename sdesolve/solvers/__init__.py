@@ -21,6 +21,7 @@ from sdesolve.solvers.rk4 import RK4
 from sdesolve.solvers.sa_solver import SASolver
 from sdesolve.solvers.sea import SEA
 from sdesolve.solvers.shark import ShARK
+from sdesolve.solvers.square_root import QE, ImplicitSquareRoot
 from sdesolve.solvers.sra import SOSRA, SRA1, SRA3
 from sdesolve.solvers.sri import SOSRI, SRIW1, SRIW2
 from sdesolve.solvers.stochastic_table import AbstractStochasticTable, StochasticTable
@@ -29,10 +30,10 @@ from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
 from sdesolve.solvers.unipc import UniPC
 
 __all__ = [
-    "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "OBABO", "QUICSORT", "RK4", "SEA", "SOSRA", "SOSRI", "SRA1", "SRA3",
+    "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "OBABO", "QE", "QUICSORT", "RK4", "SEA", "SOSRA", "SOSRI", "SRA1", "SRA3",
     "SRIW1", "SRIW2", "UBU", "AbstractEmbedded", "AbstractOneStep", "AbstractSolver", "AbstractStochasticTable",
     "AbstractTabulated", "Ancestral", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun",
-    "EulerMaruyama", "Heun", "LinearMultistep", "Milstein", "PredictorCorrector", "ReverseDiffusion", "Row", "SASolver",
-    "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "Span", "StepController", "StochasticTable", "Table", "Tamed",
-    "Truncated", "UniPC", "supports",
+    "EulerMaruyama", "Heun", "ImplicitSquareRoot", "LinearMultistep", "Milstein", "PredictorCorrector",
+    "ReverseDiffusion", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "ShARK", "Span", "StepController",
+    "StochasticTable", "Table", "Tamed", "Truncated", "UniPC", "supports",
 ]  # fmt: skip
