@@ -16,22 +16,22 @@ class Rectified(AbstractDiffusion):
     """``x_t = (1 - t) x_0 + t z``: ``alpha = 1 - t``, ``sigma = t`` (Liu et al. 2023, eq. 1; Lipman et al. 2023).
 
     As an SDE, ``dX = -X / (1 - t) dt + sqrt(2 t / (1 - t)) dW``, whose rates have no bound as ``t -> 1``: sampling
-    starts just before. Its probability flow is the ODE ``dx/dt = E[z - x_0 | x_t = x]``: a network trained by flow
+    starts just before, or at ``t_max=1`` by samplers in the denoised state (`DDIM`, `DPMSolverPP`, `UniPC`, ...). Its probability flow is the ODE ``dx/dt = E[z - x_0 | x_t = x]``: a network trained by flow
     matching goes into a `NetworkScore` with ``predicts="flow"``. Time is 0 for data and 1 for noise. Where a network
     ``v(x, s)`` counts the other way, from noise to data, give ``lambda x, t: -v(x, 1 - t)``.
 
     Args:
         t_min: where sampling stops; there the noise has standard deviation ``t_min``.
-        t_max: where it starts, below 1; there the data have weight ``1 - t_max``.
+        t_max: where it starts; there the data have weight ``1 - t_max``.
 
     Raises:
-        ValueError: unless ``0 < t_min < t_max < 1``.
+        ValueError: unless ``0 < t_min < t_max <= 1``.
     """
 
     def __init__(self, t_min: float = 1e-3, t_max: float = 0.999) -> None:
         check_times(t_min, t_max)
-        if t_max >= 1.0:
-            raise ValueError(f"t_max must be below 1, where nothing is left of the data to divide by; got {t_max}")
+        if t_max > 1.0:
+            raise ValueError(f"t_max must be at most 1, where nothing is left of the data; got {t_max}")
         self.t_min, self.t_max = float(t_min), float(t_max)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:

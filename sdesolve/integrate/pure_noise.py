@@ -39,7 +39,7 @@ def denoiser(problem: Problem) -> Field | None:
     raise ValueError(
         f"{type(process).__name__} has alpha = {alpha:.2g} at t = {t:.6g}, too little of the data for "
         f"{problem.x0.dtype}, and {what} nothing of them there: start at t = {later:.6g} or before, or take DDIM, "
-        "DPMSolverPP, SDEDPMSolverPP, UniPC or SASolver with a NetworkScore that predicts data or velocity"
+        "DPMSolverPP, SDEDPMSolverPP, UniPC or SASolver with a NetworkScore that predicts data, velocity or flow"
     )
 
 
@@ -73,7 +73,7 @@ def _denoiser_of(score: Score) -> Field | None:
     if isinstance(score, ExactScore):
         return score.denoise
     if isinstance(score, NetworkScore):
-        return score.data if score.predicts in ("data", "velocity") else None
+        return score.data if score.predicts in ("data", "velocity", "flow") else None
     if isinstance(score, ClassifierFreeGuidance):
         parts = [_denoiser_of(part) for part in (score.conditional, score.unconditional)]
         if parts[0] is not None and parts[1] is not None:

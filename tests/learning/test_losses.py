@@ -89,6 +89,7 @@ def test_simple_loss_of_the_exact_conditional_mean_is_the_variance_of_the_target
     # The target is a(t) x_0 + b(t) z, and given x_t the data follow from the noise, x_0 = (x_t - sigma z) / alpha. So
     # its variance is that of z times (b - a sigma / alpha)^2, with a and b read off the target itself.
     exact = exact_score(process)
+    predicts = "flow" if predicts == "velocity" and process is PROCESSES["straight"] else predicts
     plain = NetworkScore(lambda x, t: x, process, predicts, 0.7)
 
     class Perfect(torch.nn.Module):

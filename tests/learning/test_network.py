@@ -295,6 +295,12 @@ def test_the_velocity_of_flow_matching_is_for_its_own_process(process):
         NetworkScore(velocity, process, "flow")
 
 
-def test_rectified_ends_before_it_divides_by_zero():
-    with pytest.raises(ValueError, match="t_max must be below 1"):
-        Rectified(t_max=1.0)
+def test_rectified_ends_in_noise():
+    with pytest.raises(ValueError, match="t_max must be at most 1"):
+        Rectified(t_max=1.1)
+    whole = Rectified(t_max=1.0)
+    x = sds.sample(whole, NetworkScore(velocity, whole, "flow"), (4, 1), solver=sds.DPMSolverPP(2), steps=99, seed=0)
+    late = sds.sample(FLOW, NetworkScore(velocity, FLOW, "flow"), (4, 1), solver=sds.DPMSolverPP(2), steps=99, seed=0)
+    torch.testing.assert_close(x, late, rtol=0.0, atol=0.02)
+    with pytest.raises(ValueError, match="EulerMaruyama steps in the score"):
+        sds.sample(whole, NetworkScore(velocity, whole, "flow"), (4, 1), steps=9, seed=0)

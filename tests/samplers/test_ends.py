@@ -295,9 +295,10 @@ def network(process, predicts):
         if predicts == "data":
             return D
         alpha, sigma = (c(t)[:, None].to(x) for c in (process.alpha, process.sigma))
-        return alpha * (x - alpha * D) / sigma - sigma * D
+        z = (x - alpha * D) / sigma
+        return alpha * z - sigma * D if process is COSINE else z - D
 
-    return sds.NetworkScore(net, process, predicts=predicts)
+    return sds.NetworkScore(net, process, "flow" if predicts == "velocity" and process is STRAIGHT else predicts)
 
 
 @pytest.mark.parametrize("process", [STRAIGHT, COSINE], ids=["straight", "cosine"])
