@@ -16,9 +16,10 @@ class Rectified(AbstractDiffusion):
     """``x_t = (1 - t) x_0 + t z``: ``alpha = 1 - t``, ``sigma = t`` (Liu et al. 2023, eq. 1; Lipman et al. 2023).
 
     As an SDE, ``dX = -X / (1 - t) dt + sqrt(2 t / (1 - t)) dW``, whose rates have no bound as ``t -> 1``: sampling
-    starts just before, or at ``t_max=1`` by samplers in the denoised state (`DDIM`, `DPMSolverPP`, `UniPC`, ...). Its probability flow is the ODE ``dx/dt = E[z - x_0 | x_t = x]``: a network trained by flow
-    matching goes into a `NetworkScore` with ``predicts="flow"``. Time is 0 for data and 1 for noise. Where a network
-    ``v(x, s)`` counts the other way, from noise to data, give ``lambda x, t: -v(x, 1 - t)``.
+    starts just before, or at ``t_max=1`` by samplers in the denoised state (`DDIM`, `DPMSolverPP`, `UniPC`). Its
+    probability flow is the ODE ``dx/dt = E[z - x_0 | x_t = x]``: a network trained by flow matching goes into a
+    `NetworkScore` with ``predicts="flow"``. Time is 0 for data and 1 for noise. Where a network ``v(x, s)`` counts the
+    other way, from noise to data, give ``lambda x, t: -v(x, 1 - t)``.
 
     Args:
         t_min: where sampling stops; there the noise has standard deviation ``t_min``.
