@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
+import copy
 import enum
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, cast, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sdesolve._internal.derivatives import linearised, slopes
 
 State = Float[Tensor, "batch *state"]
 Time = Float[Tensor, ""] | Float[Tensor, " batch"]
@@ -33,8 +36,8 @@ class Calculus(enum.StrEnum):
     STRATONOVICH = "stratonovich"
 
 
-NoiseName = Literal["none", "additive", "scalar", "diagonal", "general"]
-CalculusName = Literal["ito", "stratonovich"]
+NoiseName = Literal["none", "additive", "scalar", "diagonal", "general"] | Noise
+CalculusName = Literal["ito", "stratonovich"] | Calculus
 
 
 def per_sample(c: Tensor, x: Tensor) -> Tensor:
@@ -68,6 +71,12 @@ class AbstractSDE(abc.ABC):
 
     noise: Noise
     calculus: Calculus
+    own_component: bool = False
+    """Whether diagonal noise has been taken to have each ``g_i`` depend on ``x_i`` alone, which `solve` then checks."""
+
+    def directed(self, sign: float | Tensor) -> AbstractSDE:
+        """The equation as it is integrated to later times (1) or earlier ones (-1), or ``(batch,)`` of them."""
+        return self
 
     @abc.abstractmethod
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
@@ -198,13 +207,60 @@ class SDE(AbstractSDE):
         if self.noise is Noise.NONE:
             raise ValueError("an SDE has noise; for an equation without any, use sdesolve.ODE(drift)")
         self._drift, self._diffusion = drift, diffusion
+        self._correction, self._sign = 0.0, cast(float | Tensor, 1.0)
 
     def with_params(self, params: Any) -> SDE:
         """This SDE with ``params`` as a third argument of both functions: ``f(x, t, params)``, ``g(x, t, params)``."""
-        return SDE(_bound(self._drift, params), _bound(self._diffusion, params), self.noise.value, self.calculus.value)
+        bound = copy.copy(self)
+        bound._drift, bound._diffusion = _bound(self._drift, params), _bound(self._diffusion, params)
+        return bound
+
+    def in_calculus(self, calculus: Calculus) -> SDE:
+        """The SDE of the other calculus with the same solutions (`to_ito`, `to_stratonovich`)."""
+        made = copy.copy(self)
+        made.calculus, made.own_component = calculus, self.noise is Noise.DIAGONAL
+        if self.noise is not Noise.ADDITIVE:
+            made._correction = self._correction + (0.5 if calculus is Calculus.ITO else -0.5)
+        return made
+
+    def directed(self, sign: float | Tensor) -> SDE:
+        if not self._correction:
+            return self
+        made = copy.copy(self)
+        made._sign = sign
+        return made
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether its drift is that of another calculus with a correction."""
+        return self._correction != 0.0
+
+    @property
+    def functions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Drift and diffusion, as they were given."""
+        return self._drift, self._diffusion
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._drift(x, t)
+        f = self._drift(x, t)
+        if not self._correction:
+            return f
+        sign = per_sample(self._sign, x) if isinstance(self._sign, Tensor) else self._sign
+        return f + self._correction * sign * self._own_derivative(x, t)
+
+    def _own_derivative(self, x: Tensor, t: Tensor) -> Tensor:
+        """``sum_k (g_k . grad) g_k``."""
+
+        def g_of(y: Tensor) -> Tensor:
+            g = self.diffusion(y, t)
+            return g.expand(*y.shape, -1) if self.noise is Noise.GENERAL else g.expand_as(y)
+
+        if self.noise is Noise.DIAGONAL:
+            g, slope = slopes(g_of, x)
+            return g * slope
+        g, push = linearised(g_of, x)
+        if self.noise is Noise.SCALAR:
+            return push(g)
+        return torch.stack([push(g[..., k])[..., k] for k in range(g.shape[-1])]).sum(0)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         g = self._diffusion(x, t)

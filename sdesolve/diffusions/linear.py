@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.forward_mode import jvp
+from sdesolve._internal.derivatives import jvp
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_times, inverse_log_snr
 
 _NOTHING = 2.0**-50  # what rounding leaves of an alpha that is 0

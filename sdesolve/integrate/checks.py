@@ -105,10 +105,13 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
             f"{name} adds noise and this is an ODE: integrate process.reverse(score), leave stochasticity=0 out of "
             "sample, or take a deterministic sampler such as DPMSolverPP"
         )
+    convertible = any(noise is sde.noise for _, noise in solver.supported)
+    other = "to_ito" if sde.calculus is Calculus.STRATONOVICH else "to_stratonovich"
+    hint = f"; sds.{other}(sde) is the SDE of that calculus with the same solutions" if convertible else ""
     raise ValueError(
         f"{name} does not converge to the {sde.calculus} solution of an SDE with {sde.noise} noise. With "
         f"{sde.calculus} calculus it takes {_listed(noises)} noise; with {sde.noise} noise it takes "
-        f"{_listed(calculi)} calculus"
+        f"{_listed(calculi)} calculus{hint}"
     )
 
 

@@ -262,16 +262,21 @@ def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
 
     driving: tuple[NoiseSource, ...] = ()
     if sde.noise is not Noise.NONE:
-        missing = [named(part) for part in solver.needs if named(part) not in noise.provides]
+        needs = [part for part in solver.needs if sde.noise is Noise.GENERAL or not isinstance(part, LevyArea)]
+        missing = [named(part) for part in needs if named(part) not in noise.provides]
         if missing:
             raise ValueError(
                 f"{type(solver).__name__} needs {' and '.join(missing)} of the driving noise, and {_named(noise)} "
                 f"makes {' and '.join(sorted(noise.provides - {'S'}))} alone; give seed= or a BrownianPath of normal "
                 "increments"
             )
-        driving = tuple(
-            NoiseSource(noise, 1, functools.partial(_shape, problem, part), part) for part in _read(solver.needs)
-        )
+        if "S" in needs and isinstance(noise, BrownianPath) and noise.kind == "two-point":
+            raise ValueError(
+                f"{type(solver).__name__} has weak order {solver.weak_order:g} with three-point or normal increments, "
+                "and two-point ones allow 1; give increments='three-point', or leave increments= out"
+            )
+        parts = _read(needs) if isinstance(noise, BrownianPath) else needs
+        driving = tuple(NoiseSource(noise, 1, functools.partial(_shape, problem, part), part) for part in parts)
     return Lowered(step, driving=driving, table=table, one_step=solver)
 
 

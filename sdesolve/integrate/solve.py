@@ -138,6 +138,7 @@ def solve(
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
     times = _continued(start, times, rounding)
     first = 0 if start is None else start.steps
+    sde = sde.directed(_direction(times, x0))
     save = SavePlan(times[first:], save_at, observable, moments=reduce is not None, rounding=rounding, first=first)
     problem = Problem(
         solver,
@@ -185,7 +186,7 @@ def integrate(
     times = grids.check_grid(times)
     noise = noise_of(None, noise, random=_reads_noise(sde, solver))
     times, first, memory = _continued(start, times), *((start.steps, start.memory) if start else (0, ()))
-    save = SavePlan(times[first:], None, first=first)
+    save, sde = SavePlan(times[first:], None, first=first), sde.directed(_direction(times, x0))
     return _solution(
         Problem(
             solver, sde, Watched(sde, times), noise, times, x0, save, progress=progress, first=first, memory=memory
@@ -298,6 +299,12 @@ def _executor(name: str, backend: Backend) -> Executor:
 
         return Fused(wanted=backend == "fused")
     return RowKernels() if name == "kernel" else Eager()
+
+
+def _direction(times: Tensor, x0: Tensor) -> float | Tensor:
+    """1 where time increases, -1 where it decreases: one number, or ``(batch,)`` where samples differ."""
+    signs = (times[-1] - times[0]).sign()
+    return float(signs.flatten()[0]) if bool((signs == signs.flatten()[:1]).all()) and signs.numel() else signs.to(x0)
 
 
 def _check_plan(problem: Problem) -> None:

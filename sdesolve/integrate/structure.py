@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sdesolve._internal.forward_mode import jvp
+from sdesolve._internal.derivatives import jvp
 from sdesolve.integrate.probing import MOMENTS, agree, unnoticed
 from sdesolve.integrate.problem import Problem
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
@@ -23,7 +23,7 @@ def has_structure(problem: Problem) -> bool:
     if not problem.x0.numel():
         return False
     if sde.noise is Noise.DIAGONAL:
-        return solver.own_component_diffusion
+        return solver.own_component_diffusion or sde.own_component
     if sde.noise is Noise.GENERAL:
         return solver.commutative_noise
     forward = sde.forward if isinstance(sde, ReverseSDE | ProbabilityFlow) else sde
@@ -179,6 +179,7 @@ _MESSAGES = {
     ),
     Noise.GENERAL: (
         "{} needs general noise that commutes, (g_j . grad) g_k = (g_k . grad) g_j for all channels j and k, and this "
-        "one does not. Use EulerMaruyama or, for a Stratonovich SDE, Heun, or a solver that takes Levy areas"
+        "one does not. Give it Levy areas, area='foster', if it takes them (Milstein, SRI2, LogODE), or use "
+        "EulerMaruyama or, for a Stratonovich SDE, Heun"
     ),
 }

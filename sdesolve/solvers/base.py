@@ -61,6 +61,17 @@ class AbstractSolver(abc.ABC):
         """
 
     @property
+    def strong_orders(self) -> tuple[float | None, float | None, float | None]:
+        """Of additive, of commutative (scalar, diagonal by own components) and of general noise; ``None`` if refused.
+
+        By default ``max(1, strong_order)`` for additive noise, and `strong_order`.
+        """
+        p, noises = self.strong_order, {noise for _, noise in self.supported}
+        additive = max(1.0, p or 0.0) if Noise.ADDITIVE in noises else None
+        general = p if Noise.GENERAL in noises else None
+        return additive, p if noises & {Noise.DIAGONAL, Noise.SCALAR} else None, general
+
+    @property
     @abc.abstractmethod
     def weak_order(self) -> float | None:
         """Order of ``|E f(X_h) - E f(X)|``; ``None`` if the scheme is for ODEs only."""
@@ -77,8 +88,16 @@ class AbstractSolver(abc.ABC):
 
     @property
     def diffusion_evaluations(self) -> int:
-        """Evaluations of the whole diffusion a step, where there is noise."""
+        """Evaluations of the diffusion a step, where there is noise."""
         return 1
+
+    @property
+    def column_evaluations(self) -> int | None:
+        """How often general noise has each column of the diffusion evaluated by itself, after once as a whole.
+
+        ``None`` where it is evaluated as a whole, `diffusion_evaluations` times.
+        """
+        return None
 
     @property
     def stochasticity(self) -> float | None:

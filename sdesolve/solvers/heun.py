@@ -22,9 +22,11 @@ class Heun(AbstractOneStep):
 
     supported = supports(ito=(Noise.NONE, Noise.ADDITIVE), stratonovich=tuple(Noise))
     strong_order = 0.5
+    strong_orders = (1.0, 1.0, 0.5)
     weak_order = 1.0
     ode_order = 2
     evaluations = 2
+    diffusion_evaluations = 2
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t0, t1, dt = span.t0, span.t1, span.dt

@@ -22,6 +22,7 @@ class ShARK(AbstractOneStep):
 
     supported = supports(ito=(Noise.NONE, Noise.ADDITIVE), stratonovich=(Noise.NONE, Noise.ADDITIVE))
     strong_order = None
+    strong_orders = (1.5, None, None)
     weak_order = 2.0
     ode_order = 2
     evaluations = 2

@@ -20,6 +20,7 @@ class SRA1(AbstractStochasticTable):
     """
 
     supported = _ADDITIVE
+    strong_orders = (1.5, None, None)
     strong_order, weak_order, ode_order = None, 2.0, 2
     evaluations, diffusion_evaluations = 2, 2
     table = StochasticTable(
@@ -36,6 +37,7 @@ class SRA3(AbstractStochasticTable):
     """
 
     supported = _ADDITIVE
+    strong_orders = (1.5, None, None)
     strong_order, weak_order, ode_order = None, 2.0, 3
     evaluations, diffusion_evaluations = 3, 2
     table = StochasticTable(
@@ -58,6 +60,7 @@ class SOSRA(AbstractStochasticTable):
     """
 
     supported = _ADDITIVE
+    strong_orders = (1.5, None, None)
     strong_order, weak_order, ode_order = None, 2.0, 2
     evaluations, diffusion_evaluations = 3, 3
     table = StochasticTable(

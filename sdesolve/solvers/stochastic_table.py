@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion, per_sample
+from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
 from sdesolve.solvers.base import AbstractOneStep, Span
 
 Row = tuple[float, ...]
@@ -69,14 +69,10 @@ def combined(x: Tensor, coefficients: Sequence[float], term: Callable[[int], Ten
     return x
 
 
-def weighted(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor | None:
-    """``sum_j c_j terms_j`` over the coefficients that are not 0; ``None`` if there are none."""
-    total = None
-    for c, term in zip(coefficients, terms, strict=True):
-        if c:
-            part = term if c == 1.0 else c * term
-            total = part if total is None else total + part
-    return total
+def weighted(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    """``sum_j c_j terms_j`` over the coefficients that are not 0; one of them has to be."""
+    parts = [term if c == 1.0 else c * term for c, term in zip(coefficients, terms, strict=True) if c]
+    return functools.reduce(Tensor.add, parts)
 
 
 class AbstractStochasticTable(AbstractOneStep):
@@ -121,7 +117,7 @@ class AbstractStochasticTable(AbstractOneStep):
         def g(i: int) -> Tensor:
             if additive:
                 return g_at(c1[i])
-            Y = combined(combined(x, table.A1[i], hf), table.B1[i], lambda j: root_h * per_sample(g(j), x))
+            Y = combined(combined(x, table.A1[i], hf), table.B1[i], lambda j: root_h * g(j))
             return sde.diffusion(Y, _at(span, c1[i]))
 
         after = combined(x, table.alpha, hf)
@@ -130,13 +126,14 @@ class AbstractStochasticTable(AbstractOneStep):
         W, U = noise.W, noise.mean
         if additive:
             for c in dict.fromkeys(c1):
-                w = weighted([table.weight_at(c, row) for row in (table.beta1, table.beta3)], [W, U])
-                after = after if w is None else after + apply_diffusion(g_at(c), x, w)
+                at_once = [table.weight_at(c, row) for row in (table.beta1, table.beta3)]
+                if any(at_once):
+                    after = after + apply_diffusion(g_at(c), x, weighted(at_once, [W, U]))
             return after
         w1, w3 = 0.5 * (W * W / root_h - root_h), W * (W * W / h.abs() - 3.0) / 6.0
         for i, weights in enumerate(zip(table.beta1, table.beta2, table.beta3, table.beta4, strict=True)):
-            w = weighted(weights, [W, w1, U, w3])
-            after = after if w is None else after + apply_diffusion(g(i), x, w)
+            if any(weights):
+                after = after + apply_diffusion(g(i), x, weighted(weights, [W, w1, U, w3]))
         return after
 
 

@@ -134,10 +134,25 @@ def test_save_times_with_a_time_per_sample():
             "EulerMaruyama does not converge to the stratonovich solution.*takes additive or none noise",
         ),
         (
-            sds.Milstein(),
+            sds.Midpoint(),
+            GBM,
+            ValueError,
+            r"takes stratonovich calculus; sds.to_stratonovich\(sde\) is the SDE of that calculus",
+        ),
+        (
+            sds.SRIW1(),
             sds.SDE(lambda x, t: x, lambda x, t: x[..., None], noise="general"),
             ValueError,
-            "Milstein does not converge.*general noise it takes no calculus",
+            "SRIW1 does not converge.*general noise it takes no calculus",
+        ),
+        *(
+            (
+                solver,
+                sds.SDE(lambda x, t: x, lambda x, t: torch.stack([x, x * x], -1), "general", "stratonovich"),
+                ValueError,
+                f"{type(solver).__name__} needs general noise that commutes.*Give it Levy areas, area='foster'",
+            )
+            for solver in (sds.Milstein(), sds.SRI2(), sds.LogODE(area=None))
         ),
         (
             sds.Milstein(),
@@ -352,3 +367,14 @@ def test_diagnosis_of_a_fused_run_costs_one_more(solver, grid, monkeypatch):
     assert steps
     assert sum(steps) <= 2 * (len(grid) - 1)
     assert in_torch == [found.step]
+
+
+def test_weak_schemes_refuse_increments_of_fewer_moments_than_they_need():
+    with pytest.raises(ValueError, match="W2Ito1 has weak order 2 with three-point or normal increments"):
+        sds.solve(GBM, torch.ones(2, 1), 0.0, 1.0, 4, solver=sds.W2Ito1(), seed=0, increments="two-point")
+
+
+@pytest.mark.parametrize("arguments", [{"area": "davie"}, {"area": "foster", "terms": 0}])
+def test_areas_that_there_are_none_of_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"area must be one of 'foster', |terms must be at least 1"):
+        sds.Milstein(**arguments)

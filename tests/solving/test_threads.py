@@ -15,17 +15,19 @@ from sdesolve_kernels import perturb
 from torch.autograd import forward_ad
 
 import sdesolve as sds
-from sdesolve._internal.forward_mode import jvp
+from sdesolve._internal.derivatives import jvp, slopes
 
 X0 = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
 
 
-def test_derivatives_of_two_threads_do_not_meet():
+@pytest.mark.parametrize("recorded", [True, False], ids=["reverse mode", "forward mode"])
+def test_derivatives_of_two_threads_do_not_meet(recorded):
     """Each waits inside its function for the other; the first to leave would take the level of both with it."""
     inside, left, found = threading.Barrier(2), threading.Event(), {}
 
     def derivative(first):
         def function(x):
+            torch.set_grad_enabled(recorded)
             with contextlib.suppress(threading.BrokenBarrierError):
                 inside.wait(0.2)
             if not first:
@@ -33,7 +35,8 @@ def test_derivatives_of_two_threads_do_not_meet():
             return x * x
 
         try:
-            found[first] = jvp(function, X0, torch.ones_like(X0))[1]
+            with torch.enable_grad():  # and put back as it was
+                found[first] = jvp(function, X0, torch.ones_like(X0))[1]
         except RuntimeError as problem:
             found[first] = problem
         left.set()
@@ -108,3 +111,32 @@ def test_a_forked_child_does_all_that_its_parent_did():
     lines = done.stdout.splitlines()
     assert len(lines) == 8, done.stderr
     assert all(line.endswith(" 0") for line in lines), done.stdout
+
+
+@pytest.mark.parametrize("part", ["all of it", "some of it", "nothing"])
+def test_derivatives_of_functions_that_switch_autograd_off(part):
+    """They are evaluated again by forward mode; others, whose results depend on ``x`` or not, once."""
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        with torch.no_grad() if part != "nothing" else contextlib.nullcontext():
+            s = x.sin()
+        with torch.no_grad() if part == "all of it" else contextlib.nullcontext():
+            return s * x
+
+    expected = X0.cos() * X0 + X0.sin()
+    torch.testing.assert_close(slopes(function, X0)[1], expected)
+    assert len(calls) == (1 if part == "nothing" else 2)
+    torch.testing.assert_close(jvp(function, X0, 2 * X0)[1], 2 * X0 * expected)
+    assert not jvp(lambda x: torch.ones_like(x), X0, X0)[1].any()
+
+
+def test_derivatives_have_gradients_where_something_wants_them():
+    rate, x = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), X0.double()
+    _, slope = slopes(lambda y: rate * y.sin(), x)
+    _, along = jvp(lambda y: rate * y.sin(), x, x)
+    assert torch.allclose(torch.autograd.grad(slope.sum(), rate)[0], x.cos().sum())
+    assert torch.allclose(torch.autograd.grad(along.sum(), rate)[0], (x * x.cos()).sum())
+    assert not slopes(torch.sin, x)[1].requires_grad
+    assert not jvp(torch.sin, x, x)[1].requires_grad
