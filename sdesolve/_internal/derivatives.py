@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 Function = Callable[[Tensor], Tensor]
@@ -53,7 +54,7 @@ def linearised(function: Function, x: Tensor) -> tuple[Tensor, Push]:
             return y.detach(), lambda v: _forward(function, x, v)
         if not y.requires_grad:
             return y, lambda v: torch.zeros_like(y)
-        keep = recording and (x.requires_grad or _reads_others(y, leaf))
+        keep = _has_levels() or (recording and (x.requires_grad or _reads_others(y, leaf)))
         cotangent = torch.zeros_like(y).requires_grad_()
         (pulled,) = torch.autograd.grad(y, leaf, cotangent, create_graph=True, allow_unused=True)
 
@@ -63,7 +64,7 @@ def linearised(function: Function, x: Tensor) -> tuple[Tensor, Push]:
         with torch.inference_mode(False), torch.enable_grad():
             v = v.clone() if v.is_inference() else v
             (made,) = torch.autograd.grad(pulled, cotangent, v, create_graph=keep or v.requires_grad, retain_graph=True)
-        return made if recording else made.detach()
+        return made if recording or keep else made.detach()
 
     return (y if keep else y.detach()), push
 
@@ -80,7 +81,7 @@ def slopes(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
             return y.detach(), _forward(function, x, torch.ones_like(x))
         if not y.requires_grad:
             return y, torch.zeros_like(x)
-        keep = recording and (x.requires_grad or _reads_others(y, leaf))
+        keep = _has_levels() or (recording and (x.requires_grad or _reads_others(y, leaf)))
         (slope,) = torch.autograd.grad(y.sum(), leaf, create_graph=keep, allow_unused=True)
     slope = torch.zeros_like(x) if slope is None else slope
     return (y, slope) if keep else (y.detach(), slope.detach())
@@ -107,7 +108,14 @@ def _recorded(function: Function, x: Tensor) -> tuple[Tensor, bool]:
 
 def _leaf(x: Tensor) -> Tensor:
     x = x.clone() if x.is_inference() else x
-    return x if x.requires_grad else x.detach().requires_grad_()
+    if x.requires_grad:
+        return x
+    return (x.view_as(x) if _has_levels() else x.detach()).requires_grad_()
+
+
+def _has_levels() -> bool:
+    """Whether this is inside `forward_ad.dual_level`, whose tangents `Tensor.detach` would drop."""
+    return forward_ad._current_level >= 0
 
 
 def _forward(function: Function, x: Tensor, tangent: Tensor) -> Tensor:
