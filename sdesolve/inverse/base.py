@@ -85,6 +85,7 @@ class AbstractPosteriorScore(abc.ABC):
             raise ValueError(
                 f"the operator takes states of shape (batch, *{self.operator.state_shape}), got {tuple(x.shape)}"
             )
+        self.operator.check_rows(len(x))
         if self._observations not in (1, len(x)):
             raise ValueError(
                 f"there are {self._observations} observations and {len(x)} states; give one for all, without a batch "

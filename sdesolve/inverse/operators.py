@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -29,10 +30,12 @@ class AbstractOperator(abc.ABC):
     Attributes:
         state_shape: shape of one state.
         observation_shape: shape of one observation.
+        rows: how many states it is for, where each has a map of its own; ``None`` for one map and any number of them.
     """
 
     state_shape: tuple[int, ...]
     observation_shape: tuple[int, ...]
+    rows: int | None = None
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +70,18 @@ class AbstractOperator(abc.ABC):
             raise ValueError(
                 f"this operator takes states of shape (batch, *{self.state_shape}), got {tuple(x.shape)}{hint}"
             )
+        self.check_rows(len(x))
         return self.forward(x)
+
+    @final
+    def check_rows(self, count: int) -> None:
+        """Refuses another number of states than there are maps.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if self.rows not in (None, count):
+            raise ValueError(f"this operator has a map for each of {self.rows} states, and there are {count} states")
 
     @final
     def pseudo_inverse(self, y: Tensor) -> Tensor:
@@ -76,7 +90,15 @@ class AbstractOperator(abc.ABC):
 
     @final
     def matrix(self) -> Tensor:
-        """``A`` over flattened states and observations, ``(m, d)``, float64; costs ``d`` applications."""
+        """``A`` over flattened states and observations, ``(m, d)``, float64; costs ``d`` applications.
+
+        Raises:
+            ValueError: each state has a map of its own.
+        """
+        if self.rows is not None:
+            raise ValueError(
+                f"this operator has a map for each of {self.rows} states and no single matrix; make one for each of them"
+            )
         d = math.prod(self.state_shape)
         columns = self.forward(torch.eye(d, dtype=torch.float64).reshape(d, *self.state_shape))
         return columns.reshape(d, -1).mT.contiguous()
@@ -153,6 +175,86 @@ class Mask(AbstractOperator):
     def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
         v = c + s
         return r / (v.unsqueeze(-1) if v.ndim else v)  # a single number may stay on the host
+
+
+@final
+class Masks(AbstractOperator):
+    """``y = mask * x`` with a mask for each state of a batch: inpainting with holes that differ from image to image.
+
+    Observations have the shape of the state. What they hold where nothing is observed does not matter.
+
+    Args:
+        masks: booleans ``(batch, *state)``, true where a state is observed.
+
+    Raises:
+        TypeError: ``masks`` is not boolean.
+        ValueError: no batch axis, or a mask that observes nothing.
+    """
+
+    def __init__(self, masks: Tensor) -> None:
+        masks = torch.as_tensor(masks)
+        if masks.dtype != torch.bool:
+            raise TypeError(
+                f"masks must be boolean, true where states are observed; got {masks.dtype}, use masks.bool()"
+            )
+        if masks.ndim == 0 or not bool(masks.reshape(len(masks), -1).any(1).all()):
+            raise ValueError(
+                f"masks must be (batch, *state) and observe something of every state, got shape {tuple(masks.shape)}"
+            )
+        self.rows, self.state_shape = len(masks), tuple(masks.shape[1:])
+        self.observation_shape = self.state_shape
+        self._masks = Copies(masks.detach().cpu().double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._masks.like(x) * x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._masks.like(y) * y
+
+    def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return _divide(r, self._masks.like(r), c, s)
+
+
+@final
+class PerSample(AbstractOperator):
+    """An operator for each state of a batch: ``y_i = A_i x_i``.
+
+    They are applied one after another. For masks of different sizes, and for many, there is `Masks`.
+
+    Args:
+        operators: as many as states, each of states and observations of the same shapes.
+
+    Raises:
+        TypeError: one of them is no operator.
+        ValueError: none, or shapes that differ.
+    """
+
+    def __init__(self, operators: Sequence[AbstractOperator]) -> None:
+        self._operators = tuple(operators)
+        if not self._operators:
+            raise ValueError("PerSample needs an operator for each state, got none")
+        for A in self._operators:
+            if not isinstance(A, AbstractOperator):
+                raise TypeError(f"operators must be some of sdesolve.operators, got {type(A).__name__}")
+        shapes = {(A.state_shape, A.observation_shape) for A in self._operators}
+        if len(shapes) > 1 or any(A.rows not in (None, 1) for A in self._operators):
+            raise ValueError(
+                f"each operator is for one state, with observations of one shape; got {len(shapes)} different shapes. "
+                "For masks that observe different numbers of elements take operators.Masks"
+            )
+        ((self.state_shape, self.observation_shape),) = shapes
+        self.rows = len(self._operators)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([A.forward(row) for A, row in zip(self._operators, x.split(1), strict=True)])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return torch.cat([A.adjoint(row) for A, row in zip(self._operators, y.split(1), strict=True)])
+
+    def solve_gram(self, r: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        c, s = (v.expand(len(r)).split(1) for v in (c, s))
+        parts = zip(self._operators, r.split(1), c, s, strict=True)
+        return torch.cat([A.solve_gram(row, c_row, s_row) for A, row, c_row, s_row in parts])
 
 
 @final
@@ -257,7 +359,7 @@ def as_operator(operator: AbstractOperator | Tensor, state_shape: tuple[int, ...
 
 
 def check_observation(operator: AbstractOperator, y: Tensor, *, single: bool = False) -> Tensor:
-    """``y`` as ``(batch, *observation_shape)``; ``(1, *observation_shape)`` if it is a single one.
+    """``y`` as ``(batch, *observation_shape)``; ``(1, *observation_shape)`` if it is a single one; 0 where masked.
 
     Raises:
         TypeError: not a real tensor.
@@ -274,7 +376,8 @@ def check_observation(operator: AbstractOperator, y: Tensor, *, single: bool = F
         raise ValueError(f"y must have shape {shape}{batched}, to fit the operator; got {tuple(y.shape)}")
     if not bool(y.isfinite().all()):
         raise ValueError("y must be finite, it holds nan or inf")
-    return y if y.is_floating_point() else y.double()
+    y = y if y.is_floating_point() else y.double()
+    return operator.forward(y.expand(operator.rows or 1, *shape)) if isinstance(operator, Masks) else y
 
 
 def check_noise_std(noise_std: float, *, positive: bool = False) -> float:

@@ -252,7 +252,7 @@ def encode(
     Gradients flow to ``x`` and to the score.
     """
     _check(process, score, x)
-    times, solver = _way(process, solver, steps, grid, t_min)
+    times, solver = _way(process, solver, steps, grid, t_min, "encode")
     return _integrate(process.probability_flow(score), x, times, solver).x1
 
 
@@ -269,8 +269,8 @@ def decode(
     t_min: float | None = None,
 ) -> Tensor:
     """Data ``(batch, *state)`` from latents: the probability flow from ``t_max`` to ``t_min``, `encode` backwards."""
-    _check(process, score, latent)
-    times, solver = _way(process, solver, steps, grid, t_min)
+    _check(process, score, latent, "latent")
+    times, solver = _way(process, solver, steps, grid, t_min, "decode")
     return _integrate(process.probability_flow(score), latent, times.flip(0), solver).x1
 
 
@@ -323,10 +323,10 @@ def _standard_error(each: Tensor) -> Tensor:
     return each.std(1) / math.sqrt(count) if count > 1 else torch.full_like(each[:, 0], math.nan)
 
 
-def _check(process: AbstractDiffusion, score: Score, x: Tensor) -> None:
+def _check(process: AbstractDiffusion, score: Score, x: Tensor, name: str = "x") -> None:
     if not isinstance(process, AbstractDiffusion):
         raise TypeError(f"process must be a linear diffusion such as VP(), got {kind_of(process)}")
-    check_state(x, "x")
+    check_state(x, name)
     check_same_process(process, score, len(x))
 
 
@@ -336,6 +336,7 @@ def _way(
     steps: int | None,
     grid: Tensor | None,
     t_min: float | None,
+    call: str = "a likelihood",
 ) -> tuple[Tensor, AbstractSolver]:
     """Times from ``epsilon`` to ``t_max`` (the two ends for an adaptive solver), and the solver."""
     if steps is not None and grid is not None:
@@ -366,7 +367,7 @@ def _way(
     times = times if float(times.flatten()[0]) < float(times.flatten()[-1]) else times.flip(0)
     if times.ndim != 1 or not (float(times[0]) > 0.0 and abs(float(times[-1]) / process.t_max - 1.0) <= 1e-12):
         raise ValueError(
-            f"the grid of a likelihood is (steps + 1,) times between some epsilon > 0 and t_max = {process.t_max}, got "
+            f"the grid of {call} is (steps + 1,) times between some epsilon > 0 and t_max = {process.t_max}, got "
             f"shape {tuple(times.shape)} from {float(times.min())} to {float(times.max())}"
         )
     return times, solver

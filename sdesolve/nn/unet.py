@@ -37,7 +37,9 @@ class UNet(LabelledNetwork):
         channels: hidden channels at full resolution, at least 2.
         multipliers: one per level, from fine to coarse: the level has ``channels`` times that many channels.
         blocks: residual blocks of a level.
-        attention: heights of the levels that attend; by default the coarsest alone, ``()`` for the middle only.
+        attention: the levels that attend, by their heights, or as ``(height, width)`` where several have one height;
+            those of a sequence, ``(1, length)``, by their lengths. By default the coarsest alone, ``()`` for the middle
+            only.
         head: largest number of channels of an attention head.
         classes: number of classes; 0 for a network without labels.
         embedding: features of time; by default 32 log-spaced frequencies from 0.5 to 64 radians per unit.
@@ -45,8 +47,8 @@ class UNet(LabelledNetwork):
 
     Raises:
         TypeError: a size that is not an integer.
-        ValueError: a shape that is no image's, a size below 1, ``attention`` at a height that no level has, or
-            ``dropout`` outside [0, 1).
+        ValueError: a shape that is no image's, a size below 1, ``attention`` at a height that no level has, or that
+            several have, or ``dropout`` outside [0, 1).
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class UNet(LabelledNetwork):
         channels: int = 64,
         multipliers: Sequence[int] = (1, 2, 2),
         blocks: int = 2,
-        attention: Sequence[int] | None = None,
+        attention: Sequence[int | tuple[int, int]] | None = None,
         head: int = 64,
         classes: int = 0,
         embedding: FourierFeatures | None = None,
@@ -74,10 +76,8 @@ class UNet(LabelledNetwork):
             raise ValueError("multipliers needs an entry for each level, got none")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a share in [0, 1), got {dropout}")
-        heights = [-(-self.shape[-2] // 2**level) for level in range(len(widths))]
-        attended = heights[-1:] if attention is None else list(attention)
-        if set(attended) - set(heights):
-            raise ValueError(f"attention={tuple(attended)} names a height that no level has; they are {heights}")
+        sizes = [(-(-self.shape[-2] // 2**level), -(-self.shape[-1] // 2**level)) for level in range(len(widths))]
+        attended = {len(sizes) - 1} if attention is None else _levels(attention, sizes)
 
         colours = self.shape[0] if len(self.shape) == 3 else 1
         n = 4 * channels
@@ -97,14 +97,14 @@ class UNet(LabelledNetwork):
                 self.down.append(_Halve(width))
                 left.append(width)
             for _ in range(blocks):
-                self.down.append(block(width, after, heights[level] in attended))
+                self.down.append(block(width, after, level in attended))
                 width = after
                 left.append(width)
         self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
         self.up = nn.ModuleList()
         for level, after in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(block(width + left.pop(), after, heights[level] in attended))
+                self.up.append(block(width + left.pop(), after, level in attended))
                 width = after
             if level:
                 self.up.append(_Double(width))
@@ -183,6 +183,23 @@ class _Double(nn.Module):
 
     def forward(self, h: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(interpolate(h, size=size, mode="nearest"))
+
+
+def _levels(attention: Sequence[int | tuple[int, int]], sizes: list[tuple[int, int]]) -> set[int]:
+    """Levels by their sizes, or by their heights (lengths, of a sequence)."""
+    axis, side = (1, "length") if sizes[0][0] == 1 else (0, "height")
+    attended: set[int] = set()
+    for named in attention:
+        found = {k for k, size in enumerate(sizes) if named in (size, size[axis])}
+        found = found or {k for k, size in enumerate(sizes) if named == size[0]}
+        if not found:
+            raise ValueError(
+                f"attention={tuple(attention)} names a {side} that no level has; they are {[s[axis] for s in sizes]}"
+            )
+        if len({sizes[k] for k in found}) > 1:
+            raise ValueError(f"several levels have the {side} {named}; name them by (height, width), some of {sizes}")
+        attended |= found
+    return attended
 
 
 def _norm(channels: int) -> nn.GroupNorm:

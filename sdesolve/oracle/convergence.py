@@ -130,7 +130,7 @@ def convergence(
     for n in steps:
         counted.append(evaluations(sampler, process, data, make(n)) + denoise)
         errors.append(measure(sampler, process, data, make(n), prior=prior, denoise=denoise))
-    values, deviations = zip(*errors, strict=True)
+    values, deviations, _ = zip(*errors, strict=True)
     return Convergence(name, tuple(steps), tuple(counted), values, deviations)
 
 

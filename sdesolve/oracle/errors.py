@@ -60,7 +60,7 @@ def error(
 
     Raises:
         ValueError: a sampler that is not affine (on a Gaussian) or not of the kinds above (on a mixture); a mixture of
-            dimension 3 or more.
+            dimension 3 or more; a law that no mesh within reach resolves, that loses mass, or that samples do not have.
         TypeError: other data.
     """
     return measure(sampler, process, data, grid, prior=prior, denoise=denoise).value
@@ -75,7 +75,7 @@ def measure(
     prior: bool = False,
     denoise: bool = False,
 ) -> Measured:
-    """`error`, of the same arguments, with its standard error: 0 where the value is exact or by quadrature."""
+    """`error`, of the same arguments, with its standard error or a bound from a coarser mesh; both 0 if exact."""
     sampler, grid = checked_sampler(sampler), check_grid(grid)
     if isinstance(data, Gaussian):
         law = sampled_law(sampler, process, data, grid, prior=prior, denoise=denoise)

@@ -84,6 +84,24 @@ class Constant(AbstractNumbers):
 
 
 @final
+class Drawn(AbstractNumbers):
+    """Fixed standard normals: rows are paths."""
+
+    def take(self, stream: int, first: int, draws: int, shape: tuple[int, ...]) -> Tensor:
+        m = math.prod(shape[1:])
+        z = normal(
+            shape[0],
+            draws * m,
+            seed=1 + stream,
+            stream=Stream.PROBES,
+            offset=first * m,
+            dtype=torch.float64,
+            device="cpu",
+        )
+        return z.reshape(shape[0], draws, *shape[1:]).transpose(0, 1)
+
+
+@final
 class UnitInputs:
     """All unit inputs of a chain, in blocks, and one random combination of them.
 

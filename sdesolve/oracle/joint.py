@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sdesolve.oracle.bounds import check_mass
 from sdesolve.oracle.inputs import seeded
 from sdesolve.oracle.recursion import Known, Recursion
 
@@ -21,7 +23,8 @@ _FINER = 0.8  # for steps that are no straight lines: the score has poles off th
 _WIDTH = 6.8  # standard deviations of a draw to either side; 1e-11 of it lies beyond
 _LIGHT = 1e-11  # of the largest mass of a tuple: lighter ones are left out
 _PILOTS = 4096
-_MOST = 1 << 23
+_OUTSIDE, _REACH, _TABLE, _LEAST = 1e-15, 8.5, 8, 1e-20  # mass, standard deviations, points of a table in one, mass
+_MOST, _WIDEST = 1 << 21, 1 << 23
 _BLOCK = 1 << 22
 
 
@@ -39,6 +42,43 @@ class Cloud(NamedTuple):
         lowest, mass = _spread(half, torch.zeros(len(self.mean), dtype=torch.int64), 1, spacing)
         points = spacing * (lowest + torch.arange(mass.shape[1])).double()
         return Cloud(points, mass[0], std)
+
+    def range(self) -> tuple[float, float]:
+        """States beyond which there is no mass worth counting."""
+        mean, order = self.mean.sort()
+        below = self.mass[order].cumsum(0)
+        inside = (below > _OUTSIDE * below[-1]) & (below - self.mass[order] < (1.0 - _OUTSIDE) * below[-1])
+        return float(mean[inside][0]) - _REACH * self.std, float(mean[inside][-1]) + _REACH * self.std
+
+    def on_mesh(self, spacing: float) -> tuple[Tensor, Tensor]:
+        """Equispaced points, and the mass at each."""
+        low, high = self.range()
+        inside = (self.mean >= low) & (self.mean <= high)
+        part = Cloud(self.mean[inside], self.mass[inside], self.std)
+        lowest, mass = _spread(part, torch.zeros(len(part.mean), dtype=torch.int64), 1, spacing)
+        return spacing * (lowest + torch.arange(mass.shape[1])).double(), mass[0]
+
+    def density(self, y: Tensor) -> Tensor:
+        """At points in order, by interpolation."""
+        points, mass = self.on_mesh(0.25 * self.std)
+        return torch.from_numpy(np.interp(y.numpy(), points.numpy(), (mass / (0.25 * self.std)).numpy(), 0.0, 0.0))
+
+    def quantiles(self, u: Tensor) -> Tensor:
+        """By monotone cubic interpolation of the inverse distribution function."""
+        from scipy.interpolate import PchipInterpolator  # not with the package: importing it takes longer than the rest
+
+        law = self.fewer()
+        h, mass = float(law.mean[1] - law.mean[0]), law.mass / law.mass.sum()
+        near = math.ceil(_REACH * law.std / h)  # bells of so many points on either side are neither 0 nor 1
+        mass = torch.cat([mass.new_zeros(2 * near), mass, mass.new_zeros(2 * near)])
+        offsets = torch.arange(_TABLE, dtype=torch.float64)[:, None] / _TABLE
+        bells = torch.special.ndtr((offsets - torch.arange(-near, near + 1)) * (h / law.std))
+        F = torch.nn.functional.conv1d(mass[None, None], bells[:, None])[0]  # (table, points)
+        F = (F + (mass.cumsum(0) - mass)[: F.shape[1]]).mT.reshape(-1)
+        y = float(law.mean[0]) + h * (torch.arange(len(F), dtype=torch.float64) / _TABLE - near)
+        rising = torch.cat([torch.ones(1, dtype=torch.bool), F[1:] > F[:-1].cummax(0).values + _LEAST])
+        F, y = F[rising], y[rising]
+        return torch.from_numpy(PchipInterpolator(F.numpy(), y.numpy())(u.clamp(float(F[0]), float(F[-1])).numpy()))
 
 
 def together(clouds: Sequence[Cloud]) -> Cloud:
@@ -62,7 +102,11 @@ class _Tuples(NamedTuple):
 
 @torch.no_grad()
 def law_at_last_noise(
-    chain: Recursion, start: Callable[[Tensor], Tensor], quantiles: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+    chain: Recursion,
+    start: Callable[[Tensor], Tensor],
+    quantiles: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    coarser: float = 1.0,
 ) -> Cloud:
     """The law of the last point of ``chain`` at which noise is added.
 
@@ -75,11 +119,13 @@ def law_at_last_noise(
         start: density of its start.
         quantiles: of its start.
         shape: of states, ``(-1, *state)``.
+        coarser: factor of the meshes' spacings.
 
     Raises:
-        TooManyError: more than eight million tuples.
+        TooManyError: more than two million tuples.
+        UnresolvedError: mass was lost or made.
     """
-    last, spacings = chain.random[-1], _spacings(chain, quantiles, shape)
+    last, spacings = chain.random[-1], [coarser * h for h in _spacings(chain, quantiles, shape)]
     far = quantiles(torch.tensor([1e-15, 1 - 1e-15], dtype=torch.float64)) / spacings[0]
     places = torch.arange(math.floor(far[0]), math.ceil(far[1]) + 1)
     y = spacings[0] * places.double()
@@ -87,6 +133,7 @@ def law_at_last_noise(
     for i, point in enumerate(chain.points[1:], 1):
         mean = chain.mean(i, tuples.known)
         if i == last:
+            check_mass(tuples.mass)
             return Cloud(mean, tuples.mass / tuples.mass.sum(), point.c).fewer()
         if point.c:
             tuples = _after(chain, i, tuples, Cloud(mean, tuples.mass, point.c), spacings[i], shape)
@@ -124,7 +171,7 @@ def _spread(cloud: Cloud, group: Tensor, groups: int, spacing: float) -> tuple[T
     lowest = torch.full((groups,), 1 << 62).scatter_reduce_(0, group, low, "amin")
     first = low - lowest[group]
     width = int(first.amax()) + reach
-    if groups * width > 4 * _MOST:
+    if groups * width > _WIDEST:
         raise TooManyError(f"a joint density needs up to {groups * width} points")
     mass, places = torch.zeros(groups * width, dtype=torch.float64), torch.arange(reach)
     factor = spacing / (cloud.std * math.sqrt(2 * math.pi))

@@ -29,10 +29,12 @@ class Measured(NamedTuple):
         value: the distance.
         standard_error: 0 if it is known by quadrature; else that of randomised quasi-Monte Carlo, and the bias that
             noise gives a distance, together.
+        bound: how far it is off at most if it is known by quadrature: by how much it changed from a coarser mesh.
     """
 
     value: float
     standard_error: float = 0.0
+    bound: float = 0.0
 
 
 def estimated(distance: Callable[[Sequence[_Part]], float], parts: Sequence[_Part]) -> Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,22 +11,23 @@ import torch
 from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.oracle.inputs import OracleNoise, Silence
+from sdesolve.oracle.bounds import SAMPLE, UnresolvedError, check_mass, check_sample, is_resolved, twice, unresolved
+from sdesolve.oracle.inputs import Drawn, OracleNoise, Silence, seeded
 from sdesolve.oracle.joint import Cloud, TooManyError, law_at_last_noise, together
 from sdesolve.oracle.particles import REPLICATES, Measured, Particles, estimated, start_of
 from sdesolve.oracle.recursion import recursion
 from sdesolve.oracle.samplers import Look, Sampler, gaussian_steps, is_deterministic
 from sdesolve.scores.mixture import GaussianMixture
 
-_NODES = 4096
+_NODES, _MOST_NODES = 1 << 13, 1 << 18
 _REACH = 7.0  # standard deviations of a component to either side; 3e-12 of it lies beyond
-_PROBES = 1025
-_WIDTH = 8.0  # standard deviations to either side of the mean beyond which a law has no mass worth counting
+_WIDTH = 8.5  # standard deviations of a bell to either side beyond which it has no mass worth counting
+_PROBES = 8193
 # Of the noise of a step. The trapezoidal rule then errs by exp(-2 (pi / 0.6)^2) = 2e-24 if a step is a straight line.
 # It is not between two modes, where errors grow from step to step and decide the weights: 0.8 was too much.
 _SPACING = 0.6
-_FEWEST, _MOST = 512, 1 << 15
-_BLOCK = 1 << 22
+_FEWEST, _MOST = 512, 1 << 20
+_UNLIKELY = 1e-10  # probability of states whose way does not matter
 
 
 def wasserstein_to_mixture(
@@ -40,53 +42,85 @@ def wasserstein_to_mixture(
     step to step, ``p'(y) = int N(y; m(x), c^2) p(x) dx``, by the trapezoidal rule on a mesh finer than ``c``. Where
     steps remember earlier ones that goes for the joint density (`law_at_last_noise`), and where that is too large the
     law is estimated (`Particles`).
+
+    Every value is found twice, the second time on a coarser mesh, and laws are compared with a sample.
+
+    Raises:
+        ValueError: no law that agrees with itself and with the sample was found.
     """
     score, shape = data.score(process), (-1, *data.state_shape)
-    start = normal_law(process.prior.std) if prior else MixtureLaw(data, process, float(grid[0]))
+    start = normal_law(process.prior_at(float(grid[0])).std) if prior else MixtureLaw(data, process, float(grid[0]))
     clean = denoise or float(grid[-1]) == 0.0
     end = MixtureLaw(data, process, None if clean else float(grid[-1]))
-    target, u, mass = end.nodes()
+    target, u, mass = end.nodes(_NODES)
 
-    def distance(x: Tensor) -> float:
-        """Of the law with these quantiles at the end of the grid."""
-        x = x.reshape(shape)
-        if denoise:
-            x = score.denoise(x, grid[-1])
-        x = _in_order(x.flatten(), mass, u)
-        return math.sqrt(float(mass @ (x - target).square())) / end.std
+    def ended(x: Tensor) -> Tensor:
+        return (score.denoise(x, grid[-1]) if denoise else x).flatten()
+
+    def distance(x: Tensor, x_true: Tensor = target, share: Tensor = mass) -> float:
+        """Of the law with these quantiles."""
+        return math.sqrt(float(share @ (x - x_true).square())) / end.std
 
     def carried() -> Measured:
-        x = start.quantiles(u).reshape(shape)
-        return Measured(distance(sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape)))))
+        found = math.nan
+        for count in (_NODES << k for k in range(_MOST_NODES.bit_length() - _NODES.bit_length() + 1)):
+            before, (x_true, v, share) = found, end.nodes(count)
+            x = start.quantiles(v).reshape(shape)
+            x = ended(sampler(process, score, x, grid, OracleNoise(Silence(), tuple(x.shape))))
+            found = distance(_in_order(x, share, v), x_true, share)
+            if is_resolved(found, before):
+                return Measured(found, bound=abs(found - before))
+        raise ValueError(unresolved(found, before))
+
+    def compared(x: Tensor) -> Tensor:
+        """Quantiles of the end, which a sample agrees with."""
+        z = _sampled_start(start, shape)
+        y = ended(sampler(process, score, z, grid, OracleNoise(Drawn(), tuple(z.shape))))
+        check_sample(x, u, y)
+        return x
+
+    def followed(looks: list[Look]) -> Measured:
+        def value(coarser: float) -> float:
+            x = ended(_followed(looks, start, u, shape, coarser).reshape(shape))
+            return distance(compared(_in_order(x, mass, u)))
+
+        return twice(value)
 
     if is_deterministic(sampler, process, data, grid):
         return carried()
     try:
         chain = recursion(sampler, process, data, grid)
     except ValueError:  # steps that are no combinations may still be Gaussian, each for itself
-        looks = list(gaussian_steps(sampler, process, data, grid))
-        return Measured(distance(_quantiles(looks, start, u, shape)))
+        return followed(list(gaussian_steps(sampler, process, data, grid)))
     if not chain.random:
         return carried()
     if not chain.memory:
-        return Measured(distance(_quantiles(chain.looks(), start, u, shape)))
+        return followed(chain.looks())
     chain.check_end()
     last = chain.random[-1]
 
-    def from_clouds(clouds: Sequence[Cloud]) -> float:
-        law = _Mixture(*together(clouds))
-        x = _inverse(law, *law.range(), u).reshape(shape)
-        return distance(chain.ahead(last, x, len(chain.points) - 1))
+    def from_clouds(clouds: Sequence[Cloud]) -> Tensor:
+        x = together(clouds).quantiles(u).reshape(shape)
+        return _in_order(ended(chain.ahead(last, x, len(chain.points) - 1)), mass, u)
 
-    try:
-        return Measured(from_clouds([law_at_last_noise(chain, start.density, start.quantiles, shape)]))
-    except TooManyError:
-        particles = Particles(chain, start_of(data, process, float(grid[0]), prior=prior), shape, 1)
-    return estimated(from_clouds, [_cloud(particles.means(r), chain.points[last].c) for r in range(REPLICATES)])
+    def by_quadrature(coarser: float) -> float:
+        law = law_at_last_noise(chain, start.density, start.quantiles, shape, coarser)
+        return distance(compared(from_clouds([law])))
+
+    with contextlib.suppress(TooManyError, UnresolvedError):
+        return twice(by_quadrature)
+    particles = Particles(chain, start_of(data, process, float(grid[0]), prior=prior), shape, 1)
+    clouds = [_cloud(particles.means(r), chain.points[last].c) for r in range(REPLICATES)]
+    compared(from_clouds(clouds))
+    return estimated(lambda some: distance(from_clouds(some)), clouds)
 
 
 def _cloud(means: Tensor, std: float) -> Cloud:
     return Cloud(means[:, 0], torch.full((len(means),), 1.0 / len(means), dtype=torch.float64), std).fewer()
+
+
+def _sampled_start(start: MixtureLaw, shape: tuple[int, ...]) -> Tensor:
+    return start.quantiles(torch.special.ndtr(seeded(2, (SAMPLE,)))).reshape(shape)
 
 
 class MixtureLaw:
@@ -111,9 +145,13 @@ class MixtureLaw:
         z = (x[..., None] - self.means) / self.stds
         return (self.weights * torch.special.ndtr(z)).sum(-1)
 
-    def nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+    def range(self) -> tuple[float, float]:
+        """States beyond which no component has mass worth counting."""
+        return float((self.means - _WIDTH * self.stds).amin()), float((self.means + _WIDTH * self.stds).amax())
+
+    def nodes(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """States in order, the distribution function there, and the masses of the cells about them, which sum to 1."""
-        z = torch.linspace(-_REACH, _REACH, _NODES // len(self.means), dtype=torch.float64)
+        z = torch.linspace(-_REACH, _REACH, count // len(self.means), dtype=torch.float64)
         x = (self.means[:, None] + self.stds[:, None] * z).flatten().sort().values
         edges = torch.cat([torch.zeros(1), self.distribution(0.5 * (x[1:] + x[:-1])), torch.ones(1)])
         return x, self.distribution(x), edges.diff()
@@ -143,74 +181,49 @@ def normal_law(std: float) -> MixtureLaw:
     return MixtureLaw(GaussianMixture(torch.zeros(1, 1), float(std)), None, None)
 
 
-def _quantiles(looks: list[Look], start: MixtureLaw, u: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _followed(looks: list[Look], start: MixtureLaw, u: Tensor, shape: tuple[int, ...], coarser: float) -> Tensor:
     """Quantiles of the law after all steps."""
-    low, high = start.mean - _WIDTH * start.std, start.mean + _WIDTH * start.std
-    law: MixtureLaw | _Mixture = start
+    low, high = start.range()
+    count = _count(looks[0], start.density, low, high, shape, start.width, coarser)
+    nodes = torch.linspace(low, high, count + 1, dtype=torch.float64)
+    cloud, mass = None, start.density(nodes) * (nodes[1] - nodes[0])
     for k, look in enumerate(looks):
-        nodes = _nodes(look, low, high, shape, law.width)
-        mass = law.density(nodes) * (nodes[1] - nodes[0])
         step = look(nodes.reshape(shape))
         if step.std == 0.0:
-            if k + 1 < len(looks) or not isinstance(law, _Mixture):
+            if k + 1 < len(looks) or cloud is None:
                 raise ValueError("only the last step of a stochastic sampler may be without noise")
-            return look(_inverse(law, low, high, u).reshape(shape)).mean.reshape(-1)
-        law = _Mixture(step.mean.reshape(-1), mass, step.std)
-        low, high = law.range()
-    assert isinstance(law, _Mixture)
-    return _inverse(law, low, high, u)
+            return look(cloud.quantiles(u).reshape(shape)).mean.reshape(-1)
+        check_mass(mass)
+        cloud = Cloud(step.mean.reshape(-1), mass, step.std).fewer()
+        if k + 1 < len(looks):
+            low, high = cloud.range()
+            count = _count(looks[k + 1], cloud.density, low, high, shape, step.std, coarser)
+            nodes, mass = cloud.on_mesh((high - low) / count)
+    assert cloud is not None
+    return cloud.quantiles(u)
 
 
-def _nodes(look: Look, low: float, high: float, shape: tuple[int, ...], width: float) -> Tensor:
-    """An equispaced mesh that resolves the next step's transition density and the law, of which no bell is narrower."""
+def _count(
+    look: Look,
+    density: Callable[[Tensor], Tensor],
+    low: float,
+    high: float,
+    shape: tuple[int, ...],
+    width: float,
+    coarser: float,
+) -> int:
+    """Cells of a mesh that resolves the next step's transition density and the law, of which no bell is narrower."""
     probes = torch.linspace(low, high, _PROBES, dtype=torch.float64)
     step = look(probes.reshape(shape))
     if step.std == 0.0:
-        return probes
-    steepest = float(step.mean.reshape(-1).diff().abs().amax()) / float(probes[1] - probes[0])
-    count = max(_FEWEST, math.ceil((high - low) * math.hypot(steepest / step.std, 1.0 / width) / _SPACING))
+        return _PROBES
+    likely = density(probes) * (high - low) > _UNLIKELY
+    slopes = (step.mean.reshape(-1).diff() / (probes[1] - probes[0])).abs()[likely[1:] | likely[:-1]]
+    sharpness = math.hypot(float(slopes.amax()) / step.std, 1.0 / width)
+    count = max(_FEWEST, math.ceil((high - low) * sharpness / (coarser * _SPACING)))
     if count > _MOST:
         raise ValueError(
             f"a step adds noise of size {step.std:.3g} to states spread over {high - low:.3g}: a mesh of {count} "
             f"points would be needed, and {_MOST} are allowed. End the grid at more noise, or take fewer steps"
         )
-    return torch.linspace(low, high, count + 1, dtype=torch.float64)
-
-
-class _Mixture:
-    """The law after a step: ``sum_j mass_j N(mean_j, std^2)``."""
-
-    def __init__(self, mean: Tensor, mass: Tensor, std: float) -> None:
-        kept = mass > 1e-18 * mass.amax()
-        self._mean, self._mass, self._std = mean[kept], mass[kept], std
-        self._total = self._mass.sum()
-        self.width = std
-
-    def range(self) -> tuple[float, float]:
-        centre = float((self._mass * self._mean).sum() / self._total)
-        spread = float((self._mass * (self._mean - centre).square()).sum() / self._total)
-        reach = _WIDTH * math.sqrt(spread + self._std**2)
-        low, high = float(self._mean.amin()) - _WIDTH * self._std, float(self._mean.amax()) + _WIDTH * self._std
-        return max(low, centre - reach), min(high, centre + reach)
-
-    def density(self, y: Tensor) -> Tensor:
-        scale = self._std * math.sqrt(2 * math.pi) * self._total
-        return self._summed(y, lambda z: (-0.5 * z.square()).exp()) / scale
-
-    def distribution(self, y: Tensor) -> Tensor:
-        return self._summed(y, torch.special.ndtr) / self._total
-
-    def _summed(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        rows = max(1, _BLOCK // len(self._mean))
-        return torch.cat([function((part[:, None] - self._mean) / self._std) @ self._mass for part in y.split(rows)])
-
-
-def _inverse(law: _Mixture, low: float, high: float, u: Tensor) -> Tensor:
-    """Quantiles by monotone cubic interpolation of the inverse distribution function, on a mesh of 8192 points."""
-    from scipy.interpolate import PchipInterpolator  # not with the package: importing it takes longer than the rest
-
-    y = torch.linspace(low, high, 8193, dtype=torch.float64)
-    F = law.distribution(y)
-    rising = torch.cat([torch.ones(1, dtype=torch.bool), F[1:] > F.cummax(0).values[:-1]])
-    F, y = F[rising], y[rising]
-    return torch.from_numpy(PchipInterpolator(F.numpy(), y.numpy())(u.numpy()))
+    return count

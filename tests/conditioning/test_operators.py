@@ -9,7 +9,7 @@ import pytest
 import torch
 from sdesolve_kernels import normal
 
-from sdesolve.inverse.operators import Blur, ChannelMixing, Mask, Matrix
+from sdesolve.inverse.operators import Blur, ChannelMixing, Mask, Masks, Matrix, PerSample
 
 
 def draws(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -95,6 +95,31 @@ def test_mask_sees_what_indexing_sees():
     assert torch.equal(Mask(mask)(x), x[:, mask])
 
 
+EACH = draws(30, 3, 2, 3) > 0
+OWN = {
+    "masks": (Masks(EACH), [Matrix(torch.diag(m.flatten().double()), (2, 3)) for m in EACH]),
+    "blurs": (PerSample(blurs := [Blur(draws(31 + i, 2), (2, 3)) for i in range(3)]), blurs),
+    "matrices": (PerSample(matrices := [Matrix(draws(35 + i, 4, 6), (2, 3)) for i in range(3)]), matrices),
+}
+
+
+@pytest.mark.parametrize(("A", "each"), OWN.values(), ids=OWN)
+def test_an_operator_for_each_state(A, each):
+    """Row by row it is what the operator of that row is alone."""
+    x, y = draws(40, 3, 2, 3), draws(41, 3, *A.observation_shape)
+    rows = range(3)
+    torch.testing.assert_close(flat(A(x)), torch.cat([flat(each[i](x[i : i + 1])) for i in rows]))
+    shaped = [y[i : i + 1].reshape(1, *each[i].observation_shape) for i in rows]
+    torch.testing.assert_close(flat(A.adjoint(y)), torch.cat([flat(each[i].adjoint(shaped[i])) for i in rows]))
+    c = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
+    for s in (torch.zeros_like(c), 0.3 * c):
+        solved = torch.cat([flat(each[i].solve_gram(shaped[i], c[i : i + 1], s[i : i + 1])) for i in rows])
+        torch.testing.assert_close(flat(A.solve_gram(y, c, s)), solved)
+    for call in (lambda: A(x[:2]), A.matrix):
+        with pytest.raises(ValueError, match="map for each of 3 states"):
+            call()
+
+
 @pytest.mark.parametrize("sizes", [(3, 2), (2, 5), (1, 1)])
 def test_blur_is_circular_convolution(sizes):
     kernel, x = draws(27, *sizes), draws(28, 1, 2, 4, 5)
@@ -115,6 +140,11 @@ def test_blur_is_circular_convolution(sizes):
         (lambda: Matrix(torch.ones(1, 1, dtype=torch.complex64)), TypeError, "must be real"),
         (lambda: Mask(torch.ones(3)), TypeError, r"mask\.bool\(\)"),
         (lambda: Mask(torch.zeros(3, dtype=torch.bool)), ValueError, "observes nothing"),
+        (lambda: Masks(torch.ones(3, 2)), TypeError, r"masks\.bool\(\)"),
+        (lambda: Masks(torch.eye(3, 2) > 0), ValueError, "observe something of every state"),
+        (lambda: PerSample([]), ValueError, "got none"),
+        (lambda: PerSample([torch.ones(2, 2)]), TypeError, "got Tensor"),
+        (lambda: PerSample([Mask(m) for m in torch.eye(3) > torch.tensor([0, 0, -1])]), ValueError, "operators.Masks"),
         (lambda: ChannelMixing(torch.ones(1, 3), (2, 4)), ValueError, "as many channels"),
         (lambda: Blur(torch.ones(4), (3,)), ValueError, "does not fit"),
         (lambda: Blur(torch.ones(2, 2), (3,)), ValueError, "does not fit"),

@@ -102,13 +102,20 @@ def test_a_block_is_its_formula():
 
 
 def test_attention_takes_the_heights_of_the_levels():
-    def attending(**options):
-        net = small((9, 9), multipliers=(1, 1, 1), **options)
+    def attending(shape=(9, 9), **options):
+        net = small(shape, multipliers=(1, 1, 1), **options)
         return [isinstance(layer.attention, _Attention) for layer in net.down if hasattr(layer, "attention")]
 
     assert attending() == [False, False, True]
     assert attending(attention=()) == [False, False, False]
     assert attending(attention=(9, 5)) == [True, True, False]
+    assert attending(shape=(1, 1, 12)) == [False, False, True]  # all levels of a sequence have the height 1
+    assert attending(shape=(1, 1, 12), attention=(6,)) == [False, True, False]
+    assert attending(shape=(1, 2, 12), attention=((1, 6), (1, 3))) == [False, True, True]
+    with pytest.raises(ValueError, match=r"several levels have the height 1; name them by \(height, width\), some of"):
+        attending(shape=(1, 2, 12), attention=(1,))
+    with pytest.raises(ValueError, match="several levels"):
+        attending(shape=(1, 1, 12), attention=(1,))
     with pytest.raises(ValueError, match=r"attention=\(8,\) names a height that no level has; they are \[9, 5, 3\]"):
         attending(attention=(8,))
 
