@@ -97,7 +97,7 @@ class AbstractOperator(abc.ABC):
         """
         if self.rows is not None:
             raise ValueError(
-                f"this operator has a map for each of {self.rows} states and no single matrix; make one for each of them"
+                f"this operator has a map for each of {self.rows} states and no single matrix; ask each of its rows"
             )
         d = math.prod(self.state_shape)
         columns = self.forward(torch.eye(d, dtype=torch.float64).reshape(d, *self.state_shape))

@@ -35,6 +35,21 @@ def gaussian_mmd(shift: torch.Tensor, v0: float, v1: float, h: float) -> float:
     return mean_kernel(2 * v0, 0) + mean_kernel(2 * v1, 0) - 2 * mean_kernel(v0 + v1, float(shift.square().sum()))
 
 
+def deviations(kernel, a, b, estimate):
+    """How many of its own standard deviations the upper end of an interval lies above the estimate."""
+    K = {k: np.array([[kernel(x, y) for y in q] for x in p]) for k, p, q in (("aa", a, a), ("bb", b, b), ("ab", a, b))}
+    n, m = K["ab"].shape
+    weight = {"aa": n**-2, "bb": m**-2, "ab": 2 / (n * m)}
+    centred = {k: v - v.mean(0) - v.mean(1)[:, None] + v.mean() for k, v in K.items()}
+    squared = sum(weight[k] * (v**2).mean() for k, v in centred.items())  # tr S^2
+    seen = K["aa"].mean() + K["bb"].mean() - 2 * K["ab"].mean()  # |D|^2 of the embeddings that were seen
+    slope = float(estimate.std_error) ** 2 / (4 * seen)
+    noise = min(max((seen - float(estimate.value)) / seen, 0.0), 1.0)
+    slope += noise * max(math.sqrt(squared) - slope, 0.0)
+    high = float(estimate.high)
+    return (high - float(estimate.value)) / math.sqrt(4 * slope * high + 2 * squared)
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (2, 5), (7, 4)])
 def test_discrepancies_by_brute_force(n, m):
     a, b = draws(0, n, 2, 2), draws(1, m, 2, 2) + 0.5
@@ -53,9 +68,8 @@ def test_discrepancies_by_brute_force(n, m):
             return np.mean(aa) + np.mean(bb) - 2 * np.mean([kernel(x, y) for x in a for y in b])
 
         assert float(estimate.value) == pytest.approx(theta(a, b), rel=1e-12)
-        z = scipy.stats.norm.ppf(0.975)
-        assert float(estimate.high - estimate.value) == pytest.approx(z * float(estimate.std_error))
-        assert float(estimate.value - estimate.low) == pytest.approx(z * float(estimate.std_error))
+        assert deviations(kernel, a, b, estimate) == pytest.approx(scipy.stats.t.ppf(0.975, min(n, m) - 1))
+        assert float(estimate.low) < float(estimate.value)
         if min(n, m) > 2:
             variance = 0.0
             for x, y, first in ((a, b, True), (b, a, False)):
@@ -92,11 +106,26 @@ def test_intervals_cover_the_truth(shift, least):
         assert covered / 300 <= 0.985  # the interval is not merely wide; 2.8 standard deviations above
 
 
+@pytest.mark.parametrize(("shift", "scale", "n", "m"), [(0.3, 1.0, 50, 50), (0.3, 1.0, 100, 30), (0.0, 1.5, 100, 30)])
+def test_intervals_of_energy_distances_cover_the_truth(shift, scale, n, m):
+    """Deviations at the estimate alone held it in 0.83, 0.83 and 0.90 of runs: they are small where the estimate is."""
+
+    def mean_size(m, v):  # E|N(m, v)|
+        spread = math.exp(-m * m / (2 * v)) * math.sqrt(2 * v / math.pi)
+        return spread + m * math.erf(m / math.sqrt(2 * v))
+
+    truth = 2 * mean_size(shift, 1 + scale**2) - mean_size(0, 2) - mean_size(0, 2 * scale**2)
+    covered = 0
+    for run in range(300):
+        e = energy_distance(draws(100 + run, n), shift + scale * draws(1000 + run, m))
+        covered += bool(e.low <= truth <= e.high)
+    assert covered / 300 >= 0.91  # at 95%, 3.2 binomial standard deviations below
+
+
 def test_wider_confidence_is_a_wider_interval():
     a, b = draws(4, 30, 2), draws(5, 30, 2)
-    widths = [float(e.high - e.low) for e in (squared_mmd(a, b, confidence=c) for c in (0.5, 0.9, 0.99))]
-    z = scipy.stats.norm.ppf([0.75, 0.95, 0.995])
-    np.testing.assert_allclose(widths, widths[0] * z / z[0])
+    ends = [(float(e.low), float(e.high)) for e in (squared_mmd(a, b, confidence=c) for c in (0.5, 0.9, 0.99))]
+    assert ends[2][0] < ends[1][0] < ends[0][0] < ends[0][1] < ends[1][1] < ends[2][1]
 
 
 def test_the_default_bandwidth_is_a_median_distance():
