@@ -17,7 +17,7 @@ from sdesolve.solvers.correctors import AbstractCorrector
 
 VP = sds.VP()
 SCORE = sds.Gaussian(torch.tensor([0.5, -0.5]), torch.tensor([1.0, 0.3])).score(VP)
-X0 = torch.tensor([[1.0, 2.0], [-0.5, 0.3], [0.7, -1.1]])
+X0 = torch.tensor([[1.0, 2.0], [0.5, 0.3], [0.7, 1.1]])
 STEPS = 5
 # What cannot be made without arguments, and settings whose steps carry or draw something else than the default's.
 MADE = {
@@ -34,7 +34,10 @@ MADE = {
 }
 
 
-EQUATIONS = {sds.UnderdampedLangevin: sds.UnderdampedLangevin(lambda x, t: x + torch.sin(3 * t), friction=0.7)}
+EQUATIONS = {
+    sds.UnderdampedLangevin: sds.UnderdampedLangevin(lambda x, t: x + torch.sin(3 * t), friction=0.7),
+    sds.models.CIR: sds.models.CIR(1.0, 1.0, 0.5),
+}
 
 
 def exported(kind):
@@ -81,13 +84,15 @@ def equation(solver):
 
 def cuts(solver, x0, **options):
     """The whole run, and for each grid point the run that is cut there."""
-    sde, grid = equation(solver), sds.grids.uniform(0.9, 0.2, STEPS)
+    sde = equation(solver)
+    ends = (0.9, 0.2) if isinstance(sde, sds.AbstractSemilinear) else (0.2, 0.9)
+    grid = sds.grids.uniform(*ends, STEPS)
     options = {"solver": solver, "save_at": "grid", **options}
     whole = sds.solve(sde, x0, grid=grid, noise=sds.BrownianPath(3, first_path=2), **options)
     yield whole, whole
-    for k in range(1, STEPS):
+    for k in (1, 3):
         first = sds.solve(sde, x0, grid=grid[: k + 1], noise=sds.BrownianPath(3, first_path=2), **options)
-        state = pickle.loads(pickle.dumps(first.state)) if k == 2 else first.state
+        state = pickle.loads(pickle.dumps(first.state)) if k == 3 else first.state
         yield whole, sds.solve(sde, grid=grid[k:], start=state, **options)
 
 
