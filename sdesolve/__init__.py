@@ -16,6 +16,7 @@ from sdesolve.diffusions import (
     LinearDiffusion,
     Rectified,
     SubVP,
+    TableBeta,
 )
 from sdesolve.integrate.solution import DivergenceError, Solution, Stats
 from sdesolve.integrate.solve import solve
@@ -135,7 +136,8 @@ __all__ = [
     "NetworkScore", "Noise", "NoiseLadder", "Objective", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
     "ProbabilityFlow", "Quantisation", "Rates", "Rectified", "ReverseDiffusion", "ReverseSDE", "Row", "SASolver",
     "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SPaRK", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK",
-    "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "Tamed", "TrainingTimes", "Truncated",
+    "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "TableBeta", "Tamed", "TrainingTimes",
+    "Truncated",
     "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "W2Ito1", "WeakTable", "adapters",
     "correlated", "decode", "drop_labels", "encode", "estimate_likelihood", "grids", "inverse", "load",
     "log_likelihood", "mcmc", "metrics", "models", "nn", "noised_cross_entropy", "operators", "oracle",

@@ -104,6 +104,53 @@ def uniform(t0: float, t1: float, steps: int) -> Tensor:
 
 
 @survives_forks
+def timesteps(total: int, steps: int, spacing: str = "leading", *, offset: int = 0, to_zero: bool = True) -> Tensor:
+    """``steps`` of the ``total`` steps of a chain, as times ``t = k + 1`` of its `TableBeta`, and where the last ends.
+
+    ==============  ============================================================================================
+    ``spacing``     steps ``k``, counted from 0 (Lin et al. 2024, table 2)
+    ==============  ============================================================================================
+    ``"leading"``   ``offset + j floor(total / steps)``: from below the chain's end, and from ``offset`` on
+    ``"trailing"``  ``round(total - j total / steps) - 1``: the chain's end is among them
+    ``"linspace"``  ``round(j (total - 1) / (steps - 1))``: both ends are
+    ==============  ============================================================================================
+
+    Args:
+        total: steps of the chain.
+        steps: how many to take; each is one evaluation.
+        spacing: as above.
+        offset: first step of ``"leading"``.
+        to_zero: end at clean data, ``t = 0``; else at the chain's first step, ``t = 1``.
+
+    Returns:
+        Decreasing times, float64: ``(steps + 1,)``, or ``(steps,)`` where the last step is the chain's first already.
+
+    Raises:
+        ValueError: more steps than the chain has, an unknown spacing, or an offset that leads beyond the chain.
+        TypeError: a number of steps that is not an integer.
+    """
+    total, steps, offset = (
+        whole_number(n, m, i) for n, m, i in ((total, "total", 1), (steps, "steps", 1), (offset, "offset", 0))
+    )
+    if steps > total:
+        raise ValueError(f"a chain of {total} steps has no {steps} of them")
+    k: Any
+    if spacing == "leading":
+        k = np.arange(steps) * (total // steps) + offset
+    elif spacing == "trailing":
+        k = (np.round(np.arange(total, 0, -total / steps)) - 1)[:steps][::-1]
+    elif spacing == "linspace":
+        k = np.linspace(0, total - 1, steps).round()
+    else:
+        raise ValueError(f"spacing={spacing!r} is unknown; choose one of 'leading', 'trailing', 'linspace'")
+    if k[-1] >= total:
+        raise ValueError(f"offset={offset} leads to step {int(k[-1])}, and the chain has 0 ... {total - 1}")
+    times = torch.from_numpy(k[::-1].astype(np.float64) + 1.0)
+    end = 0.0 if to_zero else 1.0
+    return times if float(times[-1]) == end else torch.cat([times, times.new_full((1,), end)])
+
+
+@survives_forks
 def karras(t0: float, t1: float, steps: int, rho: float = 7.0) -> Tensor:
     """``t_k = (t0^(1/rho) + k/steps (t1^(1/rho) - t0^(1/rho)))^rho``, Karras et al. 2022, eq. 5.
 

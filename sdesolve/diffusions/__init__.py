@@ -6,6 +6,7 @@ from sdesolve.diffusions.linear import LinearDiffusion
 from sdesolve.diffusions.ou import OU
 from sdesolve.diffusions.rectified import Rectified
 from sdesolve.diffusions.subvp import SubVP
+from sdesolve.diffusions.table import TableBeta
 from sdesolve.diffusions.ve import VE
 from sdesolve.diffusions.vp import VP, AbstractBetaSchedule, CosineBeta, LinearBeta
 
@@ -23,6 +24,7 @@ __all__ = [
     "Prior",
     "Rectified",
     "SubVP",
+    "TableBeta",
     "Transition",
     "inverse_log_snr",
 ]  # fmt: skip

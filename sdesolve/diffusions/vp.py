@@ -32,6 +32,10 @@ class AbstractBetaSchedule(abc.ABC):
     def time_at_integral(self, integral: Tensor) -> Tensor:
         """The inverse of `integral`: the time ``t >= 0`` with ``B(t)`` of this value."""
 
+    def time_grid(self, steps: int) -> Tensor:
+        """The grid of a number of steps from ``t_max`` to ``t_min``, float64: uniform in time."""
+        return grids.uniform(self.t_max, self.t_min, steps)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
@@ -154,8 +158,8 @@ class AbstractScheduled(AbstractDiffusion):
 
     @final
     def time_grid(self, steps: int) -> Tensor:
-        """Uniform in time."""
-        return grids.uniform(self.t_max, self.t_min, steps)
+        """That of the schedule: uniform in time, or whole steps of a table."""
+        return self.schedule.time_grid(steps)
 
 
 @final

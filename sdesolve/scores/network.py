@@ -431,9 +431,11 @@ class NetworkScore(nn.Module):
         if not isinstance(F, Tensor):
             raise TypeError(f"the network must return a tensor, got {type(F).__name__}")
         if F.shape != x.shape:
+            hint = "the last layer and any final reshape are the places to look"
+            if x.ndim > 1 and F.shape == (len(x), 2 * x.shape[1], *x.shape[2:]):
+                hint = "where the second half of its channels is a variance, give lambda x, t: net(x, t).chunk(2, 1)[0]"
             raise ValueError(
-                f"the network must return the shape of its state, {tuple(x.shape)}, got {tuple(F.shape)}; the last "
-                "layer and any final reshape are the places to look"
+                f"the network must return the shape of its state, {tuple(x.shape)}, got {tuple(F.shape)}; {hint}"
             )
         if F.dtype != x.dtype:
             if not torch.is_autocast_enabled(x.device.type):

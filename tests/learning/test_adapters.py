@@ -1,12 +1,13 @@
 import importlib
 import math
+import types
 
 import pytest
 import torch
 import torchsde
 
 import sdesolve as sds
-from sdesolve.adapters import DiffusersNet, FromTorchSDE, TorchSDENoise, ToTorchSDE
+from sdesolve.adapters import DiffusersNet, DiffusersSchedule, FromTorchSDE, TorchSDENoise, ToTorchSDE
 
 
 class Theirs(torch.nn.Module):
@@ -186,6 +187,55 @@ def test_the_steps_of_their_ddpm_have_the_noise_levels_of_the_process(diffusers)
     torch.testing.assert_close(DiffusersNet(torch.nn.Identity()).steps * t.double() - 1, k.double())
     # log alpha^2 agrees to the order of one step: beta_k^2 / 2 summed, at most 1000 * 0.02^2 / 6, and an end point
     assert float((sds.VP().alpha(t.double()).square().log() - product.log()).abs().max()) < 0.08
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(("told", "zero"), [("epsilon", False), ("v_prediction", True)])
+def test_ddim_by_their_scheduler_is_theirs(diffusers, spacing, told, zero):
+    scheduler = diffusers.DDIMScheduler(
+        clip_sample=False, timestep_spacing=spacing, prediction_type=told, rescale_betas_zero_snr=zero,
+        beta_schedule="scaled_linear", steps_offset=int(spacing == "leading"), set_alpha_to_one=spacing != "leading",
+    )  # fmt: skip
+    schedule, model = DiffusersSchedule(scheduler), small_unet(diffusers).double()
+    score, grid = schedule.score(model), schedule.grid(10)
+    scheduler.set_timesteps(10)
+    assert [int(t) - 1 for t in grid[:-1]] == scheduler.timesteps.tolist()
+    x0 = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = x0
+        for k in scheduler.timesteps:
+            x = scheduler.step(model(x, k).sample, k, x).prev_sample
+        flow = schedule.process.probability_flow(score)
+        ours = sds.solve(flow, x0, grid=grid, solver=sds.DDIM(), backend="eager").x1
+    # Their table is float32, and so are their roots of it: 3.1% with the continuous process in its place.
+    torch.testing.assert_close(ours, x, rtol=1e-6, atol=1e-6 * float(x.abs().max()))
+
+
+def test_a_scheduler_says_what_is_not_done_here(diffusers):
+    with pytest.warns(UserWarning, match="clip_sample of this scheduler changes its denoised states"):
+        DiffusersSchedule(diffusers.DDIMScheduler())
+    with pytest.raises(TypeError, match=r"lacks them. One of flow matching has no table: .* Rectified\(\), 'flow'"):
+        DiffusersSchedule(diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="prediction_type='flow' is unknown here"):
+        DiffusersSchedule(diffusers.DDIMScheduler(clip_sample=False, prediction_type="flow"))
+
+
+def test_a_learned_variance_is_left_out_on_request(diffusers):
+    torch.manual_seed(0)
+
+    class Both(torch.nn.Conv2d):
+        def forward(self, x, k):
+            return types.SimpleNamespace(sample=super().forward(x))
+
+    model, x, t = Both(3, 6, 3, padding=1), torch.randn(2, 3, 4, 4), torch.tensor(0.5)
+    score = sds.NetworkScore(DiffusersNet(model, learned_variance=True), sds.VP())
+    torch.testing.assert_close(score.noise(x, t), model(x, t).sample[:, :3])
+    with pytest.raises(
+        ValueError, match=r"second half of its channels is a variance, give lambda .*chunk\(2, 1\)\[0\]"
+    ):
+        sds.NetworkScore(DiffusersNet(model), sds.VP())(x, t)
+    with pytest.raises(ValueError, match="a model of 6 channels on states of 3; this one returns 3"):
+        DiffusersNet(Both(3, 3, 1), learned_variance=True)(x, t.expand(2))
 
 
 def test_their_network_draws_and_learns_with_classes_and_a_null_class(diffusers):
