@@ -25,7 +25,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 
-__all__ = ["Job", "scratch", "single_threaded_if_forked", "split", "survives_forks"]
+__all__ = ["Job", "scratch", "single_threaded", "single_threaded_if_forked", "split", "survives_forks"]
 
 _PIECES = 6  # for each thread, at least
 _LARGEST = 512  # grains in a piece, at most: where a grain takes 60 us, an interrupt waits for 30 ms
@@ -164,7 +164,7 @@ def single_threaded_if_forked() -> contextlib.AbstractContextManager[None]:
     The child of a process that has used torch's OpenMP threads does not have them, and would wait for them for ever.
     Our own threads are made anew there, and `split` uses as many as ever.
     """
-    return _single_threaded() if _forked else contextlib.nullcontext()
+    return single_threaded() if _forked else contextlib.nullcontext()
 
 
 def survives_forks(function: Callable[P, R]) -> Callable[P, R]:
@@ -174,7 +174,7 @@ def survives_forks(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not _forked:
             return function(*args, **kwargs)
-        with _single_threaded():
+        with single_threaded():
             return function(*args, **kwargs)
 
     return call
@@ -190,7 +190,8 @@ _alone = _Alone()
 
 
 @contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
+    """Keep torch's operations in this thread, whose sums then have one order."""
     if _alone.threads:
         yield
         return

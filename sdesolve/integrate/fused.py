@@ -22,6 +22,7 @@ from sdesolve_kernels.dispatch import backend_for, requested_backend, use_backen
 from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
+    Adjoint,
     Guards,
     Inputs,
     Launch,
@@ -34,6 +35,7 @@ from sdesolve_kernels.trajectory import (
     compile_trajectory,
     look_into,
     recorded,
+    reverse,
     same_operations,
     trace,
     unchanged,
@@ -49,6 +51,7 @@ from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increment
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
+from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
 from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled
 from sdesolve.integrate.non_finite import refuse_overflow
 from sdesolve.integrate.problem import Problem
@@ -87,6 +90,7 @@ class _Kernel:
         read: tensors whose values were made into the kernel: places as in ``where``, and the values.
         bindings: what names in libraries stood for (`unchanged`).
         proved: whether the trace shows that its noise is what the solver takes it for.
+        adjoint: with its reverse, if gradients are wanted.
         spans: ends of grids for which that was looked at, where it does not.
         batches: sizes of batch for which it was compared with torch, and why it is not right for one.
     """
@@ -98,6 +102,7 @@ class _Kernel:
     read: tuple[tuple[int, Tensor], ...]
     bindings: list[Any]
     proved: bool
+    adjoint: Adjoint | None
     spans: set[tuple[float, float]] = dataclasses.field(default_factory=set)
     batches: dict[int, Unsupported | None] = dataclasses.field(default_factory=dict)
 
@@ -127,6 +132,8 @@ class Fused:
             with _explained():
                 guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
                 _check_untransformed(problem.x0, *problem.memory, *guards.tensors)
+                if _is_graded(problem, guards, lowered) and _repeats(lowered) is not None:
+                    raise CannotExecute("gradients are wanted, of paths that are repeated")
                 kernel = _known(problem, guards, lowered, self._wanted)
             if kernel is None or len(problem.x0) not in kernel.batches:
                 noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
@@ -141,7 +148,7 @@ class Fused:
         kernel = _repeating(kernel, lowered)
         try:
             launch = _launch(problem, kernel, guards, lowered)
-            saved = _run(problem, kernel, launch)
+            saved = _run(problem, kernel, launch, _start(problem, kernel, guards, lowered))
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
         if not kernel.proved:
@@ -214,13 +221,15 @@ def _traced_step(lowered: Lowered) -> Callable[[Inputs], Sequence[Tensor]]:
 
 
 def _check_untransformed(*tensors: Tensor) -> None:
-    """Refuses derivatives, of which a fused kernel has none."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise CannotExecute(
-            "gradients are wanted, of the state or of a tensor that the functions hold, and a fused kernel has none"
-        )
+    """Refuses derivatives forwards, of which a fused kernel has none."""
     if has_tangent(*tensors):
         raise CannotExecute(TRANSFORMED)
+
+
+def _is_graded(problem: Problem, guards: Guards, lowered: Lowered) -> bool:
+    """Whether gradients may be wanted."""
+    tensors = (problem.x0, *problem.memory, *guards.tensors, *(() if lowered.table is None else (lowered.table,)))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
@@ -293,9 +302,15 @@ class _Repeating(AbstractTrajectory):
         return Run(x1, states, pooled(moments, counts) if moments else None, memory)
 
 
-def _repeating(kernel: _Kernel, lowered: Lowered) -> _Kernel:
+def _repeats(lowered: Lowered) -> BrownianPath | None:
+    """The noise, if rows take its paths again and again."""
     path = lowered.sources[0].noise if lowered.sources else None
-    if not isinstance(path, BrownianPath) or path.repeat is None:
+    return path if isinstance(path, BrownianPath) and path.repeat is not None else None
+
+
+def _repeating(kernel: _Kernel, lowered: Lowered) -> _Kernel:
+    path = _repeats(lowered)
+    if path is None:
         return kernel
     return dataclasses.replace(kernel, trajectory=_Repeating(kernel.trajectory, path))
 
@@ -374,6 +389,8 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         torch.get_default_dtype(),
         torch.is_autocast_enabled(x0.device.type),
         torch.is_grad_enabled(),
+        _is_graded(problem, guards, lowered),
+        lowered.table is not None and lowered.table.requires_grad,
         torch.is_inference_mode_enabled(),
         bool(problem.save.inside),
         lowered.columns,
@@ -413,14 +430,18 @@ def _build(
             raise
         except Exception as met:  # tracing says more of it
             failure = met
-        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0), problem.time_dtype)
+        graded = _is_graded(problem, guards, lowered)
+        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0), problem.time_dtype, graded)
         with guards.preserved() as watch:
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
             proved = not has_structure(problem) or is_proved(problem)
         if failure is not None:
             raise Unsupported(f"its first step fails ({_described(failure)})") from failure
         kinds = [source.path.kind for source in lowered.sources]
-        trajectory = compile_trajectory(program, kinds, math.inf if wanted else _COMPILING)
+        seconds = math.inf if wanted else _COMPILING
+        trajectory, adjoint = compile_trajectory(program, kinds, seconds), None
+        if graded:
+            adjoint = _adjoint(problem, lowered, trajectory, seconds)
     except Unsupported:
         raise
     except Exception as met:
@@ -430,7 +451,20 @@ def _build(
         raise Unsupported("it uses a tensor that it makes outside torch, or that could not be found beforehand")
     where = tuple(places[id(c)] for c in program.captured)
     read = tuple((where[i], program.captured[i].detach().clone()) for i in program.read)
-    return _Kernel(trajectory, where, evaluations, noises, read, watch.bindings(), proved), guards
+    return _Kernel(trajectory, where, evaluations, noises, read, watch.bindings(), proved, adjoint), guards
+
+
+def _adjoint(problem: Problem, lowered: Lowered, trajectory: AbstractTrajectory, seconds: float) -> Adjoint:
+    """A trajectory with its reverse."""
+    program = trajectory.plan.program
+    check_without_hooks([problem.x0, *problem.memory, *program.captured])
+    wanted, rows = _wanted(program.captured), lowered.table is not None and lowered.table.requires_grad
+    return Adjoint(trajectory, reverse(program, wanted, rows=rows), wanted, rows=rows, seconds=seconds)
+
+
+def _wanted(captured: Sequence[Tensor]) -> list[int]:
+    """Those that have a gradient."""
+    return [i for i, c in enumerate(captured) if c.requires_grad and c.is_floating_point()]
 
 
 def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[tuple[int, ...]]) -> Guards:
@@ -514,7 +548,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         end = last if table is None else k + 1
 
         def eager(x: Tensor) -> Tensor:
-            return step(_inputs(problem, lowered, kernel.noises, k, end, x))[0]
+            return step(_inputs(problem, lowered, kernel.noises, k, end, x))[0].detach()
 
         def fused(x: Tensor) -> Tensor:
             return kernel.trajectory.run(launch(x, k, end, ())).x1
@@ -535,11 +569,40 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
                 assert states is not None
                 return states.reshape(len(x), *shape)
 
-            agree(observe, seen, x0, eps)
+            agree(lambda x: observe(x).detach(), seen, x0, eps)
+        if kernel.adjoint is not None:
+            _compare_gradients(problem, kernel, kernel.adjoint, guards, lowered)
     except Unsupported:
         raise
     except Exception as met:
         raise Unsupported(f"comparing it with torch fails ({_described(met)})") from met
+
+
+def _compare_gradients(
+    problem: Problem, kernel: _Kernel, adjoint: Adjoint, guards: Guards, lowered: Lowered
+) -> None:
+    """Compares gradients of the first two steps with autograd's."""
+    observe, step, first = _observe(problem), _traced_step(lowered), problem.first
+    last = min(first + 2, problem.steps)
+    captured = [guards.tensors[i] for i in kernel.where]
+    bare, offsets = [c.detach() for c in captured], _offsets(problem, kernel, lowered)
+    rows = None if lowered.table is None else lowered.table.detach()
+
+    def launch(x: Tensor) -> Launch:
+        saves = () if observe is None else (last,)
+        times = problem.times
+        return Launch(x.contiguous(), times, rows, offsets, saves, False, bare, first_step=first, last_step=last)
+
+    def eager(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        states: Sequence[Tensor] = lowered.start(x)
+        for k in range(first, last):
+            inputs = _inputs(problem, lowered, kernel.noises, k, k + 1, x)
+            states = step(dataclasses.replace(inputs, states=tuple(states)))
+        return states[0], None if observe is None else observe(states[0])
+
+    where = _wanted(captured)
+    eps = coarsest(kernel.trajectory.plan.program)
+    compare_gradients(adjoint, launch, eager, [captured[i] for i in where], where, problem.x0.detach(), eps)
 
 
 def _described(problem: Exception) -> str:
@@ -561,13 +624,14 @@ def _observe(problem: Problem) -> Callable[[Tensor], Tensor] | None:
 
 
 _REASON = "the whole trajectory is one generated kernel"
+_GRADED = f"{_REASON}, and its gradient another"
 
 
 def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Launch:
     """The integration from its first step to its last, with nothing saved."""
     captured = tuple(guards.tensors[i] for i in kernel.where)
     offsets = _offsets(problem, kernel, lowered)
-    memory = torch.cat([m.detach().flatten(1) for m in problem.memory], 1) if problem.memory else None
+    memory = torch.cat([m.flatten(1) for m in problem.memory], 1) if problem.memory else None
     return Launch(
         problem.x0, problem.times, lowered.table, offsets, (), False, captured, first_step=problem.first, memory=memory
     )
@@ -596,14 +660,36 @@ def _report_divergence(problem: Problem, trajectory: AbstractTrajectory, lowered
     refuse_overflow(problem, first, trajectory.run(step).x1)
 
 
-def _run(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
+Start = Callable[[Launch], Run]
+
+
+def _start(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Start:
+    """How a launch is run: as a part of torch's graph if gradients are wanted."""
+    adjoint = kernel.adjoint
+    if adjoint is None:
+        return kernel.trajectory.run
+
+    def unchanged() -> bool:
+        return look_into(*_roots(problem), most_weights=_MOST_WEIGHTS).key == guards.key
+
+    again = Again(problem, lowered, _observe(problem) is not None, unchanged)
+    return lambda launch: differentiated(adjoint, launch, again)
+
+
+def _told(kernel: _Kernel) -> tuple[str, str]:
+    """What `Saved` says of a kernel, and its source."""
+    source = kernel.trajectory.source  # which may depend on the launch
+    return (_REASON, source) if kernel.adjoint is None else (_GRADED, f"{source}\n\n{kernel.adjoint.source}")
+
+
+def _run(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) -> Saved:
     work = problem.taken * len(problem.x0)
     with progress_bar(problem.progress, total=work, unit="path-step", leave=False) as bar:
         launch = dataclasses.replace(launch, progress=bar.update if problem.progress else None)
-        return (_between if problem.save.inside else _on_grid)(problem, kernel, launch)
+        return (_between if problem.save.inside else _on_grid)(problem, kernel, launch, start)
 
 
-def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
+def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) -> Saved:
     """A run whose plan has times on the grid alone."""
     save, x0 = problem.save, problem.x0
     trajectory = kernel.trajectory
@@ -611,8 +697,8 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     saves = sorted(k for k, slots in save.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
     plain = saves == [problem.steps] and save.observable is None and not save.moments
-    saved = trajectory.run(dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments))
-    source, memory = trajectory.source, _remembered(saved.memory, x0)  # the source may depend on the launch
+    saved = start(dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments))
+    (reason, source), memory = _told(kernel), _remembered(saved.memory, x0)
     # Two times at one grid point are two entries of what is returned.
     entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
     order = [entry[slot] for slot in range(len(save.ts))]
@@ -621,10 +707,10 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
     if saved.moments is not None:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
         mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
-        return Saved(saved.x1, mean, variance, problem.taken, evaluations, "fused", _REASON, source, memory=memory)
+        return Saved(saved.x1, mean, variance, problem.taken, evaluations, "fused", reason, source, memory=memory)
     xs = saved.x1[None].clone() if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
     xs = xs if order == list(range(len(xs))) else xs[order]
-    return Saved(saved.x1, xs, None, problem.taken, evaluations, "fused", _REASON, source, memory=memory)
+    return Saved(saved.x1, xs, None, problem.taken, evaluations, "fused", reason, source, memory=memory)
 
 
 def _remembered(memory: Tensor | None, x0: Tensor) -> tuple[Tensor, ...]:
@@ -654,11 +740,11 @@ def _around(save: SavePlan) -> list[int]:
     return sorted({k for k, slots in save.on_grid.items() if slots} | {k + i for k in save.inside for i in (0, 1)})
 
 
-def _between(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
+def _between(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) -> Saved:
     """A run whose plan has times between grid points: states there follow from those on both sides."""
     save, watched = problem.save, problem.watched
     launch = dataclasses.replace(launch, saves=_around(save))
-    saved = kernel.trajectory.run(launch)
+    saved = start(launch)
     assert saved.states is not None
     before = watched.evaluations
     states = dict(zip(launch.saves, saved.states.reshape(-1, *problem.x0.shape), strict=True))
@@ -669,6 +755,6 @@ def _between(problem: Problem, kernel: _Kernel, launch: Launch) -> Saved:
             save.within_step(k, functools.partial(problem.between, k, x=x, x_next=states[k + 1], span=span))
     variances = save.variances() if save.moments else None
     evaluations = kernel.evaluations * problem.taken + watched.evaluations - before
-    source = kernel.trajectory.source
+    reason, source = _told(kernel)
     memory, xs = _remembered(saved.memory, problem.x0), save.states()
-    return Saved(saved.x1, xs, variances, problem.taken, evaluations, "fused", _REASON, source, memory=memory)
+    return Saved(saved.x1, xs, variances, problem.taken, evaluations, "fused", reason, source, memory=memory)

@@ -163,6 +163,85 @@ def product(
                 s[out + l] = fma(c, s[row + l], s[out + l])
 
 
+@inline
+def copy(s: Any, start: Any, to: Any, count: Any) -> Any:
+    """``count`` numbers to another place; the two do not overlap."""
+    for l in range(count):  # noqa: E741
+        s[to + l] = s[start + l]
+
+
+@inline
+def add_sums(
+    out: Any, offset: Any, s: Any, start: Any, count: Any, lanes: Any, used: Any, width: Any, zero: Any
+) -> Any:  # fmt: skip
+    """Adds to each of ``count`` numbers the sum of the first `lanes` lanes of a row, and clears the row.
+
+    In float64, as eight sums that are added up as a tree: an order that depends on nothing but the block.
+    """
+    eights = lanes // 8 * 8
+    for j in range(count):
+        row = start + j * width
+        t0, t1, t2, t3, t4, t5, t6, t7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for l in range(row, row + eights, 8):  # noqa: E741
+            t0 += F64(s[l])
+            t1 += F64(s[l + 1])
+            t2 += F64(s[l + 2])
+            t3 += F64(s[l + 3])
+            t4 += F64(s[l + 4])
+            t5 += F64(s[l + 5])
+            t6 += F64(s[l + 6])
+            t7 += F64(s[l + 7])
+        for l in range(row + eights, row + lanes):  # noqa: E741
+            t0 += F64(s[l])
+        out[offset + j] += ((t0 + t1) + (t2 + t3)) + ((t4 + t5) + (t6 + t7))
+        for l in range(row, row + used):  # noqa: E741
+            s[l] = zero
+
+
+@inline
+def add_rows(
+    out: Any, offset: Any, s: Any, start: Any, count: Any, lanes: Any, used: Any, width: Any, zero: Any
+) -> Any:  # fmt: skip
+    """Adds rows to ``count`` numbers of each path, and clears them."""
+    for j in range(count):
+        row = start + j * width
+        for l in range(lanes):  # noqa: E741
+            out[offset + l * count + j] += F64(s[row + l])
+        for l in range(row, row + used):  # noqa: E741
+            s[l] = zero
+
+
+@inline
+def add_outer(
+    s: Any, left: Any, right: Any, turned: Any, out: Any, rows: Any, columns: Any, lanes: Any, width: Any
+) -> Any:  # fmt: skip
+    """Adds ``sum_l left_l right_l^T`` over lanes to a ``rows x columns`` matrix; the vectors are rows of lanes."""
+    for j in range(columns):
+        for l in range(lanes):  # noqa: E741
+            s[turned + l * columns + j] = s[right + j * width + l]
+    fours = lanes // 4 * 4
+    for i in range(rows):
+        row, at = out + i * columns, left + i * width
+        for l in range(0, fours, 4):  # noqa: E741
+            c0, c1, c2, c3 = s[at + l], s[at + l + 1], s[at + l + 2], s[at + l + 3]
+            v = turned + l * columns
+            for j in range(columns):
+                total = fma(c1, s[v + columns + j], fma(c0, s[v + j], s[row + j]))
+                s[row + j] = fma(c3, s[v + 3 * columns + j], fma(c2, s[v + 2 * columns + j], total))
+        for l in range(fours, lanes):  # noqa: E741
+            c, v = s[at + l], turned + l * columns
+            for j in range(columns):
+                s[row + j] = fma(c, s[v + j], s[row + j])
+
+
+@inline
+def add_entries(out: Any, offset: Any, s: Any, start: Any, count: Any, zero: Any) -> Any:
+    """Adds numbers side by side, and clears them."""
+    for j in range(count):
+        out[offset + j] += F64(s[start + j])
+        s[start + j] = zero
+
+
 def namespace() -> dict[str, Any]:
     """The names that generated code uses: those of this module, and elementary functions such as ``exp_float32``."""
     own = {name: value for name, value in globals().items() if not name.startswith("_")}

@@ -8,13 +8,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 from sdesolve_kernels.trajectory.expressions import I64, Expression, topological
-from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, NoiseLeaf, PathInvariant, State
+from sdesolve_kernels.trajectory.leaves import (
+    Accumulated,
+    Column,
+    Cotangent,
+    LoopInvariant,
+    NoiseLeaf,
+    PathInvariant,
+    State,
+)
 from sdesolve_kernels.trajectory.operations import OPERATIONS, OpSpec
 
 __all__ = ["LOCALS", "AbstractDialect", "Writer", "indented", "local", "needed"]
 
 # What the local variable of a leaf begins with, in every target; its number follows.
-LOCALS: dict[type[Any], str] = {State: "x", NoiseLeaf: "z", Column: "c", LoopInvariant: "u", PathInvariant: "i"}
+LOCALS: dict[type[Any], str] = {
+    State: "x", NoiseLeaf: "z", Column: "c", LoopInvariant: "u", PathInvariant: "i", Cotangent: "g", Accumulated: "q",
+}  # fmt: skip
 
 _LONGEST = 60  # characters of a subexpression written where it is used
 

@@ -2,18 +2,32 @@
 
 Rules follow torch where a derivative is not defined: ``abs`` has 0 at 0, the smaller or larger of two equal numbers
 passes half to each, rounding and comparisons pass nothing. What is a constant 0 is not propagated: no ``0 * inf`` comes
-from inputs that an output does not depend on.
+from inputs that an output does not depend on. Reverse accumulation differs from torch in one place: what a branch of
+``where`` passes on where it was not chosen is 0, be its derivative infinite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from sdesolve_kernels.trajectory.expressions import FLOATS, Expression, Graph, topological
 from sdesolve_kernels.trajectory.leaves import Shared
 from sdesolve_kernels.trajectory.operations import OPERATIONS, Term
 
-__all__ = ["derivative", "jvp", "vjp"]
+__all__ = ["Outer", "derivative", "jvp", "vjp"]
+
+
+class Outer(NamedTuple):
+    """The cotangent of a matrix of a product kept whole: that of the result times the vector, an outer product.
+
+    Attributes:
+        product: matrix times vector.
+        pulled: the transposed matrix times the cotangent of the result.
+    """
+
+    product: Expression
+    pulled: Expression
 
 
 def derivative(graph: Graph, e: Expression, i: int) -> Expression:
@@ -34,7 +48,11 @@ def derivative(graph: Graph, e: Expression, i: int) -> Expression:
 
 
 def vjp(
-    graph: Graph, roots: Sequence[Expression], cotangents: Sequence[Expression], wrt: Sequence[Expression]
+    graph: Graph,
+    roots: Sequence[Expression],
+    cotangents: Sequence[Expression],
+    wrt: Sequence[Expression],
+    outers: list[Outer] | None = None,
 ) -> list[Expression]:
     """Reverse accumulation: ``sum_i cotangents[i] d roots[i] / d w`` for each ``w`` in ``wrt``.
 
@@ -43,26 +61,71 @@ def vjp(
         roots: floats.
         cotangents: one for each root, of its type.
         wrt: leaves, or any expressions that the roots are made of; `Shared` entries may lie in matrices kept whole.
+        outers: gets the cotangents of matrices kept whole.
 
     Raises:
         ValueError: one of ``wrt`` is no float, and has no gradient.
     """
     _check_floats(wrt)
-    found: dict[int, list[Expression]] = {}
+    pulled = _Pulled(graph)
     for root, cotangent in zip(roots, cotangents, strict=True):
-        _add(found, root, cotangent)
+        pulled.add(root, cotangent)
     rows: dict[int, dict[int, Expression]] = {}  # of products, the cotangents of their elements
     for e in reversed(topological(roots)):
-        if e.op == "product":
-            _pull_product(graph, e, rows.get(e.id, {}), wrt, found)
-        elif e.id in found and e.args and e.dtype in FLOATS:
-            v = graph.sum(found[e.id], e.dtype)
-            if e.op == "element":
-                rows.setdefault(e.args[0].id, {})[e.data] = v
-                continue
+        if e.op == "product" and e.id in rows:
+            made = _pull_product(graph, e, rows[e.id], wrt, pulled)
+            if outers is not None:
+                outers.append(Outer(e, made))
+        elif e.op == "element":
+            if e in pulled:
+                rows.setdefault(e.args[0].id, {})[e.data] = pulled.total(e)
+        elif e in pulled and e.args and e.dtype in FLOATS:
+            v, mask = pulled.sum(e)
             for i, a in enumerate(e.args):
-                _add(found, a, _applied(graph, e, i, v))
-    return [graph.sum(found.get(w.id, ()), w.dtype) for w in wrt]
+                if e.op == "where" and i:
+                    chosen = e.args[0] if i == 1 else graph.op("not", e.args[0])
+                    pulled.add(a, v, chosen if mask is None else graph.op("and", mask, chosen))
+                else:
+                    pulled.add(a, _applied(graph, e, i, v), mask)
+    return [pulled.total(w) for w in wrt]
+
+
+class _Pulled:
+    """Cotangents found so far, in terms; each counts where its mask holds, if it has one.
+
+    Masks are applied last: a mask on ``v`` alone would leave ``0 / 0`` of ``v / (2 sqrt x)`` where ``x`` is 0.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._terms: dict[int, list[tuple[Expression, Expression | None]]] = {}
+
+    def __contains__(self, e: Expression) -> bool:
+        return e.id in self._terms
+
+    def add(self, e: Expression, v: Expression | None, mask: Expression | None = None) -> None:
+        if v is not None and not (v.op == "const" and v.data == 0):
+            self._terms.setdefault(e.id, []).append((v, mask))
+
+    def sum(self, e: Expression) -> tuple[Expression, Expression | None]:
+        """All terms, and the mask that they share."""
+        terms = self._terms.get(e.id, ())
+        masks = {None if mask is None else mask.id: mask for _, mask in terms}
+        if len(masks) == 1:
+            return self._graph.sum([v for v, _ in terms], e.dtype), next(iter(masks.values()))
+        if len(masks) == 2 and None not in masks:
+            first, second = masks.values()
+            if first is self._graph.op("not", second):  # both branches of one choice
+                parts = [self._graph.sum([v for v, m in terms if m is mask], e.dtype) for mask in (first, second)]
+                return self._graph.op("where", first, *parts), None
+        return self._graph.sum([self._masked(v, mask) for v, mask in terms], e.dtype), None
+
+    def total(self, e: Expression) -> Expression:
+        """All terms."""
+        return self._masked(*self.sum(e))
+
+    def _masked(self, v: Expression, mask: Expression | None) -> Expression:
+        return v if mask is None else self._graph.op("where", mask, v, self._graph.const(0, v.dtype))
 
 
 def jvp(
@@ -99,11 +162,6 @@ def _applied(graph: Graph, e: Expression, i: int, v: Expression) -> Expression |
     return None if rule is None else rule(*(Term(graph, x) for x in (v, e, *e.args))).e
 
 
-def _add(found: dict[int, list[Expression]], e: Expression, v: Expression | None) -> None:
-    if v is not None:
-        found.setdefault(e.id, []).append(v)
-
-
 def _entries(e: Expression, wrt: Sequence[Expression]) -> list[tuple[Expression, int, int]]:
     """Those of ``wrt`` that are entries of a product's matrix, with row and column."""
     shared = [w for w in wrt if isinstance(w.data, Shared) and w.data.parameter == e.data.parameter]
@@ -114,22 +172,17 @@ def _entries(e: Expression, wrt: Sequence[Expression]) -> list[tuple[Expression,
 
 
 def _pull_product(
-    graph: Graph,
-    e: Expression,
-    rows: dict[int, Expression],
-    wrt: Sequence[Expression],
-    found: dict[int, list[Expression]],
-) -> None:
+    graph: Graph, e: Expression, rows: dict[int, Expression], wrt: Sequence[Expression], pulled: _Pulled
+) -> Expression:
     """From the elements of a product to the vector, by the transposed matrix, and to entries of the matrix."""
-    if not rows:
-        return
     zero = graph.const(0, e.dtype)
-    pulled = graph.product(e.data.transposed, [rows.get(i, zero) for i in range(e.data.rows)], e.dtype)
+    made = graph.product(e.data.transposed, [rows.get(i, zero) for i in range(e.data.rows)], e.dtype)
     for j, a in enumerate(e.args):
-        _add(found, a, graph.element(pulled, j))
+        pulled.add(a, graph.element(made, j))
     for w, i, j in _entries(e, wrt):
         if i in rows:
-            _add(found, w, graph.op("mul", rows[i], e.args[j]))
+            pulled.add(w, graph.op("mul", rows[i], e.args[j]))
+    return made
 
 
 def _push_product(

@@ -26,7 +26,7 @@ class Expression:
 
     Attributes:
         op: ``const``, the kind of a leaf (`leaves.KINDS`), a row of `operations.OPERATIONS`, ``cast``, or one of what
-            `Graph` keeps whole: ``sum``, ``product`` and its ``element``.
+            `Graph` keeps whole: ``sum``, ``vector``, ``product`` and the ``element`` of those two.
         args: what the operation is applied to.
         data: the value of a constant, the leaf (a class of `leaves`), the matrix of a product, the index of an element.
         dtype: ``float32``, ``float64``, ``int64`` or ``bool``.
@@ -92,8 +92,20 @@ class Graph:
         self._ranges[made.id] = _INT32
         return made
 
+    def vector(self, entries: Sequence[Expression], rows: tuple[int, int] | None = None) -> Expression:
+        """Expressions of one type that are computed side by side.
+
+        Args:
+            entries: the expressions.
+            rows: where they go, if that is given: the first row, and how many from one to the next.
+        """
+        depends = 0
+        for e in entries:
+            depends |= e.depends
+        return self._intern("vector", tuple(entries), rows, entries[0].dtype, depends)
+
     def element(self, product: Expression, i: int) -> Expression:
-        """Entry ``i`` of a matrix-vector product."""
+        """Entry ``i`` of a matrix-vector product, or of a vector."""
         return self._intern("element", (product,), i, product.dtype, product.depends)
 
     def product(self, matrix: Any, vector: Sequence[Expression], dtype: str) -> Expression:
@@ -193,6 +205,8 @@ class Graph:
             return self.product(e.data, args, e.dtype)
         if e.op == "sum":
             return self.sum(args, e.dtype)
+        if e.op == "vector":
+            return self.vector(args, e.data)
         if e.op == "cast":
             return self.cast(args[0], e.dtype)
         return self.op(e.op, *args)
@@ -282,6 +296,7 @@ _SIMPLIFIED: dict[str, Callable[..., Expression | None]] = {
     "not": _inverse("not"),
     "where": _where,
     "pow": _pow,
+    "detach": lambda g, dtype, a: a if dtype not in FLOATS or a.op == "detach" else None,
     "wrap32": lambda g, dtype, a: a if g.is_int32(a) else None,
     **dict.fromkeys(("min", "max", "clamp_min", "clamp_max"), _same),
 }

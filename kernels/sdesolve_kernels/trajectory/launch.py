@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -15,17 +16,22 @@ from sdesolve_kernels.dispatch import backend_for
 from sdesolve_kernels.trajectory.evaluate import evaluate
 from sdesolve_kernels.trajectory.plan import Plan, plan
 from sdesolve_kernels.trajectory.program import Program
+from sdesolve_kernels.trajectory.reverse import Reverse
 from sdesolve_kernels.trajectory.tracing import Unsupported, dtype_name
 
 __all__ = [
+    "AbstractReverse",
     "AbstractTrajectory",
     "Launch",
     "Moments",
     "Saved",
+    "Sweep",
     "Tables",
     "combined",
     "compile_trajectory",
     "contiguous",
+    "named",
+    "on_host",
     "tables",
 ]
 
@@ -99,11 +105,83 @@ class Saved:
     memory: Tensor | None = None
 
 
+@final
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One way back through some steps.
+
+    Attributes:
+        launch: the run that is gone back through, with these steps alone; its `x0` and `memory` are what it began with.
+        starts: ``(batch, numbers carried)``, before the first of these steps.
+        saved: cotangents of all saved states of the run; or `None`.
+        moments: ``(saves, width, 3)``, for each number saved the cotangent at the mean, by how much that grows with the
+            number, and the mean; or `None`.
+        table, uniforms: of the reverse's plan, for these steps.
+        each_step: whether there is a row of `columns` for each step; else there is one for all.
+        first: whether the run begins with these steps.
+        cotangents: ``(batch, numbers carried)``, of the state after the last of these steps; it becomes that of the
+            state before the first.
+        columns, sums, path_sums: what is added to, float64: ``(steps or 1, columns)``, ``(Reverse.totals,)``,
+            ``(batch, path invariants)``.
+    """
+
+    launch: Launch
+    starts: Tensor
+    saved: Tensor | None
+    moments: Tensor | None
+    table: Tensor
+    uniforms: Tensor
+    each_step: bool
+    first: bool
+    cotangents: Tensor
+    columns: Tensor
+    sums: Tensor
+    path_sums: Tensor
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """The first save after one of these steps, and the last; the start of the run counts as well."""
+        saves, a, b = self.launch.saves, self.launch.first_step, self.launch.end
+        return (bisect.bisect_left if self.first else bisect.bisect_right)(saves, a), bisect.bisect_right(saves, b) - 1
+
+
+class AbstractReverse(abc.ABC):
+    """The reverse of a trajectory, compiled."""
+
+    source: str
+
+    @abc.abstractmethod
+    def steps(self, batch: int, columns: int) -> tuple[int, int]:
+        """How many steps to go back through at once, at least and at most.
+
+        Args:
+            batch: paths.
+            columns: sums that are wanted for each step.
+        """
+
+    @abc.abstractmethod
+    def run(self, sweep: Sweep) -> None:
+        """Goes back through some steps."""
+
+
 class AbstractTrajectory(abc.ABC):
     """A compiled program."""
 
     source: str
     plan: Plan
+
+    def reverse(self, reverse: Reverse, seconds: float = math.inf) -> AbstractReverse:
+        """Compiles the reverse of the program.
+
+        Args:
+            reverse: what to compute.
+            seconds: that it may take.
+
+        Raises:
+            Unsupported: the back end makes no reverse, or none of this one.
+            TooCostly: it would take longer.
+        """
+        raise Unsupported("its back end makes no reverse kernels")
 
     @abc.abstractmethod
     def run(self, launch: Launch) -> Saved:
@@ -140,9 +218,9 @@ class Tables:
             empty = torch.empty(0, dtype=plan.program.signature.dtype, device="cpu")
             return empty, empty
         times = launch.times[first : last + 1]
-        rows = None if launch.rows is None else launch.rows[first:last]
+        rows = None if launch.rows is None else launch.rows[first:last].detach()
         by_path = plan.program.by_path
-        shared = [None if each else _on_host(c) for c, each in zip(launch.captured, by_path, strict=True)]
+        shared = [None if each else on_host(c) for c, each in zip(launch.captured, by_path, strict=True)]
         inputs = [t for t in (times, rows, *shared) if t is not None]
         if sum(t.nbytes for t in inputs) > _LARGEST_KEY:
             return _evaluated(plan, times, rows, shared)
@@ -161,9 +239,7 @@ def _evaluated(
     plan: Plan, times: Tensor, rows: Tensor | None, shared: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     dtype = plan.program.signature.dtype
-    dt = times.diff()
-    named = {"t0": times[:-1], "t1": times[1:], "dt": dt, "scale": dt.abs().sqrt()}
-    values = evaluate([*plan.columns, *plan.loop_invariants], named, rows, shared)
+    values = evaluate([*plan.columns, *plan.loop_invariants], named(times), rows, shared)
     largest = torch.finfo(dtype).max
     if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
         # Torch might multiply in an order in which nothing overflows.
@@ -172,6 +248,12 @@ def _evaluated(
     table = torch.stack(values[:n], 1).to(dtype) if n else torch.empty(0, dtype=dtype, device="cpu")
     uniforms = torch.stack(values[n:]).to(dtype) if plan.loop_invariants else torch.empty(0, dtype=dtype, device="cpu")
     return table, uniforms
+
+
+def named(times: Tensor) -> dict[str, Tensor]:
+    """Times of steps, by the names of `leaves.Time`."""
+    dt = times.diff()
+    return {"t0": times[:-1], "t1": times[1:], "dt": dt, "scale": dt.abs().sqrt()}
 
 
 def combined(parts: Tensor, lanes: int, batch: int) -> Moments:
@@ -195,7 +277,8 @@ def _pooled(means: Tensor, squares: Tensor, counts: Tensor) -> Moments:
     return Moments(mean, (squares.sum(1) + between) / (batch - 1 if batch > 1 else math.nan))
 
 
-def _on_host(c: Tensor) -> Tensor:
+def on_host(c: Tensor) -> Tensor:
+    """As `evaluate` reads it: flat, and float64 if it is of floats."""
     c = c.detach().resolve_neg().reshape(-1).cpu()
     return c.double() if c.dtype.is_floating_point else c
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
-    "KINDS", "PATH", "STATE", "TIME", "Column", "LoopInvariant", "NoiseLeaf", "PathEntry", "PathInvariant", "Shared",
-    "State", "Strided", "TableColumn", "Time",
+    "KINDS", "PATH", "STATE", "TIME", "Accumulated", "Column", "Cotangent", "LoopInvariant", "NoiseLeaf", "PathEntry",
+    "PathInvariant", "Shared", "State", "Strided", "TableColumn", "Time",
 ]  # fmt: skip
 
 # What an expression depends on, besides shared parameters and constants: bits of `Expression.depends`.
@@ -72,6 +72,18 @@ class PathInvariant(NamedTuple):
     i: int
 
 
+class Cotangent(NamedTuple):
+    """The derivative of what is differentiated in number ``i`` of the state after a step; then of an observation."""
+
+    i: int
+
+
+class Accumulated(NamedTuple):
+    """What steps have added so far to sum ``i`` of a reverse sweep."""
+
+    i: int
+
+
 class Strided(NamedTuple):
     """What changes from turn to turn of a loop that `rerolling` found: `rerolling.Rerolled.strided` number ``i``."""
 
@@ -90,4 +102,6 @@ KINDS: dict[type, tuple[str, int]] = {
     LoopInvariant: ("loop_invariant", 0),
     PathInvariant: ("path_invariant", PATH),
     Strided: ("strided", STATE),
+    Cotangent: ("cotangent", STATE),
+    Accumulated: ("accumulated", STATE),
 }

@@ -7,12 +7,22 @@ from typing import NamedTuple, final
 
 from sdesolve_kernels.trajectory.codegen import Writer, indented, needed
 from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
-from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, NoiseLeaf, PathInvariant, State, Strided
-from sdesolve_kernels.trajectory.rerolling import Rerolled, StridedInput, reroll
+from sdesolve_kernels.trajectory.leaves import (
+    Accumulated,
+    Column,
+    Cotangent,
+    LoopInvariant,
+    NoiseLeaf,
+    PathInvariant,
+    State,
+    Strided,
+)
+from sdesolve_kernels.trajectory.rerolling import FEWEST, Rerolled, StridedInput, alike, reroll, with_vectors
 
 __all__ = ["Lanes", "kind", "typed"]
 
-Target = tuple[int, Expression]
+Target = tuple[int | str, Expression]  # a row, or the text of where one begins
+_IN_ROWS = (State, NoiseLeaf, PathInvariant, Cotangent, Accumulated)
 _KINDS = {F32: "F32", F64: "F64", I64: "I64", BOOL: "bool"}
 _SIZES = {F32: 4, F64: 8, I64: 8}
 _ARRAYS = {F32: "f", F64: "d", I64: "w"}  # views of the scratch memory for types other than the state's
@@ -47,6 +57,7 @@ class Lanes:
     Attributes:
         count: rows of the state's type that are needed.
         arrays: names of the views for other types that are used, by type.
+        vectors: for each product that was computed, the first row of the vector.
 
     Args:
         graph: makes expressions.
@@ -54,7 +65,7 @@ class Lanes:
         lanes: of a block.
         columns: of the table.
         writer: writes expressions over the names that `place` reads.
-        place: where a `State`, `NoiseLeaf` or `PathInvariant` lies: its name, and the text of its row, a number or an
+        place: where a leaf with a number per path lies (`_IN_ROWS`): its name, and the text of its row, a number or an
             expression of the step.
     """
 
@@ -69,6 +80,7 @@ class Lanes:
     ) -> None:
         self.lanes, self.count, self.dtype = lanes, 0, dtype
         self.arrays: dict[str, str] = {}
+        self.vectors: dict[int, int] = {}
         self._graph, self._columns, self._writer, self._place = graph, columns, writer, place
 
     def rows(self, count: int, dtype: str = "") -> int:
@@ -78,9 +90,11 @@ class Lanes:
         self.count = -(-(first + count) * size // own)
         return first
 
-    def at(self, row: int, dtype: str = "") -> str:
+    def at(self, row: int | str, dtype: str = "") -> str:
         """Entry of this lane in a row."""
         array = self._array(dtype or self.dtype)
+        if isinstance(row, str):
+            return f"{array}[{row} + l]"
         return f"{array}[{row * self.lanes} + l]" if row else f"{array}[l]"
 
     def _held(self, dtype: str) -> str:
@@ -95,18 +109,44 @@ class Lanes:
         array = self._array(row.dtype)
         return f"{'y' if array == 's' else array}{row.place}"
 
-    def compute(self, targets: Sequence[Target]) -> list[str]:
+    def accumulate(
+        self, targets: Sequence[Target], sums: Sequence[tuple[int, Expression]], products: Sequence[Expression]
+    ) -> tuple[list[str], list[int]]:
+        """As `compute`, but what is alike among the rows of `sums`, which nothing else reads, is written in loops.
+
+        Returns:
+            The lines, and the first row of the vector of each product.
+        """
+        expressions, vectors = dict(sums), []
+        left = set(expressions)
+        for places in alike(list(expressions.values())):
+            for rows in _evenly_spaced([sums[i][0] for i in places]):
+                made = self._graph.vector([expressions[row] for row in rows], (rows[0], rows[1] - rows[0]))
+                if reroll(self._graph, made.args) is not None:
+                    vectors.append(made)
+                    left -= set(rows)
+        plain = [t for t in sums if t[0] in left]
+        rows_of = [row for row, _ in (*targets, *plain)]
+        roots = with_vectors(self._graph, [*(e for _, e in (*targets, *plain)), *vectors, *products])
+        n, made = len(rows_of), roots[len(roots) - len(products) :]
+        lines = self.compute(list(zip(rows_of, roots[:n], strict=True)), roots[n:])
+        return lines, [self.vectors[p.id] for p in made]
+
+    def compute(self, targets: Sequence[Target], others: Sequence[Expression] = ()) -> list[str]:
         """Lines that assign expressions to rows, all of them computed before any row that they read is written.
+
+        Products and vectors among `others` are computed too; the vectors of products stay in rows (`vectors`).
 
         One loop over lanes, if there is neither a matrix product nor a long sum of terms that are alike. Otherwise one
         up to each depth of those, which leaves in rows of their own whatever later loops need.
         """
-        schedule = _Schedule(self._graph, [e for _, e in targets])
+        schedule = _Schedule(self._graph, [*(e for _, e in targets), *others])
         kept: dict[int, Row] = {}
         lines: list[str] = []
         for level in range(schedule.last + 1):
             here: list[tuple[str, Expression]] = []
             after: list[str] = []
+            made: dict[int, Row] = {}  # of vectors, in rows when the level is done
             stores = schedule.stores(level)
             for e in stores:
                 kept[e.id] = Row(self.rows(1, e.dtype), e.dtype)
@@ -120,19 +160,30 @@ class Lanes:
                     after += ["for l in range(used):", f"    {self.at(*row)} = {zero}"]
                     after += self._loop(rerolled, row, kept, accumulate=True)
                     continue
-                result = self.rows(e.data.rows, e.dtype)
+                if e.op == "vector" and e.data is not None:
+                    assert rerolled is not None
+                    after += self._loop(rerolled, Row(e.data[0], e.dtype), kept, stride=e.data[1])
+                    continue
+                result = self.rows(e.data.rows, e.dtype) if e.op == "product" else 0
                 vector = self.rows(len(e.args), e.dtype)
                 if rerolled is not None:
                     after += self._loop(rerolled, Row(vector, e.dtype), kept)
                 else:
                     here += [(self.at(vector + i, e.dtype), a) for i, a in enumerate(e.args)]
+                if e.op == "vector":
+                    made |= {self._graph.element(e, i).id: Row(vector + i, e.dtype) for i in range(len(e.args))}
+                    made[e.id] = Row(vector, e.dtype)
+                    continue
                 after.append(self._product(e, vector, result))
+                self.vectors[e.id] = vector
+                made |= {a.id: Row(vector + i, e.dtype) for i, a in enumerate(e.args) if a.args}
                 kept |= {self._graph.element(e, i).id: Row(result + i, e.dtype) for i in range(e.data.rows)}
                 kept[e.id] = Row(result, e.dtype)
             here += [(self.at(row), e) for row, e in targets] if level == schedule.last else []
             new = {e.id for e in stores}
             lines += self._assign(here, {n: row for n, row in kept.items() if n not in new})
             lines += after
+            kept |= made
         return lines
 
     def _assign(self, targets: Sequence[tuple[str, Expression]], kept: dict[int, Row]) -> list[str]:
@@ -149,12 +200,14 @@ class Lanes:
         for e in needed(roots, known):
             if e.id in known:
                 lines[known[e.id]] = self.at(*kept[e.id]) + (" != 0" if e.dtype == BOOL else "")
-            elif isinstance(e.data, (State, NoiseLeaf, PathInvariant)):
+            elif isinstance(e.data, _IN_ROWS):
                 name, row = self._place(e)
                 lines[name] = f"s[{row} + l]" if row != "0" else "s[l]"
         return [f"{name} = {place}" for name, place in sorted(lines.items(), key=_natural)]
 
-    def _loop(self, rerolled: Rerolled, first: Row, kept: dict[int, Row], accumulate: bool = False) -> list[str]:
+    def _loop(
+        self, rerolled: Rerolled, first: Row, kept: dict[int, Row], accumulate: bool = False, stride: int = 1
+    ) -> list[str]:
         """A loop over ``j`` that fills rows from ``first`` on, or adds all terms up in that row."""
         outer: list[str] = []
         inner: dict[str, str] = {}
@@ -178,7 +231,7 @@ class Lanes:
             *before, term = self._writer.lines([("", rerolled.template)], known)
             body += [*before, f"{target} = {target} + ({term.removeprefix(' = ')})"]
         else:
-            outer.append(f"row = ({first.place} + j) * LANES")
+            outer.append(f"row = ({first.place} + {'j' if stride == 1 else f'j * {stride}'}) * LANES")
             body += self._writer.lines([(target, rerolled.template)], known)
         return [
             f"for j in range({rerolled.count}):",
@@ -191,7 +244,7 @@ class Lanes:
             base = str((kept[m.product.id].place + m.start) * self.lanes)
         else:
             assert m.kind is not None
-            leaf = m.kind(m.start) if m.kind is PathInvariant else m.kind(0, m.start)
+            leaf = m.kind(0, m.start) if m.kind in (State, NoiseLeaf) else m.kind(m.start)
             base = self._place(self._graph.leaf(leaf, m.dtype))[1]
         return f"{base} + j * {m.stride * self.lanes}"
 
@@ -236,11 +289,11 @@ class _Schedule:
         return [e for e in self.order if e.id in self._stores and self._there[e.id] == level]
 
     def _is_barrier(self, e: Expression) -> bool:
-        return e.op == "product" or (e.op == "sum" and e.id in self.rerolled)
+        return e.op in ("product", "vector") or (e.op == "sum" and e.id in self.rerolled)
 
     def _needs(self, e: Expression) -> Sequence[Expression]:
         """What must be there before an expression; a rerolled list is computed as such, not its members one by one."""
-        if e.op in ("sum", "product") and e.id not in self._tried:
+        if e.op in ("sum", "product", "vector") and e.id not in self._tried:
             self._tried.add(e.id)
             rerolled = reroll(self._graph, e.args)
             if rerolled is not None:
@@ -261,6 +314,19 @@ class _Schedule:
                 if self._there[k.id] < level or common:
                     found.add(k.id)
         return found
+
+
+def _evenly_spaced(rows: Sequence[int]) -> list[list[int]]:
+    """Increasing numbers, cut where the distance from one to the next changes; without what is too short for a loop."""
+    runs: list[list[int]] = []
+    for row in rows:
+        run = runs[-1] if runs else []
+        if len(run) > 1 and row - run[-1] != run[1] - run[0]:
+            run = []
+        if not run:
+            runs.append(run)
+        run.append(row)
+    return [run for run in runs if len(run) >= FEWEST]
 
 
 def _natural(item: tuple[str, str]) -> tuple[str, int]:

@@ -21,9 +21,19 @@ from sdesolve_kernels._numba.trajectory import is_kept, load
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job, scratch, single_threaded_if_forked, split
 from sdesolve_kernels.trajectory.expressions import topological
-from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Launch, Saved, Tables, combined, contiguous
-from sdesolve_kernels.trajectory.numba_source import ARGUMENTS, numba_kernel
+from sdesolve_kernels.trajectory.launch import (
+    AbstractReverse,
+    AbstractTrajectory,
+    Launch,
+    Saved,
+    Tables,
+    combined,
+    contiguous,
+)
+from sdesolve_kernels.trajectory.numba_backward import NumbaReverse
+from sdesolve_kernels.trajectory.numba_source import ARGUMENTS, numba_kernel, seconds_to_compile
 from sdesolve_kernels.trajectory.plan import Plan
+from sdesolve_kernels.trajectory.reverse import Reverse
 from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported
 
 __all__ = ["NumbaTrajectory"]
@@ -44,11 +54,11 @@ class NumbaTrajectory(AbstractTrajectory):
     """A generated Numba kernel."""
 
     def __init__(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> None:
-        self.plan = plan
+        self.plan, self._increments = plan, tuple(increments)
         self._kernel = numba_kernel(plan, increments)
         self._tables = Tables(plan)
         self.source = self._kernel.source
-        expected = self._kernel.seconds
+        expected = seconds_to_compile(self.source)
         if expected > seconds and not is_kept(self.source):
             raise TooCostly(f"its kernel would take about {expected:.0f} s to compile; backend='fused' does it")
         try:
@@ -61,6 +71,9 @@ class NumbaTrajectory(AbstractTrajectory):
         # Nanoseconds that a block takes for a step: expected, and later as measured.
         self._cost = self._kernel.lanes * (0.1 * operations + 0.5 * normals)
         self._measured = _CAREFUL * self._cost
+
+    def reverse(self, reverse: Reverse, seconds: float = math.inf) -> AbstractReverse:
+        return NumbaReverse(reverse, self._increments, seconds)
 
     def run(self, launch: Launch) -> Saved:
         with single_threaded_if_forked():

@@ -7,9 +7,10 @@ is what LLVM needs to vectorise it. Normals are made for a few steps at a time.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from sdesolve_kernels.trajectory.codegen import AbstractDialect, Writer, indented, local
@@ -20,7 +21,7 @@ from sdesolve_kernels.trajectory.operations import BOOL, FLOATS, I64, OPERATIONS
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
-__all__ = ["ARGUMENTS", "NumbaKernel", "numba_kernel"]
+__all__ = ["ARGUMENTS", "AbstractPrinter", "NumbaKernel", "numba_kernel", "seconds_to_compile"]
 
 # What a kernel is called with: the address of these, as int64; and which of them are addresses, of what.
 ARGUMENTS = {
@@ -71,11 +72,11 @@ class NumbaKernel:
     scratch: int
     width: int
 
-    @property
-    def seconds(self) -> float:
-        """What compiling it is expected to take; within a factor of 2 on six programs that took 3 to 15 s."""
-        calls = sum(self.source.count(text) for text in _INLINED)
-        return 1.0 + _SECONDS_A_LINE * self.source.count("\n") + _SECONDS_A_CALL * calls
+
+def seconds_to_compile(source: str) -> float:
+    """What compiling a kernel is expected to take; within a factor of 2 on six programs that took 3 to 15 s."""
+    calls = sum(source.count(text) for text in _INLINED)
+    return 1.0 + _SECONDS_A_LINE * source.count("\n") + _SECONDS_A_CALL * calls
 
 
 @final
@@ -105,22 +106,24 @@ def numba_kernel(plan: Plan, increments: Sequence[str]) -> NumbaKernel:
     return _Printer(plan, increments).kernel()
 
 
-@final
-class _Printer:
+class AbstractPrinter(abc.ABC):
+    """Writes kernels over blocks of lanes."""
+
+    about: str
+    arguments: Mapping[str, str]
+
     def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
         self.plan, self.dtype = plan, plan.dtype
         self.increments = increments
         self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
-        writer = Writer(_Numba(), self._leaf)
+        self.itemsize = 4 if self.dtype == "float32" else 8
         self.read: set[Expression] = set()
-        self.writer = writer
-        self.rows = Lanes(plan.program.graph, self.dtype, self.lanes, len(plan.columns), writer, self._place)
-        self.state = self.rows.rows(len(plan.states))
-        self.path_invariant = self.rows.rows(len(plan.path_invariants))
-        self.observed = self.rows.rows(len(plan.observed))
-        self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(plan.noises, increments, strict=True)]
-        counts = zip(plan.noises, self.per_fill, increments, strict=True)
-        self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
+        self.writer = Writer(_Numba(), self._leaf)
+        self.rows = Lanes(plan.program.graph, self.dtype, self.lanes, len(plan.columns), self.writer, self.place)
+
+    @abc.abstractmethod
+    def place(self, e: Expression) -> tuple[str, str]:
+        """Name and row of what a lane starts from."""
 
     def _leaf(self, e: Expression) -> str:
         if isinstance(e.data, PathEntry):
@@ -128,51 +131,104 @@ class _Printer:
         self.read.add(e)
         return typed(local(e.data), e.dtype, self.dtype)
 
-    def _read(self, kind: type[Any]) -> list[int]:
+    @final
+    def reads(self, kind: type[Any]) -> list[int]:
         """Which leaves of a kind the lines written so far read."""
         return sorted(e.data.i for e in self.read if type(e.data) is kind)
 
-    def kernel(self) -> NumbaKernel:
+    @final
+    def source(self, block: Sequence[str]) -> str:
+        """The module, from what is done for each block."""
         plan = self.plan
-        body: list[str] = []
-        block = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
+        first = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
         # Those that are computed: whole vectors, so that the last block need not be computed whole.
-        block.append(f"used = min((lanes + {_VECTOR - 1}) // {_VECTOR} * {_VECTOR}, LANES)")
-        block += self._load()
-        block += ["slot = first_slot", "for k in range(first_step, last_step + 1):", *indented(self._step(), 1)]
-        block += self._store()
-        body += [f"u{j} = uniforms[{j}]" for j in self._read(LoopInvariant)]
-        body += ["for block in range(start, stop):", *indented(block, 1)]
-        real, itemsize = f"pointer_{self.dtype}", 4 if self.dtype == "float32" else 8
-        size = self.rows.count * self.lanes * itemsize
+        first.append(f"used = min((lanes + {_VECTOR - 1}) // {_VECTOR} * {_VECTOR}, LANES)")
+        body = [f"u{j} = uniforms[{j}]" for j in self.reads(LoopInvariant)]
+        body += ["for block in range(start, stop):", *indented([*first, *block], 1)]
         head = [
-            '"""A trajectory kernel, generated: state in rows of s, one column per path of a block."""',
+            f'"""{self.about}"""',
             "",
             "# Runs with the names of sdesolve_kernels._numba.paths.namespace().",
             "",
             f"REAL = {kind(self.dtype)}",
             f"LANES = {self.lanes}  # paths in a block",
-            f"WORDS = {size}  # bytes before the generator's words",
+            f"WORDS = {self.words}  # bytes before the generator's words",
             f"CARRIED = {len(plan.states)}  # numbers carried from step to step",
             "",
             "",
             "def trajectory(arguments, scratch, start, stop):",
             "    a = pointer_int64(arguments)",
-            *(f"    {name} = {self._unpacked(i, kind)}" for i, (name, kind) in enumerate(ARGUMENTS.items())),
-            f"    s, words = {real}(scratch), word(scratch + WORDS)",
+            *(f"    {name} = {self._unpacked(i, kind)}" for i, (name, kind) in enumerate(self.arguments.items())),
+            f"    s, words = pointer_{self.dtype}(scratch), word(scratch + WORDS)",
             *(f"    {name} = pointer_{dtype}(scratch)" for dtype, name in sorted(self.rows.arrays.items())),
         ]
         entries = {e.data for e in topological(plan.path_invariants) if isinstance(e.data, PathEntry)}
         used = sorted({e.parameter for e in entries} | {m.parameter for m in plan.matrices})
         for i in used:
             head.append(f"    p{i} = pointer_{dtype_name(plan.program.captured[i].dtype)}(pointers[{i}])")
-        source = "\n".join([*head, *indented(body, 1)]) + "\n"
-        words = 1 + (len(plan.noises) if "two-point" in self.increments else 0)
-        scratch = self.rows.count * self.lanes * itemsize + words * 4 * self.lanes * 4
-        return NumbaKernel(source, self.lanes, scratch, plan.width)
+        return "\n".join([*head, *indented(body, 1)]) + "\n"
+
+    @property
+    def words(self) -> int:
+        """Bytes of all rows."""
+        return self.rows.count * self.lanes * self.itemsize
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of all rows, and of the generator's words behind them."""
+        words = 1 + (len(self.plan.noises) if "two-point" in self.increments else 0)
+        return self.words + words * 4 * self.lanes * 4
 
     def _unpacked(self, i: int, kind: str) -> str:
         return f"pointer_{self.dtype if kind == 'real' else kind}(a[{i}])" if kind else f"a[{i}]"
+
+    @final
+    def constant_along_a_path(self, first: int) -> list[str]:
+        """Path invariants to rows from ``first`` on."""
+        if not self.plan.path_invariants:
+            return []
+        targets = [(self.rows.at(first + i), self._real(e)) for i, e in enumerate(self.plan.path_invariants)]
+        lines = ["for l in range(used):", "    path = min(first + l, paths - 1)"]
+        return lines + indented(self.writer.lines(targets), 1)
+
+    def _real(self, e: Expression) -> Expression:
+        """As it is kept in a row."""
+        return self.plan.program.graph.cast(e, self.dtype)
+
+    @final
+    def source_of(self, noise: int) -> tuple[int, int]:
+        """The source of a number of the step's noise, and its place among that source's."""
+        for source, count in enumerate(self.plan.noises):
+            if noise < count:
+                return source, noise
+            noise -= count
+        raise AssertionError("a noise leaf beyond the signature")
+
+    @final
+    def words_of(self, source: int) -> str:
+        """Address of the words that a source of signs keeps."""
+        return f"scratch + WORDS + {(1 + source) * 4 * self.lanes * 4}"
+
+
+@final
+class _Printer(AbstractPrinter):
+    about = "A trajectory kernel, generated: state in rows of s, one column per path of a block."
+    arguments = ARGUMENTS
+
+    def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
+        super().__init__(plan, increments)
+        self.state = self.rows.rows(len(plan.states))
+        self.path_invariant = self.rows.rows(len(plan.path_invariants))
+        self.observed = self.rows.rows(len(plan.observed))
+        self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(plan.noises, increments, strict=True)]
+        counts = zip(plan.noises, self.per_fill, increments, strict=True)
+        self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
+
+    def kernel(self) -> NumbaKernel:
+        block = self._load()
+        block += ["slot = first_slot", "for k in range(first_step, last_step + 1):", *indented(self._step(), 1)]
+        block += self._store()
+        return NumbaKernel(self.source(block), self.lanes, self.scratch, self.plan.width)
 
     def _load(self) -> list[str]:
         """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
@@ -182,34 +238,16 @@ class _Printer:
             value = f"x_in[path * in_width + {i}]"
             value = value if i < numbers else f"{value} if in_width > {i} else REAL(0)"
             lines.append(f"    {self.rows.at(self.state + i)} = {value}")
-        if plan.path_invariants:
-            targets = [
-                (self.rows.at(self.path_invariant + i), self._real(e)) for i, e in enumerate(plan.path_invariants)
-            ]
-            lines += ["for l in range(used):", "    path = min(first + l, paths - 1)"]
-            lines += indented(self.writer.lines(targets), 1)
-        return lines
+        return lines + self.constant_along_a_path(self.path_invariant)
 
-    def _real(self, e: Expression) -> Expression:
-        """As it is kept in a row."""
-        return self.plan.program.graph.cast(e, self.dtype)
-
-    def _place(self, e: Expression) -> tuple[str, str]:
-        """Name and row of what a lane starts from."""
+    def place(self, e: Expression) -> tuple[str, str]:
         i = e.data.i
         if isinstance(e.data, State):
             return local(e.data), str((self.state + i) * self.lanes)
         if isinstance(e.data, PathInvariant):
             return local(e.data), str((self.path_invariant + i) * self.lanes)
-        source, j = self._source(i)
+        source, j = self.source_of(i)
         return local(e.data), f"n{source} + {j * self.lanes}" if j else f"n{source}"
-
-    def _source(self, noise: int) -> tuple[int, int]:
-        for source, count in enumerate(self.plan.noises):
-            if noise < count:
-                return source, noise
-            noise -= count
-        raise AssertionError("a noise leaf beyond the signature")
 
     def _step(self) -> list[str]:
         plan = self.plan
@@ -221,7 +259,7 @@ class _Printer:
             fill, index = f"{maker}_fill_{self.dtype}", f"noise[{4 * g + 3}] + k * {m}"
             if maker == "two_point":
                 lines += [
-                    f"{fill}(s, {base * self.lanes}, word({self._words(g)}), noise, {g}, first, {index}, {m}, "
+                    f"{fill}(s, {base * self.lanes}, word({self.words_of(g)}), noise, {g}, first, {index}, {m}, "
                     "k == first_step, used, LANES)",
                     f"n{g} = {base * self.lanes}",
                 ]
@@ -235,12 +273,8 @@ class _Printer:
                 f"n{g} = {base * self.lanes} + (skip{g} + k % {n} * {m}) * LANES",
             ]
         computed = self._compute(self.state, plan.states)
-        lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in self._read(Column)]
+        lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in self.reads(Column)]
         return lines + computed
-
-    def _words(self, source: int) -> str:
-        """Address of the words that a source of signs keeps."""
-        return f"scratch + WORDS + {(1 + source) * 4 * self.lanes * 4}"
 
     def _compute(self, first: int, expressions: Sequence[Expression]) -> list[str]:
         """Lines that assign expressions to rows from ``first`` on, except where a row would be assigned to itself."""

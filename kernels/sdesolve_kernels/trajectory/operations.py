@@ -254,10 +254,12 @@ _ROWS = (
               lambda v, out, a, b: _of_max(v, b, a), numba="maximum_{dtype}", triton="maximum",
               commutative=True, exact=True),
     # The value of min and max, but a limit has no share in the gradient until it is passed.
-    _function("clamp_max", np.minimum, torch.minimum, lambda v, out, a, limit: a.le(limit).where(v, 0.0),
+    _function("clamp_max", np.minimum, lambda a, limit: a.clamp(max=limit),
+              lambda v, out, a, limit: a.le(limit).where(v, 0.0),
               lambda v, out, a, limit: a.gt(limit).where(v, 0.0), numba="minimum_{dtype}", triton="minimum",
               unordered=True, exact=True),
-    _function("clamp_min", np.maximum, torch.maximum, lambda v, out, a, limit: a.ge(limit).where(v, 0.0),
+    _function("clamp_min", np.maximum, lambda a, limit: a.clamp(min=limit),
+              lambda v, out, a, limit: a.ge(limit).where(v, 0.0),
               lambda v, out, a, limit: a.lt(limit).where(v, 0.0), numba="maximum_{dtype}", triton="maximum",
               unordered=True, exact=True),
     _round_to("floor", np.floor, torch.floor, "tl.floor"),
@@ -275,6 +277,7 @@ _ROWS = (
     OpSpec("not", lambda a: not a, torch.logical_not, "(not {0})", "(~({0}))", (None,), truth=True),
     _function("where", lambda c, a, b: a if c else b, torch.where, None, lambda v, out, c, a, b: c.where(v, 0.0),
               lambda v, out, c, a, b: c.where(0.0, v), numba="select", triton="tl.where"),
+    OpSpec("detach", lambda a: a, torch.detach, "{0}", "{0}", (None,), exact=True),
     OpSpec("wrap32", _wrap32, _wrap32, _WRAP32, _WRAP32, (None,), operator=True, exact=True),
 )
 # fmt: on

@@ -21,7 +21,7 @@ from sdesolve_kernels.trajectory.reassociation import reassociated
 from sdesolve_kernels.trajectory.rerolling import Forms
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "expanded", "expansions", "graded_plan", "plan"]
 
 
 @final
@@ -74,8 +74,31 @@ class Plan:
 
 def plan(program: Program) -> Plan:
     """Splits a program by when its parts are known."""
+    roots = _undetached(program.graph, [*program.states, *program.observed])
+    return expanded(_staged(program, roots))
+
+
+def graded_plan(program: Program) -> Plan:
+    """Likewise for its derivatives: with ``detach``, and with operations that kernels have no function for."""
+    return _staged(program, [*program.states, *program.observed])
+
+
+def expanded(made: Plan) -> Plan:
+    """Operations that kernels have no function for, in terms of those that they have."""
+    graph, roots = made.program.graph, [*made.states, *made.observed]
+    roots = expansions(graph, roots)
+    n = len(made.states)
+    return dataclasses.replace(
+        made,
+        states=tuple(roots[:n]),
+        observed=tuple(roots[n:]),
+        path_invariants=tuple(expansions(graph, made.path_invariants)),
+    )
+
+
+def _staged(program: Program, roots: Sequence[Expression]) -> Plan:
     graph = program.graph
-    roots = reassociated(graph, [*program.states, *program.observed])
+    roots = reassociated(graph, roots)
     columns: list[Expression] = []
     loop_invariants: list[Expression] = []
     path_invariants: list[Expression] = []
@@ -91,7 +114,6 @@ def plan(program: Program) -> Plan:
 
     roots = _hoisted(graph, roots, before_the_launch, {Column: columns, LoopInvariant: loop_invariants}, wide)
     roots = _hoisted(graph, roots, before_the_first_step, {PathInvariant: path_invariants}, wide)
-    roots, path_invariants = _expanded(graph, roots), _expanded(graph, path_invariants)
     n = len(program.states)
     matrices = dict.fromkeys(e.data for e in topological([*roots, *path_invariants]) if e.op == "product")
     return Plan(
@@ -105,7 +127,16 @@ def plan(program: Program) -> Plan:
     )
 
 
-def _expanded(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
+def _undetached(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
+    """The same values, with no word of where derivatives stop."""
+    new: dict[int, Expression] = {}
+    for e in topological(roots):
+        args = [new[a.id] for a in e.args]
+        new[e.id] = args[0] if e.op == "detach" else graph.with_args(e, args) if args else e
+    return [new[e.id] for e in roots]
+
+
+def expansions(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
     """Operations that kernels have no function for, in terms of those that they have."""
     new: dict[int, Expression] = {}
     for e in topological(roots):

@@ -52,6 +52,7 @@ class Signature:
         columns: length of the row of numbers that the solver tabulates for each step.
         batch: paths in the call that is traced.
         clock: dtype of the times at the ends of a step; ``None`` for that of the state.
+        graded: whether derivatives will be taken.
     """
 
     dtype: torch.dtype
@@ -61,6 +62,7 @@ class Signature:
     columns: int
     batch: int
     clock: torch.dtype | None = None
+    graded: bool = False
 
 
 @final
@@ -229,7 +231,7 @@ def _rows(
     deadline: Deadline,
 ) -> tuple[tuple[list[list[Expression]], list[list[Expression]], tuple[int, ...] | None], Tracer]:
     """Expressions of each row of the state after a step, and of the observation, and the observation's shape."""
-    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, deadline)
+    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, deadline, signature.graded)
     inputs = _inputs(tracer, signature)
     states = inputs.states
     with tracer, Unread(tracer):

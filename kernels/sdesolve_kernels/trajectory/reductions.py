@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdesolve_kernels.trajectory.expressions import BOOL, I64, Expression
+from sdesolve_kernels.trajectory.expressions import BOOL, I64, Expression, Graph
 from sdesolve_kernels.trajectory.pointwise import EXTREMES, HANDLERS, elements_of, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, mapped
 
@@ -162,7 +162,7 @@ def _vector_norm(
         out = _reduced(size, axes, keepdim, _chain(tracer, "max" if ord > 0 else "min", 0.0, name))
     elif ord == 2:
         squares = mapped(lambda e: g.op("mul", e, e), elements)
-        out = mapped(lambda e: g.op("sqrt", e), _reduced(squares, axes, keepdim, _chain(tracer, "add", 0.0, name)))
+        out = _roots(g, _reduced(squares, axes, keepdim, _chain(tracer, "add", 0.0, name)), name, tracer.graded)
     elif ord == 0:
         zero = g.const(0.0, name)
         present = mapped(lambda e: g.cast(g.op("ne", e, zero), name), elements)
@@ -206,6 +206,14 @@ def _spread(tracer: Tracer, a: Traced, dim: Any, correction: float) -> tuple[np.
     return mean, average(mapped(lambda d: g.op("mul", d, d), apart), count - correction)
 
 
+def _roots(g: Graph, squares: np.ndarray, name: str, graded: bool) -> np.ndarray:
+    """Square roots of sums of squares; where such a sum is 0 no derivative passes, as in torch."""
+    if not graded:
+        return mapped(lambda s: g.op("sqrt", s), squares)
+    zero = g.const(0.0, name)
+    return mapped(lambda s: g.op("where", g.op("eq", s, zero), zero, g.op("sqrt", s)), squares)
+
+
 def _spread_of(result: str) -> Callable[..., Any]:
     def handler(
         tracer: Tracer, func: Any, a: Traced, dim: Any = None, *args: Any, correction: float | None = 1, **options: Any
@@ -218,7 +226,7 @@ def _spread_of(result: str) -> Callable[..., Any]:
         mean, variance = _spread(tracer, a, dim, 1.0 if correction is None else correction)
         out = {"mean": mean, "var": variance}
         if "std" in result:
-            out["std"] = mapped(lambda v: tracer.graph.op("sqrt", v), variance)
+            out["std"] = _roots(tracer.graph, variance, dtype_name(a.dtype), tracer.graded)
         shaped = [out[k] if keepdim else out[k].squeeze(_axes(a, dim)) for k in result.split("_")]
         made = [tracer.traced(e, a.dtype) for e in shaped]
         return made[0] if len(made) == 1 else tuple(made)

@@ -14,12 +14,32 @@ import torch
 from torch import Tensor
 
 from sdesolve_kernels.ops import normal, words
+from sdesolve_kernels.trajectory.derivatives import Outer
 from sdesolve_kernels.trajectory.expressions import Expression, topological
-from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Launch, Moments, Saved, contiguous, tables
-from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, NoiseLeaf, PathEntry, PathInvariant, Shared, State
+from sdesolve_kernels.trajectory.launch import (
+    AbstractReverse,
+    AbstractTrajectory,
+    Launch,
+    Moments,
+    Saved,
+    Sweep,
+    contiguous,
+    tables,
+)
+from sdesolve_kernels.trajectory.leaves import (
+    Column,
+    Cotangent,
+    LoopInvariant,
+    NoiseLeaf,
+    PathEntry,
+    PathInvariant,
+    Shared,
+    State,
+)
 from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.operations import BOOL, F32, F64, I64, OPERATIONS
 from sdesolve_kernels.trajectory.plan import Plan
+from sdesolve_kernels.trajectory.reverse import Pulled, Reverse
 
 __all__ = ["ReferenceTrajectory", "Walk"]
 
@@ -69,6 +89,9 @@ class ReferenceTrajectory(AbstractTrajectory):
         if states is not None and launch.moments:
             return Saved(x1, None, Moments(*states.unbind(1)), remembered)
         return Saved(x1, states, None, remembered)
+
+    def reverse(self, reverse: Reverse, seconds: float = math.inf) -> AbstractReverse:
+        return ReferenceReverse(self, reverse)
 
     def _saved(self, state: Sequence[Tensor], leaves: Leaves, x0: Tensor, moments: bool) -> Tensor:
         """What is kept of a state, ``(batch, width)``; or its mean and variance over the batch, ``(2, width)``."""
@@ -120,6 +143,97 @@ def _numbers(kind: str, place: tuple[int, int, int, int], count: int, like: Tens
         bits = (w[:, :, None] >> torch.arange(32, device=device)) & 1
         z = 2.0 * bits.reshape(batch, -1)[:, first - 32 * skipped :][:, :count] - 1.0
     return z.to(like.dtype)
+
+
+@final
+class ReferenceReverse(AbstractReverse):
+    """The reverse of a plan, walked in torch."""
+
+    def __init__(self, trajectory: ReferenceTrajectory, reverse: Reverse) -> None:
+        self._trajectory, self._reverse, plan = trajectory, reverse, reverse.plan
+        self._first, self._step, self._observe = map(Walk, (plan.path_invariants, plan.states, plan.observed))
+        walks = [Walk([*p.states, *p.sums, *p.path_sums, *(e for _, o in p.outers for e in _vectors(o))])
+                 for p in (reverse.step, reverse.observed)]  # fmt: skip
+        self._pull, self._pull_observed = walks
+        self.source = "\n".join(
+            ["Its reverse:", *(f"#{e.id} = {e!r}" for e in topological(reverse.step.states) if e.args)]
+        )
+
+    def steps(self, batch: int, columns: int) -> tuple[int, int]:
+        return 8, 64
+
+    def run(self, sweep: Sweep) -> None:
+        launch, reverse, plan = sweep.launch, self._reverse, self._reverse.plan
+        x0, first, end = launch.x0.detach(), launch.first_step, launch.end
+        captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
+        leaves: Leaves = {LoopInvariant: sweep.uniforms.to(x0.device), Shared: captured, PathEntry: captured}
+        leaves[PathInvariant] = self._first(leaves, x0)
+        columns, n = sweep.table.to(x0.device), len(plan.states)
+        tape = [sweep.starts.unbind(1)]
+        noises = list(self._trajectory._noise(launch.places, first, end, x0))
+
+        def at(k: int) -> None:
+            leaves[State], leaves[NoiseLeaf] = tape[k], noises[k]
+            leaves[Column] = columns[k] if len(columns) else ()
+
+        for k in range(end - first):
+            at(k)
+            tape.append(self._step(leaves, x0))
+        after = list(sweep.cotangents.unbind(1))
+        low, slot = sweep.slots
+        for k in range(end - first, -1, -1):
+            if slot >= low and launch.saves[slot] == first + k:
+                leaves[State] = tape[k]
+                seen = self._observe(leaves, x0) if plan.observed else tape[k]
+                leaves[Cotangent] = (*after, *self._of_save(sweep, slot, seen))
+                states = self._added(sweep, reverse.observed, self._pull_observed(leaves, x0), leaves, None)
+                after, slot = [a + s for a, s in zip(after, states, strict=True)], slot - 1
+            if k > 0:
+                at(k - 1)
+                leaves[Cotangent] = after
+                row = k - 1 if sweep.each_step else 0
+                after = list(self._added(sweep, reverse.step, self._pull(leaves, x0), leaves, row))
+        sweep.cotangents.copy_(torch.stack(after, 1) if n else sweep.cotangents)
+
+    def _of_save(self, sweep: Sweep, slot: int, seen: Sequence[Tensor]) -> list[Tensor]:
+        """Cotangents of what was saved of a state."""
+        width = self._reverse.plan.width
+        made = torch.zeros(len(sweep.starts), width, dtype=sweep.starts.dtype, device=sweep.starts.device)
+        if sweep.saved is not None:
+            made = made + sweep.saved[slot]
+        if sweep.moments is not None:
+            level, slope, mean = sweep.moments[slot].unbind(1)
+            made = made + (level + slope * (torch.stack(tuple(seen[:width]), 1).double() - mean)).to(made)
+        return list(made.unbind(1))
+
+    def _added(
+        self, sweep: Sweep, pulled: Pulled, values: Sequence[Tensor], leaves: Leaves, row: int | None
+    ) -> Sequence[Tensor]:
+        """Adds what is summed up, and gives the cotangents of the state."""
+        n, c = len(pulled.states), len(self._reverse.columns)
+        sums = [v.double().sum() for v in values[n : n + len(pulled.sums)]]
+        if row is not None and c:
+            sweep.columns[row] += torch.stack(sums[:c]).to(sweep.columns)
+        at = len(sums) - c
+        if at:
+            sweep.sums[:at] += torch.stack(sums[c:]).to(sweep.sums)
+        rest = values[n + len(sums) :]
+        paths = len(pulled.path_sums)
+        if paths:
+            sweep.path_sums.add_(torch.stack(tuple(rest[:paths]), 1).to(sweep.path_sums))
+        places = [m.rows * m.columns for m in self._reverse.matrices]
+        rest = rest[paths:]
+        for place, outer in pulled.outers:
+            m = outer.product.data
+            left, right = (torch.stack(tuple(v)).double() for v in (rest[: m.rows], rest[m.rows : m.rows + m.columns]))
+            first = at + sum(places[:place])
+            sweep.sums[first : first + places[place]] += (left @ right.T).reshape(-1).to(sweep.sums)
+            rest = rest[m.rows + m.columns :]
+        return values[:n]
+
+
+def _vectors(outer: Outer) -> tuple[Expression, ...]:
+    return (*outer.pulled.args, *outer.product.args)
 
 
 @final

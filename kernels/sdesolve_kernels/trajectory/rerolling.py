@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import final
 
-from sdesolve_kernels.trajectory.expressions import Expression, Graph, topological
-from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, NoiseLeaf, PathInvariant, State, Strided
+from sdesolve_kernels.trajectory.expressions import FLOATS, Expression, Graph, topological
+from sdesolve_kernels.trajectory.leaves import (
+    Accumulated,
+    Column,
+    Cotangent,
+    LoopInvariant,
+    NoiseLeaf,
+    PathInvariant,
+    State,
+    Strided,
+)
 from sdesolve_kernels.trajectory.operations import OPERATIONS
 
-__all__ = ["FEWEST", "Forms", "Rerolled", "StridedInput", "reroll"]
+__all__ = ["FEWEST", "Forms", "Rerolled", "StridedInput", "alike", "reroll", "with_vectors"]
 
 FEWEST = 8  # entries that are worth a loop
 
@@ -70,7 +80,7 @@ def reroll(graph: Graph, expressions: Sequence[Expression]) -> Rerolled | None:
     return Rerolled(len(expressions), template, tuple(search.strided), tuple(search.common))
 
 
-_STRIDED = (Column, LoopInvariant, PathInvariant, State, NoiseLeaf)
+_STRIDED = (Column, LoopInvariant, PathInvariant, State, NoiseLeaf, Cotangent, Accumulated)
 
 
 @final
@@ -144,7 +154,108 @@ class _Search:
         return self._leaves[made]
 
 
-_WHOLE = ("element", "product", "sum")
+_WHOLE = ("element", "product", "sum", "vector")
+
+
+def alike(expressions: Sequence[Expression]) -> list[list[int]]:
+    """Places of expressions that may make a loop: of one form, with an argument in common where many have one."""
+    forms = Forms()
+    by_form: dict[int, list[int]] = {}
+    for i, e in enumerate(expressions):
+        by_form.setdefault(forms.of(e), []).append(i)
+    found = []
+    for places in by_form.values():
+        uses = Counter(a.id for i in places for a in _factors(expressions[i]))
+        groups: dict[int | None, list[int]] = {}
+        for i in places:
+            common = [a.id for a in _factors(expressions[i]) if FEWEST <= uses[a.id] < len(places)]
+            groups.setdefault(common[0] if common else None, []).append(i)
+        found += [g for g in groups.values() if len(g) >= FEWEST]
+    return found
+
+
+def _factors(e: Expression) -> tuple[Expression, ...]:
+    """What an increment of a sum is the product of."""
+    return next((a.args for a in e.args if a.op == "mul"), ())
+
+
+def with_vectors(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
+    """The roots, with lists of expressions that several loops compute made one vector each.
+
+    Loops are found where `reroll` finds them: in products, long sums and vectors. Without this, each would compute the
+    activations of a network's layer again, in the layer after it and in the derivatives of both.
+    """
+    users: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    lists: dict[tuple[int, ...], tuple[Expression, ...]] = {}
+    roots = _with_split_sums(graph, roots)
+    for e in topological(roots):
+        if e.op in ("product", "sum", "vector") and len(e.args) >= FEWEST:
+            _walk(e, users, lists)
+    vectors: dict[int, tuple[Expression, ...]] = {}
+    for key, of in sorted(users.items(), key=lambda item: item[0]):
+        members = lists[key]
+        enough = 2 if members[0].op in _CHEAP else 1
+        if len(of) > enough and len(set(key)) == len(key) and not any(m.id in vectors for m in members):
+            vectors |= dict.fromkeys(key, members)
+
+    def needs(e: Expression) -> Sequence[Expression]:
+        return [a for m in vectors[e.id] for a in m.args] if e.id in vectors else e.args
+
+    new: dict[int, Expression] = {}
+    try:
+        for e in topological(roots, needs):
+            if e.id in new:
+                continue
+            if e.id not in vectors:
+                new[e.id] = graph.with_args(e, [new[a.id] for a in e.args]) if e.args else e
+                continue
+            members = vectors[e.id]
+            made = graph.vector([graph.with_args(m, [new[a.id] for a in m.args]) for m in members])
+            new |= {m.id: graph.element(made, j) for j, m in enumerate(members)}
+    except KeyError:  # members of a vector that depend on one another
+        return list(roots)
+    return [new[e.id] for e in roots]
+
+
+def _with_split_sums(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
+    """Long sums whose terms are not alike as sums of those that are, and of the rest."""
+    new: dict[int, Expression] = {}
+    for e in topological(roots):
+        args = [new[a.id] for a in e.args]
+        new[e.id] = made = graph.with_args(e, args) if args else e
+        if made.op == "sum" and reroll(graph, args) is None:
+            groups = [g for g in alike(args) if reroll(graph, [args[i] for i in g]) is not None]
+            inside = {i for g in groups for i in g}
+            terms = [a for i, a in enumerate(args) if i not in inside]
+            new[e.id] = graph.sum(terms + [graph.sum([args[i] for i in g], e.dtype) for g in groups], e.dtype)
+    return [new[e.id] for e in roots]
+
+
+def _walk(
+    user: Expression,
+    users: dict[tuple[int, ...], set[tuple[int, ...]]],
+    lists: dict[tuple[int, ...], tuple[Expression, ...]],
+) -> None:
+    """Notes lists of operations that are alike, side by side, below the arguments of an expression."""
+    search = _Search(Graph())
+    stack = [(user.args, (user.id,))]
+    while stack:
+        members, parent = stack.pop()
+        key, e = tuple([m.id for m in members]), members[0]
+        if not e.args or e.op in _WHOLE or all(m is e for m in members):
+            continue
+        if any(m.op != e.op or m.dtype != e.dtype for m in members):
+            continue
+        known = key in lists
+        lists[key] = members
+        if e.dtype in FLOATS:
+            users.setdefault(key, set()).add(parent)
+        if not known:
+            columns = zip(*map(search._ordered, members), strict=True)
+            stack += [(column, key) for column in columns]
+
+
+_CHEAP = ("add", "sub", "mul", "neg", "fma", "cast", "where")  # done twice sooner than kept
 
 
 @final

@@ -11,13 +11,14 @@ values that ``Tensor.numpy()`` reads while tracing for constants, and it knows n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sdesolve_kernels.trajectory.evaluate import evaluate
-from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, I64, Expression, Graph, topological
+from sdesolve_kernels.trajectory.expressions import BOOL, F32, F64, FLOATS, I64, Expression, Graph, topological
 from sdesolve_kernels.trajectory.leaves import PathEntry, Shared
 
 __all__ = ["TooCostly", "Traced", "Tracer", "Unsupported", "dtype_name"]
@@ -129,6 +130,8 @@ _ACCESSORS = {
     **{getattr(Tensor, name).__get__: f"Tensor.{name}" for name in (
         "_version", "is_leaf", "grad_fn", "_base", "grad", "_backward_hooks")},
 }  # fmt: skip
+_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+_HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 _SETTERS = {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")} | {Tensor.requires_grad_}
 
 
@@ -159,6 +162,11 @@ class Unread(TorchFunctionMode):
             raise self._tracer.refuse("it looks at Tensor.requires_grad of the state, which a trace cannot repeat")
         if func in _SETTERS and not _symbolic(args[0]):
             raise self._tracer.refuse("it changes a tensor in place that lives outside it (data, grad, requires_grad)")
+        if func in _HOOKS:
+            raise self._tracer.refuse(f"it calls Tensor.{func.__name__}(), and a kernel calls no hooks")
+        if func in _DETACHING:
+            with self._tracer.detaching():
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -225,6 +233,7 @@ class Tracer(TorchDispatchMode):
             one row per path, if ``by_path``.
         by_path: see ``batch``.
         deadline: when to give up.
+        graded: whether derivatives will be taken, so that it matters where the function stops them.
 
     Attributes:
         problem: the first thing that went wrong. Code that is traced may catch the exception and go on, and what it
@@ -241,8 +250,10 @@ class Tracer(TorchDispatchMode):
         batch: int | None = None,
         by_path: bool = True,
         deadline: Deadline | None = None,
+        graded: bool = False,
     ) -> None:
         super().__init__()
+        self.graded, self._detaching = graded, False
         self.graph, self.device, self.rows = graph, device, rows
         self._handlers, self._batch, self._by_path, self._deadline = handlers, batch, by_path, deadline
         self._depth = 0
@@ -396,8 +407,41 @@ class Tracer(TorchDispatchMode):
             args, kwargs = tree_unflatten(flat, spec)
             made = self._handle(func, name, args, kwargs)
         if self._depth == 1:
+            if self._stops(name):
+                made = tree_map(lambda a: self._detached(a, flat) if isinstance(a, Traced) else a, made)
             self._log(name, flat, facts, made, lifted)
         return made
+
+    @contextlib.contextmanager
+    def detaching(self) -> Iterator[None]:
+        """Inside the ``with`` block the user's code calls ``detach``; autograd does so too, for reasons of its own."""
+        self._detaching = True
+        try:
+            yield
+        finally:
+            self._detaching = False
+
+    def _stops(self, name: str) -> bool:
+        """Whether no derivative passes through the operation that is being carried out."""
+        if not self.graded:
+            return False
+        if name == "detach_":
+            raise Unsupported("it calls detach_() in place; write x = x.detach()")
+        if not torch.is_grad_enabled() and _in_custom_function():
+            raise Unsupported("it calls a torch.autograd.Function, whose backward no kernel calls")
+        return not torch.is_grad_enabled() or (name == "detach" and self._detaching)
+
+    def _detached(self, a: Traced, given: Sequence[Any]) -> Traced:
+        """A result through which no derivative passes; a view of other values is a copy, and cannot be written to."""
+        if any(a is b for b in given):
+            return a
+        elements = mapped(lambda e: e if e is None else self.graph.op("detach", e), a.elements)
+        if bool((elements == a.elements).all()):
+            return a
+        elements.flags.writeable = not any(
+            isinstance(b, Traced) and np.may_share_memory(a.elements, b.elements) for b in given
+        )
+        return self.traced(elements, a.dtype)
 
     def _log(self, name: str, flat: Sequence[Any], facts: tuple[Any, ...], made: Any, lifted: bool) -> None:
         results = [a for a in tree_flatten(made)[0] if isinstance(a, Traced)]
@@ -452,7 +496,22 @@ class Tracer(TorchDispatchMode):
             raise Unsupported(
                 "it changes a tensor in place that it was given or that lives outside it; write x = x + 1, not x += 1"
             )
-        target.elements[...] = self._within(cast(self.graph, value.elements, dtype_name(target.dtype)), target.dtype)
+        elements = self._within(cast(self.graph, value.elements, dtype_name(target.dtype)), target.dtype)
+        if self.graded and not torch.is_grad_enabled():
+            if any(e.op not in ("const", "detach") and e.dtype in FLOATS for e in target.elements.flat):
+                raise Unsupported("it changes a tensor in place under no_grad that it has computed outside of that")
+            elements = mapped(lambda e: self.graph.op("detach", e), elements)
+        target.elements[...] = elements
+
+
+def _in_custom_function() -> bool:
+    """Whether the current call comes from the ``forward`` of a `torch.autograd.Function`."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _varies(elements: np.ndarray, axis: int) -> bool:
