@@ -578,9 +578,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         raise Unsupported(f"comparing it with torch fails ({_described(met)})") from met
 
 
-def _compare_gradients(
-    problem: Problem, kernel: _Kernel, adjoint: Adjoint, guards: Guards, lowered: Lowered
-) -> None:
+def _compare_gradients(problem: Problem, kernel: _Kernel, adjoint: Adjoint, guards: Guards, lowered: Lowered) -> None:
     """Compares gradients of the first two steps with autograd's."""
     observe, step, first = _observe(problem), _traced_step(lowered), problem.first
     last = min(first + 2, problem.steps)

@@ -45,7 +45,7 @@ class _Run(torch.autograd.Function):
     """A run as a function of the state, the solver's numbers and the tensors that its program reads."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         adjoint: Adjoint,
         launch: Launch,
@@ -70,7 +70,7 @@ class _Run(torch.autograd.Function):
         return saved.x1, saved.memory, saved.states, None if m is None else m.mean, None if m is None else m.variance
 
     @staticmethod
-    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors  # and that none was changed since
         if torch.is_grad_enabled():
             inputs = [t if t is not None and t.requires_grad else None for t in tensors]
@@ -82,7 +82,7 @@ class _Run(torch.autograd.Function):
 def differentiated(adjoint: Adjoint, launch: Launch, again: Again) -> Saved:
     """A run that is part of torch's graph."""
     start = launch.x0, launch.memory, launch.rows, *launch.captured
-    x1, memory, states, mean, variance = _Run.apply(adjoint, launch, again, *start)  # type: ignore[no-untyped-call]
+    x1, memory, states, mean, variance = _Run.apply(adjoint, launch, again, *start)
     return Saved(x1, states, None if mean is None else Moments(mean, variance), memory)
 
 
@@ -113,8 +113,8 @@ class Again:
                 "longer known; differentiate before that, or run it with backend='eager'"
             )
         warnings.warn(
-            "create_graph=True: this integration ran fused, and is run again step by step in torch so that its gradient "
-            "can be differentiated; backend='eager' runs it once",
+            "create_graph=True: this integration ran fused, and is run again step by step in torch so that its "
+            "gradient can be differentiated; backend='eager' runs it once",
             stacklevel=2,
         )
         x0 = inputs[0] if inputs[0] is not None else self.problem.x0
@@ -189,7 +189,7 @@ def compare_gradients(
             outputs = [y for y in eager(x) if y is not None and y.requires_grad]
             given = [cotangent(y) for y in outputs]
             inputs = [x, *wanted]
-            found = [None] * len(inputs)
+            found: Sequence[Tensor | None] = [None] * len(inputs)
             if outputs:  # what tensors were made of before belongs to the user, and is kept
                 found = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(t) if f is None else f.detach() for f, t in zip(found, inputs, strict=True)]

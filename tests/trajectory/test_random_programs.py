@@ -23,7 +23,7 @@ import torch
 
 import sdesolve as sds
 
-PROGRAMS, PROGRAMS_A_RUN, PARTS, COMPILED = 2040, 5, 8, 3
+PROGRAMS, PROGRAMS_A_RUN, PARTS, COMPILED, GRADED = 2040, 5, 8, 3, 6
 
 NAMES = {
     "torch": torch, "nn": torch.nn, "F": torch.nn.functional, "np": np, "math": math, "functools": functools,
@@ -254,3 +254,35 @@ def test_random_programs_compiled(seed):
     with torch.no_grad():
         error, _ = compared(seed, drift_alone=True)
     assert error < 200
+
+
+@pytest.mark.parametrize("seed", range(GRADED))
+def test_gradients_of_random_programs(seed, interpreted):
+    """Against autograd of the eager scheme, for states, weights of the module and matrix of each program."""
+    r = random.Random(seed)
+    d = r.choice((2, 3, 4))
+    f, g, observable = (program(PROGRAMS_A_RUN * seed + k, d, torch.float64) for k in range(3))
+    normals = torch.Generator().manual_seed(seed)
+    wanted = [torch.randn(r.choice((1, 3, 17)), d, dtype=torch.float64, generator=normals).requires_grad_()]
+    for function in (f, g, observable):
+        names = names_of(function)
+        wanted += [names["WEIGHT"].requires_grad_(), *names["BLOCK"].parameters()]
+    sde = sds.SDE(f, lambda x, t: 0.1 * g(x, t))
+    options = {"solver": sds.EulerMaruyama(), "seed": seed, "check_finite": False, "save_at": "grid"}
+    options["observable"] = lambda x: observable(x, torch.zeros((), dtype=x.dtype))
+    found = []
+    for backend in ("auto", "eager"):
+        xs = sds.solve(sde, wanted[0], 0.0, 0.5, 2, backend=backend, **options).xs
+        loss = (xs * torch.linspace(1, 2, xs.numel(), dtype=torch.float64).reshape(xs.shape)).sum()
+        found.append(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+    for ours, theirs in zip(*found, strict=True):
+        known = theirs.isfinite()
+        assert ((ours - theirs)[known].abs() <= 1e-10 * theirs[known].abs().max().clamp(min=1e-3)).all()
+
+
+def names_of(function):
+    """The globals of a program."""
+    function = getattr(function, "func", function)
+    if isinstance(function, torch.nn.Module):
+        return type(function).forward.__globals__
+    return getattr(function, "__globals__", None) or type(function).__call__.__globals__

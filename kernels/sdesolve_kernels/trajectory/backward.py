@@ -292,7 +292,11 @@ class _Pulled:
     def captured(self) -> list[Tensor | None]:
         """Gradients of the tensors that are wanted."""
         return [
-            self._found[i].reshape(c.shape).to(c) if i in self._found else torch.zeros_like(c) if i in self._wanted else None
+            self._found[i].reshape(c.shape).to(c)
+            if i in self._found
+            else torch.zeros_like(c)
+            if i in self._wanted
+            else None
             for i, c in enumerate(self._launch.captured)
         ]
 

@@ -110,14 +110,13 @@ class _Pulled:
     def sum(self, e: Expression) -> tuple[Expression, Expression | None]:
         """All terms, and the mask that they share."""
         terms = self._terms.get(e.id, ())
-        masks = {None if mask is None else mask.id: mask for _, mask in terms}
+        masks = list(dict.fromkeys(mask for _, mask in terms))
         if len(masks) == 1:
-            return self._graph.sum([v for v, _ in terms], e.dtype), next(iter(masks.values()))
-        if len(masks) == 2 and None not in masks:
-            first, second = masks.values()
-            if first is self._graph.op("not", second):  # both branches of one choice
-                parts = [self._graph.sum([v for v, m in terms if m is mask], e.dtype) for mask in (first, second)]
-                return self._graph.op("where", first, *parts), None
+            return self._graph.sum([v for v, _ in terms], e.dtype), masks[0]
+        first, second = (*masks, None, None)[:2]
+        if len(masks) == 2 and first and second and first is self._graph.op("not", second):  # branches of one choice
+            parts = [self._graph.sum([v for v, m in terms if m is mask], e.dtype) for mask in masks]
+            return self._graph.op("where", first, *parts), None
         return self._graph.sum([self._masked(v, mask) for v, mask in terms], e.dtype), None
 
     def total(self, e: Expression) -> Expression:

@@ -21,7 +21,7 @@ from sdesolve_kernels.trajectory.rerolling import FEWEST, Rerolled, StridedInput
 
 __all__ = ["Lanes", "kind", "typed"]
 
-Target = tuple[int | str, Expression]  # a row, or the text of where one begins
+Target = tuple[int, Expression]
 _IN_ROWS = (State, NoiseLeaf, PathInvariant, Cotangent, Accumulated)
 _KINDS = {F32: "F32", F64: "F64", I64: "I64", BOOL: "bool"}
 _SIZES = {F32: 4, F64: 8, I64: 8}
@@ -90,11 +90,9 @@ class Lanes:
         self.count = -(-(first + count) * size // own)
         return first
 
-    def at(self, row: int | str, dtype: str = "") -> str:
+    def at(self, row: int, dtype: str = "") -> str:
         """Entry of this lane in a row."""
         array = self._array(dtype or self.dtype)
-        if isinstance(row, str):
-            return f"{array}[{row} + l]"
         return f"{array}[{row * self.lanes} + l]" if row else f"{array}[l]"
 
     def _held(self, dtype: str) -> str:
@@ -128,9 +126,9 @@ class Lanes:
         plain = [t for t in sums if t[0] in left]
         rows_of = [row for row, _ in (*targets, *plain)]
         roots = with_vectors(self._graph, [*(e for _, e in (*targets, *plain)), *vectors, *products])
-        n, made = len(rows_of), roots[len(roots) - len(products) :]
+        n, last = len(rows_of), len(roots) - len(products)
         lines = self.compute(list(zip(rows_of, roots[:n], strict=True)), roots[n:])
-        return lines, [self.vectors[p.id] for p in made]
+        return lines, [self.vectors[p.id] for p in roots[last:]]
 
     def compute(self, targets: Sequence[Target], others: Sequence[Expression] = ()) -> list[str]:
         """Lines that assign expressions to rows, all of them computed before any row that they read is written.

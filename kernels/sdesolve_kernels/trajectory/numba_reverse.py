@@ -35,7 +35,7 @@ REVERSE_ARGUMENTS = {
     "last_slot": "",
     "saves": "int64",
     "saved": "real",  # cotangents of saved states, or 0
-    "moments": "float64",  # for each number saved, what its cotangent is at the mean, by how much it grows, the mean; or 0
+    "moments": "float64",  # `launch.Sweep.moments`, or 0
     "noise": "int64",
     "pointers": "int64",
     "each_step": "",  # whether columns get a cotangent for each step, or one for all
@@ -133,7 +133,9 @@ class _Printer(AbstractPrinter):
         block += ["slot = last_slot", "for turn in range(2 * count - 1):", *indented(turn, 1)]
         block += ["keep(cotangents, first * CARRIED, s, COTANGENTS, CARRIED, lanes, LANES)"]
         source = self.source(block)
-        head = f"STARTS = {self.scratch // self.itemsize}  # of segments: where what is remembered lies, then the tape\n"
+        head = (
+            f"STARTS = {self.scratch // self.itemsize}  # of segments: where what is remembered lies, then the tape\n"
+        )
         head += f"COTANGENTS = {self.cotangent * lanes}  # where those of the state lie\n"
         source = source.replace("\n\n\ndef trajectory", f"\n{head}\n\ndef trajectory", 1)
         row = lanes * self.itemsize
@@ -163,7 +165,9 @@ class _Printer(AbstractPrinter):
         for g, m in enumerate(self.plan.noises):
             if m:
                 skip = "" if self.increments[g] == "two-point" else f"skip{g} + "
-                lines.append(f"copy(s, noise{g} + ({skip}({k} - begin) * {m}) * LANES, {first * self.lanes}, {m} * LANES)")
+                lines.append(
+                    f"copy(s, noise{g} + ({skip}({k} - begin) * {m}) * LANES, {first * self.lanes}, {m} * LANES)"
+                )
                 first += m
         return lines
 
@@ -194,7 +198,9 @@ class _Printer(AbstractPrinter):
                 call = f"words, noise, {g}, first, {index}, {count}, used, LANES"
             lines.append(f"skip{g} = {maker}_fill_{self.dtype}(s, noise{g}, {call})")
         targets = [(self.state + i, self._real(e)) for i, e in enumerate(plan.states)]
-        computed = self.rows.compute([t for t in targets if not isinstance(t[1].data, State) or self.state + t[1].data.i != t[0]])
+        computed = self.rows.compute(
+            [t for t in targets if not isinstance(t[1].data, State) or self.state + t[1].data.i != t[0]]
+        )
         step = [*self._noise("k"), *(f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in self.reads(Column))]
         return [
             *lines,
@@ -272,7 +278,7 @@ class _Printer(AbstractPrinter):
     def _pulled(self, pulled: Pulled, added: bool = False) -> list[str]:
         """Cotangents to their rows; those of the state in place of those after the step, or `added` to them."""
         graph, dtype = self.plan.program.graph, self.dtype
-        targets: list[tuple[int | str, Expression]] = []
+        targets: list[tuple[int, Expression]] = []
         for i, e in enumerate(pulled.states):
             own = graph.leaf(Cotangent(i), dtype)
             e = self._real(e)

@@ -190,6 +190,26 @@ def _of_extreme(other_side: str) -> Callable[[Term, Term, Term], Term]:
 _of_max, _of_min = _of_extreme("lt"), _of_extreme("gt")
 
 
+def _of_tied(other_side: str, first: bool) -> Rule:
+    """Of the larger or smaller of two, the first of which is shared by ``n`` entries; all have the same if they tie."""
+
+    def rule(v: Term, out: Term, a: Term, b: Term, n: Term) -> Term:
+        mine, other = (a, b) if first else (b, a)
+        share = n / (n + 1) if first else 1 / (n + 1)
+        return getattr(mine, other_side)(other).where(0.0, mine.eq(other).where(v * share, v))
+
+    return rule
+
+
+def _tied(name: str, fold: Callable[..., Any], torch: Callable[..., Tensor]) -> OpSpec:
+    """`min` or `max` of several numbers one after another; the third argument counts those that are the extreme."""
+    side = {"min": "gt", "max": "lt"}[name]
+    return OpSpec(
+        f"tied_{name}", lambda a, b, n: fold(a, b), lambda a, b, n: torch(a, b), "", "",
+        (_of_tied(side, True), _of_tied(side, False), None), expansion=lambda g, a, b, n: g.op(name, a, b),
+    )  # fmt: skip
+
+
 def _wrap32(a: Any) -> Any:
     """A whole number as 32 bits hold it, in two's complement."""
     return (a + 2**31) % 2**32 - 2**31
@@ -277,6 +297,8 @@ _ROWS = (
     OpSpec("not", lambda a: not a, torch.logical_not, "(not {0})", "(~({0}))", (None,), truth=True),
     _function("where", lambda c, a, b: a if c else b, torch.where, None, lambda v, out, c, a, b: c.where(v, 0.0),
               lambda v, out, c, a, b: c.where(0.0, v), numba="select", triton="tl.where"),
+    _tied("min", np.minimum, torch.minimum),
+    _tied("max", np.maximum, torch.maximum),
     OpSpec("detach", lambda a: a, torch.detach, "{0}", "{0}", (None,), exact=True),
     OpSpec("wrap32", _wrap32, _wrap32, _WRAP32, _WRAP32, (None,), operator=True, exact=True),
 )

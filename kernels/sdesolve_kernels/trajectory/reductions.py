@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdesolve_kernels.trajectory.expressions import BOOL, I64, Expression, Graph
+from sdesolve_kernels.trajectory.expressions import BOOL, FLOATS, I64, Expression, Graph
 from sdesolve_kernels.trajectory.pointwise import EXTREMES, HANDLERS, elements_of, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, mapped
 
@@ -76,10 +76,30 @@ def _prod(
 
 def _extreme(name: str) -> Callable[..., Traced]:
     def handler(tracer: Tracer, func: Any, a: Traced, dim: Any = None, keepdim: bool = False) -> Traced:
-        fold = functools.partial(functools.reduce, functools.partial(EXTREMES[name, dtype_name(a.dtype)], tracer.graph))
+        dtype = dtype_name(a.dtype)
+        fold = functools.partial(functools.reduce, functools.partial(EXTREMES[name, dtype], tracer.graph))
+        if tracer.graded and dtype in FLOATS:
+            fold = functools.partial(_tied, tracer.graph, name)
         return tracer.traced(_reduced(a.elements, _axes(a, dim), keepdim, fold), a.dtype)
 
     return handler
+
+
+def _tied(g: Graph, name: str, entries: Sequence[Expression]) -> Expression:
+    """The extreme of some numbers, counting those that have it: they share its derivative."""
+    best, one = entries[0], g.const(1, entries[0].dtype)
+    count = one
+    for e in entries[1:]:
+        now = g.op(f"tied_{name}", best, e, count)
+        more = g.op("where", g.op("eq", best, e), g.op("add", count, one), count)
+        count = g.op("where", g.op("lt" if name == "max" else "gt", best, e), one, more)
+        best = now
+    return best
+
+
+def _first(g: Graph, name: str, entries: Sequence[Expression]) -> Expression:
+    """The extreme of some numbers, whose derivative belongs to the first that has it."""
+    return functools.reduce(lambda a, b: g.op(f"clamp_{'min' if name == 'max' else 'max'}", a, b), entries)
 
 
 HANDLERS["amax"], HANDLERS["amin"] = _extreme("max"), _extreme("min")
@@ -93,6 +113,9 @@ def _extreme_and_place(name: str) -> Callable[..., Any]:
         best: Traced = HANDLERS[f"a{name}"](tracer, func, a, dim, keepdim)
         if dim is None:
             return best
+        if tracer.graded and dtype_name(a.dtype) in FLOATS:
+            fold = functools.partial(_first, tracer.graph, name)
+            best = tracer.traced(_reduced(a.elements, _axes(a, dim), keepdim, fold), a.dtype)
         # The index is not computed: a tensor of nothing, which shows up as a refusal if it is used.
         return best, tracer.traced(np.full(best.shape, None, dtype=object), torch.int64)
 

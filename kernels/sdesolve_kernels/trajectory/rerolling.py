@@ -238,7 +238,7 @@ def _walk(
 ) -> None:
     """Notes lists of operations that are alike, side by side, below the arguments of an expression."""
     search = _Search(Graph())
-    stack = [(user.args, (user.id,))]
+    stack: list[tuple[tuple[Expression, ...], tuple[int, ...]]] = [(user.args, (user.id,))]
     while stack:
         members, parent = stack.pop()
         key, e = tuple([m.id for m in members]), members[0]
