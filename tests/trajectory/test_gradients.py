@@ -79,6 +79,11 @@ def one_step_solvers():
             continue
         if solver.controller is not None:
             continue
+        if solver.equations:
+            theta, mass = leaf(2), leaf(2, seed=1).detach().exp().requires_grad_()
+            model = sds.UnderdampedLangevin(lambda x, t, w=theta: w * torch.sin(x), mass)
+            yield pytest.param(solver, model, [theta, mass], id=name)
+            continue
         for noise in ("none", "additive", "diagonal", "scalar", "general"):
             for calculus in ("ito", "stratonovich"):
                 sde, wanted = with_theta(noise, calculus)
@@ -89,7 +94,7 @@ def one_step_solvers():
 
 @pytest.mark.parametrize(("solver", "sde", "wanted"), list(one_step_solvers()))
 def test_every_solver_in_both_directions(solver, sde, wanted, interpreted):
-    x0 = leaf(7, 2, seed=5)
+    x0 = leaf(7, 2, *([2] if solver.equations else []), seed=5)
     for t0, t1 in ((0.0, 0.5), (0.5, 0.0)):
         check(solver_of(sde, x0, 3, t0, t1, solver=solver, save_at="grid"), [x0, *wanted])
 
