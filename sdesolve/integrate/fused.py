@@ -554,7 +554,8 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
             return kernel.trajectory.run(launch(x, k, end, ())).x1
 
         if k == begin:
-            calls = recorded(step, observe, _inputs(problem, lowered, kernel.noises, k, end, x0))
+            inputs = _inputs(problem, lowered, kernel.noises, k, end, x0)
+            calls = recorded(step, observe, inputs, kernel.adjoint is not None)
             same_operations(program, calls, len(x0))
         agree(eager, fused, x0, eps)
 

@@ -55,8 +55,8 @@ def with_theta(noise="diagonal", calculus="ito", d=2):
 
     def diffusion(x, t):
         rate = 0.2 + 0.1 * torch.cos(phase * t)
-        if noise == "general":
-            return rate * torch.sin(x[..., None] + theta[:, None] * torch.arange(1.0, 4.0, dtype=x.dtype))
+        if noise == "general":  # whose channels commute
+            return rate * torch.sin(x + theta)[..., None] * torch.arange(1.0, 4.0, dtype=x.dtype)
         if noise == "additive":
             return rate * theta
         return rate * torch.cos(theta * x)

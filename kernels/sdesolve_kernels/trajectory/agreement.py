@@ -94,11 +94,13 @@ class _Recorder(TorchDispatchMode):
         return _Carrier(made.clone() if made._is_zerotensor() else made)
 
 
-def recorded(step: Step, observe: Observe | None, inputs: Inputs) -> list[Call]:
-    """The operations that a step, and an observable, do in torch."""
+def recorded(step: Step, observe: Observe | None, inputs: Inputs, graded: bool = False) -> list[Call]:
+    """The operations that a step, and an observable, do in torch; on states that need gradients if it is `graded`."""
     recorder = _Recorder()
     fields = [getattr(inputs, f.name) for f in dataclasses.fields(inputs)]
     carried = Inputs(*tree_map(lambda a: _Carrier(a.clone()), fields))  # no views, which some operations tell
+    for state in carried.states if graded else ():
+        state.requires_grad_()
     with recorder:
         step(carried)
         if observe is not None:
