@@ -267,8 +267,9 @@ def _inputs(tracer: Tracer, signature: Signature) -> Inputs:
         return _frozen(tracer, filled([graph.leaf(Time(what), dtype_name(dtype))], ()), dtype)
 
     states = tuple(per_row(State, s, at) for s, at in zip(signature.states, _starts(signature.states), strict=True))
-    if signature.graded:  # as those of an eager run do, from its second step on
-        states = tuple(state.requires_grad_() for state in states)
+    if signature.graded:  # they need gradients, as those of an eager run do from its second step on
+        for state in states:
+            state.requires_grad_()
     noises = tuple(per_row(NoiseLeaf, s, at) for s, at in zip(signature.noises, _starts(signature.noises), strict=True))
     columns = [graph.leaf(TableColumn(j), name) for j in range(signature.columns)]
     row = _frozen(tracer, filled(columns, (signature.columns,)), signature.dtype)
