@@ -1,7 +1,9 @@
-"""Constants that are used in several dtypes and on several devices, copied once for each."""
+"""Constants that are used in several dtypes and on several devices, copied once for each; what is known of a tensor."""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar, final
 
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor
 
 _HOST_DTYPES = (torch.float32, torch.float64)
+_KNOWN = 256  # values that are remembered
+R = TypeVar("R")
 T = TypeVar("T", bound=Tensor | tuple[Tensor | None, ...])
 
 
@@ -58,3 +62,27 @@ class Copies(Generic[T]):
         # A copy made in inference mode could not take part in a gradient later.
         with torch.inference_mode(False), torch.no_grad():
             return self._convert(self._constant, dtype, device)
+
+
+def remembered(function: Callable[..., R]) -> Callable[..., R]:
+    """``function(tensor, *arguments)``, whose values are kept while the tensor lives and nobody writes to it.
+
+    Grids of equal steps are one tensor for all integrations over them.
+    """
+    known: dict[tuple[object, ...], tuple[weakref.ref[Tensor], int, R]] = {}
+
+    @functools.wraps(function)
+    def call(tensor: Tensor, *arguments: object) -> R:
+        if tensor.is_inference():  # which counts no versions
+            return function(tensor, *arguments)
+        key = (id(tensor), *arguments)
+        held = known.get(key)
+        if held is not None and held[0]() is tensor and held[1] == tensor._version:
+            return held[2]
+        value = function(tensor, *arguments)
+        if len(known) >= _KNOWN:
+            known.clear()
+        known[key] = weakref.ref(tensor), tensor._version, value
+        return value
+
+    return call

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdesolve._internal.copies import remembered
+
 # Of a step: how far the time that a function is given may be from the time of the step; and from where on it is given
 # float64 if it takes it.
 _SHARE, _GAIN = 2.0**-6, 2.0**-10
 _aten = torch.ops.aten
 
 
+@remembered
 def roundings(times: Tensor, dtype: torch.dtype) -> float:
     """The rounding of times to ``dtype`` over the step beside them: of all steps, and of the worst sample.
 

@@ -142,9 +142,10 @@ class Fused:
                     kernel, guards = _tried(problem, guards, lowered, noises, kernel, self._wanted)
             elif not kernel.proved and _span(problem) not in kernel.spans:
                 check_noise_ahead(problem)
-            if len(kernel.spans) == _SPANS_KEPT:
-                kernel.spans.clear()
-            kernel.spans.add(_span(problem))
+            if not kernel.proved:
+                if len(kernel.spans) == _SPANS_KEPT:
+                    kernel.spans.clear()
+                kernel.spans.add(_span(problem))
         kernel = _repeating(kernel, lowered)
         try:
             launch = _launch(problem, kernel, guards, lowered)

@@ -89,7 +89,7 @@ class NoiseSource:
         """Fine steps of a path to one of its own."""
         return self.noise.substeps if isinstance(self.noise, BrownianPath) else 1
 
-    @property
+    @functools.cached_property
     def path(self) -> BrownianPath:
         """The sequence of unit numbers that a kernel makes, one for each number of a fine step.
 
@@ -99,6 +99,8 @@ class NoiseSource:
         if not isinstance(self.noise, BrownianPath):
             raise TypeError(f"noise of class {type(self.noise).__name__} has no sequence of unit numbers")
         path = self.noise if self.of is None else self.noise.units(self.of)
+        if path.substeps == 1 and not (path.mirrored or path.swapped):
+            return path
         return dataclasses.replace(path, substeps=1, mirrored=False, swapped=False)
 
     def numbers(self) -> tuple[int, ...]:

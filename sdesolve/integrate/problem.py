@@ -10,6 +10,7 @@ import torch
 from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
+from sdesolve._internal.copies import remembered
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath
 from sdesolve.integrate.checks import check_diffusion, check_drift, check_reading, unchanged
 from sdesolve.integrate.clock import keeping_clock, time_dtype
@@ -99,6 +100,11 @@ class IncrementShape(NamedTuple):
     elementwise: bool
 
 
+@remembered
+def _padded(times: Tensor) -> bool:
+    return bool((times[-1] == times[-2]).any())
+
+
 @final
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -175,10 +181,10 @@ class Problem:
         """Float64 times as functions are given them."""
         return times.to(dtype=self.time_dtype, device=self.x0.device)
 
-    @functools.cached_property
+    @property
     def padded(self) -> bool:
         """Whether a last time is repeated: a step of no length, which leaves its row alone."""
-        return bool((self.times[-1] == self.times[-2]).any())
+        return _padded(self.times)
 
     @functools.cached_property
     def increment(self) -> IncrementShape:

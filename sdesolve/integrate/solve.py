@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdesolve import grids
 from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.copies import remembered
 from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
@@ -138,7 +139,7 @@ def solve(
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
     times = _continued(start, times, rounding)
     first = 0 if start is None else start.steps
-    sde = sde.directed(_direction(times, x0))
+    sde = sde.directed(_direction(times, x0.dtype, x0.device))
     save = SavePlan(times[first:], save_at, observable, moments=reduce is not None, rounding=rounding, first=first)
     problem = Problem(
         solver,
@@ -186,7 +187,7 @@ def integrate(
     times = grids.check_grid(times)
     noise = noise_of(None, noise, random=_reads_noise(sde, solver))
     times, first, memory = _continued(start, times), *((start.steps, start.memory) if start else (0, ()))
-    save, sde = SavePlan(times[first:], None, first=first), sde.directed(_direction(times, x0))
+    save, sde = SavePlan(times[first:], None, first=first), sde.directed(_direction(times, x0.dtype, x0.device))
     return _solution(
         Problem(
             solver, sde, Watched(sde, times), noise, times, x0, save, progress=progress, first=first, memory=memory
@@ -293,6 +294,7 @@ _REFUSED = {"fused": "this integration cannot be fused", "kernel": "no kernel do
 _PASSED = {"fused": "not fused: ", "kernel": ""}
 
 
+@functools.cache
 def _executor(name: str, backend: Backend) -> Executor:
     if name == "fused":
         from sdesolve.integrate.fused import Fused  # not with the package: the compiler is a third of its import
@@ -301,10 +303,13 @@ def _executor(name: str, backend: Backend) -> Executor:
     return RowKernels() if name == "kernel" else Eager()
 
 
-def _direction(times: Tensor, x0: Tensor) -> float | Tensor:
+@remembered
+def _direction(times: Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
     """1 where time increases, -1 where it decreases: one number, or ``(batch,)`` where samples differ."""
     signs = (times[-1] - times[0]).sign()
-    return float(signs.flatten()[0]) if bool((signs == signs.flatten()[:1]).all()) and signs.numel() else signs.to(x0)
+    if signs.numel() and bool((signs == signs.flatten()[:1]).all()):
+        return float(signs.flatten()[0])
+    return signs.to(dtype=dtype, device=device)
 
 
 def _check_plan(problem: Problem) -> None:

@@ -386,8 +386,7 @@ class _Walk:
 
     def instance(self, value: Any, kind: type) -> None:
         """An object of a class that is written in Python."""
-        mro = kind.__mro__
-        if not all(written_in_python(base) for base in mro if base not in _PLAIN_BASES):
+        if not _open(kind):
             self.refuse(value, kind)
         if is_library(kind.__module__) and not is_pure(kind.__module__) and kind.__module__ not in _HOLDERS:
             self.refuse(value, kind)
@@ -581,6 +580,12 @@ def _rule(kind: type) -> Rule:
     if issubclass(kind, enum.Enum):
         return _Walk.plain
     return next((_RULES[base] for base in kind.__mro__ if base in _RULES), _Walk.instance)
+
+
+@functools.lru_cache(4096)
+def _open(kind: type) -> bool:
+    """Whether instances of a class hold nothing that cannot be looked at."""
+    return all(written_in_python(base) for base in kind.__mro__ if base not in _PLAIN_BASES)
 
 
 _versions: dict[Any, tuple[list[object], str]] = {}

@@ -116,7 +116,8 @@ class Snapshot:
             state = getattr(thing, "__dict__", None)
             if type(state) is dict:
                 self._entries(state, seen)
-            for slot in slots_of(type(thing)):
+            kind: type = type(thing)
+            for slot in slots_of(kind):
                 self._add(functools.partial(_slot, slot, thing), functools.partial(_put_slot, slot, thing))
 
     def _tensor(self, thing: Tensor) -> None:
@@ -137,6 +138,7 @@ def random_states() -> Callable[[], None]:
     return put_back
 
 
+@functools.lru_cache(4096)
 def written_in_python(kind: type) -> bool:
     """Whether all that a class adds to its instances is a ``__dict__``, weak references and slots.
 
@@ -150,12 +152,13 @@ def written_in_python(kind: type) -> bool:
     return fields <= 0 or fields <= sum(type(a) is types.MemberDescriptorType for a in own.values())
 
 
-def slots_of(kind: type) -> list[types.MemberDescriptorType]:
+@functools.lru_cache(4096)
+def slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...]:
     """Descriptors of the slots that instances of a class have."""
-    return [
+    return tuple(
         a for b in kind.__mro__ if "__slots__" in vars(b) and written_in_python(b) for a in vars(b).values()
         if type(a) is types.MemberDescriptorType
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def _same(a: Any, b: Any) -> bool:
