@@ -34,6 +34,10 @@ class AbstractWithArea(AbstractOneStep):
             LevyArea(area, terms)
 
     @property
+    def strong_orders(self) -> tuple[float | None, float | None, float | None]:
+        return 1.0, self.strong_order, None if self.area is None else self.strong_order
+
+    @property
     def commutative_noise(self) -> bool:
         return self.area is None
 
