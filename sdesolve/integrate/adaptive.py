@@ -95,6 +95,7 @@ def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: Sa
     scale = solver.controller.scale(torch.maximum(x.abs(), attempt.x.abs()))
     error = _norm(attempt.error, scale)
     good = active & (error < 1.0)  # nan is not
+    _check_clock(drift, batch, dt, scale, active)
     _save(plan, solver, batch, attempt, t_next, good, n)
     h = solver.controller.next_step(dt, error, solver.error_order, held | ~good).where(active, h)
     held = active & ~good
@@ -105,6 +106,27 @@ def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: Sa
     _refuse(solver, (held & (h < smallest)) | late, rows, t, error)
     h = torch.maximum(h, 1e-15 * t.abs())  # a step that leaves t where it is would be repeated for ever
     return _Samples(rows, x, slope, t, t1, h, held, accepted, rejected)
+
+
+def _check_clock(drift: Slope, batch: _Samples, dt: Tensor, scale: Tensor, active: Tensor) -> None:
+    """Refuses a drift that the rounding of its time, to the dtype of the state, moves by more than the tolerance.
+
+    Raises:
+        ValueError: it does.
+    """
+    x, t = batch.x, batch.t
+    off = torch.finfo(x.dtype).eps * t.abs()
+    coarse = active & (off > dt.abs() / 32.0)
+    if x.dtype == torch.float64 or not bool(coarse.any()):
+        return
+    with torch.no_grad():
+        moved = _norm(per_sample(dt.to(x.dtype), x) * (drift(x, t + off) - batch.slope), scale)
+    if bool((coarse & (moved > 1.0)).any()):
+        row = int((coarse & (moved > 1.0)).nonzero()[0])
+        raise ValueError(
+            f"{x.dtype} holds t = {float(t[row]):.6g} to {float(off[row]):.2g}, by which the drift changes too much "
+            "for the tolerances: integrate in float64, x0.double(), or count time from a nearer origin"
+        )
 
 
 class _Samples(NamedTuple):

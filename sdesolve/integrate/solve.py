@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Literal, get_args
 
@@ -225,6 +226,8 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         equation.score.check_conditions(len(problem.x0))
     with evaluation_mode(*((equation.score,) if isinstance(equation, ReverseSDE | ProbabilityFlow) else ())):
         saved, reason = _executed(problem, backend)
+    if saved.x1 is x0:  # a step may return the state that it was given
+        saved = dataclasses.replace(saved, x1=x0.clone())
     adaptive = saved.adaptive
     stats = Stats(
         solver=type(solver).__name__,

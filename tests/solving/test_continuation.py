@@ -203,3 +203,28 @@ def test_what_does_not_go_on(options, error, message):
     state = sds.solve(sde, X0, 0.0, 1.0, 3, solver=sds.EulerMaruyama(), seed=0, backend="eager").state
     with pytest.raises(error, match=message):
         sds.solve(sde, **{"t1": 2.0, "steps": 4, "solver": sds.EulerMaruyama(), "start": state, **options})
+
+
+class Idle(sds.AbstractOneStep):
+    """Its step returns the very state that it was given."""
+
+    supported = sds.supports(ito=(Noise.DIAGONAL,))
+    strong_order, weak_order, ode_order, evaluations = 0.5, 1.0, None, 0
+
+    def step(self, sde, x, span, noise):
+        return x
+
+
+@pytest.mark.parametrize("solver", [sds.EulerMaruyama(), Idle()], ids=repr)
+@pytest.mark.parametrize("save_at", [None, "grid", [0.3, 1.0]], ids=str)
+def test_results_share_no_memory_whatever_ran(solver, save_at):
+    """`x1` and the last of `xs` were one in fused runs and two in eager ones."""
+    sde = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * x)
+    for backend in ("eager", "fused", "kernel") if isinstance(solver, sds.EulerMaruyama) else ("eager", "fused"):
+        for observable in (None, lambda x: x):
+            options = {"solver": solver, "seed": 0, "backend": backend, "save_at": save_at, "observable": observable}
+            with use_backend("auto" if backend == "kernel" else "reference"):
+                sol = sds.solve(sde, X0, 0.0, 1.0, 2, **options)
+            owners = {t.untyped_storage().data_ptr() for t in (X0, sol.x1, sol.xs)}
+            assert len(owners) == 3
+            assert sol.state.x is sol.x1

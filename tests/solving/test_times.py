@@ -196,3 +196,16 @@ def test_times_that_a_dtype_cannot_hold_are_refused_where_they_are_tensors():
     grid = 9e5 - torch.arange(11, dtype=torch.float64) * 1e-2
     with pytest.raises(ValueError, match="does not tell the times of this grid apart"):
         sds.solve(flow.probability_flow(lambda x, t: -x), x0, grid=grid, solver=sds.DDIM())
+
+
+def test_steps_of_their_own_know_when_the_time_is_too_coarse():
+    """A drift that does not depend on time, or slowly, goes on; another names the precision that would do."""
+    x0, t0, options = torch.ones(3, 1), 86_400.0, {"solver": sds.DormandPrince()}
+    fast = sds.ODE(lambda x, t: 100.0 * torch.sin(2 * math.pi * 50.0 * t.reshape(-1, 1)) - x)
+    with pytest.raises(ValueError, match=r"float32 holds t = 86400 to 0.01.*float64, x0.double\(\)"):
+        sds.solve(fast, x0, t0, t0 + 0.1, **options)
+    sds.solve(fast, x0.double(), t0, t0 + 0.1, **options)
+    for rate in (0.0, 1e-5):
+        slow = sds.ODE(lambda x, t, rate=rate: -x * (1.0 + torch.sin(rate * t.reshape(-1, 1))))
+        single, double = (sds.solve(slow, x, t0, t0 + 2.0, **options).x1 for x in (x0, x0.double()))
+        torch.testing.assert_close(single, double.float(), rtol=3e-5, atol=0)
