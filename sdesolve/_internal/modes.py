@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from sdesolve._internal.copies import Copies
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _LIBRARIES = frozenset(("torch", "numpy", "sdesolve", "sdesolve_kernels", "builtins"))
 _MOST = 10_000  # objects looked at
-_LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, type(None))
+_LEAVES = (Copies, Tensor, str, bytes, int, float, complex, type, types.ModuleType, type(None))
 
 
 class _Hold(NamedTuple):
@@ -69,13 +71,11 @@ def evaluation_mode(*held: object, dropout: bool = False) -> Iterator[None]:
     dropout = dropout or _drawing.get()
     outside = _drawing.set(dropout)
     try:
-        for module in modules:
-            _hold(module, token, dropout and not module._buffers)
+        _hold(modules, token, dropout)
         yield
     finally:
         _drawing.reset(outside)
-        for module in modules:
-            _release(module, token)
+        _release(modules, token)
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def modules_within(held: Iterable[object]) -> list[nn.Module]:
         if isinstance(value, nn.Module):
             found.append(value)
             waiting += value._modules.values()
-            if _library(type(value).__module__):
+            if type(value).__module__.startswith("sdesolve."):
                 waiting += [v for v in vars(value).values() if callable(v)]  # a network that is a function
         elif isinstance(value, types.FunctionType):
             waiting += _read_by(value)
@@ -130,6 +130,7 @@ def modules_within(held: Iterable[object]) -> list[nn.Module]:
         elif type(value).__module__.partition(".")[0] not in _LIBRARIES - {"sdesolve"}:
             with contextlib.suppress(Exception):  # whatever a property of that name does
                 waiting += vars(value).values()
+            waiting += _of_classes(value)
             call = inspect.getattr_static(type(value), "__call__", None)
             waiting += [call] if isinstance(call, types.FunctionType) else []
     return found
@@ -178,28 +179,48 @@ def _read_by(function: types.FunctionType) -> Iterator[object]:
     while codes:
         code = codes.pop()
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+        found = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        yield from found
+        for module in found:
+            if isinstance(module, types.ModuleType) and not _library(module.__name__):
+                yield from (vars(module)[name] for name in code.co_names if name in vars(module))
+
+
+def _of_classes(value: object) -> Iterator[object]:
+    """What an object holds in slots, and modules that are attributes of its classes."""
+    for kind in type(value).__mro__:
+        if not _library(kind.__module__):
+            for name, held in vars(kind).items():
+                if isinstance(held, types.MemberDescriptorType):
+                    yield getattr(value, name, None)
+                elif isinstance(held, nn.Module):
+                    yield held
 
 
 def _library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
-def _hold(module: nn.Module, token: object, mode: bool) -> None:
+def _hold(modules: list[nn.Module], token: object, dropout: bool) -> None:
     with _lock:
-        hold = _holds.setdefault(id(module), _Hold(module, module.training, {}))
-        hold.wanted[token] = mode
-        _set(module, mode)
+        for module in modules:
+            mode, hold = dropout and not module._buffers, _holds.get(id(module))
+            if hold is None:
+                if module.training == mode:
+                    continue  # as it is wanted, and nobody is going to give it back in another mode
+                hold = _holds[id(module)] = _Hold(module, module.training, {})
+            hold.wanted[token] = mode
+            _set(module, mode)
 
 
-def _release(module: nn.Module, token: object) -> None:
+def _release(modules: list[nn.Module], token: object) -> None:
     with _lock:
-        hold = _holds.get(id(module))
-        if hold is None or hold.wanted.pop(token, None) is None:
-            return
-        _set(module, next(reversed(hold.wanted.values()), hold.before))
-        if not hold.wanted:
-            del _holds[id(module)]
+        for module in modules:
+            hold = _holds.get(id(module))
+            if hold is not None and hold.wanted.pop(token, None) is not None:
+                _set(module, next(reversed(hold.wanted.values()), hold.before))
+            if hold is not None and not hold.wanted:
+                del _holds[id(module)]
 
 
 def _set(module: nn.Module, mode: bool) -> None:

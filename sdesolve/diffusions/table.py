@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import real, whole_number
+from sdesolve._internal.copies import Copies
+from sdesolve.diffusions.base import as_time
 from sdesolve.diffusions.vp import AbstractBetaSchedule
 
 
@@ -47,7 +49,7 @@ class TableBeta(AbstractBetaSchedule):
         if zero_terminal_snr:
             alpha = square.sqrt()
             square = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))).square()
-        self._integral = torch.cat([square.new_zeros(1), -square.log()])
+        self._integral = Copies(torch.cat([square.new_zeros(1), -square.log()]))
         self.steps, self.t_max = len(square), float(len(square))
 
     def beta(self, t: Tensor) -> Tensor:
@@ -63,7 +65,8 @@ class TableBeta(AbstractBetaSchedule):
         )
 
     def time_at_integral(self, integral: Tensor) -> Tensor:
-        B, value = self._integral.to(integral.device), integral.double()
+        value = integral.double()
+        B = self._integral.like(value)
         k = (torch.searchsorted(B, value.contiguous()) - 1).clamp(0, self.steps - 1)
         rest, step = value - B[k], B[k + 1] - B[k]
         w = torch.where(step.isinf(), -torch.expm1(-0.5 * rest), rest / step)
@@ -78,11 +81,11 @@ class TableBeta(AbstractBetaSchedule):
         return torch.linspace(self.t_max, self.t_min, steps + 1, dtype=torch.float64).round()
 
     def __repr__(self) -> str:
-        first, last = ((-self._integral[k]).exp() for k in (1, -1))
-        return f"TableBeta({self.steps} steps, alphas_cumprod {float(first):.6g} ... {float(last):.6g})"
+        first, last = (float((-self.integral(as_time(k))).exp()) for k in (1.0, self.t_max))
+        return f"TableBeta({self.steps} steps, alphas_cumprod {first:.6g} ... {last:.6g})"
 
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The table, the step below ``t`` or at its left, and how far ``t`` is beyond it, in [0, 1]."""
         time = t.double()
         k = (time.ceil().long() - 1).clamp(0, self.steps - 1)
-        return self._integral.to(t.device), k, time - k
+        return self._integral.like(time), k, time - k

@@ -187,7 +187,10 @@ def named(entry: Any, fields: Fields | None, *, labelled: bool = False) -> dict[
         TypeError: what should be a tensor is none; integer data.
         ValueError: entries without a name, names that fit nothing, or another number of rows than of samples.
     """
-    held = _by_key(entry, fields) if isinstance(entry, Mapping) else _by_place(entry, fields, labelled)
+    pairs = _by_key(entry, fields) if isinstance(entry, Mapping) else _by_place(entry, fields, labelled)
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        raise ValueError(f"each name is for one entry of the data, got {_listed(name for name, _ in pairs)}")
     if STATE not in held:
         raise ValueError(
             f"nothing here is called {STATE!r}, the data: there is {_listed(held)}. Say what is what by fields=, such "
@@ -207,16 +210,16 @@ def named(entry: Any, fields: Fields | None, *, labelled: bool = False) -> dict[
     return held
 
 
-def _by_key(entry: Mapping[Any, Any], fields: Fields | None) -> dict[Any, Any]:
+def _by_key(entry: Mapping[Any, Any], fields: Fields | None) -> list[tuple[Any, Any]]:
     names = {} if fields is None else fields
     if not isinstance(names, Mapping) or any(key not in entry for key in names):
         raise ValueError(
             f"fields must map keys of the data ({_listed(entry)}) to names, as in {{key: {STATE!r}}}; got {fields!r}"
         )
-    return {names.get(key, key): value for key, value in entry.items() if names.get(key, key) is not None}
+    return [(names.get(key, key), value) for key, value in entry.items() if names.get(key, key) is not None]
 
 
-def _by_place(entry: Any, fields: Fields | None, labelled: bool) -> dict[Any, Any]:
+def _by_place(entry: Any, fields: Fields | None, labelled: bool) -> list[tuple[Any, Any]]:
     entries = [entry] if isinstance(entry, Tensor) else entry
     if fields is None and STATE in getattr(entry, "_fields", ()):
         fields = entry._fields
@@ -241,7 +244,7 @@ def _by_place(entry: Any, fields: Fields | None, labelled: bool) -> dict[Any, An
         raise ValueError(
             f"fields must have a name, or None, for each of the {len(entries)} entries of the data; got {fields!r}"
         )
-    return {name: value for name, value in zip(names, entries, strict=True) if name is not None}
+    return [(name, value) for name, value in zip(names, entries, strict=True) if name is not None]
 
 
 def batches_of(
@@ -265,7 +268,8 @@ def batches_of(
         raise ValueError("label_dropout is for data with classes; give them as labels=")
     columns = isinstance(data, tuple) and data and all(isinstance(column, Tensor) for column in data)
     if isinstance(data, Tensor | Mapping) or columns:
-        told = {STATE: data} if isinstance(data, Tensor) else named(data, fields, labelled=labelled)
+        plain = isinstance(data, Tensor) and fields is None
+        told = {STATE: data} if plain else named(data, fields, labelled=labelled and labels is None)
         if labels is not None and "label" in told:
             raise ValueError("there are labels= and labels in the data; give them once")
         told |= {} if labels is None else {"label": labels}

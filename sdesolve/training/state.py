@@ -16,7 +16,7 @@ from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import evaluation_mode
 from sdesolve.nn.ema import EMA
-from sdesolve.nn.labels import LabelledNetwork, check_inputs, check_labels, inputs_of
+from sdesolve.nn.labels import Given, LabelledNetwork, check_inputs, check_labels, inputs_of
 from sdesolve.nn.normalizer import Normalizer
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import per_sample
@@ -126,9 +126,11 @@ class Run:
     @property
     def always_given(self) -> frozenset[str]:
         """Conditions that no sample so far was without."""
+        net = self.score.net if isinstance(self.score, NetworkScore) else None
+        bound = frozenset(net.conditions if isinstance(net, Given) else ())
         if self.dropout.get("", 0.0):
-            return frozenset()
-        return frozenset(name for name in self.told if not self.dropout.get(name, 0.0))
+            return bound
+        return bound | {name for name in self.told if not self.dropout.get(name, 0.0)}
 
     def advance(self, batch: Batch, lr: float, clip: float | None, file: Path | None) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""

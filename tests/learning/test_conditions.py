@@ -185,6 +185,9 @@ def test_conditions_go_to_sampling_guidance_and_likelihood():
             lambda: run(made(), ALL, condition_dropout=0.1, null={"context": torch.ones(4), "mask": False}),
             ValueError, r"null value of context has shape \(4,\), and its rows \(3,\)",
         ),
+        (lambda: run(made(), (X, X), fields=("x", "x")), ValueError, "for one entry of the data, got 'x', 'x'"),
+        (lambda: run(made(), {"x": X, "y": X}, fields={"y": "x"}), ValueError, "each name is for one entry"),
+        (lambda: run(made(), X, fields=NAMES), ValueError, "a name, or None, for each of the 1 entries"),
         (lambda: run(made(), {"x": X, "label": Y}, labels=Y), ValueError, "labels= and labels in the data"),
         (lambda: run(sds.EnergyScore(nn.Linear(2, 1)), ALL), TypeError, "context, mask need a NetworkScore"),
         (lambda: run(sds.NetworkScore(Net().__call__, VP), X), ValueError, "calls a Net, which is no part"),
@@ -245,6 +248,9 @@ def test_a_network_that_always_had_a_condition_is_not_asked_without(tmp_path):
     again = sds.NetworkScore(sds.nn.MLP(2, width=8, depth=1, classes=3), VP)
     sds.load(again, tmp_path / "weights")
     refused(again, "label")
+    alone = sds.NetworkScore(sds.nn.MLP(2, width=8, depth=1, classes=3), VP)
+    run(alone.given(1), X)
+    refused(alone, "label")
     run(score, X, labels=Y, label_dropout=0.1)
     sds.ClassifierFreeGuidance(score, scale=2.0, label=1)
     told = made()

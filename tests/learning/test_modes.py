@@ -1,6 +1,7 @@
 """What averaging makes of buffers, and who leaves networks in which mode."""
 
 import threading
+import types
 
 import pytest
 import torch
@@ -176,7 +177,30 @@ class Holder:
         return self.parts["score"][0](x, t)
 
 
+class Kind:
+    """A network in a slot."""
+
+    __slots__ = ("score",)
+
+    def __init__(self, score):
+        self.score = score
+
+    def __call__(self, x, t):
+        return self.score(x, t)
+
+
+MODULE = types.ModuleType("of_a_user")
+
+
+def by_module(score):
+    MODULE.score = score
+    return lambda x, t: MODULE.score(x, t)
+
+
 SCORES = {
+    "slots": Kind,
+    "class": lambda score: type("Shared", (), {"net": score, "__call__": lambda self, x, t: self.net(x, t)})(),
+    "module": by_module,
     "network": lambda score: score,
     "function": lambda score: lambda x, t: score(x, t),
     "network of a function": lambda score: sds.NetworkScore(lambda x, t: score.net(x, t), VP),
