@@ -2,7 +2,7 @@
 
 from sdesolve import adapters, grids, inverse, mcmc, metrics, models, nn, oracle
 from sdesolve._internal.levy_area import LevyArea
-from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increment
+from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, BrownianRows, Increment
 from sdesolve.chains import DDPM, SMLD, ChainScore, variational_bound
 from sdesolve.conversions import correlated, to_ito, to_stratonovich
 from sdesolve.diffusions import (
@@ -123,13 +123,13 @@ from sdesolve.training.train import train
 
 __all__ = [
     "ALIGN", "BAOAB", "CIR", "DDIM", "DDPM", "DEIS", "DPM2", "DRI1", "EDM", "NON", "OBABO", "ODE", "OU", "QE",
-    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1", "SRIW2",
-    "UBU", "VE", "VP", "AbstractDiffusion", "AbstractNoise", "AbstractOneStep", "AbstractPath", "AbstractSDE",
+    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1", "SRIW2", "UBU",
+    "VE", "VP", "AbstractDiffusion", "AbstractNoise", "AbstractOneStep", "AbstractPath", "AbstractSDE",
     "AbstractSemilinear", "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Ancestral",
-    "AnnealedLangevin", "BrownianPath", "Calculus", "ChainBound", "ChainScore", "ClassifierFreeGuidance",
-    "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DenoisingScoreMatching",
-    "DivergenceError", "DormandPrince", "DoubleWell", "EDMHeun", "EnergyScore", "EulerHeun", "EulerMaruyama",
-    "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "GeneralShARK",
+    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "ChainBound", "ChainScore",
+    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
+    "DenoisingScoreMatching", "DivergenceError", "DormandPrince", "DoubleWell", "EDMHeun", "EnergyScore", "EulerHeun",
+    "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "GeneralShARK",
     "GeometricBrownianMotion", "Heston", "Heun", "HutchPP", "Hutchinson", "ImplicitScoreMatching",
     "ImplicitSquareRoot", "Increment", "Jacobi", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta",
     "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein",
@@ -137,12 +137,10 @@ __all__ = [
     "ProbabilityFlow", "Quantisation", "Rates", "Rectified", "ReverseDiffusion", "ReverseSDE", "Row", "SASolver",
     "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SPaRK", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK",
     "Solution", "Span", "Stats", "StochasticTable", "SubVP", "Table", "TableBeta", "Tamed", "TrainingTimes",
-    "Truncated",
-    "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "W2Ito1", "WeakTable", "adapters",
+    "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "W2Ito1", "WeakTable", "adapters",
     "correlated", "decode", "drop_labels", "encode", "estimate_likelihood", "grids", "inverse", "load",
-    "log_likelihood", "mcmc", "metrics", "models", "nn", "noised_cross_entropy", "operators", "oracle",
-    "run_chain", "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train", "tweedie",
-    "variational_bound",
+    "log_likelihood", "mcmc", "metrics", "models", "nn", "noised_cross_entropy", "operators", "oracle", "run_chain",
+    "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train", "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import bisect
+import copy
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, TypedDict, cast, final, get_args
 
 import torch
@@ -604,3 +606,107 @@ class BrownianPath(AbstractStreams, AbstractPath):
         bits = (w[:, :, None] >> torch.arange(32, device=w.device)) & 1
         start = offset - 32 * first
         return 2.0 * bits.reshape(batch, -1)[:, start : start + count].double() - 1.0
+
+
+@final
+class BrownianRows(AbstractStreams, AbstractPath):
+    """Brownian paths with a seed, or a path number, for each row: row ``i`` is row 0 of a `BrownianPath` of its own.
+
+    Chosen rows of a large run are made again by their numbers, and each request of a service keeps the seed that it
+    came with, whatever else is in the batch. Runs go step by step, in torch.
+
+    Args:
+        seed: of all rows, or one for each.
+        paths: path number of each row; 0 for all by default, where each has a seed.
+        substeps, kind: as `BrownianPath`.
+
+    Raises:
+        TypeError: something that is no integer.
+        ValueError: no row, not as many seeds as paths, or a number out of range; in `solve`, another batch.
+
+    Example:
+        >>> again = sds.solve(sde, x0[[3, 17]], 0.0, 1.0, 256, solver=solver, noise=BrownianRows(7, paths=[3, 17]))
+    """
+
+    def __init__(
+        self,
+        seed: int | Iterable[int] | Tensor,
+        paths: Iterable[int] | Tensor | None = None,
+        *,
+        substeps: int = 1,
+        kind: Increments = "normal",
+    ) -> None:
+        single = isinstance(seed, int) or (isinstance(seed, Tensor) and seed.ndim == 0)
+        if single and paths is None:
+            raise ValueError("give a seed or a path number for each row; one seed for all is BrownianPath(seed)")
+        numbers = None if paths is None else [whole_number(path, "each of paths", 0) for path in paths]
+        seeds: list[Any] = [seed] * len(numbers or ()) if single else list(seed)  # type: ignore[arg-type]
+        numbers = [0] * len(seeds) if numbers is None else numbers
+        if len(seeds) != len(numbers) or not seeds:
+            raise ValueError(f"rows have a seed and a path number each, got {len(seeds)} and {len(numbers)}")
+        self._parts: list[tuple[BrownianPath, int]] = []
+        for own, path in zip(seeds, numbers, strict=True):
+            last, count = self._parts[-1] if self._parts else (None, 0)
+            if last is not None and last.seed == own and last.first_path + count == path:
+                self._parts[-1] = last, count + 1
+            else:
+                self._parts.append((BrownianPath(own, path, substeps=substeps, kind=kind), 1))
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return self._parts[0][0].provides
+
+    def after(self, steps: int) -> BrownianRows:
+        """As `BrownianPath.after`."""
+        return self._with(lambda path: path.after(steps))
+
+    def in_draws(self, draws: int) -> BrownianRows:
+        return self._with(lambda path: path.in_draws(draws))
+
+    def correctors(self, draws: int) -> BrownianRows:
+        return self._with(lambda path: path.correctors(draws))
+
+    def initial(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        """Standard normals for states at the start, ``(batch, *state)``: those that `Prior.sample` makes."""
+        start = self._with(lambda path: BrownianPath(path.seed, path.first_path, stream=Stream.INITIAL))
+        return start.increments(torch.tensor([0.0, 1.0]), shape, dtype=dtype, device=device)[0]
+
+    def increments(
+        self,
+        times: Tensor,
+        shape: tuple[int, ...],
+        *,
+        step: int = 0,
+        of: Part = "W",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        made, first = [], 0
+        for path, count in self._of(shape[0]):
+            own = times[:, first : first + count] if times.ndim == 2 else times
+            made.append(path.increments(own, (count, *shape[1:]), step=step, of=of, dtype=dtype, device=device))
+            first += count
+        return torch.cat(made, 1)
+
+    def bridge(
+        self,
+        step: int,
+        theta: float,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        parts = self._of(shape[0])
+        return torch.cat([p.bridge(step, theta, (n, *shape[1:]), dtype=dtype, device=device) for p, n in parts])
+
+    def _of(self, batch: int) -> list[tuple[BrownianPath, int]]:
+        rows = sum(count for _, count in self._parts)
+        if batch != rows:
+            raise ValueError(f"noise has seeds or path numbers for {rows} rows, and the batch has {batch}")
+        return self._parts
+
+    def _with(self, change: Callable[[BrownianPath], BrownianPath]) -> BrownianRows:
+        changed = copy.copy(self)
+        changed._parts = [(change(path), count) for path, count in self._parts]
+        return changed

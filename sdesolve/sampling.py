@@ -15,7 +15,7 @@ from sdesolve._internal.arguments import kind_of, number, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import runs_as_it_is
-from sdesolve.brownian import AbstractNoise, BrownianPath
+from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
 from sdesolve.integrate.cuda_graph import StraightSampler, captured
@@ -81,7 +81,8 @@ def sample(
         grid: explicit decreasing times instead of ``steps``. For samplers made for reverse equations, such as
             `DPMSolverPP`, it may end at 0; the last step then is Tweedie's formula and nothing is left to denoise.
         seed: for the start and the driving noise; drawn from torch's default generator if not given.
-        noise: the driving noise instead; a `BrownianPath` also gives seed and first path of the start.
+        noise: the driving noise instead; a `BrownianPath`, or `BrownianRows` with a seed for each row, also gives the
+            start.
         stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, or between or above (`ReverseSDE`). By
             default what the solver is made for; 1 if that is any SDE with additive noise, 0 if it takes ODEs only.
         denoise: finish with Tweedie's formula ``(x + sigma^2 score) / alpha`` at the last time, which removes the noise
@@ -148,11 +149,12 @@ def sample(
     with contextlib.nullcontext() if is_transformed() else torch.no_grad(), draws:
         x = x0
         if x is None:
-            first, prior = (
-                path if isinstance(path, BrownianPath) else BrownianPath(0),
-                process.prior_at(float(times[0])),
-            )
-            x = prior.sample(shape, seed=first.seed, first_path=first.first_path, dtype=dtype, device=device)
+            prior = process.prior_at(float(times[0]))
+            if isinstance(path, BrownianRows):
+                x = prior.std * path.initial(shape, dtype, device)
+            else:
+                first = path if isinstance(path, BrownianPath) else BrownianPath(0)
+                x = prior.sample(shape, seed=first.seed, first_path=first.first_path, dtype=dtype, device=device)
         x = integrate(backward, x, times, solver=solver, noise=path, start=start, backend=backend, progress=progress).x1
         return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
 

@@ -346,3 +346,49 @@ def test_bad_coordinates_are_refused(arguments, error, message):
 def test_a_fraction_outside_the_step_is_refused():
     with pytest.raises(ValueError, match=r"theta is a fraction of a step, in \[0, 1\], got 1.5"):
         sds.BrownianPath(0).bridge(0, 1.5, (1,))
+
+
+@pytest.mark.parametrize("solver", [sds.EulerMaruyama(), sds.ShARK()], ids=repr)
+def test_rows_have_seeds_and_paths_of_their_own(solver):
+    sde, numbers = sds.SDE(lambda x, t: -x, lambda x, t: 0.3 + 0 * t, noise="additive"), [7, 2, 3, 4, 2**40]
+    options = {"solver": solver, "backend": "eager", "save_at": [0.3, 1.0]}
+    x0 = torch.linspace(0, 1, 10).reshape(5, 2)
+    chosen = sds.solve(sde, x0, 0.0, 1.0, 4, noise=sds.BrownianRows(9, torch.tensor(numbers)), **options)
+    seeded = sds.solve(sde, x0, 0.0, 1.0, 4, noise=sds.BrownianRows(numbers), **options)
+    for i, n in enumerate(numbers):
+        for made, path in ((chosen, sds.BrownianPath(9, first_path=n)), (seeded, sds.BrownianPath(n))):
+            alone = sds.solve(sde, x0[i : i + 1], 0.0, 1.0, 4, noise=path, **options)
+            assert torch.equal(made.xs[:, i : i + 1], alone.xs)
+    first = sds.solve(sde, x0, 0.0, 0.5, 2, noise=sds.BrownianRows(numbers), solver=solver, backend="eager")
+    rest = sds.solve(sde, start=first.state, t1=1.0, steps=2, solver=solver, backend="eager")
+    torch.testing.assert_close(rest.x1, seeded.x1)
+    assert chosen.stats.execution == "eager"
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_samples_have_seeds_of_their_own(corrected):
+    process, solver = sds.VP(), sds.SDEDPMSolverPP2S()
+    solver = sds.PredictorCorrector(solver, sds.LangevinCorrector(snr=0.1)) if corrected else solver
+    options = {"solver": solver, "steps": 4, "backend": "eager"}
+    many = sds.sample(process, lambda x, t: -x, (3, 2), noise=sds.BrownianRows([5, 1, 5], [0, 0, 8]), **options)
+    for i, path in enumerate((sds.BrownianPath(5), sds.BrownianPath(1), sds.BrownianPath(5, first_path=8))):
+        torch.testing.assert_close(
+            many[i : i + 1], sds.sample(process, lambda x, t: -x, (1, 2), noise=path, **options), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3,), ValueError, r"one seed for all is BrownianPath\(seed\)"),
+        (([],), ValueError, "a seed and a path number each, got 0 and 0"),
+        (([1, 2], [3]), ValueError, "got 2 and 1"),
+        (([1, 2.5],), TypeError, "seed must be an integer"),
+        ((3, [1, -2]), ValueError, "each of paths must be at least 0"),
+    ],
+)
+def test_rows_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sds.BrownianRows(*arguments)
+    with pytest.raises(ValueError, match="for 2 rows, and the batch has 3"):
+        sds.BrownianRows([1, 2]).increments(torch.tensor([0.0, 1.0]), (3,))
