@@ -14,7 +14,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve.brownian import AbstractNoise, Part
 from sdesolve.diffusions.table import TableBeta
 from sdesolve.diffusions.vp import VP
@@ -220,7 +220,7 @@ class FromTorchSDE(AbstractSDE):
         if sde.noise_type not in _NOISE_TYPES or sde.sde_type not in tuple(Calculus):
             raise ValueError(
                 f"noise_type must be one of {', '.join(_NOISE_TYPES)} and sde_type ito or stratonovich, got "
-                f"{sde.noise_type!r} and {sde.sde_type!r}"
+                f"{short(sde.noise_type)} and {short(sde.sde_type)}"
             )
         self.noise, self.calculus = Noise(sde.noise_type), Calculus(sde.sde_type)
         self._f, self._g = sde.f, sde.g  # what a trace may call is found among what is held
@@ -268,7 +268,7 @@ class ToTorchSDE(nn.Module):
         if sde.noise is Noise.NONE:
             raise ValueError("torchsde integrates equations with noise, and this is an ODE; sdesolve.solve takes it")
         if t0 == t1 or not math.isfinite(t0) or not math.isfinite(t1):
-            raise ValueError(f"t0 and t1 must be different finite times, got {t0} and {t1}")
+            raise ValueError(f"t0 and t1 must be different finite times, got {short(t0)} and {t1}")
         check_state(x0)
         self._sde, self._shape, self._sign = sde, tuple(x0.shape[1:]), 1.0 if t1 > t0 else -1.0
         t = torch.tensor(t0, dtype=x0.dtype, device=x0.device)

@@ -15,7 +15,7 @@ from sdesolve_kernels import Stream, normal, words
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import device_of, short, whole_number
 from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, composition
 
 Increments = Literal["normal", "two-point", "three-point"]
@@ -255,11 +255,11 @@ class BrownianPath(AbstractStreams, AbstractPath):
                 continue
             value = whole_number(given, name, least)
             if value >= most:
-                raise ValueError(f"{name} must be below 2^{most.bit_length() - 1}, got {value}")
+                raise ValueError(f"{name} must be below 2^{most.bit_length() - 1}, got {short(value)}")
             if not isinstance(given, int):  # numbers of NumPy and torch wrap when they are added up
                 object.__setattr__(self, name, value)
-        if self.kind not in _KINDS:
-            raise ValueError(f"increments must be one of {', '.join(map(repr, _KINDS))}, got {self.kind!r}")
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
+            raise ValueError(f"increments must be one of {', '.join(map(repr, _KINDS))}, got {short(self.kind)}")
 
     def __repr__(self) -> str:
         given = [
@@ -366,11 +366,11 @@ class BrownianPath(AbstractStreams, AbstractPath):
         device: torch.device | str | None = None,
     ) -> Tensor:
         if named(of) not in self.provides:
-            raise ValueError(f"{self.kind} increments have no {named(of)}; leave increments= out")
-        batch, *channels = shape
+            raise ValueError(f"{self.kind} increments have no {short(named(of))}; leave increments= out")
+        batch, *channels = (whole_number(n, "each entry of shape", 0) for n in shape)
         m, dt = math.prod(channels), torch.as_tensor(times, dtype=torch.float64, device="cpu").diff(dim=0).abs()
         first, n = (self.first_step + step) * self.substeps, len(dt)
-        like = torch.empty(0, dtype=dtype, device=device)
+        like = torch.empty(0, dtype=dtype, device=device_of(device))
         if of == "S":
             z = self.units("S")._numbers(first, n * self.substeps, batch, m, like)[:: self.substeps]
             return z.reshape(n, *shape)
@@ -394,7 +394,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
         if self.kind != "normal":
             raise ValueError(f"{self.kind} increments are no Brownian path and have no values between grid points")
         if not 0.0 <= theta <= 1.0:
-            raise ValueError(f"theta is a fraction of a step, in [0, 1], got {theta}")
+            raise ValueError(f"theta is a fraction of a step, in [0, 1], got {short(theta)}")
         r, m, like = self.substeps, math.prod(shape[1:]), torch.empty(0, dtype=dtype, device=device)
         first = (self.first_step + step) * r
         substep = min(int(theta * r), r - 1)

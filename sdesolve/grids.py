@@ -16,9 +16,10 @@ import torch
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.arguments import kind_of, number, short, whole_number
 
 _EXACT = 2.0**-53  # unit roundoff of float64
+_MOST_STEPS = 1 << 32
 _RESOLVED = 64  # roundings of a time that make a step which still is what it was meant to be, to a few per cent
 
 
@@ -199,7 +200,7 @@ def linear_steps(t0: float, t1: float, steps: int, ratio: float = 0.005) -> Tens
     """
     _unit(t0, t1, steps)
     if not 0 < ratio <= 1:
-        raise ValueError(f"ratio is the smallest step over the largest, in (0, 1], got {ratio}")
+        raise ValueError(f"ratio is the smallest step over the largest, in (0, 1], got {short(ratio)}")
     gamma = torch.linspace(1.0, ratio, steps, dtype=torch.float64, device="cpu").flip(0)
     u = torch.cat([gamma.new_zeros(1), gamma.cumsum(0) / gamma.sum()])
     low, high = min(t0, t1), max(t0, t1)
@@ -320,7 +321,7 @@ def karras_sigma(
     t0, t1 = _ends(process, t0, t1)
     _unit(t0, t1, steps)
     if not 0 < rho < math.inf:
-        raise ValueError(f"rho must be a positive number, got {rho}")
+        raise ValueError(f"rho must be a positive number, got {short(rho)}")
     a, b = (math.exp(-0.5 * float(process.log_snr(t))) if t else 0.0 for t in (t0, t1))
     if a == b:
         raise ValueError(
@@ -397,6 +398,10 @@ def check_resolved(grid: Tensor) -> Tensor:
 
 def _unit(t0: float, t1: float, steps: int) -> Tensor:
     steps = whole_number(steps, "steps", 1)
+    if steps > _MOST_STEPS:
+        raise ValueError(
+            f"steps must be at most 2^32, got {short(steps)}: take a run in parts, each from where one ended"
+        )
     if not (math.isfinite(t0) and math.isfinite(t1)):
         raise ValueError(f"times must be finite, got t0={t0}, t1={t1}")
     if t0 == t1:
@@ -412,8 +417,8 @@ def _pinned(grid: Tensor, t0: float, t1: float) -> Tensor:
 
 def _ends(process: NoiseLevels, t0: float | None, t1: float | None) -> tuple[float, float]:
     if not isinstance(process, NoiseLevels):
-        raise TypeError(f"process must be a linear diffusion such as VP(), got {process!r}")
-    t0, t1 = process.t_max if t0 is None else float(t0), process.t_min if t1 is None else float(t1)
+        raise TypeError(f"process must be a linear diffusion such as VP(), got {short(process)}")
+    t0, t1 = process.t_max if t0 is None else number(t0, "t0"), process.t_min if t1 is None else number(t1, "t1")
     if not (min(t0, t1) >= 0.0 and max(t0, t1) <= process.t_max):
         raise ValueError(
             f"times of {type(process).__name__} lie within [0, t_max = {process.t_max}], got t0={t0}, t1={t1}"

@@ -7,7 +7,7 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of, number
+from sdesolve._internal.arguments import kind_of, number, short
 from sdesolve.sde import (
     AbstractLinearSDE,
     AbstractODE,
@@ -70,11 +70,11 @@ class ReverseSDE(AbstractSemilinear):
         _check_reversible(forward, score)
         if not (0.0 < number(stochasticity, "stochasticity") < math.inf):
             hint = "; for 0 use probability_flow(score)" if stochasticity == 0 else ""
-            raise ValueError(f"stochasticity must be a positive number, got {stochasticity}{hint}")
+            raise ValueError(f"stochasticity must be a positive number, got {short(stochasticity)}{hint}")
         self.forward, self.score, self.stochasticity = forward, score, float(stochasticity)
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        g2s = _squared_diffusion_product(self.forward, x, t, self.score(x, t))
+        g2s = _squared_diffusion_product(self.forward, x, t, evaluated(self.score, x, t))
         return self.forward.drift(x, t) - 0.5 * (1.0 + self.stochasticity**2) * g2s
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class ProbabilityFlow(AbstractODE, AbstractSemilinear):
         self.forward, self.score = forward, score
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        g2s = _squared_diffusion_product(self.forward, x, t, self.score(x, t))
+        g2s = _squared_diffusion_product(self.forward, x, t, evaluated(self.score, x, t))
         return self.forward.drift(x, t) - 0.5 * g2s
 
     def field(self, x: Tensor, t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.arguments import kind_of, number, whole_number
+from sdesolve._internal.arguments import device_of, flag, kind_of, number, short, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import runs_as_it_is
@@ -116,12 +116,16 @@ def sample(
         if start.t.ndim:
             raise ValueError("start has a time for each sample, and sample takes one for all; integrate with solve")
         x0, noise, from_time = start.x, start.noise, float(start.t) if grid is None else None
+    denoise, cuda_graph = flag(denoise, "denoise"), flag(cuda_graph, "cuda_graph")
+    progress, dropout = flag(progress, "progress"), flag(dropout, "dropout")
+    if dtype is not None and dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {short(dtype)}")
     shape, dtype, device = _like(x0, shape, dtype, device)
     times = _times(process, solver, steps, grid, from_time)
     if bool((process.sigma(times[-1]) == 0).any()):
         denoise = False  # nothing is left to remove
     path = noise_of(seed, noise)
-    stochasticity = solver.sampling_stochasticity if stochasticity is None else stochasticity
+    stochasticity = solver.sampling_stochasticity if stochasticity is None else number(stochasticity, "stochasticity")
     backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
     if cuda_graph:
         if x0 is not None:
@@ -130,7 +134,7 @@ def sample(
             raise ValueError("a CUDA graph replays its dropout masks; leave cuda_graph out to draw new ones")
         if solver.controller is not None:
             raise ValueError(f"{type(solver).__name__} decides on its steps as it goes, which a CUDA graph cannot hold")
-        where = torch.empty(0, device=device).device
+        where = device
         key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
         if not isinstance(path, BrownianPath) or not path.plain or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
@@ -144,7 +148,7 @@ def sample(
     draws: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if dropout:
         seed = path.seed if isinstance(path, BrownianPath) else 0
-        draws = seeded("dropout", seed, device=torch.empty(0, device=device).device)
+        draws = seeded("dropout", seed, device=device)
     # No record is kept, but what torch.func differentiates has its derivatives.
     with contextlib.nullcontext() if is_transformed() else torch.no_grad(), draws:
         x = x0
@@ -232,23 +236,23 @@ def _scores_within(score: Score) -> tuple[Score, ...]:
 
 def _shape(shape: object) -> tuple[int, ...]:
     if isinstance(shape, int) or not isinstance(shape, Sequence):
-        raise TypeError(f"shape must be (batch, *state), such as (64, 2), got {shape!r}")
+        raise TypeError(f"shape must be (batch, *state), such as (64, 2), got {short(shape)}")
     return tuple(whole_number(n, "each entry of shape", 0) for n in shape)
 
 
 def _like(
     x0: Tensor | None, shape: object, dtype: torch.dtype | None, device: torch.device | str | None
-) -> tuple[tuple[int, ...], torch.dtype, torch.device | str | None]:
+) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
     """Shape, dtype and device of the samples: those of ``x0``, where it is given."""
     if x0 is None:
         if shape is None:
             raise TypeError("give the shape of the result, (batch, *state), or x0, the states to start from")
-        return _shape(shape), dtype or torch.float32, device
+        return _shape(shape), dtype or torch.float32, device_of(device)
     check_state(x0)
     for name, given, own in (("shape", shape and _shape(shape), tuple(x0.shape)), ("dtype", dtype, x0.dtype)):
         if given is not None and given != own:
             raise ValueError(f"{name} of the samples is that of x0, {own}, got {given}; leave it out")
-    if device is not None and torch.empty(0, device=device).device != x0.device:
+    if device is not None and device_of(device) != x0.device:
         raise ValueError(f"samples are made where x0 is, on {x0.device}, got device={str(device)!r}; move x0 there")
     return tuple(x0.shape), x0.dtype, x0.device
 
@@ -279,7 +283,7 @@ def _times(
             raise ValueError("a grid begins at its own first time: give from_time with steps, or a grid from then on")
         if not process.t_min < from_time <= process.t_max * (1 + 1e-6):
             raise ValueError(
-                f"from_time must lie in (t_min, t_max] = ({process.t_min}, {process.t_max}], got {from_time}; "
+                f"from_time must lie in (t_min, t_max] = ({process.t_min}, {process.t_max}], got {short(from_time)}; "
                 "for other times give a grid"
             )
     first = process.t_max if from_time is None else min(from_time, process.t_max)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve._internal.derivatives import linearised, slopes
 
 State = Float[Tensor, "batch *state"]
@@ -308,5 +309,5 @@ def _member(kind: type[enum.StrEnum], value: str, name: str):  # type: ignore[no
         return kind(value)
     except ValueError:
         raise ValueError(
-            f"{name}={value!r} is unknown; choose one of {', '.join(repr(str(k)) for k in kind)}"
+            f"{name}={short(value)} is unknown; choose one of {', '.join(repr(str(k)) for k in kind)}"
         ) from None

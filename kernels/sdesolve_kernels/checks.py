@@ -44,8 +44,8 @@ def integer(name: str, value: object, low: int, high: int, bound: str) -> int:
             number = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             hint = "; convert it with int() if it is a whole number" if isinstance(value, float) else ""
-            kind = type(value).__name__
-            raise TypeError(f"{name} must be an integer, got {value!r} of type {kind}{hint}") from None
+            kind, text = type(value).__name__, "" if hasattr(value, "__len__") else f"{value!r:.60} of type "
+            raise TypeError(f"{name} must be an integer, got {text}{kind}{hint}") from None
     if not low <= number < high:
         raise ValueError(f"{name} must be in [{low}, {bound}), got {number}")
     return number

@@ -47,7 +47,7 @@ def _fill(
             f"offset + count must be at most 2^58, got {where['offset']} + {count}; use another stream or seed"
         )
     if op != "words" and dtype is not None and dtype not in FLOATS:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {str(dtype)[:60]}")
     allocated = out is None
     if out is None:
         default = torch.int64 if op == "words" else torch.float32

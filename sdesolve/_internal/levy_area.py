@@ -11,7 +11,7 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 
 AreaMethod = Literal["foster", "mrongowius-roessler"]
 METHODS = get_args(AreaMethod)
@@ -52,7 +52,7 @@ class LevyArea:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"area must be one of {', '.join(map(repr, METHODS))}, or None, got {self.method!r}")
+            raise ValueError(f"area must be one of {', '.join(map(repr, METHODS))}, or None, got {short(self.method)}")
         whole_number(self.terms, "terms", 1)
 
     def numbers(self, m: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from sdesolve._internal.arguments import flag
 from sdesolve._internal.copies import Copies
 
 P = ParamSpec("P")
@@ -96,7 +97,7 @@ def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def evaluating(*args: P.args, **kwargs: P.kwargs) -> R:
-        with evaluation_mode(*args, *kwargs.values(), dropout=bool(kwargs.get("dropout"))):
+        with evaluation_mode(*args, *kwargs.values(), dropout=flag(kwargs.get("dropout", False), "dropout")):
             return function(*args, **kwargs)
 
     return evaluating

@@ -12,7 +12,7 @@ from sdesolve_kernels import Stream, normal, perturb
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve._internal.modes import in_evaluation
 from sdesolve.diffusions.base import AbstractDiffusion, Marginal, Prior
 from sdesolve.reverse import Score, evaluated
@@ -268,7 +268,7 @@ class ChainScore(nn.Module):
         if not callable(net):
             raise TypeError(f"net must be a function or module of (x, k), got {type(net).__name__}")
         if not isinstance(chain, AbstractChain):
-            raise TypeError(f"chain must be a DDPM or SMLD, got {chain!r}")
+            raise TypeError(f"chain must be a DDPM or SMLD, got {short(chain)}")
         self.net, self.chain = net, chain
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def cumulative(scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fixed(name: str) -> float:
     if name not in _FIXED:
-        raise ValueError(f"variance={name!r} is unknown; choose 'small', 'large' or a function v(x, k) in [0, 1]")
+        raise ValueError(f"variance={short(name)} is unknown; choose 'small', 'large' or a function v(x, k) in [0, 1]")
     return _FIXED[name]
 
 

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.chains.base import AbstractChain, check_steps, cumulative
 from sdesolve.diffusions.base import Prior, check_positive
 from sdesolve.diffusions.vp import CosineBeta
@@ -64,7 +65,7 @@ class DDPM(AbstractChain):
         """
         t = torch.arange(check_steps(steps) + 1, dtype=torch.float64) / steps
         if not 0.0 < largest < 1.0:
-            raise ValueError(f"largest must be within (0, 1), got {largest}")
+            raise ValueError(f"largest must be within (0, 1), got {short(largest)}")
         return DDPM((-torch.expm1(-CosineBeta(s).integral(t).diff())).clamp(max=largest))
 
     @property

@@ -11,7 +11,7 @@ from sdesolve_kernels import Stream, normal
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
-from sdesolve._internal.arguments import number
+from sdesolve._internal.arguments import number, short
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.sde import AbstractLinearSDE, per_sample
 
@@ -215,4 +215,4 @@ def check_positive(**parameters: float) -> None:
     """Refuses schedule parameters that are not positive and finite."""
     for name, value in parameters.items():
         if not (0.0 < number(value, name) < math.inf):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+            raise ValueError(f"{name} must be positive and finite, got {short(value)}")

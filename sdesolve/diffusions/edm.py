@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
+from sdesolve._internal.arguments import number
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_times
 
 
@@ -23,7 +24,7 @@ class EDM(AbstractDiffusion):
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, *, rho: float = 7.0) -> None:
         check_times(sigma_min, sigma_max)
-        self.t_min, self.t_max, self.rho = float(sigma_min), float(sigma_max), float(rho)
+        self.t_min, self.t_max, self.rho = float(sigma_min), float(sigma_max), number(rho, "rho")
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
         return torch.zeros_like(as_time(t))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.arguments import kind_of
+from sdesolve._internal.arguments import kind_of, short
 from sdesolve.diffusions.base import AbstractDiffusion, Prior, as_time, check_positive, check_times
 
 
@@ -85,7 +85,7 @@ class CosineBeta(AbstractBetaSchedule):
         check_positive(s=s)
         check_times(t_min, t_max)
         if t_max >= 1:
-            raise ValueError(f"the cosine schedule has a pole at t = 1; t_max must be below 1, got {t_max}")
+            raise ValueError(f"the cosine schedule has a pole at t = 1; t_max must be below 1, got {short(t_max)}")
         self.s, self.t_min, self.t_max = float(s), float(t_min), float(t_max)
 
     def beta(self, t: Tensor) -> Tensor:

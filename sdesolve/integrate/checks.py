@@ -9,7 +9,7 @@ import torch
 from sdesolve_kernels.transforms import any_copy, plain
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of
+from sdesolve._internal.arguments import kind_of, short
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.probing import unnoticed
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
@@ -74,7 +74,7 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
     """Refuses a solver that does not converge to the solution of the SDE as declared."""
     if not isinstance(solver, AbstractSolver):
         hint = f"; did you mean {solver.__name__}()?" if isinstance(solver, type) else ""
-        raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {solver!r}{hint}")
+        raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {short(solver)}{hint}")
     if not isinstance(sde, AbstractSDE):
         hint = "; wrap drift and diffusion in sds.SDE(drift, diffusion)" if not isinstance(sde, type) else ""
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {kind_of(sde)}{hint}")

@@ -75,8 +75,8 @@ def keeping_clock(call: Callable[[], Tensor], x: Tensor, t: Tensor, step: float,
     except RuntimeError as met:
         raise ValueError(
             f"the {what} fails on a time in float64 ({str(met).strip().partition(chr(10))[0]}), which it is given as "
-            f"{x.dtype} does not tell steps of {step:.3g} apart at t = {float(t):.6g}: integrate in float64, "
-            "x0.double(), or count time from a nearer origin"
+            f"{x.dtype} does not tell steps of {step:.3g} apart at t = {float(t.flatten()[0]):.6g}: integrate in "
+            "float64, x0.double(), or count time from a nearer origin"
         ) from met
 
 
@@ -89,7 +89,7 @@ class _KeepsClock(TorchDispatchMode):
     follows from it by sums and products of numbers, each with its slope.
 
     Args:
-        t: the time, ``()``, float64.
+        t: the time, ``()`` or ``(batch,)``, float64.
         step: length of a step.
         dtype: of the state.
         what: drift or diffusion.
@@ -97,7 +97,7 @@ class _KeepsClock(TorchDispatchMode):
 
     def __init__(self, t: Tensor, step: float, dtype: torch.dtype, what: str) -> None:
         super().__init__()
-        self._t, self._step, self._dtype, self._what = float(t), step, dtype, what
+        self._t, self._step, self._dtype, self._what = float(t.flatten()[0]), step, dtype, what
         self._slopes = {id(t): (t, 1.0)}  # tensors are kept, so that no other has their id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of
+from sdesolve._internal.arguments import kind_of, short
 from sdesolve.grids import read_times
 from sdesolve.sde import per_sample
 
@@ -66,7 +66,7 @@ class SavePlan:
         self._variances: list[Tensor | None]
         if save_at is None or isinstance(save_at, str):
             if isinstance(save_at, str) and save_at != "grid":
-                raise ValueError(f'save_at takes times, "grid" or None, got {save_at!r}')
+                raise ValueError(f'save_at takes times, "grid" or None, got {short(save_at)}')
             wanted = range(steps + 1) if save_at == "grid" else [steps]
             self.ts = grid[list(wanted)]
             for slot, k in enumerate(wanted):

@@ -11,7 +11,7 @@ from sdesolve_kernels.transforms import outside_transforms
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.arguments import flag, kind_of, short, whole_number
 from sdesolve._internal.copies import remembered
 from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve._internal.transforms import runs_as_it_is
@@ -111,6 +111,11 @@ def solve(
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
     _check_choice("reduce", reduce, (None, "moments"))
+    if reduce is not None and x0 is not None and len(x0) == 0:
+        raise ValueError(
+            f"reduce={reduce!r} averages over the batch, and x0 has no rows; leave it out for empty batches"
+        )
+    check_finite, progress = flag(check_finite, "check_finite"), flag(progress, "progress")
     if start is not None:
         check_start(start, solver, x0=x0, seed=seed, noise=noise, increments=increments)
         x0, t0, noise = start.x, start.t if grid is None and t0 is None else t0, start.noise
@@ -208,8 +213,8 @@ def _check_arguments(sde: AbstractSDE, x0: State, solver: AbstractSolver, backen
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str | None) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {short(value)}")
 
 
 def _solution(problem: Problem, backend: Backend) -> Solution:
@@ -257,8 +262,8 @@ def check_start(start: Continuation, solver: AbstractSolver, **others: object) -
         raise ValueError(f"start holds state and noise of the run to go on with: leave {' and '.join(given)} out")
     if solver != start.solver:
         raise ValueError(
-            f"start comes from {start.solver!r}, which goes on with what it remembers, and not {solver!r}; to change "
-            "the solver, begin another run at x0=start.x, t0=start.t"
+            f"start comes from {short(start.solver)}, which goes on with what it remembers, and not {short(solver)}; "
+            "to change the solver, begin another run at x0=start.x, t0=start.t"
         )
 
 
@@ -270,7 +275,7 @@ def _continued(start: Continuation | None, times: Tensor, rounding: float = 0.0)
     if bool((off > rounding + 2.0**-44 * start.t.abs()).any()):
         row = int(off.flatten().argmax())
         at, begin = float(start.t.expand_as(off).flatten()[row]), float(times[0].flatten()[row])
-        raise ValueError(f"start is the state at t = {at!r}, and the grid begins at {begin!r}")
+        raise ValueError(f"start is the state at t = {short(at)}, and the grid begins at {short(begin)}")
     past, rest = start.times, times[1:]
     if past.ndim != rest.ndim:
         past, rest = (t if t.ndim == 2 else t[:, None].expand(-1, len(start.x)) for t in (past, rest))
@@ -387,4 +392,4 @@ def noise_of(
         return noise
     if seed is None:
         seed = 0 if not random else drawn_seed()
-    return BrownianPath(seed, kind=increments or "normal")
+    return BrownianPath(seed, kind="normal" if increments is None else increments)

@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve._internal.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.inverse.operators import AbstractOperator, check_noise_std, check_observation
@@ -63,7 +64,7 @@ class AbstractPosteriorScore(abc.ABC):
         if not callable(score):
             raise TypeError(f"score must be a function of (x, t), got {type(score).__name__}")
         if not isinstance(process, AbstractDiffusion):
-            raise TypeError(f"process must be a diffusion such as VP(), got {process!r}")
+            raise TypeError(f"process must be a diffusion such as VP(), got {short(process)}")
         if not isinstance(operator, AbstractOperator):
             raise TypeError(
                 f"operator must be one of sdesolve.operators, got {type(operator).__name__}; wrap a matrix in "

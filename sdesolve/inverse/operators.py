@@ -10,7 +10,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import number, real
+from sdesolve._internal.arguments import number, real, short
 from sdesolve._internal.copies import Copies
 
 
@@ -386,7 +386,7 @@ def check_noise_std(noise_std: float, *, positive: bool = False) -> float:
         raise TypeError("noise_std must be a number, got bool")
     noise_std = number(noise_std, "noise_std")
     if not (0.0 <= noise_std < math.inf):
-        raise ValueError(f"noise_std is a standard deviation, finite and not negative; got {noise_std}")
+        raise ValueError(f"noise_std is a standard deviation, finite and not negative; got {short(noise_std)}")
     if positive and noise_std == 0:
         raise ValueError(
             "this method divides by the variance of the observation noise, so noise_std cannot be 0; give a small "

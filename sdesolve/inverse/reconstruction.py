@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.inverse.base import AbstractPosteriorScore
 from sdesolve.inverse.operators import AbstractOperator, check_noise_std
@@ -47,7 +48,7 @@ class DPS(AbstractPosteriorScore):
     ) -> None:
         super().__init__(score, process, operator, y, check_noise_std(noise_std, positive=True))
         if not 0.0 <= scale < math.inf:
-            raise ValueError(f"scale must be a finite number that is not negative, got {scale}")
+            raise ValueError(f"scale must be a finite number that is not negative, got {short(scale)}")
         self.scale = float(scale)
 
     def combine(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

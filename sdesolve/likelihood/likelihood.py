@@ -13,7 +13,7 @@ from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.arguments import kind_of
+from sdesolve._internal.arguments import kind_of, short
 from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.diffusions.base import AbstractDiffusion
@@ -80,7 +80,7 @@ class Likelihood:
             ValueError: ``level`` is not within (0, 1), or there is but one estimate.
         """
         if not 0.0 < level < 1.0:
-            raise ValueError(f"level must be within (0, 1), got {level}")
+            raise ValueError(f"level must be within (0, 1), got {short(level)}")
         if self.exact:
             return self.log_prob, self.log_prob
         if self.estimates < 2:
@@ -186,16 +186,16 @@ def estimate_likelihood(
     """
     refuse_transforms("a likelihood", "encode and decode, and solve, have derivatives")
     _check(process, score, x)
-    if not isinstance(ending, Quantisation) and ending not in _ENDINGS:
+    if not isinstance(ending, Quantisation) and not (isinstance(ending, str) and ending in _ENDINGS):
         raise ValueError(
-            f"ending={ending!r} is unknown; choose one of {', '.join(map(repr, _ENDINGS))}, or the Quantisation of "
-            "the data"
+            f"ending={short(ending)} is unknown; choose one of {', '.join(map(repr, _ENDINGS))}, or the Quantisation "
+            "of the data"
         )
     d = x.shape[1:].numel()
     if divergence is None:
         divergence = ExactTrace() if d <= _EXACT_UP_TO else Hutchinson()
     elif not isinstance(divergence, AbstractDivergence):
-        raise TypeError(f"divergence must be ExactTrace(), Hutchinson() or HutchPP(), got {divergence!r}")
+        raise TypeError(f"divergence must be ExactTrace(), Hutchinson() or HutchPP(), got {short(divergence)}")
     times, solver = _way(process, solver, steps, grid, t_min)
     if prior is not None and not callable(prior):
         raise TypeError(f"prior must be a function of x_T, such as Gaussian(...).log_prob, got {kind_of(prior)}")
@@ -326,6 +326,8 @@ def _standard_error(each: Tensor) -> Tensor:
 def _check(process: AbstractDiffusion, score: Score, x: Tensor, name: str = "x") -> None:
     if not isinstance(process, AbstractDiffusion):
         raise TypeError(f"process must be a linear diffusion such as VP(), got {kind_of(process)}")
+    if not callable(score):
+        raise TypeError(f"score must be a function of (x, t), got {kind_of(score)}")
     check_state(x, name)
     check_same_process(process, score, len(x))
 

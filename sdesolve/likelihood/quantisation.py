@@ -9,7 +9,7 @@ import torch
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 
 _MOST_LEVELS = 1 << 16
 
@@ -48,13 +48,17 @@ class Quantisation:
         if levels is None:
             bits = whole_number(8 if bits is None else bits, "bits", 1)
             if bits > 16:
-                raise ValueError(f"bits must be at most 16, got {bits}: float32 has few more digits to put noise into")
+                raise ValueError(
+                    f"bits must be at most 16, got {short(bits)}: float32 has few more digits to put noise into"
+                )
             levels = 1 << bits
         elif bits is not None:
-            raise ValueError(f"give bits or levels, which is 2^bits, not both; got {bits} and {levels}")
+            raise ValueError(f"give bits or levels, which is 2^bits, not both; got {short(bits)} and {levels}")
         self.levels = whole_number(levels, "levels", 2)
         if self.levels > _MOST_LEVELS:
-            raise ValueError(f"levels must be at most 2^16, got {levels}: float32 has few more digits to put noise in")
+            raise ValueError(
+                f"levels must be at most 2^16, got {short(levels)}: float32 has few more digits to put noise in"
+            )
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"the range of data needs finite low < high, got low={low}, high={high}")
         self.low, self.high = float(low), float(high)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve.brownian import BrownianPath, Increments
 
 ProbeLaw = Literal["rademacher", "gaussian"]
@@ -171,5 +171,5 @@ def _dimension(x: Tensor) -> int:
 
 def _law(law: str) -> str:
     if law not in _KINDS:
-        raise ValueError(f"law={law!r} of probes is unknown; choose one of {', '.join(map(repr, _KINDS))}")
+        raise ValueError(f"law={short(law)} of probes is unknown; choose one of {', '.join(map(repr, _KINDS))}")
     return law

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.arguments import flag, kind_of, short, whole_number
 from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import refuse_transforms
 from sdesolve.brownian import AbstractStreams, BrownianPath, drawn_seed
@@ -57,9 +57,9 @@ class AnnealedLangevin:
     ) -> None:
         self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         if self.sigmas.ndim != 1 or len(self.sigmas) == 0 or not bool((self.sigmas > 0).all()):
-            raise ValueError(f"sigmas must be noise levels, (L,) positive numbers, got {self.sigmas.tolist()}")
+            raise ValueError(f"sigmas must be noise levels, (L,) positive numbers, got {short(sigmas)}")
         if not bool((self.sigmas.diff() < 0).all()):
-            raise ValueError(f"sigmas must decrease, from most noise to least, got {self.sigmas.tolist()}")
+            raise ValueError(f"sigmas must decrease, from most noise to least, got {short(sigmas)}")
         self.convention = Convention.named(convention)
         self.step_size = check_step_size(step_size)
         self.inner_steps = whole_number(inner_steps, "inner_steps", 1)
@@ -101,6 +101,7 @@ class AnnealedLangevin:
         """
         refuse_transforms("AnnealedLangevin", "integrate process.reverse(score) with solve")
         check_state(x0)
+        denoise = flag(denoise, "denoise")
         times = self._times(process).to(x0)
         if noise is None:
             noise = BrownianPath(drawn_seed() if seed is None else seed)

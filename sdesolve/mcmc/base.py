@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.brownian import AbstractNoise
 from sdesolve.integrate.checks import check_drift
 
@@ -42,7 +43,7 @@ class Convention(enum.StrEnum):
             return cls(name)
         except ValueError:
             raise ValueError(
-                f"convention={name!r} is unknown; choose 'full', x + eps s + sqrt(2 eps) z, or 'half', "
+                f"convention={short(name)} is unknown; choose 'full', x + eps s + sqrt(2 eps) z, or 'half', "
                 "x + eps/2 s + sqrt(eps) z"
             ) from None
 
@@ -154,5 +155,5 @@ def squared_norm(x: Tensor) -> Tensor:
 def check_step_size(size: float, name: str = "step_size") -> float:
     """Refuses a step size that is not positive and finite."""
     if not (isinstance(size, int | float) and 0.0 < size < math.inf):
-        raise ValueError(f"{name} must be a positive number, got {size!r}")
+        raise ValueError(f"{name} must be a positive number, got {short(size)}")
     return float(size)

@@ -10,6 +10,7 @@ import torch
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
+from sdesolve._internal.arguments import number, short
 from sdesolve.metrics.samples import flat_pair
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -55,9 +56,9 @@ def squared_mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, confide
             not positive, a confidence outside ``(0, 1)``.
     """
     a, b = flat_pair(a, b, 2)
-    h = _median_distance(a, b) if bandwidth is None else float(bandwidth)
+    h = _median_distance(a, b) if bandwidth is None else number(bandwidth, "bandwidth")
     if not 0.0 < h < math.inf:
-        raise ValueError(f"bandwidth must be positive and finite, got {h}; if all samples are equal, give one")
+        raise ValueError(f"bandwidth must be positive and finite, got {short(h)}; if all samples are equal, give one")
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp(-0.5 * (torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / h).square())
@@ -89,8 +90,8 @@ def energy_distance(a: Tensor, b: Tensor, *, confidence: float = 0.95) -> Estima
 
 
 def _discrepancy(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, confidence: float) -> Estimate:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if not 0.0 < number(confidence, "confidence") < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, got {short(confidence)}")
     n, m = len(a), len(b)
     aa, bb = _row_sums(kernel, a, a), _row_sums(kernel, b, b)
     # k(x, x) is the same for all x: 1 or 0.

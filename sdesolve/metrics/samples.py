@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import kind_of
+
 
 def samples(x: Tensor, name: str, least: int) -> Tensor:
     """``x`` as float64 on its own device."""
-    x = torch.as_tensor(x).detach()
-    if x.is_complex():
+    try:
+        x = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor (n, *state) of samples, got {kind_of(x)}") from None
+    if x.is_meta or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor with values, got one of layout {x.layout} on {x.device}")
+    if x.is_complex() or x.is_quantized:
         raise TypeError(f"{name} must be real, got {x.dtype}")
     if x.ndim == 0 or len(x) < least or x.numel() == 0:
         raise ValueError(

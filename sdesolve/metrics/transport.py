@@ -9,7 +9,7 @@ from sdesolve_kernels import Stream, normal
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve.metrics.samples import flat_pair, samples
 
 
@@ -68,8 +68,8 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 256, p: float
 
 
 def _order(p: float) -> float:
-    if not (1.0 <= p < math.inf):
-        raise ValueError(f"the order p must be a number of at least 1, got {p}")
+    if not (1.0 <= number(p, "p") < math.inf):
+        raise ValueError(f"the order p must be a number of at least 1, got {short(p)}")
     return float(p)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sdesolve._internal.arguments import kind_of, number
+from sdesolve._internal.arguments import kind_of, number, short
 
 
 def finite(value: Any, name: str) -> float:
@@ -17,7 +17,7 @@ def finite(value: Any, name: str) -> float:
         ValueError: nan or inf.
     """
     if not math.isfinite(value := number(value, name)):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+        raise ValueError(f"{name} must be finite, got {short(value)}")
     return value
 
 
@@ -29,7 +29,7 @@ def positive(value: Any, name: str, *, zero: bool = False) -> float:
         ValueError: out of range, nan or inf.
     """
     if (value := finite(value, name)) < 0.0 or (value == 0.0 and not zero):
-        raise ValueError(f"{name} must be {'at least 0' if zero else 'positive'}, got {value!r}")
+        raise ValueError(f"{name} must be {'at least 0' if zero else 'positive'}, got {short(value)}")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.layers import ModulatedBlock, zeroed
 
@@ -53,7 +53,7 @@ class ConvNet(nn.Module):
                 f"shape must be (height, width) or (colours, height, width) with even sides, got {self.shape}"
             )
         if whole_number(channels, "channels", 4) % 4:
-            raise ValueError(f"channels must be a multiple of 4, for normalisation in 4 groups; got {channels}")
+            raise ValueError(f"channels must be a multiple of 4, for normalisation in 4 groups; got {short(channels)}")
         whole_number(depth, "depth", 1)
         colours = self.shape[0] if len(self.shape) == 3 else 1
         height, breadth = self.shape[-2:]

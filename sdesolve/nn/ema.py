@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -38,7 +38,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}; 0 means no averaging")
+            raise ValueError(f"decay must be in [0, 1), got {short(decay)}; 0 means no averaging")
         self.decay, self.updates = float(decay), 0
         self._module = module
         state = _state(module)

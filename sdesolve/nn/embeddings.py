@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 
 
 @final
@@ -60,7 +60,7 @@ class FourierFeatures(nn.Module):
         """
         whole_number(count, "count", 1)
         if not (0 < scale < math.inf):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+            raise ValueError(f"scale must be positive and finite, got {short(scale)}")
         return cls(2 * math.pi * scale * torch.randn(count, generator=generator))
 
     @classmethod

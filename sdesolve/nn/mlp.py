@@ -8,7 +8,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork
 from sdesolve.nn.layers import ModulatedBlock, zeroed
@@ -56,8 +56,8 @@ class MLP(LabelledNetwork):
         sizes = shape if isinstance(shape, Sequence) else [shape]
         self.shape = tuple(whole_number(n, "each entry of shape", 1) for n in sizes)
         width, depth = whole_number(width, "width", 1), whole_number(depth, "depth", 0)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is a share in [0, 1), got {dropout}")
+        if not 0 <= number(dropout, "dropout") < 1:
+            raise ValueError(f"dropout is a share in [0, 1), got {short(dropout)}")
         features = math.prod(self.shape)
         phi = FourierFeatures.log_spaced(32, 0.5, 64.0) if embedding is None else embedding
         n = phi.size  # a time is one number: an embedding as wide as the state's layers would double the cost of a step

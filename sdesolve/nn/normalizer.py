@@ -8,6 +8,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
+from sdesolve._internal.arguments import short
+
 Share = Literal["all", "channel", "entry"]
 
 
@@ -34,7 +36,7 @@ class Normalizer(nn.Module):
         super().__init__()
         a, b = torch.broadcast_tensors(torch.as_tensor(shift).double(), torch.as_tensor(scale).double())
         if not bool(a.isfinite().all()) or not bool((b.isfinite() & (b > 0)).all()):
-            raise ValueError(f"shift must be finite and scale positive and finite, got {shift} and {scale}")
+            raise ValueError(f"shift must be finite and scale positive and finite, got {short(shift)} and {scale}")
         if not low < high:
             raise ValueError(f"a range needs low < high, got low={low}, high={high}")
         self.register_buffer("shift", a.detach().clone())
@@ -71,7 +73,7 @@ class Normalizer(nn.Module):
             raise ValueError(f"data must be (samples, *state) with at least 2 samples, got {tuple(data.shape)}")
         axes = {"all": list(range(data.ndim)), "channel": [0, *range(2, data.ndim)], "entry": [0]}
         if per not in axes:
-            raise ValueError(f"per={per!r} is unknown; choose one of {', '.join(map(repr, axes))}")
+            raise ValueError(f"per={short(per)} is unknown; choose one of {', '.join(map(repr, axes))}")
         x = data.detach().double()
         if not bool(x.isfinite().all()):
             raise ValueError("data must be finite; it holds nan or inf")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork
 from sdesolve.nn.layers import zeroed
@@ -67,15 +67,15 @@ class UNet(LabelledNetwork):
         super().__init__()
         self.shape = tuple(whole_number(n, "each entry of shape", 1) for n in shape)
         if len(self.shape) not in (2, 3):
-            raise ValueError(f"shape must be (height, width) or (colours, height, width), got {self.shape}")
+            raise ValueError(f"shape must be (height, width) or (colours, height, width), got {short(self.shape)}")
         whole_number(channels, "channels", 2)  # normalising one number alone leaves nothing of it
         whole_number(blocks, "blocks", 1)
         whole_number(head, "head", 1)
         widths = [channels * whole_number(m, "each entry of multipliers", 1) for m in multipliers]
         if not widths:
             raise ValueError("multipliers needs an entry for each level, got none")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is a share in [0, 1), got {dropout}")
+        if not 0 <= number(dropout, "dropout") < 1:
+            raise ValueError(f"dropout is a share in [0, 1), got {short(dropout)}")
         sizes = [(-(-self.shape[-2] // 2**level), -(-self.shape[-1] // 2**level)) for level in range(len(widths))]
         attended = {len(sizes) - 1} if attention is None else _levels(attention, sizes)
 

@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.arguments import kind_of, short, whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.oracle.errors import measure
 from sdesolve.oracle.inputs import OracleNoise, Silence
@@ -109,7 +109,7 @@ def convergence(
     if not isinstance(data, Gaussian | GaussianMixture):
         raise TypeError(f"data must be a Gaussian or a GaussianMixture, got {kind_of(data)}")
     if isinstance(nfes, int):
-        raise TypeError(f"nfes must be increasing numbers of evaluations, such as [32, 64, 128], got {nfes}")
+        raise TypeError(f"nfes must be increasing numbers of evaluations, such as [32, 64, 128], got {short(nfes)}")
     if grid is not None and not callable(grid):
         raise TypeError(
             f"grid must be a function from a number of steps to times, such as lambda n: karras_sigma(process, n), "

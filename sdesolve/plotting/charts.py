@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.plotting.style import COLOURS, GREY, MARKERS, new_figure
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def image_grid(
     n, _, height, width = x.shape
     columns = min(n, math.ceil(math.sqrt(n))) if columns is None else columns
     if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+        raise ValueError(f"columns must be at least 1, got {short(columns)}")
     rows = math.ceil(n / columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"row_labels must have one label for each of {rows} rows, got {len(row_labels)}")
@@ -115,7 +116,7 @@ def error_curves(
     drawn: list[tuple[float, float]] = []
     for i, (name, (costs, errors)) in enumerate(curves.items()):
         if len(costs) != len(errors):
-            raise ValueError(f"curve {name!r} has {len(costs)} costs and {len(errors)} errors; they go in pairs")
+            raise ValueError(f"curve {short(name)} has {len(costs)} costs and {len(errors)} errors; they go in pairs")
         pairs = [(float(c), float(e)) for c, e in zip(costs, errors, strict=True)]
         points = [(c, e) for c, e in pairs if 0.0 < e < math.inf and 0.0 < c < math.inf]
         drawn += points
@@ -171,7 +172,9 @@ def paths(
         )
     x = x.reshape(*x.shape[:2], -1)
     if not 0 <= component < x.shape[2]:
-        raise ValueError(f"component must be in [0, {x.shape[2]}), the size of the flattened state, got {component}")
+        raise ValueError(
+            f"component must be in [0, {x.shape[2]}), the size of the flattened state, got {short(component)}"
+        )
     x = x[:, :, component]
     figure, (axes,) = new_figure(7.2, 4.0)
     shown = x[:, :most]

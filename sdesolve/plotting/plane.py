@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve._internal.modes import in_evaluation
 from sdesolve.plotting.style import COLOURS, INK
 
@@ -151,7 +151,9 @@ def _plane(x: Tensor, name: str, rank: int) -> Tensor:
 def _check_window(window: Window) -> Window:
     left, right, bottom, top = window
     if not (left < right and bottom < top):
-        raise ValueError(f"a window is (left, right, bottom, top) with left < right and bottom < top, got {window}")
+        raise ValueError(
+            f"a window is (left, right, bottom, top) with left < right and bottom < top, got {short(window)}"
+        )
     return window
 
 

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from sdesolve._internal.arguments import short
 from sdesolve.sde import SDE
 
 
@@ -76,7 +77,7 @@ class EnergyScore(nn.Module):
             ValueError: ``temperature`` is not positive and finite.
         """
         if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+            raise ValueError(f"temperature must be positive and finite, got {short(temperature)}")
         g = math.sqrt(2.0 * temperature)
 
         def diffusion(x: Tensor, t: Tensor) -> Tensor:

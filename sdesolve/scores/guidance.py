@@ -10,7 +10,7 @@ import torch
 from sdesolve_kernels import Stream, perturb, uniform
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import number, whole_number
+from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve._internal.copies import Copies
 from sdesolve.diffusions.base import AbstractDiffusion, as_time
 from sdesolve.nn.labels import check_labels, labels_for
@@ -169,7 +169,7 @@ def drop_labels(labels: Tensor, probability: float, *, null_label: int, seed: in
     if checked.ndim != 1:
         raise ValueError("labels must have shape (batch,), got a single one")
     if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"probability must lie between 0 and 1, got {probability}")
+        raise ValueError(f"probability must lie between 0 and 1, got {short(probability)}")
     null = whole_number(null_label, "null_label", 0)
     u = uniform(
         len(checked),
@@ -228,5 +228,5 @@ def noised_cross_entropy(
 
 def _finite(value: float, name: str) -> float:
     if not 0.0 <= number(value, name) < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+        raise ValueError(f"{name} must be finite and not negative, got {short(value)}")
     return float(value)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from sdesolve._internal.arguments import short
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.nn.labels import Given, LabelledNetwork, check_rows
 from sdesolve.nn.normalizer import Normalizer
@@ -267,13 +268,13 @@ class NetworkScore(nn.Module):
         if not callable(net):
             raise TypeError(f"net must be a function or module of (x, t), got {type(net).__name__}")
         if not isinstance(process, AbstractDiffusion):
-            raise TypeError(f"process must be a diffusion such as VP() or EDM(), got {process!r}")
+            raise TypeError(f"process must be a diffusion such as VP() or EDM(), got {short(process)}")
         if predicts not in _PARAMETERIZATIONS:
             raise ValueError(
-                f"predicts={predicts!r} is unknown; choose one of {', '.join(map(repr, _PARAMETERIZATIONS))}"
+                f"predicts={short(predicts)} is unknown; choose one of {', '.join(map(repr, _PARAMETERIZATIONS))}"
             )
         if not 0 < sigma_data < math.inf:
-            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
+            raise ValueError(f"sigma_data must be positive and finite, got {short(sigma_data)}")
         _check_meaning(predicts, process)
         if normalizer is not None and not isinstance(normalizer, Normalizer):
             raise TypeError(f"normalizer must be a Normalizer, got {type(normalizer).__name__}")

@@ -6,6 +6,7 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.schedule import Schedule
@@ -38,7 +39,7 @@ class Ancestral(AbstractSingleRow):
 
     def __init__(self, variance: Literal["posterior", "forward"] = "posterior") -> None:
         if variance not in ("posterior", "forward"):
-            raise ValueError(f"variance must be 'posterior' or 'forward', got {variance!r}")
+            raise ValueError(f"variance must be 'posterior' or 'forward', got {short(variance)}")
         self.variance = variance
 
     def table(self, sde: AbstractSemilinear, times: Tensor) -> Table:

@@ -15,6 +15,7 @@ from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.brownian import AbstractNoise, BrownianPath, unit_normals
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.sde import Field, per_sample
@@ -106,10 +107,10 @@ class LangevinCorrector(AbstractCorrector):
         if (snr is None) == (step_size is None):
             raise ValueError("give snr, a signal-to-noise ratio such as 0.16, or step_size, a fixed one, and not both")
         if step_size is not None and norms is not None:
-            raise ValueError(f"a fixed step size compares no norms, got norms={norms!r}; give snr instead")
+            raise ValueError(f"a fixed step size compares no norms, got norms={short(norms)}; give snr instead")
         for name, value in (("snr", snr), ("step_size", step_size)):
             if value is not None and not (isinstance(value, int | float) and 0.0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+                raise ValueError(f"{name} must be a positive number, got {short(value)}")
         self.snr, self.step_size, self.scale = snr, step_size, scale
         self.norms = None if snr is None else _norms("level" if norms is None else norms)
         fixed = self.norms in (None, Norms.LEVEL)
@@ -179,4 +180,6 @@ def _norms(name: str) -> Norms:
     try:
         return Norms(name)
     except ValueError:
-        raise ValueError(f"norms={name!r} is unknown; choose one of {', '.join(repr(str(n)) for n in Norms)}") from None
+        raise ValueError(
+            f"norms={short(name)} is unknown; choose one of {', '.join(repr(str(n)) for n in Norms)}"
+        ) from None

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from sdesolve._internal.arguments import number
+from sdesolve._internal.arguments import number, short
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import Supported, supports
 from sdesolve.solvers.schedule import Schedule
@@ -31,7 +31,7 @@ class DDIM(AbstractSingleRow):
 
     def __init__(self, eta: float = 0.0) -> None:
         if not 0.0 <= number(eta, "eta") <= 1.0:
-            raise ValueError(f"eta scales the standard deviation of the noise and lies in [0, 1], got {eta}")
+            raise ValueError(f"eta scales the standard deviation of the noise and lies in [0, 1], got {short(eta)}")
         self.eta = float(eta)
 
     @property

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.data_predictor_corrector import AbstractPredictorCorrectorMultistep, exact_weights
@@ -37,7 +37,7 @@ class SASolver(AbstractPredictorCorrectorMultistep):
     def __init__(self, predictor: int = 3, corrector: int = 3) -> None:
         name = type(self).__name__
         if whole_number(corrector, "corrector", 0) > 3:
-            raise ValueError(f"{name} has correctors of order 0 (none) to 3, got {corrector}")
+            raise ValueError(f"{name} has correctors of order 0 (none) to 3, got {short(corrector)}")
         self.predictor = check_order(predictor, 3 if corrector else 4, f"{name} with corrector {corrector}")
         self.corrector = corrector
 

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSemilinear
@@ -73,7 +73,7 @@ class Schedule:
         stochasticity = sde.stochasticity if isinstance(sde, ReverseSDE) else 0.0
         if solver.stochasticity is not None and solver.stochasticity != stochasticity:
             raise ValueError(
-                f"{solver!r} is made for stochasticity {solver.stochasticity:g}, and this equation has "
+                f"{short(solver)} is made for stochasticity {solver.stochasticity:g}, and this equation has "
                 f"{stochasticity:g}: give the same to both, or leave it out"
             )
         schedule = cls(process, stochasticity, times, alpha, sigma, sigma / alpha, lam)
@@ -140,5 +140,5 @@ def check_order(order: int, most: int, name: str) -> int:
     """Refuses an order that is not 1 ... ``most``."""
     whole_number(order, "order", 1)
     if order > most:
-        raise ValueError(f"{name} has orders 1 to {most}, got {order}: no more values than that are kept")
+        raise ValueError(f"{name} has orders 1 to {most}, got {short(order)}: no more values than that are kept")
     return order

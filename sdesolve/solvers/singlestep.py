@@ -10,7 +10,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import number
+from sdesolve._internal.arguments import number, short
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import Supported, supports
 from sdesolve.solvers.schedule import Schedule
@@ -118,13 +118,13 @@ class AbstractChurned(AbstractSingleStep):
     ) -> None:
         name = type(self).__name__
         if not 0.0 <= number(churn, "churn") < math.inf:
-            raise ValueError(f"churn must be at least 0 and finite, got {churn}")
+            raise ValueError(f"churn must be at least 0 and finite, got {short(churn)}")
         if not isinstance(churn_range, Sequence) or len(churn_range) != 2:
-            raise TypeError(f"churn_range must be two noise levels, (lowest, highest), got {churn_range!r}")
+            raise TypeError(f"churn_range must be two noise levels, (lowest, highest), got {short(churn_range)}")
         if not 0.0 <= number(churn_range[0], "churn_range[0]") <= number(churn_range[1], "churn_range[1]"):
-            raise ValueError(f"churn_range is the noise levels (lowest, highest) to churn at, got {churn_range}")
+            raise ValueError(f"churn_range is the noise levels (lowest, highest) to churn at, got {short(churn_range)}")
         if not 0.0 < number(churn_noise, "churn_noise") < math.inf:
-            raise ValueError(f"churn_noise must be positive and finite, got {churn_noise}")
+            raise ValueError(f"churn_noise must be positive and finite, got {short(churn_noise)}")
         if not churn and (churn_range != (0.0, math.inf) or churn_noise != 1.0):
             raise ValueError(f"{name} without churn is deterministic: churn_range and churn_noise need churn > 0")
         self.churn, self.churn_range = float(churn), (float(churn_range[0]), float(churn_range[1]))

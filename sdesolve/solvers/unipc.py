@@ -7,6 +7,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import supports
 from sdesolve.solvers.data_predictor_corrector import AbstractPredictorCorrectorMultistep, exact_weights
@@ -36,7 +37,7 @@ class UniPC(AbstractPredictorCorrectorMultistep):
 
     def __init__(self, order: int = 3, variant: Literal["bh1", "bh2"] = "bh2") -> None:
         if variant not in ("bh1", "bh2"):
-            raise ValueError(f"variant must be 'bh1' or 'bh2', got {variant!r}")
+            raise ValueError(f"variant must be 'bh1' or 'bh2', got {short(variant)}")
         self.order, self.variant = check_order(order, 3, type(self).__name__), variant
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -12,7 +13,7 @@ from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.arguments import kind_of, short, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve.training.identity import identity
 
@@ -214,7 +215,8 @@ def _by_key(entry: Mapping[Any, Any], fields: Fields | None) -> list[tuple[Any, 
     names = {} if fields is None else fields
     if not isinstance(names, Mapping) or any(key not in entry for key in names):
         raise ValueError(
-            f"fields must map keys of the data ({_listed(entry)}) to names, as in {{key: {STATE!r}}}; got {fields!r}"
+            f"fields must map keys of the data ({_listed(entry)}) to names, as in {{key: {STATE!r}}}; got "
+            f"{short(fields)}"
         )
     return [(names.get(key, key), value) for key, value in entry.items() if names.get(key, key) is not None]
 
@@ -242,7 +244,7 @@ def _by_place(entry: Any, fields: Fields | None, labelled: bool) -> list[tuple[A
     names = (STATE, "label")[: len(entries)] if fields is None else fields
     if isinstance(names, Mapping | str) or len(names) != len(entries):
         raise ValueError(
-            f"fields must have a name, or None, for each of the {len(entries)} entries of the data; got {fields!r}"
+            f"fields must have a name, or None, for each of the {len(entries)} entries of the data; got {short(fields)}"
         )
     return [(name, value) for name, value in zip(names, entries, strict=True) if name is not None]
 
@@ -296,6 +298,8 @@ def check_samples(x0: Tensor, *, of_batch: bool = False) -> None:
         raise TypeError(f"the data must be a tensor (samples, *state), got {kind_of(x0)}; use torch.as_tensor(data)")
     if not x0.is_floating_point():
         raise TypeError(f"training data must be float32 or float64, got {x0.dtype}; convert it with .float()")
+    if x0.layout != torch.strided or x0.is_meta:
+        raise TypeError(f"training data must be dense tensors with values, got layout {x0.layout} on {x0.device}")
     if x0.ndim == 0 or not x0.numel():
         what = "a loader must give batches (batch, *state) that are not empty" if of_batch else (
             "training data must be (samples, *state) with at least one sample"
@@ -304,4 +308,5 @@ def check_samples(x0: Tensor, *, of_batch: bool = False) -> None:
 
 
 def _listed(names: Iterable[object]) -> str:
-    return ", ".join(map(repr, names))
+    few = list(itertools.islice(names, 7))
+    return ", ".join(map(short, few[:6])) + (", ..." if len(few) > 6 else "")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss
 from torch import Tensor
 
-from sdesolve._internal.arguments import name_of, whole_number
+from sdesolve._internal.arguments import name_of, short, whole_number
 from sdesolve.chains.base import AbstractChain, StepScore, Variance
 from sdesolve.chains.bound import prior_term, step_term
 from sdesolve.likelihood.quantisation import Quantisation
@@ -22,7 +22,7 @@ class _Steps:
 
     def __init__(self, chain: AbstractChain, spread: Spread) -> None:
         if not isinstance(chain, AbstractChain):
-            raise TypeError(f"chain must be a DDPM or SMLD, got {chain!r}")
+            raise TypeError(f"chain must be a DDPM or SMLD, got {short(chain)}")
         self.chain, self.name, self._spread = chain, spread, choice(SPREADS, spread, "times")
 
     def draw(self, x0: Tensor, seed: int, first_sample: int) -> Tensor:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import kind_of, number
+from sdesolve._internal.arguments import kind_of, number, short
 from sdesolve._internal.modes import modules_within
 from sdesolve.scores.network import NetworkScore
 
@@ -130,8 +130,8 @@ def named(module: nn.Module) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"the state of {type(module).__name__} holds a {type(value).__name__} under {name!r}; only tensors can "
-                "be saved without pickling, so keep other state in constructor arguments"
+                f"the state of {type(module).__name__} holds a {type(value).__name__} under {short(name)}; only "
+                "tensors can be saved without pickling, so keep other state in constructor arguments"
             )
     return {name: on_host(value) for name, value in state.items()}
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss, perturb
 from torch import Tensor
 
-from sdesolve._internal.arguments import name_of
+from sdesolve._internal.arguments import name_of, short
 from sdesolve.brownian import Place
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift
@@ -229,7 +229,7 @@ class _Edm:
 
     def __init__(self, sigma_data: float) -> None:
         if not 0 < sigma_data < math.inf:
-            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
+            raise ValueError(f"sigma_data must be positive and finite, got {short(sigma_data)}")
         self.sigma_data = float(sigma_data)
 
     def __call__(self, score: Score, process: AbstractDiffusion, x_t: Tensor, t: Tensor) -> _Regression:

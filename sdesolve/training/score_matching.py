@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, perturb
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import name_of
+from sdesolve._internal.arguments import name_of, short
 from sdesolve.integrate.checks import check_drift
 from sdesolve.likelihood.trace_estimators import AbstractDivergence, ExactTrace, Hutchinson, ProbeLaw
 from sdesolve.reverse import Score
@@ -75,7 +75,7 @@ class _Noising:
 
     def __init__(self, noise: TrainingTimes | None, weight: Weight | None) -> None:
         if noise is not None and not isinstance(noise, TrainingTimes):
-            raise TypeError(f"noise must be TrainingTimes(...), or None for clean data; got {noise!r}")
+            raise TypeError(f"noise must be TrainingTimes(...), or None for clean data; got {short(noise)}")
         if weight is not None and noise is None:
             raise ValueError("a weight is a function of training times; give noise=TrainingTimes(...) as well")
         self.noise, self.weight = noise, weight
@@ -129,7 +129,7 @@ class ImplicitScoreMatching(Objective):
     ) -> None:
         self._divergence = ExactTrace() if divergence is None else divergence
         if not isinstance(self._divergence, AbstractDivergence):
-            raise TypeError(f"divergence must be ExactTrace(), Hutchinson() or HutchPP(), got {divergence!r}")
+            raise TypeError(f"divergence must be ExactTrace(), Hutchinson() or HutchPP(), got {short(divergence)}")
         self._noising = _Noising(noise, weight)
 
     def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
@@ -222,7 +222,9 @@ class ExplicitScoreMatching(Objective):
         if len(data) == 0:
             raise ValueError("a kernel density needs at least one sample of data")
         if not isinstance(noise, TrainingTimes):
-            raise TypeError(f"noise must be TrainingTimes(...), which says how wide the kernels are; got {noise!r}")
+            raise TypeError(
+                f"noise must be TrainingTimes(...), which says how wide the kernels are; got {short(noise)}"
+            )
         self._data, self._noise, self._noising = data, noise, _Noising(noise, weight)
 
     def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:

@@ -12,7 +12,7 @@ import torch
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import kind_of, whole_number
+from sdesolve._internal.arguments import kind_of, short, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import evaluation_mode
 from sdesolve.nn.ema import EMA
@@ -82,11 +82,11 @@ class Run:
         decays = checkpoints.decays_of(ema)
         if not decays or len(set(decays)) < len(decays) or not all(0.0 <= d < 1.0 for d in decays):
             several = "" if isinstance(ema, float | int) else ", or several different ones"
-            raise ValueError(f"ema must be in [0, 1){several}, got {ema}; 0 means no averaging")
+            raise ValueError(f"ema must be in [0, 1){several}, got {short(ema)}; 0 means no averaging")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(
-                f"autocast takes torch.bfloat16 or None, got {autocast}; gradients in float16 would vanish without "
-                "scaling of the loss"
+                f"autocast takes torch.bfloat16 or None, got {short(autocast)}; gradients in float16 would vanish "
+                "without scaling of the loss"
             )
         self.score, self.loss, self.seed = score, loss, whole_number(seed, "seed", 0)
         self.accumulate = whole_number(accumulate, "accumulate", 1)
@@ -279,8 +279,8 @@ class Run:
         for name in (*self.dropout, *self.nulls):
             if name and name not in told:
                 raise ValueError(
-                    f"{name!r} is to be dropped, and the data hold {', '.join(told) or 'no conditions'}; name what "
-                    "they hold by fields="
+                    f"{short(name)} is to be dropped, and the data hold {', '.join(told) or 'no conditions'}; name "
+                    "what they hold by fields="
                 )
         if "label" in told and isinstance(net, LabelledNetwork):
             return {**told, "label": check_labels(told["label"], net.classes, null=False)}
@@ -292,7 +292,8 @@ class Run:
             net = self.score.net if isinstance(self.score, NetworkScore) else None
             if name != "label" or not isinstance(net, LabelledNetwork):
                 raise ValueError(
-                    f"to drop {name!r} it must be known what stands for none: give it as null={{{name!r}: value}}"
+                    f"to drop {short(name)} it must be known what stands for none: give it as "
+                    f"null={{{short(name)}: value}}"
                 )
             return torch.tensor(net.classes, device=value.device)
         null = torch.as_tensor(self.nulls[name]).to(value)

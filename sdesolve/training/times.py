@@ -12,7 +12,7 @@ from jaxtyping import Float
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 
-from sdesolve._internal.arguments import whole_number
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.reverse import Score
 from sdesolve.scores.network import NetworkScore
@@ -171,12 +171,12 @@ class TrainingTimes:
         for name, value in (("t_min", t_min), ("t_max", t_max)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(
-                    f"{name} must be positive and finite, got {value}: at t = 0 there is no noise to match"
+                    f"{name} must be positive and finite, got {short(value)}: at t = 0 there is no noise to match"
                 )
         if law is not None and not isinstance(law, AbstractTimeLaw):
-            raise TypeError(f"law must be a AbstractTimeLaw such as UniformTime(), got {law!r}")
+            raise TypeError(f"law must be a AbstractTimeLaw such as UniformTime(), got {short(law)}")
         if process is not None and not isinstance(process, AbstractDiffusion):
-            raise TypeError(f"process must be a diffusion such as VP(), got {process!r}")
+            raise TypeError(f"process must be a diffusion such as VP(), got {short(process)}")
         self.process, self.spread, self.t_min, self.t_max = process, spread, t_min, t_max
         self.law = UniformTime() if law is None else law
 
@@ -259,5 +259,5 @@ SPREADS: dict[str, Callable[[int, int, int, torch.device], Tensor]] = {
 def choice(table: dict[str, T], name: str, what: str) -> T:
     """The entry of a table of choices, or an error that lists them."""
     if name not in table:
-        raise ValueError(f"{what}={name!r} is unknown; choose one of {', '.join(map(repr, table))}")
+        raise ValueError(f"{what}={short(name)} is unknown; choose one of {', '.join(map(repr, table))}")
     return table[name]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sdesolve._internal.arguments import number, whole_number
+from sdesolve._internal.arguments import flag, kind_of, number, short, whole_number
 from sdesolve._internal.modes import training_mode
 from sdesolve._internal.progress import progress_bar
 from sdesolve._internal.transforms import runs_as_it_is
@@ -186,7 +186,10 @@ def train(
     if clip is not None:
         _check_range("clip", clip, lambda v: v > 0, "positive, or None for no clipping")
     if decay not in _DECAYS:
-        raise ValueError(f"decay={decay!r} is unknown; choose one of {', '.join(map(repr, _DECAYS))}")
+        raise ValueError(f"decay={short(decay)} is unknown; choose one of {', '.join(map(repr, _DECAYS))}")
+    for name, function in (("callback", callback), ("metrics", metrics)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {kind_of(function)}")
     batches = batches_of(data, batch_size, run.seed, labels, labelled=labelled, fields=fields)
     run.take(batches)
     file = _checkpoint_file(checkpoint)
@@ -205,7 +208,7 @@ def train(
     if file is not None and file.exists():
         run.restore(file, config, steps)
     first = run.step
-    if compile:
+    if flag(compile, "compile"):
         (score.net if isinstance(score, NetworkScore) and isinstance(score.net, nn.Module) else score).compile()
 
     rate = _DECAYS[decay]
@@ -248,4 +251,4 @@ def _checkpoint_file(folder: str | Path | None) -> Path | None:
 
 def _check_range(name: str, value: float, good: Callable[[float], bool], rule: str) -> None:
     if not good(number(value, name)):
-        raise ValueError(f"{name} must be {rule}, got {value}")
+        raise ValueError(f"{name} must be {rule}, got {short(value)}")
