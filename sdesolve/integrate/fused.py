@@ -396,6 +396,7 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         bool(problem.save.inside),
         lowered.columns,
         lowered.memory,
+        lowered.denoised,
         tuple(_made_of(source) for source in lowered.sources),
     )
 

@@ -179,6 +179,7 @@ class Lowered:
         skipped: parts of a step, evaluations and then corrections, that are left out because all of their coefficients
             are 0; ``(steps, parts)``, bool. Whoever does not leave them out gets the same state.
         one_step: the solver whose whole step it is, where that is no row of numbers.
+        denoised: whether rows are of the denoised state in place of the score.
     """
 
     step: Callable[[StepContext, States], States]
@@ -188,6 +189,7 @@ class Lowered:
     table: Tensor | None = None
     skipped: Tensor | None = None
     one_step: AbstractOneStep | None = None
+    denoised: bool = False
 
     @property
     def sources(self) -> tuple[NoiseSource, ...]:
@@ -325,7 +327,8 @@ def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table, denois
     source = NoiseSource(problem.noise.in_draws(table.draws), table.draws, lambda: (table.draws, *state))
     numbers = torch.cat([table.times, *table.rows], dim=1)
     driving = (source,) if table.draws else ()
-    return Lowered(step, solver.memory, driving, table=numbers, skipped=table.skipped)
+    denoised = denoise is not None
+    return Lowered(step, solver.memory, driving, table=numbers, skipped=table.skipped, denoised=denoised)
 
 
 def _corrected(problem: Problem, solver: PredictorCorrector, predictor: Lowered) -> Lowered:

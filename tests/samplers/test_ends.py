@@ -326,6 +326,9 @@ def test_pure_noise_is_fused_and_gone_on_with():
     score, options = DATA.score(STRAIGHT), {"solver": sds.DPMSolverPP(2), "seed": 1}
     fused, eager = (sds.sample(STRAIGHT, score, (8, 3), steps=9, backend=b, **options) for b in ("fused", "eager"))
     torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)
+    late = {"from_time": 0.5, "steps": 9, **options}  # by the score again, and not by that kernel
+    fused, eager = (sds.sample(STRAIGHT, score, (8, 3), backend=b, **late) for b in ("fused", "eager"))
+    torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)
     flow, grid, x0 = STRAIGHT.probability_flow(score), STRAIGHT.time_grid(9), STRAIGHT.sample_prior((8, 3), seed=0)
     whole = sds.solve(flow, x0, grid=grid, solver=sds.DPMSolverPP(2), backend="eager")
     first = sds.solve(flow, x0, grid=grid[:2], solver=sds.DPMSolverPP(2), backend="eager")
