@@ -42,6 +42,8 @@ class _Hold(NamedTuple):
 
 _holds: dict[int, _Hold] = {}
 _lock = threading.RLock()
+# What blocks around this one were begun for, by identity, and whether they let networks draw.
+_begun: contextvars.ContextVar[frozenset[tuple[int, bool]]] = contextvars.ContextVar("begun", default=frozenset())
 _drawing = contextvars.ContextVar("drawing", default=False)  # whether a block around this one lets networks draw
 
 
@@ -68,14 +70,21 @@ def evaluation_mode(*held: object, dropout: bool = False) -> Iterator[None]:
             which training mode rewrites (running statistics, power iterations), are in evaluation mode all the same.
             Holds for blocks within this one as well.
     """
-    token, modules = object(), modules_within(held)
     dropout = dropout or _drawing.get()
-    outside = _drawing.set(dropout)
+    begun = _begun.get()
+    new = [thing for thing in held if (id(thing), dropout) not in begun]
+    token, modules = object(), list[nn.Module]()
+    outside, around = _drawing.set(dropout), _begun.set(begun | {(id(thing), dropout) for thing in new})
     try:
-        _hold(modules, token, dropout)
+        reached = modules_within(new)
+        with _lock:
+            # One that is in evaluation mode already, and that nobody holds, stays in it.
+            modules += (m for m in reached if dropout or m.training or id(m) in _holds)
+            _hold(modules, token, dropout)
         yield
     finally:
         _drawing.reset(outside)
+        _begun.reset(around)
         _release(modules, token)
 
 
