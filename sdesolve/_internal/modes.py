@@ -76,11 +76,8 @@ def evaluation_mode(*held: object, dropout: bool = False) -> Iterator[None]:
     token, modules = object(), list[nn.Module]()
     outside, around = _drawing.set(dropout), _begun.set(begun | {(id(thing), dropout) for thing in new})
     try:
-        reached = modules_within(new)
-        with _lock:
-            # One that is in evaluation mode already, and that nobody holds, stays in it.
-            modules += (m for m in reached if dropout or m.training or id(m) in _holds)
-            _hold(modules, token, dropout)
+        modules += modules_within(new)
+        _hold(modules, token, dropout)
         yield
     finally:
         _drawing.reset(outside)
