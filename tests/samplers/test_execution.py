@@ -207,13 +207,17 @@ def test_draws_are_taken_in_order_from_the_driving_noise(draws):
         torch.testing.assert_close(got, x, rtol=1e-11, atol=1e-11)
 
 
-def test_coarse_increments_drive_samplers_in_torch():
+def test_coarse_increments_drive_samplers():
+    """Sums of fine ones, fused and in torch; a kernel of one row makes plain normals alone."""
     process = sds.VP()
     sde, noise = process.reverse(DATA.score(process)), sds.BrownianPath(0, substeps=4)
     x0 = process.sample_prior((4, 3), seed=1, dtype=torch.float64)
-    sol = sds.solve(sde, x0, grid=process.time_grid(5), solver=sds.SDEDPMSolverPP(2), noise=noise)
-    assert sol.stats.backend == "eager"
-    assert "coarse or weak increments" in sol.stats.reason
+    options = {"grid": process.time_grid(5), "solver": sds.SDEDPMSolverPP(2), "noise": noise}
+    fused, eager = (sds.solve(sde, x0, **options, backend=backend) for backend in ("auto", "eager"))
+    assert fused.stats.execution == "fused", fused.stats.reason
+    torch.testing.assert_close(fused.x1, eager.x1, rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match="coarse or weak increments"):
+        sds.solve(sde, x0, **options, backend="kernel")
 
 
 @pytest.mark.parametrize("solver", [sds.DPMSolverPP(3), sds.SASolver(2, 2), sds.EDMHeun()], ids=repr)
