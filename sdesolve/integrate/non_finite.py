@@ -66,7 +66,7 @@ def _culprit(problem: Problem, x: Tensor, span: Span, row: int) -> str:
     scales = {"drift": dt, "diffusion": math.sqrt(dt)}
     reach = sum(_largest(value) * scales[name] for name, value in values.items())
     if _largest(x) + reach < torch.finfo(x.dtype).max ** 0.25:
-        return (
+        return problem.solver.failure or (
             f"drift and diffusion are finite for a state of size {size}, and far from an overflow; the solver uses "
             "them elsewhere in the step too, or (Milstein) the derivative of the diffusion, which have no value"
         )
@@ -75,4 +75,4 @@ def _culprit(problem: Problem, x: Tensor, span: Span, row: int) -> str:
 
 def _largest(x: Tensor) -> float:
     """The largest absolute value; 0 of an empty tensor."""
-    return float(plain(x).abs().max()) if x.numel() else 0.0
+    return float(plain(x.detach()).abs().max()) if x.numel() else 0.0

@@ -16,6 +16,7 @@ from sdesolve.solvers.euler_heun import EulerHeun
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.general_shark import GeneralShARK
 from sdesolve.solvers.heun import Heun
+from sdesolve.solvers.implicit import ImplicitEuler, SplitStepEuler
 from sdesolve.solvers.langevin import ALIGN, BAOAB, OBABO, QUICSORT, UBU
 from sdesolve.solvers.log_ode import LogODE
 from sdesolve.solvers.midpoint import Midpoint
@@ -28,6 +29,8 @@ from sdesolve.solvers.rk4 import RK4
 from sdesolve.solvers.sa_solver import SASolver
 from sdesolve.solvers.sea import SEA
 from sdesolve.solvers.shark import ShARK
+from sdesolve.solvers.skencarp import SKenCarp
+from sdesolve.solvers.sksrock import SKSROCK
 from sdesolve.solvers.slow_rk import SlowRK
 from sdesolve.solvers.spark import SPaRK
 from sdesolve.solvers.square_root import QE, ImplicitSquareRoot
@@ -41,12 +44,12 @@ from sdesolve.solvers.w2ito1 import W2Ito1
 from sdesolve.solvers.weak_table import AbstractWeakTable, WeakTable
 
 __all__ = [
-    "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "DRI1", "NON", "OBABO", "QE", "QUICSORT", "RI6", "RK4", "SEA",
+    "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "DRI1", "NON", "OBABO", "QE", "QUICSORT", "RI6", "RK4", "SEA", "SKSROCK",
     "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1", "SRIW2", "UBU", "AbstractEmbedded", "AbstractOneStep",
-    "AbstractSolver", "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Ancestral",
-    "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun", "EulerMaruyama",
-    "GeneralShARK", "Heun", "ImplicitSquareRoot", "LinearMultistep", "LogODE", "Midpoint", "Milstein",
-    "PredictorCorrector", "ReverseDiffusion", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SPaRK",
-    "ShARK", "SlowRK", "Span", "StepController", "StochasticTable", "Table", "Tamed", "Truncated", "UniPC",
-    "W2Ito1", "WeakTable", "supports",
+    "AbstractSolver", "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Ancestral", "DPMSolver",
+    "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun", "EulerMaruyama", "GeneralShARK", "Heun",
+    "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE", "Midpoint", "Milstein", "PredictorCorrector",
+    "ReverseDiffusion", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SlowRK",
+    "Span", "SplitStepEuler", "StepController", "StochasticTable", "Table", "Tamed", "Truncated", "UniPC", "W2Ito1",
+    "WeakTable", "supports",
 ]  # fmt: skip

@@ -131,6 +131,11 @@ class AbstractSolver(abc.ABC):
         return False
 
     @property
+    def failure(self) -> str | None:
+        """What it means that the step itself gives nan at finite values of the functions, for the error's message."""
+        return None
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         """Parts of the `Increment` that a step reads."""
         return ("W",)

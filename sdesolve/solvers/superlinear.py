@@ -73,6 +73,10 @@ class AbstractModified(AbstractOneStep):
         return self.solver.commutative_noise
 
     @property
+    def failure(self) -> str | None:
+        return self.solver.failure
+
+    @property
     def needs(self) -> tuple[Part, ...]:
         return self.solver.needs
 
