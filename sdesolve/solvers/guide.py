@@ -20,6 +20,7 @@ from sdesolve.solvers.euler_heun import EulerHeun
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.general_shark import GeneralShARK
 from sdesolve.solvers.heun import Heun
+from sdesolve.solvers.implicit import ImplicitEuler, SplitStepEuler
 from sdesolve.solvers.log_ode import LogODE
 from sdesolve.solvers.midpoint import Midpoint
 from sdesolve.solvers.milstein import Milstein
@@ -28,11 +29,15 @@ from sdesolve.solvers.ri import DRI1, RI6
 from sdesolve.solvers.rk4 import RK4
 from sdesolve.solvers.sea import SEA
 from sdesolve.solvers.shark import ShARK
+from sdesolve.solvers.skencarp import SKenCarp
+from sdesolve.solvers.sksrock import SKSROCK
 from sdesolve.solvers.slow_rk import SlowRK
 from sdesolve.solvers.spark import SPaRK
 from sdesolve.solvers.sra import SOSRA, SRA1, SRA3
 from sdesolve.solvers.sri import SOSRI, SRIW1, SRIW2
 from sdesolve.solvers.w2ito1 import W2Ito1
+
+_FURTHEST = 20.0  # step at which stability is looked at
 
 WHEN: dict[AbstractOneStep, str] = {
     EulerMaruyama(): "any Ito SDE; a first look, and functions that are not smooth",
@@ -59,6 +64,10 @@ WHEN: dict[AbstractOneStep, str] = {
     SlowRK(): "Stratonovich noise that commutes, for paths",
     LogODE(): "Stratonovich, general noise, paths or their law to order 1",
     NON(): "expectations, Stratonovich, any noise",
+    ImplicitEuler(): "stiff drifts, any Ito noise; derivatives of the drift beside",
+    SplitStepEuler(): "stiff drifts that grow faster than the state, any Ito noise; derivatives beside",
+    SKSROCK(5): "stiff drifts without derivatives, any Ito noise; `stages` evaluations for `h rho = 1.9 stages^2`",
+    SKenCarp(): "stiff drifts and small additive noise; derivatives beside",
     RK4(): "ODEs and probability flows",
 }
 
@@ -80,12 +89,14 @@ _HEAD = """\
 | | general, Stratonovich; Ito | `LogODE()`; `SRI2("foster")` |
 | expectations | any, Ito; Stratonovich | `W2Ito1()`; `NON()`, with `increments="three-point"` |
 | a first look | any, Ito; Stratonovich | `EulerMaruyama()`; `SPaRK()` |
+| steps longer than a stiff drift allows | additive; any, Ito | `SKenCarp()`; `ImplicitEuler()`, `SKSROCK(stages)` |
 | an ODE | none | `RK4()`, `DormandPrince()` |
 
 `sds.to_stratonovich(sde)` and `sds.to_ito(sde)` are SDEs of the other calculus with the same solutions, so that every
 solver serves both. A solver that does not converge to what was asked for is refused: calculus and noise type are
 compared before the first step, and own components, noise that commutes and additive noise are tested in several states
-and at several times. `Tamed(solver)` is for coefficients that grow faster than linearly.
+and at several times. `Tamed(solver)` and `Truncated(solver)` are for coefficients that grow faster than linearly;
+`QUICSORT`, `UBU`, `ALIGN` for `UnderdampedLangevin`, `QE` and `ImplicitSquareRoot` for `CIR` and `Heston`.
 
 | solver | Ito | Stratonovich | strong | weak | ODE | f | g | random numbers | stable | when |
 |---|---|---|---|---|---|---|---|---|---|---|"""
@@ -99,7 +110,7 @@ _TAIL = """\
 - Random numbers: for each channel and step. W are normals, or three-point numbers where the solver is for expectations;
   areas A take two more by `foster`, and one a pair of channels; S are two-point numbers, a bit each.
 - Stable: `h` up to which a step contracts `dX = -X dt`, and in mean square `dX = -X dt + X dW` (Ito, or the
-  Stratonovich SDE with the same solutions).
+  Stratonovich SDE with the same solutions); no further than 20 is looked.
 
 This page is made by `python -m sdesolve.solvers.guide` from what solvers say of themselves; a test holds it to them."""
 
@@ -107,14 +118,19 @@ This page is made by `python -m sdesolve.solvers.guide` from what solvers say of
 def _row(solver: AbstractOneStep, when: str) -> str:
     area = solver.area if isinstance(solver, AbstractWithArea) else None
     given = f'"{area}"' if area and not isinstance(solver, LogODE) else ""
+    given = str(solver.stages) if isinstance(solver, SKSROCK) else given
     cells = [f"`{type(solver).__name__}({given})`", *(_noises(solver, calculus) for calculus in Calculus)]
     noisy, g = len(solver.supported) > 2, str(solver.diffusion_evaluations)
     if solver.column_evaluations and (area or not isinstance(solver, AbstractWithArea)):
         g += f", 1 + {solver.column_evaluations} m"
     cells += [", ".join(map(_order, solver.strong_orders)), _order(solver.weak_order)] if noisy else ["", ""]
     cells += [str(solver.ode_order), str(solver.evaluations), g if noisy else "", _numbers(solver) if noisy else ""]
-    cells += [", ".join(f"{limit:.2f}" for limit in stability(solver) if limit is not None), when]
+    cells += [", ".join(_limit(h) for h in stability(solver) if h is not None), when]
     return f"| {' | '.join(cells)} |"
+
+
+def _limit(h: float) -> str:
+    return "> 20" if h > _FURTHEST - 0.01 else f"{h:.2f}"
 
 
 def _noises(solver: AbstractOneStep, calculus: Calculus) -> str:
@@ -150,7 +166,8 @@ def stability(solver: AbstractOneStep) -> tuple[float, float | None]:
 def _step(solver: AbstractOneStep, sde: AbstractSDE, h: float, noise: Increment | None) -> Tensor:
     x = torch.ones(1 if noise is None else len(noise.W), 1, dtype=torch.float64, device="cpu")
     t0, t1 = torch.tensor([0.0, h], dtype=torch.float64, device="cpu")
-    return solver.step(sde, x, Span(t0, t1, t1 - t0), noise)
+    numbers = solver.numbers(sde, torch.stack([t0, t1]))
+    return solver.step(sde, x, Span(t0, t1, t1 - t0, () if numbers is None else tuple(numbers[0])), noise)
 
 
 def _outcomes(solver: AbstractOneStep) -> tuple[dict[str, Tensor], Tensor]:
@@ -178,7 +195,7 @@ def _hermite(variance: float, count: int = 9) -> list[tuple[float, float]]:
 
 def _largest(size) -> float:  # type: ignore[no-untyped-def]  # float -> float
     """The end of the interval from 0 in which ``size(h) < 1``, to 0.001, looked for up to 20."""
-    h = next((0.05 * i for i in range(1, 400) if not size(0.05 * i) < 1.0), 20.0)
+    h = next((0.05 * i for i in range(1, 400) if not size(0.05 * i) < 1.0), _FURTHEST)
     low, high = h - 0.05, h
     while high - low > 1e-3:
         middle = 0.5 * (low + high)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import number, whole_number
-from sdesolve._internal.forward_mode import jvp
+from sdesolve._internal.derivatives import linearised
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
@@ -139,8 +139,8 @@ def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, 
     """``function(x)``, and its derivatives along each component of the state, each shaped as ``x``."""
     shape = x.shape[1:]
     units = torch.eye(shape.numel(), dtype=x.dtype, device=x.device).unbind(0)
-    pairs = [jvp(function, x, unit.reshape(shape).expand_as(x).clone()) for unit in units]
-    return pairs[0][0], [column for _, column in pairs]
+    value, push = linearised(function, x)
+    return value, [push(unit.reshape(shape).expand_as(x).clone()) for unit in units]
 
 
 def _solved(columns: list[Tensor], right: Tensor) -> Tensor:

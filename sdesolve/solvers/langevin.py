@@ -91,6 +91,7 @@ class ALIGN(AbstractLangevin):
     Strange 2023.
     """
 
+    strong_orders = (2.0, None, None)
     weak_order = 2.0
     evaluations = 2
     needs = ("W", "H")
@@ -128,6 +129,7 @@ class QUICSORT(AbstractLangevin):
     with third order convergence".
     """
 
+    strong_orders = (3.0, None, None)
     weak_order = 3.0
     evaluations = 2
     needs = ("W", "H", "K")
@@ -169,6 +171,7 @@ class UBU(AbstractLangevin):
             and that of velocities are one number to float64.
     """
 
+    strong_orders = (2.0, None, None)
     weak_order = 2.0
     evaluations = 1
     needs = ("W", "H", "K")

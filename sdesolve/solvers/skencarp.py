@@ -44,6 +44,7 @@ class SKenCarp(AbstractOneStep):
 
     supported = supports(ito=(Noise.NONE, Noise.ADDITIVE), stratonovich=(Noise.NONE, Noise.ADDITIVE))
     strong_order = None
+    strong_orders = (1.5, None, None)
     weak_order = 2.0
     ode_order = 3
     diffusion_evaluations = 2

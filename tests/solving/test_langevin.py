@@ -85,6 +85,19 @@ def test_whole_trajectories_are_fused(solver):
         torch.testing.assert_close(runs["auto"].xs, runs["eager"].xs, rtol=1e-13, atol=1e-14)
 
 
+def test_ubu_is_two_halves_of_the_exact_flow_and_a_kick():
+    """Covariance of one step from rest: ``F K S K' F' + S`` with the flow ``F``, its noise ``S`` and the kick ``K``."""
+    k, friction, h = 3.0, 1.7, 0.8
+    s, e = friction * h / 2, math.exp(-friction * h / 2)
+    F = torch.tensor([[1.0, (1 - e) / friction], [0.0, e]], dtype=F64)
+    K = torch.tensor([[1.0, 0.0], [-h * k, 1.0]], dtype=F64)
+    xx, xv = (2 * s - 3 + 4 * e - e * e) / friction**2, (1 - e) ** 2 / friction
+    S = torch.tensor([[xx, xv], [xv, 1 - e * e]], dtype=F64)
+    expected = F @ K @ S @ K.T @ F.T + S
+    found = covariance(sds.UnderdampedLangevin(lambda x, t: k * x, friction=friction), sds.UBU(), h, 1)
+    torch.testing.assert_close(found, expected[[0, 0, 1], [0, 1, 1]])
+
+
 def test_friction_may_be_anything():
     """Free particles: UBU has their exact law at any ``friction h``, and without friction or noise all go straight."""
     for alpha in (1e-6, 0.3, 0.999, 1.001, 40.0, 3000.0):

@@ -123,6 +123,18 @@ def test_stability_functions_on_an_ode():
         assert float(x[-1].abs()) < 1e-5
 
 
+def test_times_of_stages_are_those_of_one_more_component():
+    """SK-SROCK on ``f(x, t)`` is SK-SROCK on the autonomous equation of ``(x, t)``."""
+    with_time = sds.ODE(
+        lambda z, t: torch.stack([torch.sin(z[:, 0]) + torch.cos(5 * z[:, 1]), torch.ones_like(z[:, 0])], 1)
+    )
+    plain = sds.ODE(lambda x, t: torch.sin(x) + torch.cos(5 * t))
+    options = {"solver": sds.SKSROCK(6), "backend": "eager"}
+    z = sds.solve(with_time, torch.tensor([[0.3, 0.2]], dtype=F64), 0.2, 1.0, 1, **options).x1
+    x = sds.solve(plain, torch.tensor([[0.3]], dtype=F64), 0.2, 1.0, 1, **options).x1
+    torch.testing.assert_close(z, torch.tensor([[float(x), 1.0]], dtype=F64), rtol=1e-13, atol=0.0)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (3,), (2, 2), (2, 3)], ids=str)
 def test_linear_systems_are_solved(shape):
     """One step is ``(I - h A)^-1 (x + W)``, for matrices that need pivots too; each row of a batch has its own."""
