@@ -23,7 +23,7 @@ from sdesolve.integrate import pure_noise
 from sdesolve.integrate.clock import check_clock
 from sdesolve.integrate.problem import Problem
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, per_sample
-from sdesolve.solvers.base import AbstractOneStep, Span
+from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
 
@@ -258,10 +258,12 @@ def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
     columns = 0 if table is None else table.shape[1]
 
     def step(context: StepContext, states: States) -> States:
-        (x,) = states
+        x = states[0]
         if columns:
             numbers = tuple(per_sample(context.number(i), x) for i in range(columns))
             context.span = dataclasses.replace(context.span, numbers=numbers)
+        if isinstance(solver, AbstractRemembering):
+            return solver.advance(sde, states, context.span, context.increment())
         return (context.one_step(solver, sde, x),)
 
     driving: tuple[NoiseSource, ...] = ()
@@ -281,7 +283,8 @@ def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
             )
         parts = _read(needs) if isinstance(noise, BrownianPath) else needs
         driving = tuple(NoiseSource(noise, 1, functools.partial(_shape, problem, part), part) for part in parts)
-    return Lowered(step, driving=driving, table=table, one_step=solver)
+    memory = solver.memory if isinstance(solver, AbstractRemembering) else 0
+    return Lowered(step, memory, driving, table=table, one_step=solver)
 
 
 def _read(needs: Sequence[Part]) -> Sequence[Part]:

@@ -26,7 +26,7 @@ from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
-from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.base import AbstractRemembering, AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 
 Backend = Literal["auto", "fused", "kernel", "eager"]
@@ -233,6 +233,8 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         saved, reason = _executed(problem, backend)
     if saved.x1 is x0:  # a step may return the state that it was given
         saved = dataclasses.replace(saved, x1=x0.clone())
+    if isinstance(solver, AbstractRemembering) and problem.check_finite:
+        solver.check_end(x0, saved.x1, saved.memory)
     adaptive = saved.adaptive
     stats = Stats(
         solver=type(solver).__name__,

@@ -2,7 +2,7 @@
 
 from sdesolve.solvers.adams import DEIS, LinearMultistep
 from sdesolve.solvers.ancestral import Ancestral
-from sdesolve.solvers.base import AbstractOneStep, AbstractSolver, Span, supports
+from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, AbstractSolver, Span, supports
 from sdesolve.solvers.controller import StepController
 from sdesolve.solvers.ddim import DDIM
 from sdesolve.solvers.derivative_free import SRI2
@@ -24,6 +24,7 @@ from sdesolve.solvers.milstein import Milstein
 from sdesolve.solvers.non import NON
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.reverse_diffusion import ReverseDiffusion
+from sdesolve.solvers.reversible_heun import ReversibleHeun
 from sdesolve.solvers.ri import DRI1, RI6
 from sdesolve.solvers.rk4 import RK4
 from sdesolve.solvers.sa_solver import SASolver
@@ -46,10 +47,10 @@ from sdesolve.solvers.weak_table import AbstractWeakTable, WeakTable
 __all__ = [
     "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "DRI1", "NON", "OBABO", "QE", "QUICSORT", "RI6", "RK4", "SEA", "SKSROCK",
     "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1", "SRIW2", "UBU", "AbstractEmbedded", "AbstractOneStep",
-    "AbstractSolver", "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Ancestral", "DPMSolver",
-    "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun", "EulerMaruyama", "GeneralShARK", "Heun",
-    "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE", "Midpoint", "Milstein", "PredictorCorrector",
-    "ReverseDiffusion", "Row", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SlowRK",
-    "Span", "SplitStepEuler", "StepController", "StochasticTable", "Table", "Tamed", "Truncated", "UniPC", "W2Ito1",
-    "WeakTable", "supports",
+    "AbstractRemembering", "AbstractSolver", "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable",
+    "Ancestral", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun",
+    "EulerMaruyama", "GeneralShARK", "Heun", "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE",
+    "Midpoint", "Milstein", "PredictorCorrector", "ReverseDiffusion", "ReversibleHeun", "Row", "SASolver",
+    "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SlowRK", "Span", "SplitStepEuler",
+    "StepController", "StochasticTable", "Table", "Tamed", "Truncated", "UniPC", "W2Ito1", "WeakTable", "supports",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from typing import final
 
+import torch
 from torch import Tensor
 
 from sdesolve.brownian import Increment, Part
@@ -190,6 +191,33 @@ class AbstractOneStep(AbstractSolver):
             span: the step in time.
             noise: the Brownian motion over the step, with the parts that the solver `needs`; ``None`` for an ODE.
         """
+
+
+class AbstractRemembering(AbstractOneStep):
+    """A one-step solver that carries tensors of the state's shape beside it, which are 0 at the start."""
+
+    @property
+    @abc.abstractmethod
+    def memory(self) -> int:
+        """How many."""
+
+    @abc.abstractmethod
+    def advance(
+        self, sde: AbstractSDE, states: tuple[Tensor, ...], span: Span, noise: Increment | None
+    ) -> tuple[Tensor, ...]:
+        """The state and what is carried at ``span.t1`` from those at ``span.t0``; otherwise as `step`."""
+
+    def check_end(self, x0: Tensor, x: Tensor, memory: tuple[Tensor, ...]) -> None:
+        """Looks at what a run from ``x0`` to ``x`` leaves, and refuses what is no solution.
+
+        Raises:
+            ValueError: it is none.
+        """
+
+    @final
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
+        """The first step of an integration."""
+        return self.advance(sde, (x, *(torch.zeros_like(x),) * self.memory), span, noise)[0]
 
 
 def noise_term(sde: AbstractSDE, x: Tensor, t: Tensor, noise: Increment | None) -> Tensor | float:

@@ -25,6 +25,7 @@ from sdesolve.solvers.log_ode import LogODE
 from sdesolve.solvers.midpoint import Midpoint
 from sdesolve.solvers.milstein import Milstein
 from sdesolve.solvers.non import NON
+from sdesolve.solvers.reversible_heun import ReversibleHeun
 from sdesolve.solvers.ri import DRI1, RI6
 from sdesolve.solvers.rk4 import RK4
 from sdesolve.solvers.sea import SEA
@@ -61,6 +62,7 @@ WHEN: dict[AbstractOneStep, str] = {
     EulerHeun(): "Stratonovich with an expensive drift",
     SPaRK(): "Stratonovich, any noise: the first choice",
     GeneralShARK(): "as `SPaRK`, with one drift evaluation less",
+    ReversibleHeun(): "Stratonovich, steps that can be undone; unstable where solutions contract",
     SlowRK(): "Stratonovich noise that commutes, for paths",
     LogODE(): "Stratonovich, general noise, paths or their law to order 1",
     NON(): "expectations, Stratonovich, any noise",

@@ -89,7 +89,7 @@ STRATONOVICH = {
     sds.Heun(): (1.0, 1.0, 1.0, 1.0, 0.5), sds.Midpoint(): (None, 1.0, 1.0, 1.0, 0.5),
     sds.EulerHeun(): (1.0, 1.0, 1.0, 1.0, None), sds.LogODE(): (None, 1.0, None, None, 1.0),
     sds.SPaRK(): (1.5, 1.0, 1.0, 1.0, 0.5), sds.GeneralShARK(): (1.5, 1.0, 1.0, 1.0),
-    sds.SlowRK(): (1.5, 1.5, 1.5, 1.5, 0.5),
+    sds.SlowRK(): (1.5, 1.5, 1.5, 1.5, 0.5), sds.ReversibleHeun(): (None, 1.0),
 }  # fmt: skip
 STRONG = [
     (solver, calculus, name, order)
@@ -123,7 +123,8 @@ def test_strong_order(solver, calculus, name, order, back):
 SOLVERS = [
     sds.EulerMaruyama(), sds.Milstein(), sds.SRI2(), sds.Heun(), sds.Midpoint(), sds.EulerHeun(), sds.LogODE(),
     sds.SEA(), sds.ShARK(), sds.SPaRK(), sds.GeneralShARK(), sds.SlowRK(), sds.SRA1(), sds.SRA3(), sds.SOSRA(),
-    sds.SRIW1(), sds.SRIW2(), sds.SOSRI(), sds.RI6(), sds.DRI1(), sds.W2Ito1(), sds.NON(), sds.RK4(),
+    sds.SRIW1(), sds.SRIW2(), sds.SOSRI(), sds.RI6(), sds.DRI1(), sds.W2Ito1(), sds.NON(),
+    sds.ReversibleHeun(), sds.RK4(),
 ]  # fmt: skip
 
 
@@ -205,3 +206,29 @@ def test_states_of_an_ode_between_grid_points_keep_fourth_order():
         truth = 1 / (torch.tensor(inside, dtype=torch.float64) ** 2 + 1)
         errors.append((sol.xs[:, 0] - truth).abs().max().item())
     assert fitted_slope([1 / n for n in (8, 16, 32, 64)], errors) > 3.5
+
+
+def test_steps_of_reversible_heun_are_undone_by_steps_back():
+    solver, sde = sds.ReversibleHeun(), nonlinear("general", "stratonovich")
+    times = torch.linspace(0.2, 1.0, 21, dtype=torch.float64)
+    W = sds.BrownianPath(2).increments(times, (5, 2), dtype=torch.float64)
+    start = states = (
+        torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(5, 2),
+        torch.zeros(5, 2, dtype=torch.float64),
+    )
+    for k in range(20):
+        span = Span(times[k], times[k + 1], times[k + 1] - times[k])
+        states = solver.advance(sde, states, span, sds.Increment(W[k]))
+    assert states[1].abs().max() > 0.01
+    for k in reversed(range(20)):
+        span = Span(times[k + 1], times[k], times[k] - times[k + 1])
+        states = solver.advance(sde, states, span, sds.Increment(-W[k]))
+    for made, expected in zip(states, start, strict=True):
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_reversible_heun_says_when_its_states_have_come_apart(backend):
+    sde = sds.SDE(lambda x, t: -4 * x, lambda x, t: 0.5 + 0.3 * torch.cos(x), calculus="stratonovich")
+    with pytest.raises(ValueError, match=r"ReversibleHeun is unstable here: its two states are .* apart at the end"):
+        sds.solve(sde, torch.ones(4, 1), 0.0, 4.0, 256, solver=sds.ReversibleHeun(), seed=0, backend=backend)
