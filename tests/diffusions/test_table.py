@@ -84,6 +84,9 @@ def test_between_its_steps_a_table_is_a_process_like_others(zero):
     exact = process.alpha(t)
     torch.testing.assert_close(process.alpha(t.float()), exact.float(), rtol=2e-5, atol=1e-7)
     whole = torch.arange(1, 1001)
+    rate = process.squared_diffusion(torch.tensor(7.0, dtype=torch.float64))  # at a step, that of the interval before
+    levels = process.alpha(torch.tensor([6.0, 7.0], dtype=torch.float64)).square().log()
+    torch.testing.assert_close(rate, levels[0] - levels[1])
     torch.testing.assert_close(process.alpha(whole.float()), process.alpha(whole.double()).float(), rtol=1e-6, atol=0)
 
 

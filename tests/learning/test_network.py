@@ -274,6 +274,9 @@ def test_flow_matching_is_denoising_score_matching_of_the_simple_weighting():
     x = (1 - t[:, None]) * x0 + t[:, None] * z
     by_hand = (net(x, t[:, None]) - (z - x0)).square().mean(1)
     torch.testing.assert_close(loss.per_sample(score, x0, seed=3), by_hand, rtol=1e-4, atol=1e-5)
+    weighted = sds.DenoisingScoreMatching("sigma2", process=FLOW)
+    by_score = weighted.per_sample(lambda x, t: score(x, t), x0, seed=3)
+    torch.testing.assert_close(weighted.per_sample(score, x0, seed=3), by_score, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("process", [FLOW, PROCESSES["straight"]])
