@@ -396,12 +396,23 @@ def check_resolved(grid: Tensor) -> Tensor:
     return grid
 
 
-def _unit(t0: float, t1: float, steps: int) -> Tensor:
+def count_of_steps(steps: int) -> int:
+    """``steps`` as a number of steps that a grid can have.
+
+    Raises:
+        ValueError: less than one, or more than 2^32.
+        TypeError: no integer.
+    """
     steps = whole_number(steps, "steps", 1)
     if steps > _MOST_STEPS:
         raise ValueError(
             f"steps must be at most 2^32, got {short(steps)}: take a run in parts, each from where one ended"
         )
+    return steps
+
+
+def _unit(t0: float, t1: float, steps: int) -> Tensor:
+    steps = count_of_steps(steps)
     if not (math.isfinite(t0) and math.isfinite(t1)):
         raise ValueError(f"times must be finite, got t0={t0}, t1={t1}")
     if t0 == t1:

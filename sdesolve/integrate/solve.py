@@ -354,7 +354,7 @@ def _grid_of(t0: Any, t1: Any, steps: int | None, grid: Any, batch: int) -> tupl
         uniform = _equal_steps if whole_number(steps, "steps", 1) <= _SHARED_STEPS else grids.uniform
         times = uniform(float(start), float(end), int(steps))
         return times, coarsest * max(abs(float(start)), abs(float(end)))
-    steps = whole_number(steps, "steps", 1)
+    steps = grids.count_of_steps(steps)
     for name, t in (("t0", start), ("t1", end)):
         if t.ndim > 1 or (t.ndim == 1 and len(t) != batch):
             raise ValueError(f"{name} must be a number or one time per sample, ({batch},), got shape {tuple(t.shape)}")

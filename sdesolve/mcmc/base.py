@@ -87,7 +87,10 @@ class Target:
         else:
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(self._energies(leaf).sum(), leaf)
+                total = self._energies(leaf).sum()
+                if not total.requires_grad:
+                    raise ValueError("energy has no gradient with respect to the state: is it detached? Or give score=")
+                (gradient,) = torch.autograd.grad(total, leaf)
             s = -gradient
         check_drift(s, x, x.new_zeros(()), "score")
         return s

@@ -254,3 +254,21 @@ def test_every_exception_of_ours_survives_pickling():
         error = kind("why", step=1, time=0.5, path=2) if kind is sds.DivergenceError else kind("why")
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), str(again), vars(again)) == (kind, "why", vars(error))
+
+
+def test_what_the_soak_found_is_refused_with_words_of_ours():
+    many = {"t0": torch.zeros(3), "steps": 2**70}
+    for call, message in (
+        (lambda: solve(steps=2**70), r"steps must be at most 2\^32"),
+        (lambda: solve(**many), r"steps must be at most 2\^32"),
+        (
+            lambda: sds.run_chain(sds.mcmc.Langevin(0.1), X, 1, energy=lambda x: x.detach().sum(1)),
+            "energy has no gradient",
+        ),
+        (lambda: sds.encode(VP, lambda x, t: x[:, :1], X), "must return what is like the state"),
+        (lambda: sds.metrics.wasserstein_1d(X.to("meta"), X), "dense tensor with values"),
+        (lambda: sds.train(NET, SAMPLES.to_sparse(), loss=sds.DenoisingScoreMatching(), steps=1), "dense tensors"),
+        (lambda: sds.log_likelihood(VP, VP, X), "score must be a function"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
