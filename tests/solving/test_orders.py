@@ -11,7 +11,7 @@ import torch
 from sdesolve_kernels.dispatch import use_backend
 
 import sdesolve as sds
-from sdesolve.brownian import named
+from sdesolve.brownian import AbstractNoise, named
 from sdesolve.solvers.base import Span
 
 
@@ -118,6 +118,41 @@ def test_strong_order(solver, calculus, name, order, back):
     claimed = solver.strong_orders[{"additive": 0, "general": 2}.get(name, 1)]
     assert claimed == order
     assert abs(fitted_slope([1 / n for n in steps], errors) - order) < 0.15
+
+
+class Smooth(AbstractNoise):
+    """A path with a derivative, ``w(t) = sin(2 t) / 2``, in every channel; ``H`` is its mean distance from its chord."""
+
+    timeless = False
+    provides = frozenset({"W", "H"})
+
+    def increments(self, times, shape, *, step=0, of="W", dtype=torch.float32, device=None):
+        w, area, dt = 0.5 * torch.sin(2 * times), -0.25 * torch.cos(2 * times), times.diff()
+        H = area.diff() / dt - 0.5 * (w[1:] + w[:-1])
+        part = w.diff() if of == "W" else H
+        channels = 1.0 + torch.arange(shape[-1], dtype=torch.float64)  # one path each, of its own size
+        return (part.reshape(-1, *(1,) * len(shape)) * channels).expand(-1, *shape).to(dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "scalar", "general"])
+@pytest.mark.parametrize(
+    "solver", [sds.Heun(), sds.Midpoint(), sds.EulerHeun(), sds.SPaRK(), sds.GeneralShARK(), sds.SlowRK()], ids=repr
+)
+def test_on_a_smooth_path_stratonovich_schemes_are_of_second_order(solver, name):
+    """Noise hides at which time a diffusion is evaluated: taken at the other end of a step, orders stay as they are.
+
+    A path with a derivative does not. The equation is an ordinary one, and errors fall with the square of the step.
+    """
+    noise, g = DIFFUSIONS[name]
+    sde = sds.SDE((lambda x, t: 0 * x) if isinstance(solver, sds.EulerHeun) else drift, g, noise, "stratonovich")
+    x0 = torch.tensor([[0.7, 0.2], [-0.5, 1.0]], dtype=torch.float64)
+
+    def end(n, solver=solver):
+        return sds.solve(sde, x0, 0.0, 1.0, n, solver=solver, noise=Smooth(), backend="eager").x1
+
+    truth, steps = end(2048, sds.Midpoint()), [16, 32, 64, 128]
+    errors = [float((end(n) - truth).abs().max()) for n in steps]
+    assert fitted_slope([1 / n for n in steps], errors) > 1.8
 
 
 SOLVERS = [
