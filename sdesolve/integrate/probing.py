@@ -75,12 +75,16 @@ class ByRow:
                 self._choose(x.detach())
         value = self.given(x, t)
         if self._calls & (self._calls - 1) == 0:
-            with torch.no_grad(), unnoticed(self._function):
-                ends = {int(t.argmin()), int(t.argmax())}
-                if not self._is_right(x.detach(), t, [(t[i], torch.tensor([i], device=x.device)) for i in ends]):
-                    raise ValueError(self._refusal(x))
+            self.check(x, t)
         self._calls += 1
         return value
+
+    def check(self, x: Tensor, t: Tensor) -> None:
+        """Refuses the function if the rows of the least and the greatest of ``t: (batch,)`` are not right."""
+        with torch.no_grad(), unnoticed(self._function):
+            ends = {int(t.argmin()), int(t.argmax())}
+            if not self._is_right(x.detach(), t, [(t[i], torch.tensor([i], device=x.device)) for i in ends]):
+                raise ValueError(self._refusal(x))
 
     def given(self, x: Tensor, t: Tensor) -> Tensor:
         """Its value, with ``t: (batch,)`` shaped as was found to be right."""

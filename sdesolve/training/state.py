@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdesolve._internal.arguments import kind_of, short, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import evaluation_mode
+from sdesolve.integrate.probing import ByRow
 from sdesolve.nn.ema import EMA
 from sdesolve.nn.labels import Given, LabelledNetwork, check_inputs, check_labels, inputs_of
 from sdesolve.nn.normalizer import Normalizer
@@ -24,6 +25,8 @@ from sdesolve.training import checkpoints
 from sdesolve.training.batches import AbstractBatches, Batch, Position, TensorBatches
 from sdesolve.training.losses import AbstractObjective
 from sdesolve.training.scale import warn_of_scale
+
+_ROWS_CHECKED = (0, 8, 64, 512, 4096)  # steps before which it is checked that the network keeps rows apart
 
 Metrics = Callable[[nn.Module], Mapping[str, float]]
 
@@ -138,6 +141,8 @@ class Run:
         if not self.looked:
             warn_of_scale(self.score, x0)
             self.looked = True
+        if self.step in _ROWS_CHECKED:
+            self._check_rows(x0, told)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -161,6 +166,19 @@ class Run:
             self.score.record_training(self.always_given)
         self.losses.append(value)
         return value, size
+
+    def _check_rows(self, x0: Tensor, told: dict[str, Tensor]) -> None:
+        """Refuses a network that takes the times of rows for those of columns or hidden units, as many as there happen
+        to be of them.
+        """
+        compiled = getattr(getattr(self.score, "net", None), "_compiled_call_impl", None)
+        if not isinstance(self.score, NetworkScore) or compiled is not None:
+            return
+        score, x, first = next(self._parts(x0, told))
+        t = self.loss.times(score, x, seed=self.seed, first_sample=first)
+        if isinstance(score, NetworkScore) and x.ndim > 1 and t.is_floating_point():
+            with evaluation_mode(score), self._precision():
+                ByRow(score.output, "network", t).check(x, t)
 
     def measure(self, metrics: Metrics) -> None:
         """Calls ``metrics`` on the score with averaged weights and notes what it says; nothing else changes."""

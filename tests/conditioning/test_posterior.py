@@ -14,7 +14,7 @@ from sdesolve_kernels import normal
 import sdesolve as sds
 from sdesolve.inverse import DPS, MMPS, PiGDM, Replacement
 from sdesolve.inverse.covariance import conjugate_gradients
-from sdesolve.inverse.operators import Blur, ChannelMixing, Mask, Matrix
+from sdesolve.inverse.operators import Blur, ChannelMixing, Mask, Masks, Matrix
 
 seeds = st.integers(0, 1000)
 
@@ -361,3 +361,19 @@ def test_a_score_that_is_not_like_the_state_is_refused(method, score, error, mes
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", [PiGDM, MMPS, Replacement], ids=lambda m: m.__name__)
+def test_a_mask_for_each_state(method):
+    """Each row is what it is alone with a mask of its own; what is not observed does not matter."""
+    process, law = VP, sds.Gaussian(torch.zeros(3), torch.eye(3) + 0.5)
+    masks = torch.tensor([[True, False, True], [False, True, False]])
+    x, y, t = draws(30, 2, 3), draws(31, 2, 3), torch.tensor(0.4, dtype=torch.float64)
+    together = method(law.score(process), process, Masks(masks), y, 0.1)(x, t)
+    elsewhere = method(law.score(process), process, Masks(masks), torch.where(masks, y, 7.0), 0.1)(x, t)
+    torch.testing.assert_close(elsewhere, together)
+    for i in range(2):
+        alone = method(law.score(process), process, Mask(masks[i]), y[i, masks[i]], 0.1)(x[i : i + 1], t)
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="a map for each of 2 states, and there are 4 states"):
+        method(law.score(process), process, Masks(masks), y[:1].expand(2, 3), 0.1)(draws(32, 4, 3), t)

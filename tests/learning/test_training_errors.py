@@ -287,3 +287,23 @@ def test_a_full_disk_keeps_the_previous_checkpoint(make_score, data, finished):
     assert run(resumed, data, batch_size=64, checkpoint=finished).resumed_from == 10
     run(whole, data, batch_size=64)
     assert same(resumed, whole)
+
+
+class Hidden(torch.nn.Module):
+    """Adds the time, as it comes or as a column, to a hidden layer."""
+
+    def __init__(self, width, as_it_comes):
+        super().__init__()
+        self.first, self.last, self.as_it_comes = torch.nn.Linear(2, width), torch.nn.Linear(width, 2), as_it_comes
+        self.w = torch.nn.Parameter(torch.linspace(-1, 1, width))
+
+    def forward(self, x, t):
+        return self.last(torch.tanh(self.first(x) + (t if self.as_it_comes else t[:, None]) * self.w))
+
+
+def test_a_network_that_takes_times_of_rows_for_those_of_hidden_units_is_refused():
+    """As many as there happen to be of them: nothing broke, and each unit had the time of a sample."""
+    data, options = torch.randn(64, 2), {"loss": sds.DenoisingScoreMatching(), "steps": 2, "batch_size": 16}
+    with pytest.raises(ValueError, match=r"network is not right for a time per row.*t.reshape\(-1, 1\)"):
+        sds.train(sds.NetworkScore(Hidden(16, True), sds.VP()), data, **options)
+    sds.train(sds.NetworkScore(Hidden(16, False), sds.VP()), data, **options)

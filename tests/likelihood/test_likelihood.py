@@ -306,3 +306,25 @@ def test_one_probe_tells_no_error():
         one.interval(95)
     exact = estimate_likelihood(VP, SCORE, X, steps=5)
     assert torch.equal(exact.interval()[0], exact.log_prob)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_score_that_broadcasts_its_time_is_right_for_every_batch(n):
+    """Samples have times of their own under the adaptive solver; on as many as columns they were those of columns."""
+    x = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def score(x, t):
+        return -x / (1 + t)
+
+    ours = log_likelihood(VP, score, x, ending="density", solver=sds.DormandPrince(1e-8, 1e-8))
+    fixed = log_likelihood(VP, score, x, ending="density", solver=sds.RK4(), steps=200)
+    torch.testing.assert_close(ours, fixed, rtol=1e-6, atol=1e-6)
+
+
+def test_errors_of_encoding_speak_of_it():
+    score, grid = DATA.score(VP), torch.tensor([0.5, 0.1])
+    for call, name, word in ((encode, "x", "encode"), (decode, "latent", "decode")):
+        with pytest.raises(ValueError, match=f"the grid of {word} is"):
+            call(VP, score, X, grid=grid)
+        with pytest.raises(TypeError, match=f"{name} must be float32 or float64"):
+            call(VP, score, X.half())

@@ -121,7 +121,7 @@ def test_strong_order(solver, calculus, name, order, back):
 
 
 class Smooth(AbstractNoise):
-    """A path with a derivative, ``w(t) = sin(2 t) / 2``, in every channel; ``H`` is its mean distance from its chord."""
+    """A path with a derivative, ``w(t) = sin(2 t) / 2``, in every channel; ``H`` is its mean height over its chord."""
 
     timeless = False
     provides = frozenset({"W", "H"})
