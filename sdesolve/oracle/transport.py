@@ -27,7 +27,7 @@ _PROBES = 8193
 # It is not between two modes, where errors grow from step to step and decide the weights: 0.8 was too much.
 _SPACING = 0.6
 _FEWEST, _MOST = 512, 1 << 20
-_UNLIKELY = 1e-10  # probability of states whose way does not matter
+_UNLIKELY = 1e-8  # probability of states whose way does not matter
 
 
 def wasserstein_to_mixture(

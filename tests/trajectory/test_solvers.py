@@ -54,7 +54,8 @@ def pairs():
     for name, (solver, calculus) in SOLVERS.items():
         for kind in DIFFUSIONS:
             sde = equation(kind, calculus)
-            if (sde.calculus, sde.noise) in solver.supported:
+            commutes = sde.noise != "general" or not solver.commutative_noise
+            if (sde.calculus, sde.noise) in solver.supported and commutes:
                 yield pytest.param(solver, sde, id=f"{name}, {kind}")
 
 
