@@ -117,7 +117,15 @@ def test_importing_loads_nothing_heavy():
 def test_completion_and_help_offer_the_public_names():
     assert set(dir(sdesolve)) == set(sdesolve.__all__)
     assert all(getattr(sdesolve, name).__doc__ for name in sdesolve.__all__)
-    for module in (sdesolve, sdesolve.nn, sdesolve.inverse, sdesolve.mcmc, sdesolve.metrics, sdesolve.oracle):
+    for module in (
+        sdesolve,
+        sdesolve.nn,
+        sdesolve.inverse,
+        sdesolve.mcmc,
+        sdesolve.metrics,
+        sdesolve.models,
+        sdesolve.oracle,
+    ):
         text = pydoc.plain(pydoc.render_doc(module))
         classes = [n for n in module.__all__ if isinstance(getattr(module, n), type)]
         assert classes
