@@ -11,6 +11,7 @@ import torch
 from benchmarks.ensembles import ensembles
 from benchmarks.figures import SAMPLERS_BESIDE_A_NETWORK
 from benchmarks.generative import generative
+from benchmarks.gradients import gradients
 from benchmarks.ops import noise_problems, step_problems
 from benchmarks.registry import Problem
 
@@ -21,7 +22,7 @@ __all__ = ["GOALS", "Goal", "problems"]
 def problems(device: str = "cpu") -> Mapping[str, Problem]:
     """By name."""
     where = torch.device(device)
-    makers = (noise_problems, step_problems, ensembles, generative)
+    makers = (noise_problems, step_problems, ensembles, gradients, generative)
     found = [problem for make in makers for problem in make(where)]
     by_name = {problem.name: problem for problem in found}
     if len(by_name) != len(found):
@@ -90,6 +91,13 @@ def _goals() -> tuple[Goal, ...]:
         ("reverse SDE of a mixture", "mixture, 6720 x 256"),
     ):  # fmt: skip
         found.append(Goal(f"{label}: 5 x the eager loop", name, "sdesolve eager", least=5.0))
+    lotka, heston = "lotka-volterra gradient, 4096 x 500", "heston gradient, 4096 x 100"
+    found.append(Goal("Lotka-Volterra, value and gradient: ns per path-step", lotka, "sdesolve", most=4.0))
+    for peer, least in (("jax scan", 6.0), ("torch loop", 15.0), ("torchsde", 25.0), ("torchsde reversible", 45.0)):
+        found.append(Goal(f"Lotka-Volterra, value and gradient: {least:g} x {peer}", lotka, peer, least))
+    # A value alone is to take a share of the time: at least the 3.2nd part.
+    found.append(Goal("Lotka-Volterra: the value alone over value and gradient", lotka, "value alone", 1 / 3.2))
+    found.append(Goal("Heston, value and gradient: 4 x a JAX scan", heston, "jax scan", 4.0))
     return (
         *found,
         Goal("16 paths: us per step, all told", "16 paths, a step", "sdesolve", most=5.0),

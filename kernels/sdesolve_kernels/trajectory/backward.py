@@ -7,6 +7,7 @@ back to tensors in torch, through the evaluation that made them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sdesolve_kernels.threads import single_threaded, survives_forks
 from sdesolve_kernels.trajectory.evaluate import evaluate
-from sdesolve_kernels.trajectory.expressions import Expression
+from sdesolve_kernels.trajectory.expressions import Expression, topological
 from sdesolve_kernels.trajectory.launch import (
     AbstractReverse,
     AbstractTrajectory,
@@ -35,6 +36,7 @@ from sdesolve_kernels.trajectory.reverse import Reverse
 
 __all__ = ["Adjoint", "Cotangents", "Gradients", "Kept"]
 
+_ONE_THREAD = 1 << 14  # numbers that torch does not share out
 _KEPT = 16 << 20  # bytes of states that are kept, unless one alone is larger
 
 
@@ -123,7 +125,9 @@ class Adjoint:
         self._kernel: AbstractReverse = trajectory.reverse(reverse, seconds)
         self.source = self._kernel.source
         self._wanted, self._rows = frozenset(wanted), rows
-        self._tables = Tables(reverse.plan)
+        plan, other = reverse.plan, trajectory.plan
+        alike = plan.columns == other.columns and plan.loop_invariants == other.loop_invariants
+        self._tables = trajectory.tables if alike and trajectory.tables is not None else Tables(plan)
         self._start = Walk([reverse.plan.path_invariants[i] for i in reverse.path_invariants])
 
     def run(self, launch: Launch) -> tuple[Saved, Kept]:
@@ -265,7 +269,7 @@ class _Pulled:
         launch, reverse = self._launch, self._reverse
         captured = [c.detach().requires_grad_(i in self._wanted) for i, c in enumerate(launch.captured)]
         uniforms = self._tables(launch, launch.first_step, launch.first_step + 1)[1].detach().clone()
-        with torch.enable_grad(), single_threaded():
+        with torch.enable_grad(), _in_one_order(len(launch.x0) > _ONE_THREAD):
             uniforms.requires_grad_(bool(reverse.loop_invariants))
             leaves = {LoopInvariant: uniforms, PathEntry: captured, Shared: captured}
             values = start(leaves, launch.x0.detach())
@@ -284,8 +288,7 @@ class _Pulled:
         for m in self._reverse.matrices:
             count = m.rows * m.columns
             flat = _zeros(self._launch.captured[m.parameter].numel())
-            with single_threaded():
-                flat.index_add_(0, m.entries("cpu").reshape(-1), sums[at : at + count])
+            flat[m.entries("cpu").reshape(-1)] = sums[at : at + count]
             self._add(m.parameter, flat)
             at += count
 
@@ -314,7 +317,8 @@ class _Pulled:
     ) -> Tensor | None:
         """Pulls cotangents of values back to tensors, which are added to; gives the part of the solver's rows."""
         by_path = self._reverse.plan.program.by_path
-        with torch.enable_grad(), single_threaded():
+        products = any(e.op == "product" for e in topological(roots))
+        with torch.enable_grad(), _in_one_order(products or len(times) > _ONE_THREAD):
             shared = [
                 None if each else on_host(c).requires_grad_(i in self._wanted)
                 for i, (c, each) in enumerate(zip(self._launch.captured, by_path, strict=True))
@@ -328,6 +332,11 @@ class _Pulled:
             if f is not None:
                 self._add(i, f)
         return None if rows is None else found.get(id(rows))
+
+
+def _in_one_order(threaded: bool) -> contextlib.AbstractContextManager[None]:
+    """Sums that torch may split over threads, in one order; elsewhere its threads, which wake late, are left alone."""
+    return single_threaded() if threaded else contextlib.nullcontext()
 
 
 def _grad(values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:

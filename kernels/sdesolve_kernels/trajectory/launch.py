@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ __all__ = [
     "tables",
 ]
 
+_MOST_AT_ONCE = 1 << 14  # times whose tables are made at once although only some of them are asked for
 _LARGEST_KEY = 1 << 18  # bytes that a table is made from, of those that are kept
 
 
@@ -169,6 +171,7 @@ class AbstractTrajectory(abc.ABC):
 
     source: str
     plan: Plan
+    tables: Tables | None = None  # where it keeps them
 
     def reverse(self, reverse: Reverse, seconds: float = math.inf) -> AbstractReverse:
         """Compiles the reverse of the program.
@@ -217,17 +220,20 @@ class Tables:
         if not (plan.columns or plan.loop_invariants):
             empty = torch.empty(0, dtype=plan.program.signature.dtype, device="cpu")
             return empty, empty
-        times = launch.times[first : last + 1]
-        rows = None if launch.rows is None else launch.rows[first:last].detach()
+        # A run that goes in stretches, and back, has one table.
+        begin, end = (first, last) if len(launch.times) > _MOST_AT_ONCE else (0, len(launch.times) - 1)
+        times = launch.times[begin : end + 1]
+        rows = None if launch.rows is None else launch.rows[begin:end].detach()
         by_path = plan.program.by_path
         shared = [None if each else on_host(c) for c, each in zip(launch.captured, by_path, strict=True)]
         inputs = [t for t in (times, rows, *shared) if t is not None]
-        if sum(t.nbytes for t in inputs) > _LARGEST_KEY:
-            return _evaluated(plan, times, rows, shared)
-        key = tuple(t.numpy().tobytes() for t in inputs)
-        if self._last is None or self._last[0] != key:
-            self._last = key, _evaluated(plan, times, rows, shared)
-        return self._last[1]
+        key = tuple(t.numpy().tobytes() for t in inputs) if sum(t.nbytes for t in inputs) <= _LARGEST_KEY else None
+        last_made = self._last
+        if key is None or last_made is None or last_made[0] != key:
+            last_made = key or (), _evaluated(plan, times, rows, shared)
+            self._last = last_made if key is not None else self._last
+        table, uniforms = last_made[1]
+        return table[first - begin : last - begin] if plan.columns else table, uniforms
 
 
 def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
@@ -253,7 +259,9 @@ def _evaluated(
 def named(times: Tensor) -> dict[str, Tensor]:
     """Times of steps, by the names of `leaves.Time`."""
     dt = times.diff()
-    return {"t0": times[:-1], "t1": times[1:], "dt": dt, "scale": dt.abs().sqrt()}
+    # Torch hands even a few roots to threads, and waits for them.
+    scale = torch.from_numpy(np.sqrt(dt.abs().numpy()))
+    return {"t0": times[:-1], "t1": times[1:], "dt": dt, "scale": scale}
 
 
 def combined(parts: Tensor, lanes: int, batch: int) -> Moments:

@@ -56,7 +56,7 @@ class NumbaTrajectory(AbstractTrajectory):
     def __init__(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> None:
         self.plan, self._increments = plan, tuple(increments)
         self._kernel = numba_kernel(plan, increments)
-        self._tables = Tables(plan)
+        self._tables = self.tables = Tables(plan)
         self.source = self._kernel.source
         expected = seconds_to_compile(self.source)
         if expected > seconds and not is_kept(self.source):
