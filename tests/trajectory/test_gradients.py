@@ -78,7 +78,7 @@ def one_step_solvers():
             continue
         try:
             solver = made()
-        except TypeError:
+        except (TypeError, ValueError):  # it takes arguments
             continue
         if solver.controller is not None:
             continue
