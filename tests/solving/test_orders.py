@@ -208,6 +208,29 @@ def test_stages_are_evaluated_once(solver):
         assert counts[1] == (1 + 2 * columns if columns and noise == "general" else solver.diffusion_evaluations)
 
 
+OWN_TIMES = (sds.SEA, sds.ShARK, sds.SRA1, sds.SRA3, sds.SOSRA, sds.EulerHeun, sds.NON, sds.RK4)
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if not isinstance(s, OWN_TIMES)], ids=repr)
+def test_time_is_one_more_component_of_the_state(solver):
+    """A step on ``(X, t)``, whose drift is 1 in ``t``, is the step on ``X``: stages are taken at their own times."""
+    calculus = "ito" if (sds.Calculus.ITO, sds.Noise.SCALAR) in solver.supported else "stratonovich"
+    t0, dt = torch.tensor(0.3, dtype=torch.float64), torch.tensor(-0.2, dtype=torch.float64)
+    x, span = torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(5, 2), Span(t0, t0 + dt, dt)
+    W = torch.linspace(-0.7, 0.9, 5, dtype=torch.float64)[:, None]
+    noise = sds.Increment(W, H=0.2 * W.flip(0), S=torch.ones(5, 2, dtype=torch.float64))
+
+    def by_row(function, last):
+        """Of states with a time each; `torch.vmap` gives a row its own."""
+        of_row = torch.vmap(lambda y: function(y[None, :2], y[2])[0])
+        return lambda y, t: torch.cat([of_row(y), torch.full_like(y[:, :1], last)], 1)
+
+    alone = solver.step(sds.SDE(drift, vector, "scalar", calculus), x, span, noise)
+    both = sds.SDE(by_row(drift, 1.0), by_row(vector, 0.0), "scalar", calculus)
+    y = torch.cat([x, t0.expand(5, 1)], 1)
+    torch.testing.assert_close(solver.step(both, y, span, noise)[:, :2], alone, rtol=1e-13, atol=1e-14)
+
+
 WEAK = [(s, "ito", name, None) for s in (sds.RI6(), sds.DRI1(), sds.W2Ito1()) for name in ANY]
 WEAK += [(sds.NON(), "stratonovich", name, None) for name in ANY]
 COMPILED = (sds.SRIW1(), sds.SPaRK(), sds.LogODE(), sds.W2Ito1())  # a kernel takes seconds
