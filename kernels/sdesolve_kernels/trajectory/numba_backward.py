@@ -35,6 +35,7 @@ _SEGMENTS = 64  # in a stretch
 _SUMS = 8 << 20  # bytes of sums of all groups
 _GRAIN = 100_000.0  # as in `numba_launch`
 _BUDGET = 30_000_000.0
+_CAREFUL = 16.0
 
 
 class _Arguments(ctypes.Structure):
@@ -67,7 +68,7 @@ class NumbaReverse(AbstractReverse):
         return min(max(_FEWEST, _TAPE // self._kernel.step), _LONGEST)
 
     def _groups(self, blocks: int) -> int:
-        return max(1, min(_GROUPS, blocks, _SUMS // (8 * max(1, self._reverse.totals))))
+        return max(1, min(_GROUPS, -(-blocks // 2), _SUMS // (8 * max(1, self._reverse.totals))))
 
     def steps(self, batch: int, columns: int) -> tuple[int, int]:
         segment, groups = self._segment, self._groups(-(-batch // self._kernel.lanes))
@@ -128,7 +129,7 @@ class _Run:
         a = _Arguments.from_buffer_copy(self.arguments)
         a.columns, a.sums = self.columns[group].ctypes.data, self.sums[group].ctypes.data
         block, end = self.blocks * group // self.groups, self.blocks * (group + 1) // self.groups
-        count = 1
+        count = max(1, int(_BUDGET / (_CAREFUL * self.cost)))
         while block < end and not self.job.stopped:
             stop = min(block + count, end)
             begin = time.perf_counter_ns()
