@@ -184,7 +184,7 @@ class AbstractTrajectory(abc.ABC):
             Unsupported: the back end makes no reverse, or none of this one.
             TooCostly: it would take longer.
         """
-        raise Unsupported("its back end makes no reverse kernels")
+        raise Unsupported("gradients are wanted, and its back end makes no reverse kernels")
 
     @abc.abstractmethod
     def run(self, launch: Launch) -> Saved:
