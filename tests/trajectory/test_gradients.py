@@ -12,7 +12,7 @@ from sdesolve_kernels.trajectory import backward, numba_backward
 
 import sdesolve as sds
 
-F64 = torch.float64
+F64, BOTH = torch.float64, ("fused", "eager")
 
 
 def leaf(*shape, seed=0, dtype=F64, scale=1.0):
@@ -324,6 +324,8 @@ def test_kernels(x0, sde, wanted, options, monkeypatch):
     check(run, [x0, *wanted])
     monkeypatch.setattr(backward, "_KEPT", 1)
     check(run, [x0, *wanted])
+    of_the_end = [torch.autograd.grad(run(b).x1.square().sum(), [x0, *wanted], allow_unused=True)[0] for b in BOTH]
+    torch.testing.assert_close(*of_the_end, rtol=1e-10, atol=1e-12)
 
 
 def test_sums_over_paths_have_the_same_bits_for_any_number_of_threads():

@@ -142,7 +142,12 @@ class Sweep:
 
     @property
     def slots(self) -> tuple[int, int]:
-        """The first save after one of these steps, and the last; the start of the run counts as well."""
+        """The first save after one of these steps, and the last; the start of the run counts as well.
+
+        None of them if no cotangents are given.
+        """
+        if self.saved is None and self.moments is None:
+            return 0, -1
         saves, a, b = self.launch.saves, self.launch.first_step, self.launch.end
         return (bisect.bisect_left if self.first else bisect.bisect_right)(saves, a), bisect.bisect_right(saves, b) - 1
 
