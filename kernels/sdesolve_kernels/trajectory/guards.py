@@ -289,6 +289,13 @@ class _Walk:
     def as_it_is(self, value: Any, kind: type) -> None:
         self.key.append(value)
 
+    def operation(self, value: Any, kind: type) -> None:
+        """``torch.ops.aten.sin``: what torch's dispatcher calls by a name, and what was given to it in Python."""
+        self.as_it_is(value, kind)
+        if str(value).partition(".")[0] not in ("aten", "prims"):
+            self.refuse(value, kind)
+        self.visit(getattr(value, "py_kernels", None))
+
     def wrapper(self, value: Any, kind: type) -> None:
         """Properties, static and class methods, cached functions."""
         self.key.append(kind)
@@ -554,6 +561,7 @@ _RULES: dict[type, Rule] = {
     enum.Enum: _Walk.plain, float: _Walk.plain, int: _Walk.plain, str: _Walk.plain, bytes: _Walk.plain,
     complex: _Walk.plain, random.Random: _Walk.generator, torch.Generator: _Walk.generator,
     np.random.Generator: _Walk.generator, np.random.RandomState: _Walk.generator,
+    **dict.fromkeys((torch._ops.OpOverload, torch._ops.OpOverloadPacket), _Walk.operation),
     **dict.fromkeys((types.BuiltinFunctionType, types.MethodWrapperType, types.MethodDescriptorType,
                      types.WrapperDescriptorType, types.ClassMethodDescriptorType), _Walk.builtin),
     **dict.fromkeys((property, staticmethod, classmethod, functools.cached_property,
