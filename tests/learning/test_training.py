@@ -129,12 +129,13 @@ def test_a_run_on_a_loader_resumes_within_an_epoch(make_score, data, tmp_path, s
         # 300 samples in batches of 64: five batches an epoch, the last one smaller.
         return DataLoader(TensorDataset(data, torch.arange(300)), batch_size=64, shuffle=shuffle)
 
+    fields = ("x", None)
     whole, parts, resumed = make_score(), make_score(), make_score(seed=4)
-    expected = run(whole, loader(), checkpoint=tmp_path / "whole", checkpoint_every=7)
+    expected = run(whole, loader(), checkpoint=tmp_path / "whole", checkpoint_every=7, fields=fields)
     with pytest.raises(Stop):
-        run(parts, loader(), checkpoint=tmp_path / "parts", checkpoint_every=7, callback=stop_at(16))
+        run(parts, loader(), checkpoint=tmp_path / "parts", checkpoint_every=7, fields=fields, callback=stop_at(16))
     torch.manual_seed(77)
-    result = run(resumed, loader(), checkpoint=tmp_path / "parts", checkpoint_every=7)
+    result = run(resumed, loader(), checkpoint=tmp_path / "parts", checkpoint_every=7, fields=fields)
     assert same(resumed, whole)
     assert torch.equal(result.losses, expected.losses)
     assert (result.resumed_from, result.samples) == (14, 4 * 300)
