@@ -18,10 +18,11 @@ __all__ = ["DENIED", "Watch", "is_library", "is_pure", "refusal", "unchanged"]
 # What code of these does depends on its arguments alone, or on what `Tracer` and the key of `Guards` see.
 _PURE = frozenset(
     ("torch", "numpy", "scipy", "opt_einsum", "sdesolve", "sdesolve_kernels", "jaxtyping", "typing_extensions",
-     "builtins", "math", "cmath", "operator", "_operator", "functools", "_functools", "itertools", "collections", "_collections",
-     "dataclasses", "typing", "enum", "abc", "_abc", "copy", "copyreg", "types", "numbers", "fractions", "decimal",
-     "_decimal", "re", "_sre", "string", "_string", "contextlib", "statistics", "bisect", "_bisect", "heapq", "_heapq",
-     "reprlib", "_collections_abc", "weakref", "_weakref", "_weakrefset", "keyword", "__future__", "annotationlib")
+     "builtins", "math", "cmath", "operator", "_operator", "functools", "_functools", "itertools", "collections",
+     "_collections", "dataclasses", "typing", "enum", "abc", "_abc", "copy", "copyreg", "types", "numbers",
+     "fractions", "decimal", "_decimal", "re", "_sre", "string", "_string", "contextlib", "statistics", "bisect",
+     "_bisect", "heapq", "_heapq", "reprlib", "_collections_abc", "weakref", "_weakref", "_weakrefset", "keyword",
+     "__future__", "annotationlib")
 )  # fmt: skip
 _FOREIGN = frozenset(sys.stdlib_module_names) | _PURE
 _IMPURE_MODULES = (
