@@ -26,7 +26,7 @@ from sdesolve_kernels import reference
         ({"seed": True}, TypeError, "seed must be an integer, got True of type bool"),
         ({"seed": np.bool_(True)}, TypeError, "seed must be an integer"),
         ({"seed": None}, TypeError, "seed must be an integer, got None of type NoneType"),
-        ({"seed": "1"}, TypeError, "seed must be an integer, got '1' of type str"),
+        ({"seed": "1"}, TypeError, "seed must be an integer, got str"),
         ({"stream": 256}, ValueError, r"stream must be in \[0, 256\), got 256"),
         ({"stream": -1}, ValueError, r"stream must be in \[0, 256\), got -1"),
         ({"paths": -1}, ValueError, r"paths must be in \[0, 2\^63\), got -1"),

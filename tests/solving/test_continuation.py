@@ -32,6 +32,8 @@ MADE = {
     "EDMHeun": [sds.EDMHeun(), sds.EDMHeun(churn=5.0)],
     "Milstein": [sds.Milstein(), sds.Milstein(area="foster")],
     "UniPC": [sds.UniPC(3), sds.UniPC(1, "bh1")],
+    "ReversibleHeun": [sds.ReversibleHeun(tolerance=5.0)],  # five steps are coarse
+    "SKSROCK": [sds.SKSROCK(5)],
 }
 
 

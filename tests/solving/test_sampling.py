@@ -100,7 +100,7 @@ def test_denoising_takes_the_last_noise_away():
         ({"steps": 3, "noise": 5}, TypeError, "noise must be a BrownianPath, got int; a number goes to seed="),
         ({"steps": 3, "backend": "gpu"}, ValueError, "backend must be one of 'auto', 'fused', 'kernel', 'eager', got"),
         ({"stochasticity": 0, "solver": sds.DormandPrince(), "backend": "kernel"}, ValueError, "runs eagerly"),
-        ({"steps": 3, "dtype": torch.float16}, TypeError, "must be float32 or float64, got torch.float16"),
+        ({"steps": 3, "dtype": torch.float16}, TypeError, "must be torch.float32 or torch.float64, got torch.float16"),
         ({"steps": 3, "shape": 4}, TypeError, r"shape must be \(batch, \*state\), such as \(64, 2\), got 4"),
         ({"steps": 3, "shape": (4.0, 2)}, TypeError, "each entry of shape must be an integer, got 4.0.*write 4"),
         ({"steps": 3, "stochasticity": "ode"}, TypeError, "stochasticity must be a number, got 'ode'"),

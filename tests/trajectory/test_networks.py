@@ -94,8 +94,11 @@ MIXED = {
 IN_KERNELS = ("mask of a layer", "double layer", "whole sum", "wrapping")
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba"])
-@pytest.mark.parametrize("state", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "state"),
+    [("reference", torch.float32), ("reference", torch.float64), ("numba", torch.float32)],
+    ids=str,
+)
 def test_types_beside_the_states(state, backend, difference, normals):
     """Kernels and the reference back end. A float32 number in a float64 state is rounded where torch rounds it."""
     x0, matrix, chosen = (
