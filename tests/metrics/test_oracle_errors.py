@@ -175,7 +175,6 @@ def test_densities_followed_on_the_line_are_those_of_samples():
         (sds.DPMSolverPP(2), TWO_MODES, 2),
         (sds.Ancestral(), TWO_MODES, 1),
         (sds.EulerMaruyama(), TWO_MODES, 1),
-        (sds.DPMSolverPP(2), THREE_MODES, 2),
         (sds.Ancestral(), THREE_MODES, 1),
     ],
     ids=lambda v: getattr(v, "__name__", type(v).__name__),
