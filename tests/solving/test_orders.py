@@ -101,7 +101,9 @@ STRONG = [
 
 
 # Backwards where time turns more than the sign of the drift: what mirrors it has a test of its own.
-DIRECTED = [(*case, False) for case in STRONG] + [(*case, True) for case in STRONG if case[2] == "diagonal"]
+DIRECTED = [(*case, False) for case in STRONG] + [
+    (*case, True) for case in STRONG if case[2] in ("diagonal", "general")
+]
 
 
 @pytest.mark.parametrize(("solver", "calculus", "name", "order", "back"), DIRECTED, ids=str)

@@ -210,7 +210,7 @@ class _Walk:
 
     def sequence(self, value: Any, kind: type) -> None:
         self.key += (kind, len(value))
-        for item in value:
+        for item in value:  # a set's have the same order for as long as it is not changed
             self.visit(item)
         self._extras(value, kind)
 
@@ -227,10 +227,6 @@ class _Walk:
         if kind is collections.defaultdict:
             self.visit(value.default_factory)
         self._extras(value, kind)
-
-    def set_(self, value: Any, kind: type) -> None:
-        # The order of a set's elements is the same for as long as it is not changed.
-        self.sequence(value, kind)
 
     def reduced(self, value: Any, kind: type) -> None:
         """What pickling takes apart, without running code of the user."""
