@@ -39,6 +39,9 @@ def to_ito(sde: AbstractSDE) -> AbstractSDE:
 
     Otherwise as `to_stratonovich`, which it undoes.
 
+    Args:
+        sde: in either calculus; one in Ito's comes back as it is.
+
     Raises:
         TypeError: ``sde`` is none.
     """

@@ -95,6 +95,10 @@ class ProbabilityFlow(AbstractODE, AbstractSemilinear):
     It may be integrated in either direction: from large ``t`` to small it draws samples, from small to large it encodes
     them (Song et al. 2021, eq. 13).
 
+    Args:
+        forward: an SDE ``dX = f(X, t) dt + g(t) dW`` with additive noise.
+        score: ``score(x, t)``, the gradient of the log-density of ``X(t)``, shaped as ``x``.
+
     Raises:
         ValueError: the noise of ``forward`` is not additive.
     """

@@ -152,7 +152,11 @@ class AbstractLinearSDE(AbstractSDE):
 
 
 class Rates(NamedTuple):
-    """Rates of a semilinear equation ``dX = [linear(t) X + field(t) s(X, t)] dt + noise(t) dW`` at some times."""
+    """Rates of a semilinear equation ``dX = [linear(t) X + field(t) s(X, t)] dt + noise(t) dW`` at some times.
+
+    Attributes:
+        linear, field, noise: shaped as the times.
+    """
 
     linear: Tensor
     field: Tensor
@@ -282,7 +286,14 @@ class AbstractODE(AbstractSDE):
 
 @final
 class ODE(AbstractODE):
-    """An ordinary differential equation ``dX = f(X, t) dt`` from a function of ``(x, t)``."""
+    """An ordinary differential equation ``dX = f(X, t) dt`` from a function of ``(x, t)``.
+
+    Args:
+        drift: ``f(x, t)``, shaped as ``x``, ``(batch, *state)``; or ``f(x, t, params)`` where `solve` gets ``params``.
+
+    Raises:
+        TypeError: ``drift`` is no function.
+    """
 
     def __init__(self, drift: Field) -> None:
         if not callable(drift):

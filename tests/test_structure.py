@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import enum
 import importlib.util
+import inspect
 import pkgutil
 import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +140,35 @@ def test_every_module_imports_and_the_public_names_are_there():
         assert importlib.util.find_spec(module.name) is not None
     for name in PUBLIC:
         assert callable(getattr(sdesolve, name))
+
+
+def public_objects() -> dict[str, object]:
+    """Everything that an ``__all__`` of the library's public modules offers, by name."""
+    modules = [sdesolve, *(m for name, m in vars(sdesolve).items() if inspect.ismodule(m) and not name.startswith("_"))]
+    return {f"{m.__name__}.{name}": getattr(m, name) for m in modules for name in getattr(m, "__all__", [])}
+
+
+def documented_arguments(doc: str) -> set[str]:
+    """Names in the ``Args`` or ``Attributes`` section of a docstring."""
+    sections = re.split(r"^(?:Args|Attributes):\n", doc, flags=re.MULTILINE)[1:]
+    entries = [line for s in sections for line in re.findall(r"^ {4}(\S[^:]*):", re.split(r"\n(?=\S)", s)[0], re.M)]
+    return {name.strip().lstrip("*") for line in entries for name in line.split(",")}
+
+
+def test_docstrings_explain_every_argument():
+    """In one dialect: a section ``Args`` (``Attributes`` of records), or `another object` whose arguments they are."""
+    short = {}
+    for name, thing in public_objects().items():
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue
+        if inspect.isclass(thing) and (issubclass(thing, enum.Enum) or getattr(thing, "_is_protocol", False)):
+            continue
+        doc = inspect.getdoc(thing) or ""
+        if not re.search(r"Arguments and errors as for `\w+`|`\w+`, of the same arguments", doc):
+            try:
+                arguments = set(inspect.signature(thing).parameters) - {"self", "args", "kwargs", "message"}
+            except ValueError:  # made in C
+                continue
+            short[name] = arguments - documented_arguments(doc)
+    assert {name: missing for name, missing in short.items() if missing} == {}
+    assert len(short) > 150

@@ -20,16 +20,19 @@ from sdesolve.scores.base import check_state
 @final
 @dataclasses.dataclass(frozen=True)
 class BoundTerms:
-    """The negative variational bound ``-log p(x_0) <= L_T + sum_k L_k + L_0``, in nats for each sample."""
+    """The negative variational bound ``-log p(x_0) <= L_T + sum_k L_k + L_0``, in nats for each sample.
+
+    Attributes:
+        prior: ``L_T = KL(q(x_N | x_0) || p(x_N))``, ``(batch,)``.
+        steps: ``L_{k-1} = KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k))`` for ``k = 2 ... N``, ``(N - 1, batch)``.
+        decoder: ``L_0 = -log p(x_0 | x_1)``, ``(batch,)``.
+        dimension: of the state.
+    """
 
     prior: Float[Tensor, " batch"]
-    """``L_T = KL(q(x_N | x_0) || p(x_N))``."""
     steps: Float[Tensor, "between batch"]
-    """``L_{k-1} = KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k))`` for ``k = 2 ... N``."""
     decoder: Float[Tensor, " batch"]
-    """``L_0 = -log p(x_0 | x_1)``."""
     dimension: int
-    """Of the state."""
 
     @property
     def total(self) -> Tensor:

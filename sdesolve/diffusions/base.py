@@ -17,21 +17,34 @@ from sdesolve.sde import AbstractLinearSDE, per_sample
 
 
 class Marginal(NamedTuple):
-    """``x_t | x_0 ~ N(mean, std^2 I)``; ``std`` broadcasts against ``mean``."""
+    """``x_t | x_0 ~ N(mean, std^2 I)``.
+
+    Attributes:
+        mean: shaped as ``x_0``.
+        std: broadcasts against ``mean``.
+    """
 
     mean: Tensor
     std: Tensor
 
 
 class Transition(NamedTuple):
-    """``x_t | x_s ~ N(scale x_s, std^2 I)``; both have the broadcast shape of ``s`` and ``t``."""
+    """``x_t | x_s ~ N(scale x_s, std^2 I)``.
+
+    Attributes:
+        scale, std: of the broadcast shape of ``s`` and ``t``.
+    """
 
     scale: Tensor
     std: Tensor
 
 
 class Prior(NamedTuple):
-    """``N(0, std^2 I)``: what the process is taken to have become at ``t_max``."""
+    """``N(0, std^2 I)``: what the process is taken to have become at ``t_max``.
+
+    Attributes:
+        std: of each component.
+    """
 
     std: float
 
@@ -189,6 +202,10 @@ def inverse_log_snr(process: AbstractDiffusion, log_snr: Tensor | float) -> Tens
 
     Exact to the last bit that ``process.log_snr`` resolves; 0 where the value is above all others, ``t_max`` where it
     is below them. Waits for the device, if ``log_snr`` is not on the host.
+
+    Args:
+        process: one whose `AbstractDiffusion.log_snr` falls with time.
+        log_snr: any shape, which the result has too.
     """
     log_snr = as_time(log_snr)
     low, high = torch.zeros_like(log_snr, dtype=torch.float64), torch.full_like(log_snr, process.t_max).double()

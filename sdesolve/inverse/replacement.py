@@ -24,6 +24,16 @@ class Replacement(AbstractPosteriorScore):
 
     The denoised state of this score, with which `sample` ends, has the observation itself as its observed part when
     ``noise_std = 0``, and in the unobserved part no noise either.
+
+    Args:
+        score: ``grad_x log p_t(x)`` of the prior.
+        process: the forward process.
+        operator: ``A``.
+        y: ``(*observation)`` or ``(batch, *observation)``.
+        noise_std: of the observation; may be 0.
+
+    Raises:
+        TypeError, ValueError: as `AbstractPosteriorScore`.
     """
 
     def combine(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

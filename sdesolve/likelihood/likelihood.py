@@ -37,22 +37,25 @@ _EXACT_UP_TO = 64
 @final
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """Log-likelihoods of a batch, and how they were found."""
+    """Log-likelihoods of a batch, and how they were found.
+
+    Attributes:
+        log_prob: in nats, ``(batch,)``: the mean over the estimates of the divergence.
+        standard_error: of ``log_prob``, from the spread of the estimates; 0 for an exact trace, nan for a single one.
+        latent: ``(batch, *state)``: where the flow takes the data at ``t_max``.
+        estimates: independent estimates of the divergence for each sample.
+        exact: whether the divergence was exact.
+        nfe: evaluations of the score on a batch, not counting backward passes through it.
+        discrete: whether ``log_prob`` is of a probability of quantised data, not of a density.
+    """
 
     log_prob: Float[Tensor, " batch"]
-    """In nats: the mean over the estimates of the divergence."""
     standard_error: Float[Tensor, " batch"]
-    """Of ``log_prob``, from the spread of the estimates; 0 for an exact trace, nan for a single estimate."""
     latent: Tensor
-    """``(batch, *state)``: where the flow takes the data at ``t_max``."""
     estimates: int
-    """Independent estimates of the divergence for each sample."""
     exact: bool
-    """Whether the divergence was exact."""
     nfe: int
-    """Evaluations of the score on a batch, not counting backward passes through it."""
     discrete: bool = False
-    """Whether ``log_prob`` is of a probability of quantised data, not of a density."""
 
     def bits_per_dimension(self, data: Quantisation | None = None) -> Tensor:
         """Bits per dimension of the integers that the data stand for, ``(batch,)``.
@@ -107,7 +110,10 @@ def log_likelihood(
     seed: int = 0,
     first_sample: int = 0,
 ) -> Float[Tensor, " batch"]:
-    """Log-likelihood in nats of the data ``x``, ``(batch,)``: `estimate_likelihood` without standard errors."""
+    """Log-likelihood in nats of the data ``x``, ``(batch,)``: `estimate_likelihood` without standard errors.
+
+    Arguments and errors as for `estimate_likelihood`.
+    """
     return estimate_likelihood(
         process, score, x, divergence=divergence, solver=solver, steps=steps, grid=grid, t_min=t_min, ending=ending,
         prior=prior, seed=seed, first_sample=first_sample,
@@ -268,7 +274,10 @@ def decode(
     grid: Tensor | None = None,
     t_min: float | None = None,
 ) -> Tensor:
-    """Data ``(batch, *state)`` from latents: the probability flow from ``t_max`` to ``t_min``, `encode` backwards."""
+    """Data ``(batch, *state)`` from latents: the probability flow from ``t_max`` to ``t_min``, `encode` backwards.
+
+    Arguments and errors as for `estimate_likelihood`, with latents in place of ``x``.
+    """
     _check(process, score, latent, "latent")
     times, solver = _way(process, solver, steps, grid, t_min, "decode")
     return _integrate(process.probability_flow(score), latent, times.flip(0), solver).x1

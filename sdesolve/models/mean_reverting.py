@@ -53,7 +53,13 @@ class AbstractMeanReverting(AbstractSDE):
 
 @final
 class OrnsteinUhlenbeck(AbstractMeanReverting):
-    """``dX = rate (level - X) dt + volatility dW``, of normal law. `OU` is the process of score-based models."""
+    """``dX = rate (level - X) dt + volatility dW``, of normal law. `OU` is the process of score-based models.
+
+    Args:
+        rate: speed of the return to ``level``, one over a time; positive.
+        level: mean of the stationary law.
+        volatility: size of the noise; positive.
+    """
 
     noise: ClassVar[Noise] = Noise.ADDITIVE  # type: ignore[misc]
 
@@ -75,6 +81,11 @@ class CIR(AbstractMeanReverting):
 
     0 is not reached where ``2 rate level >= volatility^2``. `ImplicitSquareRoot` and `QE` are made for it and stay
     positive; for other solvers the root is that of ``max(X, 0)``.
+
+    Args:
+        rate: speed of the return to ``level``, one over a time; positive.
+        level: mean of the stationary law; positive.
+        volatility: size of the noise; positive.
     """
 
     def _check(self) -> None:
@@ -93,6 +104,11 @@ class Jacobi(AbstractMeanReverting):
     """``dX = rate (level - X) dt + volatility sqrt(X (1 - X)) dW``: Wright-Fisher diffusion; stays in [0, 1].
 
     For solvers that leave the interval the root is that of 0 there.
+
+    Args:
+        rate: speed of the return to ``level``, one over a time; positive.
+        level: mean of the stationary law; between 0 and 1.
+        volatility: size of the noise; positive.
     """
 
     def _check(self) -> None:

@@ -30,6 +30,11 @@ class OracleNoise(AbstractStreams):
 
     A sampler of this library asks for increments. Any other calls it: each call gives the next standard normals, of the
     shape of the state that the sampler was given.
+
+    Args:
+        numbers: what noise is made from.
+        shape: of the state, ``(batch, *state)``.
+        stream: which independent sequence of numbers it draws.
     """
 
     def __init__(self, numbers: AbstractNumbers, shape: tuple[int, ...], stream: int = _DRIVING) -> None:

@@ -20,10 +20,12 @@ from sdesolve.sde import State, Time
 
 
 class Moments(NamedTuple):
-    """Mean ``(*state)`` and covariance of a law, float64.
+    """Mean and covariance of a law, float64.
 
-    ``cov`` is ``()``, ``(*state)`` for variances, or ``(d, d)`` over the flattened state; `sdesolve.metrics` takes all
-    three.
+    Attributes:
+        mean: ``(*state)``.
+        cov: ``()``, ``(*state)`` for variances, or ``(d, d)`` over the flattened state; `sdesolve.metrics` takes all
+            three.
     """
 
     mean: Tensor

@@ -17,7 +17,11 @@ Supported = frozenset[tuple[Calculus, Noise]]
 
 
 def supports(*, ito: tuple[Noise, ...] = (), stratonovich: tuple[Noise, ...] = ()) -> Supported:
-    """The pairs of calculus and noise type that a solver is right for."""
+    """The pairs of calculus and noise type that a solver is right for.
+
+    Args:
+        ito, stratonovich: the noise types for which it converges to the solution of that calculus.
+    """
     return frozenset([(Calculus.ITO, n) for n in ito] + [(Calculus.STRATONOVICH, n) for n in stratonovich])
 
 
@@ -25,10 +29,11 @@ def supports(*, ito: tuple[Noise, ...] = (), stratonovich: tuple[Noise, ...] = (
 class Span:
     """One step of a grid, from ``t0`` to ``t1``.
 
-    ``t0`` and ``t1`` are ``()`` or ``(batch,)``. ``dt = t1 - t0``, negative when time runs backwards, is rounded from
-    the float64 grid and not taken from the rounded times; with a time per sample it has the shape
-    ``(batch, 1, ..., 1)`` that broadcasts against the state. ``numbers``, shaped as ``dt``, are those that the solver
-    made of the grid beforehand (`AbstractOneStep.numbers`).
+    Attributes:
+        t0, t1: ``()`` or ``(batch,)``.
+        dt: ``t1 - t0``, negative when time runs backwards, rounded from the float64 grid and not taken from the rounded
+            times; with a time per sample ``(batch, 1, ..., 1)``, which broadcasts against the state.
+        numbers: shaped as ``dt``, what the solver made of the grid beforehand (`AbstractOneStep.numbers`).
     """
 
     t0: Tensor

@@ -14,6 +14,10 @@ class EDMHeun(AbstractChurned):
 
     Order 2 on the flow, two evaluations a step, one for a step to zero noise. On `EDM` algorithms 1 and 2 of
     Karras et al. 2022; on any other linear diffusion the same after the change of variables to theirs.
+
+    Args:
+        churn, churn_range, churn_noise: ``S_churn``, ``[S_min, S_max]`` and ``S_noise`` of Karras et al. 2022; without
+            churn nothing is random.
     """
 
     def stages(self, start: Schedule, end: Schedule) -> list[Stage]:
@@ -27,6 +31,10 @@ class DPM2(AbstractChurned):
 
     Order 2 on the flow, where it is `DPMSolver` of order 2; two evaluations a step, one for a step to zero noise. Churn
     as in `EDMHeun`. Lu et al. 2022, algorithm 1; Karras et al. 2022, algorithm 2.
+
+    Args:
+        churn, churn_range, churn_noise: ``S_churn``, ``[S_min, S_max]`` and ``S_noise`` of Karras et al. 2022; without
+            churn nothing is random.
     """
 
     def stages(self, start: Schedule, end: Schedule) -> list[Stage]:

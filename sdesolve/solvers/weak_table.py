@@ -16,7 +16,15 @@ from sdesolve.solvers.stochastic_table import Row, Rows, combined, weighted
 
 
 class WeakTable(NamedTuple):
-    """Coefficients of `AbstractWeakTable`; rows as in `StochasticTable`, those of ``B2`` with entries of any stage."""
+    """Coefficients of `AbstractWeakTable`; rows as in `StochasticTable`.
+
+    Attributes:
+        A0, B0: of the drift's stages.
+        A1, B1: of the diffusion's stages.
+        B2: likewise, with entries of any stage.
+        alpha: weights of the drift.
+        beta1, beta2, beta3, beta4: weights of the diffusion.
+    """
 
     A0: Rows
     B0: Rows

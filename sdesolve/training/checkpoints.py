@@ -29,6 +29,10 @@ TRAINING_FILE = "checkpoint.safetensors"
 def save(score: nn.Module, path: str | Path) -> None:
     """Writes the weights of ``score`` to one file; a file already there is replaced in one piece or not at all.
 
+    Args:
+        score: a module with weights, such as a `NetworkScore`.
+        path: of the file.
+
     Raises:
         TypeError: ``score`` is no module, or its state holds something else than tensors.
         ValueError: the score has no weights of its own, as one of a function.

@@ -24,7 +24,14 @@ Weight = Callable[[Tensor], Tensor]
 
 @final
 class PlainScore(nn.Module):
-    """A score ``net(x)`` of one law, without a noise level, as ``score(x, t)``; the time is not looked at."""
+    """A score ``net(x)`` of one law, without a noise level, as ``score(x, t)``; the time is not looked at.
+
+    Args:
+        net: a function or module of ``x``, ``(batch, *state)``, that returns the same shape.
+
+    Raises:
+        TypeError: ``net`` is none.
+    """
 
     def __init__(self, net: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

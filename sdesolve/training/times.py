@@ -58,6 +58,9 @@ class LogNormalNoise(AbstractTimeLaw):
     The law for `EDM`, whose time is the noise level itself: uniform times up to 80 would hardly ever visit the noise
     levels at which data of unit scale takes shape.
 
+    Args:
+        mean, std: of the logarithm of the noise level.
+
     Raises:
         ValueError: ``std`` is not positive and finite, or ``mean`` is not finite.
     """
