@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint wheel-smoke bench bench-twice bench-record peers clean
+.PHONY: demo test lint resolve wheel-smoke bench bench-twice bench-record peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Whether pip finds all of constraints.txt for every supported Python, written down for the test; after changes to it.
+resolve: $(STAMP)
+	$(BIN)/python tests/setting_up/test_resolution.py
 
 # The wheel, installed without constraints beside torch 2.6 and the newest, each time into a clean environment; 8 GB.
 wheel-smoke:

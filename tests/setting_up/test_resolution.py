@@ -2,7 +2,9 @@
 
 Where a Python is on the machine, pip runs in it, as `make` does. For the others it is told their version
 (``--python-version``), which chooses the right builds but evaluates markers such as ``python_version < "3.13"`` for the
-Python that runs it. What was done for which is in the summary.
+Python that runs it. That takes a minute and an index, so what was found is kept in ``resolved.json``, which holds for as
+long as requirements and pins are those it was found for; ``make resolve`` finds it again. Where it does not hold, the
+test resolves them itself. What was done for which Python is in the summary.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ import re
 import shutil
 import subprocess
 import sys
-import time
+import tempfile
 import tomllib
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-DAY = 24 * 3600
+RECORD = Path(__file__).with_name("resolved.json")
 # What one person's or machine's settings add to the ordinary index, such as a folder with a CPU build of torch.
 OWN_SETTINGS = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT")
 
@@ -56,18 +59,13 @@ def requirements() -> list[str]:
     return sorted({*project["dependencies"], *extra("dev"), *extra("bench")})
 
 
-@pytest.fixture(scope="module")
-def newest_pip(tmp_path_factory) -> Path:
+def newest_pip(folder: Path) -> Path | None:
     """A Python with the newest pip: older ones download all that they resolve, gigabytes, even in a dry run."""
-    folder = tmp_path_factory.mktemp("pip")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
     python = folder / "bin" / "python"
     # --force-reinstall: with no index in reach pip would be content with itself
     command = [python, "-m", "pip", "--retries", "1", "install", "--force-reinstall", "pip"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        pytest.skip("constraints.txt was not resolved, as pip reaches no index (python -m pip config list)")
-    return python
+    return None if subprocess.run(command, capture_output=True, text=True).returncode else python
 
 
 def resolve(python: Path, target: Path | str, folder: Path, plain: bool = False) -> dict[str, list[str]]:
@@ -102,42 +100,47 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def stamp(version: str) -> Path | None:
-    """Where an environment notes that these very files were resolved for a Python."""
-    files = [ROOT / "constraints.txt", ROOT / "pyproject.toml", Path(__file__)]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    return Path(sys.prefix) / f".resolved-{version}-{digest}" if sys.prefix != sys.base_prefix else None
+def digest() -> str:
+    """Of all that pip is asked for; not of the file's other words."""
+    return hashlib.sha256(json.dumps([requirements(), pins()]).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_constraints_resolve(version, request, tmp_path, record_property):
-    """Pip takes 40 s for all of them, so an environment in which nothing has changed does it once a day."""
-    note = stamp(version)
-    if note is not None and note.exists() and time.time() - note.stat().st_mtime < DAY:
-        record_property("summary", f"{note.read_text()}, within the last day, with these files")
-        return
-    newest_pip = request.getfixturevalue("newest_pip")
+def resolution(pip: Path, version: str, folder: Path) -> str:
+    """Resolves for a Python, compares with the pins, and says what was done."""
     path = interpreter(version)
     how = f"constraints.txt resolves on Python {version}: " + (
         "" if path else "not found on this machine, pip was told its version; "
     )
-    found = resolve(newest_pip, path or version, tmp_path)
+    found = resolve(pip, path or version, folder)
     for name, pin in pins().items():
         if name != "triton" or sys.platform == "linux":
             assert found[name][0].split("+")[0] == pin, name
     builds = [found["torch"]]
     if not any(line.startswith("triton") for line in found["torch"]):
         # A CPU build, from a folder or index of this machine: others have the build that asks for one Triton.
-        builds.append(resolve(newest_pip, path or version, tmp_path, plain=True).get("torch"))
+        builds.append(resolve(pip, path or version, folder, plain=True).get("torch"))
     for torch in builds:
         if torch is None:
             how += "no other build, as the ordinary index is not in reach, "
             continue
         triton = next((line.split(";")[0] for line in torch if line.startswith("triton")), "no Triton")
         how += f"torch {torch[0]} ({triton}), "
-    record_property("summary", how.rstrip(", "))
-    if note is not None:
-        note.write_text(how.rstrip(", "))
+    return how.rstrip(", ")
+
+
+def test_constraints_resolve(tmp_path, record_property):
+    record = json.loads(RECORD.read_text())
+    if record["digest"] != digest():
+        pip = newest_pip(tmp_path / "pip")
+        if pip is None:
+            pytest.skip("constraints.txt was not resolved, as pip reaches no index (python -m pip config list)")
+        record = {
+            "found": [resolution(pip, version, tmp_path) for version in VERSIONS],
+            "on": "now: run `make resolve`",
+        }
+    for line in record["found"]:
+        record_property("summary", f"{line} ({record['on']})")
+    assert len(record["found"]) == len(VERSIONS)
 
 
 def test_every_requirement_of_a_target_is_pinned():
@@ -145,3 +148,13 @@ def test_every_requirement_of_a_target_is_pinned():
     names = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements()}
     assert names - pins().keys() == {"tqdm", "pytest-xdist"}
     assert pins().keys() - names == {"jaxlib"}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        python = newest_pip(Path(folder) / "pip")
+        if python is None:
+            sys.exit("pip reaches no index (python -m pip config list)")
+        found = [resolution(python, version, Path(folder)) for version in VERSIONS]
+    RECORD.write_text(json.dumps({"digest": digest(), "on": str(date.today()), "found": found}, indent=2) + "\n")
+    print(*found, sep="\n")
