@@ -2,7 +2,7 @@
 
 Where a Python is on the machine, pip runs in it, as `make` does. For the others it is told their version
 (``--python-version``), which chooses the right builds but evaluates markers such as ``python_version < "3.13"`` for the
-Python that runs it. That takes a minute and an index, so what was found is kept in ``resolved.json``, which holds for as
+Python that runs it. That takes a minute and an index, so what was found is kept in ``resolved.json``. It holds for as
 long as requirements and pins are those it was found for; ``make resolve`` finds it again. Where it does not hold, the
 test resolves them itself. What was done for which Python is in the summary.
 """
