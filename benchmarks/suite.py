@@ -105,6 +105,7 @@ def _goals() -> tuple[Goal, ...]:
         # A step in torch, on all rows, is what a kernel is compared with: eager runs hold 6.
         Goal("its first run for a size of batch", "peak of a first run, 64 steps", "sdesolve", most=9.0),
         Goal("first call: s", "first call", "sdesolve", most=5.0),
+        Goal("first call of SRIW1: s", "first call", "SRIW1", most=5.0),
         Goal("first call of a later process: s", "first call", "sdesolve, kernel on disk", most=0.2),
         Goal("solve over its kernel, 1M paths", "solve over its kernel", "sdesolve", most=1.2),
         *(

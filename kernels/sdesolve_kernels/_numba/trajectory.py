@@ -181,23 +181,17 @@ def _compiled(source: str, key: str, llvm: Any) -> tuple[bytes, bool]:
     """Object code, and whether every process can load it."""
     import numba
 
-    from .compile import compiling
+    from .compile import optimised
     from .paths import namespace
 
     name = f"<sdesolve {key[:12]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     names = namespace()
     exec(compile(source, name, "exec"), names)
-    integers = (numba.types.int64,) * 4
-    with compiling():
-        make: Any = numba.cfunc(numba.types.void(*integers), error_model="numpy")
-        compiled = make(names["trajectory"])
+    text, entry = optimised(names["trajectory"], (numba.types.int64,) * 4)
     linecache.cache.pop(name, None)
-    text = compiled.inspect_llvm()
     module = llvm.parse_assembly(text)
-    for function in module.functions:
-        if function.name.startswith("cfunc."):
-            function.name = _ENTRY
+    module.get_function(entry).name = _ENTRY
     module.verify()
     return _machine(llvm).emit_object(module), not _unknown(module, text)
 
