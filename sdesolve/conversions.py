@@ -74,38 +74,58 @@ def correlated(sde: AbstractSDE, cholesky: Tensor) -> AbstractSDE:
         raise ValueError(
             f"cholesky must be a matrix of finite numbers, (channels, new channels), got shape {tuple(cholesky.shape)}"
         )
-    noise = Noise.ADDITIVE if sde.noise is Noise.ADDITIVE else Noise.GENERAL
     if isinstance(sde, SDE) and sde.is_converted:
         raise ValueError("correlated noise has another correction between the calculi: correlate first, then convert")
-    drift, diffusion = sde.functions if isinstance(sde, SDE) else (sde.drift, sde.diffusion)
-    return SDE(drift, _Correlated(diffusion, cholesky), noise, sde.calculus)
+    own = _own(sde)
+    if not own.has_diffusion:
+        _check_channels(cholesky, *(own.channels(cholesky) or ()))
+    return own.correlated(lambda function, of: _Correlated(function, of, cholesky), cholesky.shape[1])
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class _Correlated:
-    """``g L``."""
+    """``g L``, from a function ``of`` the diffusion, of drift and diffusion jointly, or of its product."""
 
-    diffusion: Callable[..., Tensor]
+    function: Callable[..., Any]
+    of: str
     factor: Tensor
 
-    def __call__(self, x: Tensor, t: Tensor, *params: Any) -> Tensor:
-        g, L = self.diffusion(x, t, *params), self.factor.to(x)
-        g = torch.as_tensor(g, dtype=x.dtype, device=x.device) if isinstance(g, float | int) else g
-        channels = g.shape[-1] if is_matrix(g, x) else x[0].numel()
-        if L.shape[0] != channels:
-            raise ValueError(f"cholesky has {L.shape[0]} rows, and the noise of the SDE has {channels} channels")
-        if is_matrix(g, x):
-            return (g[..., :, None] * L).sum(-2)
-        return g.expand_as(x)[..., None] * L.reshape(*x.shape[1:], -1)
+    def __call__(self, x: Tensor, t: Tensor, *others: Any) -> Any:
+        L = self.factor.to(x)
+        if self.of == "product":
+            v, *params = others
+            return self.function(x, t, v @ L.T, *params)
+        made = self.function(x, t, *others)
+        return (made[0], _times(made[1], L, x)) if self.of == "joint" else _times(made, L, x)
+
+
+def _times(g: Any, L: Tensor, x: Tensor) -> Tensor:
+    g = torch.as_tensor(g, dtype=x.dtype, device=x.device) if isinstance(g, float | int) else g
+    _check_channels(L, g.shape[-1] if is_matrix(g, x) else x[0].numel())
+    if is_matrix(g, x):
+        return (g[..., :, None] * L).sum(-2)
+    return g.expand_as(x)[..., None] * L.reshape(*x.shape[1:], -1)
+
+
+def _check_channels(L: Tensor, channels: int) -> None:
+    if L.shape[0] != channels:
+        raise ValueError(f"cholesky has {L.shape[0]} rows, and the noise of the SDE has {channels} channels")
 
 
 def _converted(sde: AbstractSDE, calculus: Calculus) -> AbstractSDE:
     _check(sde)
     if sde.noise is Noise.NONE or sde.calculus is calculus:
         return sde
-    own = sde if isinstance(sde, SDE) else SDE(sde.drift, sde.diffusion, sde.noise, sde.calculus)
-    return own.in_calculus(calculus)
+    return _own(sde).in_calculus(calculus)
+
+
+def _own(sde: AbstractSDE) -> SDE:
+    if isinstance(sde, SDE):
+        return sde
+    if sde.joint:
+        return SDE(noise=sde.noise, calculus=sde.calculus, drift_and_diffusion=sde.drift_and_diffusion)
+    return SDE(sde.drift, sde.diffusion, sde.noise, sde.calculus)
 
 
 def _check(sde: AbstractSDE) -> None:

@@ -72,13 +72,19 @@ class ReverseSDE(AbstractSemilinear):
             hint = "; for 0 use probability_flow(score)" if stochasticity == 0 else ""
             raise ValueError(f"stochasticity must be a positive number, got {short(stochasticity)}{hint}")
         self.forward, self.score, self.stochasticity = forward, score, float(stochasticity)
+        self.joint = forward.joint
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        g2s = _squared_diffusion_product(self.forward, x, t, evaluated(self.score, x, t))
-        return self.forward.drift(x, t) - 0.5 * (1.0 + self.stochasticity**2) * g2s
+        return _reversed_drift(self, x, t, self.stochasticity)[0]
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        g = self.forward.diffusion(x, t)
+        return self._scaled(self.forward.diffusion(x, t))
+
+    def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        f, g = _reversed_drift(self, x, t, self.stochasticity)
+        return f, self._scaled(g)
+
+    def _scaled(self, g: Tensor) -> Tensor:
         return g if self.stochasticity == 1.0 else self.stochasticity * g
 
     def field(self, x: Tensor, t: Tensor) -> Tensor:
@@ -108,8 +114,7 @@ class ProbabilityFlow(AbstractODE, AbstractSemilinear):
         self.forward, self.score = forward, score
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        g2s = _squared_diffusion_product(self.forward, x, t, evaluated(self.score, x, t))
-        return self.forward.drift(x, t) - 0.5 * g2s
+        return _reversed_drift(self, x, t, 0.0)[0]
 
     def field(self, x: Tensor, t: Tensor) -> Tensor:
         return self.score(x, t)
@@ -125,9 +130,15 @@ def _rates(forward: AbstractSDE, t: Tensor, stochasticity: float) -> Rates | Non
     return Rates(forward.drift_rate(t), -0.5 * (1.0 + stochasticity**2) * g2, stochasticity * g2.sqrt())
 
 
-def _squared_diffusion_product(forward: AbstractSDE, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def _reversed_drift(sde: ReverseSDE | ProbabilityFlow, x: Tensor, t: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """``f - (1 + c^2)/2 g g^T score``, and ``g``."""
+    s = evaluated(sde.score, x, t)
+    f, g = sde.forward.drift_and_diffusion(x, t)
+    return f - 0.5 * (1.0 + c**2) * _squared_diffusion_product(g, x, s), g
+
+
+def _squared_diffusion_product(g: Tensor, x: Tensor, s: Tensor) -> Tensor:
     """``g g^T s``."""
-    g = forward.diffusion(x, t)
     if is_matrix(g, x):
         gT_s = (g * s.unsqueeze(-1)).reshape(len(x), math.prod(x.shape[1:]), g.shape[-1]).sum(1)
         return apply_diffusion(g, x, gT_s)
@@ -142,4 +153,9 @@ def _check_reversible(forward: AbstractSDE, score: Score) -> None:
             f"only SDEs with additive noise can be reversed here, this one has {forward.noise} noise: its reversal "
             "needs the divergence of g g^T as well. If g does not depend on x, declare noise='additive'; otherwise "
             "write the reverse drift yourself as an SDE"
+        )
+    if not forward.has_diffusion:
+        raise ValueError(
+            "a reversal needs g g^T, and this SDE has its diffusion by products g v alone: give diffusion in place of "
+            "diffusion_product, or write the reverse drift yourself as an SDE"
         )

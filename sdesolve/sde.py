@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdesolve._internal.arguments import short
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve._internal.derivatives import linearised, slopes
 
 State = Float[Tensor, "batch *state"]
 Time = Float[Tensor, ""] | Float[Tensor, " batch"]
 Field = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
+"""``v -> g v`` for a diffusion ``g`` at some state and time."""
 
 
 class Noise(enum.StrEnum):
@@ -74,6 +76,10 @@ class AbstractSDE(abc.ABC):
     calculus: Calculus
     own_component: bool = False
     """Whether diagonal noise has been taken to have each ``g_i`` depend on ``x_i`` alone, which `solve` then checks."""
+    joint: bool = False
+    """Whether `drift_and_diffusion` shares work between the two: solvers then call it where they need both."""
+    has_diffusion: bool = True
+    """Whether `diffusion` gives ``g`` itself. Else only `diffusion_product` is known, and `channels`."""
 
     def directed(self, sign: float | Tensor) -> AbstractSDE:
         """The equation as it is integrated to later times (1) or earlier ones (-1), or ``(batch,)`` of them."""
@@ -96,10 +102,29 @@ class AbstractSDE(abc.ABC):
         """Shape of ``dW`` without its batch axis, which must broadcast; ``None`` for what the table above says."""
         return None
 
-    @final
+    def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``f(x, t)`` and ``g(x, t)``; an equation that overrides it sets `joint`."""
+        return self.drift(x, t), self.diffusion(x, t)
+
     def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
         """``g(x, t) dW``, broadcastable to ``x``."""
         return apply_diffusion(self.diffusion(x, t), x, dW)
+
+    @final
+    def product_at(self, x: Tensor, t: Tensor) -> Product:
+        """``v -> g(x, t) v``; a diffusion that can be had is evaluated once, now."""
+        if not self.has_diffusion:
+            return lambda v: self.diffusion_product(x, t, v)
+        g = self.diffusion(x, t)
+        return lambda v: apply_diffusion(g, x, v)
+
+    @final
+    def drift_and_product_at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Product]:
+        """``f(x, t)`` and ``v -> g(x, t) v``, evaluated together where the equation does so."""
+        if not self.has_diffusion:
+            return self.drift(x, t), self.product_at(x, t)
+        f, g = self.drift_and_diffusion(x, t)
+        return f, lambda v: apply_diffusion(g, x, v)
 
 
 def is_matrix(g: Tensor, x: Tensor) -> bool:
@@ -181,51 +206,115 @@ class AbstractSemilinear(AbstractSDE):
 
 @final
 class SDE(AbstractSDE):
-    """An SDE from two functions of ``(x, t)``.
+    """An SDE from functions of ``(x, t)``: drift and diffusion, or both at once, or a product for the diffusion.
 
     Args:
         drift: ``f(x, t)``, returns the shape of ``x``.
         diffusion: ``g(x, t)``; a tensor of the shape that ``noise`` calls for (`AbstractSDE`), or a Python number.
-        noise: ``additive``, ``scalar``, ``diagonal`` or ``general``.
+        noise: ``additive``, ``scalar``, ``diagonal`` or ``general``; ``diagonal`` by default, and ``general`` with
+            ``diffusion_product``.
         calculus: ``ito`` or ``stratonovich``.
+        drift_and_diffusion: ``(x, t) -> (f, g)``, in place of both. Solvers call it once where they need both at one
+            point, so that what they share, such as the body of a network, is evaluated once.
+        diffusion_product: ``(x, t, v) -> g(x, t) v`` for ``v: (batch, channels)``, in place of ``diffusion``: noise
+            whose matrix is never formed. It is linear in ``v`` and returns the shape of ``x``. Solvers that need ``g``
+            itself, its columns or its derivatives, refuse it.
+        channels: columns of that matrix: how many Brownian motions there are.
 
     Raises:
-        TypeError: ``drift`` or ``diffusion`` cannot be called.
-        ValueError: an unknown noise type or calculus.
+        TypeError: a function is missing, cannot be called, or is given in two ways; ``channels`` is no whole number.
+        ValueError: an unknown noise type or calculus; a product with noise that is neither general nor additive.
 
     Example:
         >>> geometric = SDE(lambda x, t: 1.5 * x, lambda x, t: 0.1 * x, noise="diagonal", calculus="ito")
+        >>> circulant = SDE(lambda x, t: -x, diffusion_product=lambda x, t, v: v + 0.5 * v.roll(1, -1), channels=100)
     """
 
     def __init__(
         self,
-        drift: Field,
-        diffusion: Field,
-        noise: NoiseName = "diagonal",
+        drift: Field | None = None,
+        diffusion: Field | None = None,
+        noise: NoiseName | None = None,
         calculus: CalculusName = "ito",
+        *,
+        drift_and_diffusion: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        diffusion_product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        channels: int | None = None,
     ) -> None:
-        for name, function in (("drift", drift), ("diffusion", diffusion)):
-            if not callable(function):
-                raise TypeError(f"{name} must be a function of (x, t), got {type(function).__name__}")
-        self.noise = _member(Noise, noise, "noise")
+        given = {
+            "drift": drift,
+            "diffusion": diffusion,
+            "drift_and_diffusion": drift_and_diffusion,
+            "diffusion_product": diffusion_product,
+        }
+        names = {name for name, function in given.items() if function is not None}
+        for name in sorted(names):
+            if not callable(given[name]):
+                raise TypeError(f"{name} must be a function of (x, t), got {type(given[name]).__name__}")
+        if names not in _WAYS:
+            raise TypeError(
+                "an SDE is made of drift and diffusion, of drift_and_diffusion, or of drift and diffusion_product; got "
+                f"{' and '.join(name for name in given if name in names) or 'none of them'}"
+            )
+        by_product = diffusion_product is not None
+        default = Noise.GENERAL if by_product else Noise.DIAGONAL
+        self.noise = _member(Noise, default if noise is None else noise, "noise")
         self.calculus = _member(Calculus, calculus, "calculus")
         if self.noise is Noise.NONE:
             raise ValueError("an SDE has noise; for an equation without any, use sdesolve.ODE(drift)")
-        self._drift, self._diffusion = drift, diffusion
+        if by_product != (channels is not None):
+            raise TypeError(
+                "diffusion_product needs channels=, the number of its Brownian motions"
+                if by_product
+                else "channels= goes with diffusion_product; a diffusion's shape says how many there are"
+            )
+        if by_product and self.noise not in (Noise.GENERAL, Noise.ADDITIVE):
+            raise ValueError(
+                f"diffusion_product is for general or additive noise, got noise='{self.noise}', whose product is "
+                "elementwise: give diffusion"
+            )
+        # Types of what `with_params` binds, too.
+        self._drift: Callable[..., Tensor] | None = drift
+        self._diffusion: Callable[..., Tensor] | None = diffusion
+        self._joint: Callable[..., tuple[Tensor, Tensor]] | None = drift_and_diffusion
+        self._product: Callable[..., Tensor] | None = diffusion_product
+        self._channels = None if channels is None else whole_number(channels, "channels", 1)
+        self.joint, self.has_diffusion = drift_and_diffusion is not None, not by_product
         self._correction, self._sign = 0.0, cast(float | Tensor, 1.0)
 
     def with_params(self, params: Any) -> SDE:
-        """This SDE with ``params`` as a third argument of both functions: ``f(x, t, params)``, ``g(x, t, params)``."""
+        """This SDE with ``params`` as a last argument of its functions: ``f(x, t, params)``, ``g(x, t, params)``."""
         bound = copy.copy(self)
-        bound._drift, bound._diffusion = _bound(self._drift, params), _bound(self._diffusion, params)
+        for name in ("_drift", "_diffusion", "_joint", "_product"):
+            function = getattr(self, name)
+            setattr(bound, name, None if function is None else _bound(function, params))
         return bound
 
     def in_calculus(self, calculus: Calculus) -> SDE:
-        """The SDE of the other calculus with the same solutions (`to_ito`, `to_stratonovich`)."""
+        """The SDE of the other calculus with the same solutions (`to_ito`, `to_stratonovich`).
+
+        Raises:
+            ValueError: its diffusion is known by products alone, and the correction needs its derivatives.
+        """
         made = copy.copy(self)
         made.calculus, made.own_component = calculus, self.noise is Noise.DIAGONAL
         if self.noise is not Noise.ADDITIVE:
+            if not self.has_diffusion:
+                raise ValueError(
+                    "the correction between the calculi needs the diffusion itself, and this SDE has its product "
+                    "alone: give diffusion in place of diffusion_product, or write the drift of the other calculus"
+                )
             made._correction = self._correction + (0.5 if calculus is Calculus.ITO else -0.5)
+        return made
+
+    def correlated(self, times: Callable[[Callable[..., Any], str], Callable[..., Any]], channels: int) -> SDE:
+        """This SDE with each function that knows the diffusion, by name, replaced by what ``times`` makes of it."""
+        made = copy.copy(self)
+        made.noise = Noise.ADDITIVE if self.noise is Noise.ADDITIVE else Noise.GENERAL
+        made._channels = None if self.has_diffusion else channels
+        for name in ("diffusion", "joint", "product"):
+            function = getattr(self, f"_{name}")
+            setattr(made, f"_{name}", None if function is None else times(function, name))
         return made
 
     def directed(self, sign: float | Tensor) -> SDE:
@@ -240,13 +329,37 @@ class SDE(AbstractSDE):
         """Whether its drift is that of another calculus with a correction."""
         return self._correction != 0.0
 
-    @property
-    def functions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """Drift and diffusion, as they were given."""
-        return self._drift, self._diffusion
+    def channels(self, x: Tensor) -> tuple[int, ...] | None:
+        return None if self._channels is None else (self._channels,)
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        f = self._drift(x, t)
+        return self._corrected(self._drift(x, t) if self._drift is not None else self._both(x, t)[0], x, t)
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        if self._diffusion is None and self._joint is None:
+            raise TypeError(
+                "this SDE has its diffusion by products alone; give diffusion in place of diffusion_product"
+            )
+        return self._both(x, t)[1] if self._diffusion is None else _tensor(self._diffusion(x, t), x)
+
+    def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self._joint is None:
+            return self.drift(x, t), self.diffusion(x, t)
+        f, g = self._both(x, t)
+        return self._corrected(f, x, t), g
+
+    def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
+        return super().diffusion_product(x, t, dW) if self._product is None else self._product(x, t, dW)
+
+    def _both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._joint is not None
+        both = self._joint(x, t)
+        if not isinstance(both, tuple) or len(both) != 2:
+            got = f"{len(both)} values" if isinstance(both, tuple) else type(both).__name__
+            raise TypeError(f"drift_and_diffusion must return a tuple (f, g), got {got}")
+        return both[0], _tensor(both[1], x)
+
+    def _corrected(self, f: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if not self._correction:
             return f
         sign = per_sample(self._sign, x) if isinstance(self._sign, Tensor) else self._sign
@@ -267,9 +380,12 @@ class SDE(AbstractSDE):
             return push(g)
         return torch.stack([push(g[..., k])[..., k] for k in range(g.shape[-1])]).sum(0)
 
-    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        g = self._diffusion(x, t)
-        return torch.as_tensor(g, dtype=x.dtype, device=x.device) if isinstance(g, float | int) else g
+
+_WAYS = ({"drift", "diffusion"}, {"drift_and_diffusion"}, {"drift", "diffusion_product"})
+
+
+def _tensor(g: Any, x: Tensor) -> Any:
+    return torch.as_tensor(g, dtype=x.dtype, device=x.device) if isinstance(g, float | int) else g
 
 
 class AbstractODE(AbstractSDE):
@@ -308,9 +424,9 @@ class ODE(AbstractODE):
         return self._drift(x, t)
 
 
-def _bound(function: Callable[..., Tensor], params: Any) -> Field:
-    def of_state_and_time(x: Tensor, t: Tensor) -> Tensor:
-        return function(x, t, params)
+def _bound(function: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    def of_state_and_time(x: Tensor, t: Tensor, *v: Tensor) -> Any:
+        return function(x, t, *v, params)
 
     return of_state_and_time
 

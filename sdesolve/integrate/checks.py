@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from sdesolve_kernels.transforms import any_copy, plain
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, short
 from sdesolve.diffusions.base import AbstractDiffusion
-from sdesolve.integrate.probing import unnoticed
+from sdesolve.integrate.probing import agree, unnoticed
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
@@ -91,6 +93,12 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
             "For other equations take a solver such as EulerMaruyama or Heun"
         )
     if (sde.calculus, sde.noise) in solver.supported:
+        if not (sde.has_diffusion or solver.by_products):
+            raise ValueError(
+                f"{name} reads columns or derivatives of the diffusion, and this SDE has its product g v alone. Give "
+                "diffusion in place of diffusion_product; or take EulerMaruyama or, for a Stratonovich SDE, Heun or "
+                "SPaRK"
+            )
         return
     calculi = sorted({str(c) for c, n in solver.supported if n is sde.noise})
     noises = sorted({str(n) for c, n in solver.supported if c is sde.calculus})
@@ -128,10 +136,10 @@ def check_process_times(sde: AbstractSDE, times: Tensor) -> None:
         )
 
 
-def unchanged(function: Field, x: Tensor, t: Tensor, what: str) -> Tensor:
-    """``function(x, t)``, refused if it writes into the state: the solver, and the user's ``x0``, go on with that."""
+def unchanged(function: Callable[..., Any], x: Tensor, t: Tensor, what: str, *others: Tensor) -> Any:
+    """``function(x, t, *others)``, refused if it writes into the state: solver and user go on with that."""
     before = None if x.is_inference() else x._version
-    value = function(x, t)
+    value = function(x, t, *others)
     if before is not None and x._version != before:
         raise ValueError(f"the {what} changed the state that it was given; let it work on a copy, such as x.clone()")
     return value
@@ -169,6 +177,20 @@ def check_diffusion(g: Tensor, x: Tensor, noise: Noise) -> None:
             f"'{noise}': expected {expected}.{_hint(g, x, noise, matrix)}"
         )
     _check_kind(g, x, "diffusion")
+
+
+def check_product(function: Callable[..., Tensor], product: Tensor, x: Tensor, t: Tensor, v: Tensor) -> None:
+    """Refuses a product ``g v`` that is not of the state's shape, dtype and device, or not linear in ``v``."""
+    check_drift(product, x, t, "diffusion_product")
+    if type(x) not in (Tensor, torch.nn.Parameter) or type(v) is not Tensor:  # a symbol of a trace
+        return
+    with torch.no_grad(), unnoticed(function):
+        other = function(x, t, -0.5 * v)
+    if not agree(-2.0 * other, product):
+        raise ValueError(
+            "diffusion_product(x, t, v) must be linear in v, g(x, t) v, and this one is not: -v / 2 does not give -1/2 "
+            "of what v gives. Take what does not depend on v into the drift"
+        )
 
 
 def _hint(g: Tensor, x: Tensor, noise: Noise, matrix: bool) -> str:

@@ -154,7 +154,7 @@ class KernelContext(AbstractSteppedContext):
     def one_step(self, solver: AbstractOneStep, sde: AbstractSDE, x: Tensor) -> Tensor:
         """Euler-Maruyama with elementwise noise: the row ``(1, dt, g sqrt|dt|)``."""
         t, dt = self.span.t0, self.span.dt
-        f, g = sde.drift(x, t), sde.diffusion(x, t)
+        f, g = sde.drift_and_diffusion(x, t)
         if g.ndim and g.shape != x.shape:
             by_row = g.ndim == x.ndim and g.numel() == len(g) == len(x)
             g = g.reshape(-1) if by_row else g.expand_as(x)

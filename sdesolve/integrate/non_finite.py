@@ -54,7 +54,10 @@ def _culprit(problem: Problem, x: Tensor, span: Span, row: int) -> str:
     sde = problem.watched
     with torch.no_grad():
         values = {"drift": sde.drift(x, span.t0)}
-        if sde.noise is not Noise.NONE:
+        if not sde.has_diffusion:
+            ones = torch.ones(len(x), *(sde.channels(x) or ()), dtype=x.dtype, device=x.device)
+            values["diffusion"] = sde.diffusion_product(x, span.t0, ones)
+        elif sde.noise is not Noise.NONE:
             values["diffusion"] = sde.diffusion(x, span.t0)
     for name, value in values.items():
         if bool(plain(value).isnan().any()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple, final
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
 
 import torch
 from sdesolve_kernels.transforms import is_transformed
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sdesolve._internal.copies import remembered
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath
-from sdesolve.integrate.checks import check_diffusion, check_drift, check_reading, unchanged
+from sdesolve.integrate.checks import check_diffusion, check_drift, check_product, check_reading, unchanged
 from sdesolve.integrate.clock import keeping_clock, time_dtype
 from sdesolve.integrate.probing import ByRow, unnoticed
 from sdesolve.integrate.save_at import SavePlan
@@ -33,7 +34,10 @@ class Watched(AbstractSDE):
 
     def __init__(self, sde: AbstractSDE, times: Tensor) -> None:
         self.noise, self.calculus, self._sde = sde.noise, sde.calculus, sde
+        self.joint, self.has_diffusion = sde.joint, sde.has_diffusion
         self._drift, self._diffusion = ByRow(sde.drift, "drift", times), ByRow(sde.diffusion, "diffusion", times)
+        self._joint = ByRow(sde.drift_and_diffusion, "drift and diffusion", times)
+        self._product = ByRow(sde.diffusion_product, "diffusion_product", times)
         self._field = ByRow(sde.field, "score", times) if isinstance(sde, AbstractSemilinear) else None
         self.evaluations, self.checking = 0, True
         self.step = 0.0  # the shortest, where functions are given the time in float64 for its sake
@@ -75,16 +79,39 @@ class Watched(AbstractSDE):
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         if not self.checking:
             return self._diffusion(x, t)
-        g = self._checked(self._diffusion, x, t, "diffusion")
+        return self._checked_diffusion(self._checked(self._diffusion, x, t, "diffusion"), x, t)
+
+    def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.joint:
+            return self.drift(x, t), self.diffusion(x, t)
+        self.evaluations += 1
+        if not self.checking:
+            f, g = self._joint(x, t)
+            return f, g
+        f, g = self._checked(self._joint, x, t, "drift and diffusion")
+        check_drift(f, x, t)
+        return f, self._checked_diffusion(g, x, t)
+
+    def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
+        if self.has_diffusion:
+            return super().diffusion_product(x, t, dW)
+        if not self.checking:
+            product: Tensor = self._product(x, t, dW)
+            return product
+        product = self._checked(self._product, x, t, "diffusion_product", dW)
+        check_product(self._product.given, product, x, t, dW)
+        return product
+
+    def _checked_diffusion(self, g: Tensor, x: Tensor, t: Tensor) -> Tensor:
         check_diffusion(g, x, self.noise)
         if type(x) in (Tensor, torch.nn.Parameter):  # and no symbol of a trace
             check_reading(self._diffusion, g, x, t, self.noise)
         return g
 
-    def _checked(self, function: Field, x: Tensor, t: Tensor, what: str) -> Tensor:
+    def _checked(self, function: Callable[..., Any], x: Tensor, t: Tensor, what: str, *others: Tensor) -> Any:
         if self.step and t.dtype != x.dtype and type(t) is Tensor and type(x) is Tensor and not is_transformed():
-            return keeping_clock(functools.partial(unchanged, function, x, t, what), x, t, self.step, what)
-        return unchanged(function, x, t, what)
+            return keeping_clock(functools.partial(unchanged, function, x, t, what, *others), x, t, self.step, what)
+        return unchanged(function, x, t, what, *others)
 
 
 class IncrementShape(NamedTuple):
@@ -171,7 +198,9 @@ class Problem:
             with torch.no_grad(), unnoticed(sde):
                 t = self.times[self.first].to(x.device)
                 check_drift(sde.drift(x, t), x, t)
-                if sde.noise is not Noise.NONE:
+                if not sde.has_diffusion:
+                    check_drift(sde.diffusion_product(x, t, x.new_zeros(len(x), *(sde.channels(x) or ()))), x, t)
+                elif sde.noise is not Noise.NONE:
                     check_diffusion(sde.diffusion(x, t), x, sde.noise)
         except Exception:  # what a function raises that is not made for it; if for another reason, then again
             return False

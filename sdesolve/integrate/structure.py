@@ -81,9 +81,12 @@ def is_proved(problem: Problem) -> bool:
 
     def step(inputs: Inputs) -> list[Tensor]:
         (x,) = inputs.states
+        if not sde.has_diffusion:
+            (channels,) = sde.channels(x) or (1,)
+            return [sde.diffusion_product(x, inputs.t0, _numbered(x, channels).expand(len(x), -1))]
         g = sde.diffusion(x, inputs.t0)
         if is_matrix(g, x):
-            g = (g * torch.arange(1.0, g.shape[-1] + 1.0, dtype=x.dtype, device=x.device)).sum(-1)
+            g = (g * _numbered(x, g.shape[-1])).sum(-1)
         return [g.expand_as(x)]
 
     if sde.noise not in (Noise.ADDITIVE, Noise.DIAGONAL):
@@ -133,9 +136,18 @@ def _irregular(x: Tensor, phase: float) -> Tensor:
     return torch.sin(phase + torch.arange(x.numel(), dtype=torch.float64, device="cpu") * 2.3).to(x).reshape(x.shape)
 
 
+def _numbered(x: Tensor, channels: int) -> Tensor:
+    return torch.arange(1.0, channels + 1.0, dtype=x.dtype, device=x.device)
+
+
 def _is_additive(sde: AbstractSDE, x: Tensor, t: Tensor) -> bool:
-    g = sde.diffusion(x, t)
-    others = [sde.diffusion(y, t) for y in _around(x, 2.0)]
+    def seen(y: Tensor) -> Tensor:
+        if sde.has_diffusion:
+            return sde.diffusion(y, t)
+        return sde.diffusion_product(y, t, _irregular(y.new_empty(len(y), *(sde.channels(y) or ())), 1.0))
+
+    g = seen(x)
+    others = [seen(y) for y in _around(x, 2.0)]
     return all(g.shape == h.shape and agree(g, h) for h in others)
 
 

@@ -137,6 +137,11 @@ class AbstractSolver(abc.ABC):
         return False
 
     @property
+    def by_products(self) -> bool:
+        """Whether a step reads general and additive noise by products ``g v`` alone, and never ``g`` itself."""
+        return False
+
+    @property
     def failure(self) -> str | None:
         """What it means that the step itself gives nan at finite values of the functions, for the error's message."""
         return None
@@ -223,6 +228,14 @@ class AbstractRemembering(AbstractOneStep):
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         """The first step of an integration."""
         return self.advance(sde, (x, *(torch.zeros_like(x),) * self.memory), span, noise)[0]
+
+
+def drift_and_noise(sde: AbstractSDE, x: Tensor, t: Tensor, noise: Increment | None) -> tuple[Tensor, Tensor | float]:
+    """``f(x, t)`` and `noise_term`, evaluated together."""
+    if noise is None:
+        return sde.drift(x, t), 0.0
+    f, g = sde.drift_and_product_at(x, t)
+    return f, g(noise.W)
 
 
 def noise_term(sde: AbstractSDE, x: Tensor, t: Tensor, noise: Increment | None) -> Tensor | float:

@@ -21,6 +21,7 @@ class Channels:
     all channels what it does for one.
 
     Attributes:
+        f: the drift at the start of the step.
         g: the columns at the start of the step.
         W: increments.
         S: two-point numbers, likewise.
@@ -28,7 +29,7 @@ class Channels:
 
     def __init__(self, sde: AbstractSDE, x: Tensor, t: Tensor, noise: Increment) -> None:
         self._sde, self._x = sde, x
-        g = sde.diffusion(x, t)
+        self.f, g = sde.drift_and_diffusion(x, t)
         self._matrix = is_matrix(g, x)
         self.g = list(g.unbind(-1)) if self._matrix else [g]
         assert noise.S is not None

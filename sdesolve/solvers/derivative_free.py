@@ -44,10 +44,12 @@ class SRI2(AbstractWithArea):
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         h, later = span.dt, span.t1
-        hf = sde.drift(x, span.t0) * h
         if noise is None:
+            hf = sde.drift(x, span.t0) * h
             return x + 0.5 * (hf + sde.drift(x + hf, later) * h)
-        g, y = sde.diffusion(x, span.t0), x + hf
+        f, g = sde.drift_and_diffusion(x, span.t0)
+        hf = f * h
+        y = x + hf
         g_W = apply_diffusion(g, x, noise.W)
         heun = x + 0.5 * (hf + sde.drift(y + g_W, later) * h) + g_W
         if sde.noise is Noise.ADDITIVE:

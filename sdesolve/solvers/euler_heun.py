@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, drift_and_noise, noise_term, supports
 
 
 @final
@@ -26,7 +26,8 @@ class EulerHeun(AbstractOneStep):
     ode_order = 1
     evaluations = 1
     diffusion_evaluations = 2
+    by_products = True
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
-        g_W = noise_term(sde, x, span.t0, noise)
-        return x + sde.drift(x, span.t0) * span.dt + 0.5 * (g_W + noise_term(sde, x + g_W, span.t1, noise))
+        f, g_W = drift_and_noise(sde, x, span.t0, noise)
+        return x + f * span.dt + 0.5 * (g_W + noise_term(sde, x + g_W, span.t1, noise))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Noise
-from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, drift_and_noise, supports
 from sdesolve.solvers.single_row import AbstractSingleRow, single_row
 from sdesolve.solvers.tabulated import Table
 
@@ -26,10 +26,11 @@ class EulerMaruyama(AbstractSingleRow, AbstractOneStep):
     weak_order = 1.0
     ode_order = 1
     evaluations = 1
+    by_products = True
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
-        t, dt = span.t0, span.dt
-        return x + sde.drift(x, t) * dt + noise_term(sde, x, t, noise)
+        f, g_dW = drift_and_noise(sde, x, span.t0, noise)
+        return x + f * span.dt + g_dW
 
     def table(self, sde: AbstractSemilinear, times: Tensor) -> Table | None:
         rates = sde.rates(times[:-1])

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
+from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 
@@ -29,6 +29,7 @@ class GeneralShARK(AbstractOneStep):
     ode_order = 2
     evaluations = 2
     diffusion_evaluations = 3
+    by_products = True
     needs = ("W", "H")
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
@@ -39,8 +40,6 @@ class GeneralShARK(AbstractOneStep):
         assert noise.H is not None
         W, H = noise.W, noise.H
         y = x + sde.diffusion_product(x, t, H)
-        f1, g1 = sde.drift(y, t), sde.diffusion(y, t)
-        z = y + 5.0 / 6.0 * (h * f1 + apply_diffusion(g1, x, W))
-        drift = h * (0.4 * f1 + 0.6 * sde.drift(z, later))
-        g2 = sde.diffusion(z, later)
-        return x + drift + apply_diffusion(g1, x, 0.4 * W + 1.2 * H) + apply_diffusion(g2, x, 0.6 * W - 1.2 * H)
+        f1, g1 = sde.drift_and_product_at(y, t)
+        f2, g2 = sde.drift_and_product_at(y + 5.0 / 6.0 * (h * f1 + g1(W)), later)
+        return x + h * (0.4 * f1 + 0.6 * f2) + g1(0.4 * W + 1.2 * H) + g2(0.6 * W - 1.2 * H)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, drift_and_noise, supports
 
 
 @final
@@ -27,9 +27,10 @@ class Heun(AbstractOneStep):
     ode_order = 2
     evaluations = 2
     diffusion_evaluations = 2
+    by_products = True
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t0, t1, dt = span.t0, span.t1, span.dt
-        f, g_dW = sde.drift(x, t0), noise_term(sde, x, t0, noise)
-        y = x + f * dt + g_dW
-        return x + 0.5 * (f + sde.drift(y, t1)) * dt + 0.5 * (g_dW + noise_term(sde, y, t1, noise))
+        f, g_dW = drift_and_noise(sde, x, t0, noise)
+        f_next, g_next_dW = drift_and_noise(sde, x + f * dt + g_dW, t1, noise)
+        return x + 0.5 * (f + f_next) * dt + 0.5 * (g_dW + g_next_dW)

@@ -46,6 +46,7 @@ class ImplicitEuler(AbstractOneStep):
     supported = _ITO
     strong_order = 0.5
     weak_order = 1.0
+    by_products = True
 
     def __init__(self, theta: float = 1.0, iterations: int = 1) -> None:
         if not 0.0 <= number(theta, "theta") <= 1.0:
@@ -92,6 +93,7 @@ class SplitStepEuler(AbstractOneStep):
     supported = _ITO
     strong_order = 0.5
     weak_order = 1.0
+    by_products = True
     ode_order = 1
 
     def __init__(self, iterations: int = 8) -> None:

@@ -11,7 +11,7 @@ from sdesolve._internal.levy_area import AreaMethod
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
 from sdesolve.solvers.areas import AbstractWithArea, per_channel, sum_of_columns
-from sdesolve.solvers.base import Span, noise_term, supports
+from sdesolve.solvers.base import Span, drift_and_noise, supports
 
 
 @final
@@ -43,9 +43,11 @@ class LogODE(AbstractWithArea):
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t, dt, middle = span.t0, span.dt, span.at(0.5)
-        y = x + 0.5 * (sde.drift(x, t) * dt + noise_term(sde, x, t, noise))
-        euler = x + sde.drift(y, middle) * dt
+        f, g_W = drift_and_noise(sde, x, t, noise)
+        y = x + 0.5 * (f * dt + g_W)
         if noise is None or noise.A is None:
-            return euler + noise_term(sde, y, middle, noise)
+            f, g_W = drift_and_noise(sde, y, middle, noise)
+            return x + f * dt + g_W
+        euler = x + sde.drift(y, middle) * dt
         g, push = linearised(lambda z: sde.diffusion(z, middle).expand(*z.shape, -1), y)
         return euler + apply_diffusion(g, x, noise.W) + sum_of_columns(push, per_channel(g, noise.A))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractOneStep, Span, noise_term, supports
+from sdesolve.solvers.base import AbstractOneStep, Span, drift_and_noise, supports
 
 
 @final
@@ -26,8 +26,10 @@ class Midpoint(AbstractOneStep):
     ode_order = 2
     evaluations = 2
     diffusion_evaluations = 2
+    by_products = True
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t, dt, middle = span.t0, span.dt, span.at(0.5)
-        y = x + 0.5 * (sde.drift(x, t) * dt + noise_term(sde, x, t, noise))
-        return x + sde.drift(y, middle) * dt + noise_term(sde, y, middle, noise)
+        f, g_dW = drift_and_noise(sde, x, t, noise)
+        f, g_dW = drift_and_noise(sde, x + 0.5 * (f * dt + g_dW), middle, noise)
+        return x + f * dt + g_dW

@@ -51,6 +51,8 @@ class NON(AbstractOneStep):
 
         @functools.cache
         def hf(i: int) -> Tensor:
+            if channels is not None and not i:
+                return channels.f * h
             X = combined(x, _A0[i], hf)
             if channels is not None:
                 X = combined(X, _B0[i], lambda j: functools.reduce(Tensor.add, gW(j)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from sdesolve._internal.arguments import number
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractRemembering, Span, noise_term, supports
+from sdesolve.solvers.base import AbstractRemembering, Span, drift_and_noise, supports
 
 
 @final
@@ -38,6 +38,7 @@ class ReversibleHeun(AbstractRemembering):
     weak_order = 1.0
     ode_order = 2
     evaluations, diffusion_evaluations = 2, 2
+    by_products = True
     memory = 1
 
     def __init__(self, tolerance: float = 0.5) -> None:
@@ -50,9 +51,11 @@ class ReversibleHeun(AbstractRemembering):
     ) -> tuple[Tensor, ...]:
         (x, gap), dt = states, span.dt
         z = x + gap
-        move = sde.drift(z, span.t0) * dt + noise_term(sde, z, span.t0, noise)
+        f, g_W = drift_and_noise(sde, z, span.t0, noise)
+        move = f * dt + g_W
         z_next = x - gap + move
-        after = x + 0.5 * (move + sde.drift(z_next, span.t1) * dt + noise_term(sde, z_next, span.t1, noise))
+        f, g_W = drift_and_noise(sde, z_next, span.t1, noise)
+        after = x + 0.5 * (move + f * dt + g_W)
         return after, z_next - after
 
     def check_end(self, x0: Tensor, x: Tensor, memory: tuple[Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
+from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 
@@ -26,11 +26,12 @@ class SEA(AbstractOneStep):
     ode_order = 1
     evaluations = 1
     diffusion_evaluations = 1
+    by_products = True
     needs = ("W", "H")
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         middle = span.at(0.5)
         if noise is None:
             return x + sde.drift(x, middle) * span.dt
-        g = sde.diffusion(x, middle)
-        return x + sde.drift(x + apply_diffusion(g, x, noise.mean), middle) * span.dt + apply_diffusion(g, x, noise.W)
+        g = sde.product_at(x, middle)
+        return x + sde.drift(x + g(noise.mean), middle) * span.dt + g(noise.W)

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
+from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 
@@ -27,6 +27,7 @@ class ShARK(AbstractOneStep):
     ode_order = 2
     evaluations = 2
     diffusion_evaluations = 2
+    by_products = True
     needs = ("W", "H")
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
@@ -35,9 +36,8 @@ class ShARK(AbstractOneStep):
             f = sde.drift(x, t)
             return x + h * (0.4 * f + 0.6 * sde.drift(x + 5.0 / 6.0 * h * f, later))
         assert noise.H is not None
-        W, H, g0, g1 = noise.W, noise.H, sde.diffusion(x, t), sde.diffusion(x, span.t1)
-        y = x + apply_diffusion(g0, x, H)
+        W, H, g0, g1 = noise.W, noise.H, sde.product_at(x, t), sde.product_at(x, span.t1)
+        y = x + g0(H)
         f = sde.drift(y, t)
-        z = y + 5.0 / 6.0 * (h * f + apply_diffusion(g0, x, W))
-        drift = h * (0.4 * f + 0.6 * sde.drift(z, later))
-        return x + drift + apply_diffusion(g0, x, 0.5 * W + H) + apply_diffusion(g1, x, 0.5 * W - H)
+        z = y + 5.0 / 6.0 * (h * f + g0(W))
+        return x + h * (0.4 * f + 0.6 * sde.drift(z, later)) + g0(0.5 * W + H) + g1(0.5 * W - H)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
+from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 from sdesolve.solvers.implicit import newton, not_converged
 
@@ -48,6 +48,7 @@ class SKenCarp(AbstractOneStep):
     weak_order = 2.0
     ode_order = 3
     diffusion_evaluations = 2
+    by_products = True
     needs = ("W", "H")
 
     def __init__(self, iterations: int = 6) -> None:
@@ -64,8 +65,8 @@ class SKenCarp(AbstractOneStep):
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         h, early = span.dt, None
         if noise is not None:
-            g0, g1, U = sde.diffusion(x, span.t0), sde.diffusion(x, span.t1), noise.mean
-            early = apply_diffusion(g0, x, U)
+            g1, U = sde.product_at(x, span.t1), noise.mean
+            early = sde.diffusion_product(x, span.t0, U)
         hf = [h * sde.drift(x, span.t0)]
         for row, c, b in zip(_A, _C, _B, strict=True):
             moved = x if early is None or b == 0.0 else x + b * early
@@ -76,4 +77,4 @@ class SKenCarp(AbstractOneStep):
         after = x + sum((a * k for a, k in zip(_A[2][1:], hf[1:3], strict=True)), _A[2][0] * hf[0]) + _GAMMA * hf[3]
         if noise is None or early is None:
             return after
-        return after + apply_diffusion(g1, x, noise.W - U) + early
+        return after + g1(noise.W - U) + early

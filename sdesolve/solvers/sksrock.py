@@ -47,6 +47,7 @@ class SKSROCK(AbstractOneStep):
     strong_order = 0.5
     weak_order = 1.0
     ode_order = 1
+    by_products = True
 
     def __init__(self, stages: int | None = None, *, spectral_radius: float | None = None) -> None:
         if (stages is None) == (spectral_radius is None):

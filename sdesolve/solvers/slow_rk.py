@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
+from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 
@@ -32,6 +32,7 @@ class SlowRK(AbstractOneStep):
     ode_order = 2
     evaluations = 2
     diffusion_evaluations = 5
+    by_products = True
     needs = ("W", "H")
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
@@ -43,8 +44,8 @@ class SlowRK(AbstractOneStep):
         W, H, y = noise.W, noise.H, x + 0.5 * hf1
         w2 = sde.diffusion_product(y, middle, W)
         w3 = sde.diffusion_product(y + 0.5 * w2, middle, W)
-        g4 = sde.diffusion(y + 0.5 * w3, middle)
-        w4, v4 = apply_diffusion(g4, x, W), apply_diffusion(g4, x, H)
+        g4 = sde.product_at(y + 0.5 * w3, middle)
+        w4, v4 = g4(W), g4(H)
         w5 = sde.diffusion_product(y + w4, middle, W)
         f2 = sde.drift(x + 0.75 * (hf1 + w4) + 1.5 * v4, later)
         v = sde.diffusion_product(x + hf1 + 0.5 * w3, span.t1, H)

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
+from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span, supports
 
 _A, _B = (3.0 - 3.0**0.5) / 6.0, 3.0**0.5 / 3.0
@@ -32,21 +32,19 @@ class SPaRK(AbstractOneStep):
     ode_order = 2
     evaluations = 3
     diffusion_evaluations = 3
+    by_products = True
     needs = ("W", "H")
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t, h, middle = span.t0, span.dt, span.at(0.5)
-        f1 = sde.drift(x, t)
         if noise is None:
+            f1 = sde.drift(x, t)
             f2 = sde.drift(x + 0.5 * h * f1, middle)
             return x + h * (_A * f1 + _B * f2 + _A * sde.drift(x + h * f2, span.t1))
         assert noise.H is not None
         W, H = noise.W, noise.H
-        g1 = sde.diffusion(x, t)
-        y = x + 0.5 * h * f1 + apply_diffusion(g1, x, 0.5 * W + 3.0**0.5 * H)
-        f2, g2 = sde.drift(y, middle), sde.diffusion(y, middle)
-        g2_W = apply_diffusion(g2, x, W)
-        z = x + h * f2 + g2_W
-        drift = h * (_A * f1 + _B * f2 + _A * sde.drift(z, span.t1))
-        ends = apply_diffusion(g1, x, _A * W + H) + apply_diffusion(sde.diffusion(z, span.t1), x, _A * W - H)
-        return x + drift + _B * g2_W + ends
+        f1, g1 = sde.drift_and_product_at(x, t)
+        f2, g2 = sde.drift_and_product_at(x + 0.5 * h * f1 + g1(0.5 * W + 3.0**0.5 * H), middle)
+        g2_W = g2(W)
+        f3, g3 = sde.drift_and_product_at(x + h * f2 + g2_W, span.t1)
+        return x + h * (_A * f1 + _B * f2 + _A * f3) + _B * g2_W + (g1(_A * W + H) + g3(_A * W - H))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
+from sdesolve.sde import AbstractSDE, Noise, Product, apply_diffusion
 from sdesolve.solvers.base import AbstractOneStep, Span
 
 Row = tuple[float, ...]
@@ -91,6 +91,7 @@ class AbstractStochasticTable(AbstractOneStep):
     """
 
     needs = ("W", "H")
+    by_products = True
 
     @property
     @abc.abstractmethod
@@ -102,23 +103,31 @@ class AbstractStochasticTable(AbstractOneStep):
         c0, c1, root_h = table.drift_times, table.diffusion_times, h.abs().sqrt()
 
         @functools.cache
+        def start() -> tuple[Tensor, Tensor]:
+            return sde.drift_and_diffusion(x, span.t0)
+
+        @functools.cache
         def hf(i: int) -> Tensor:
             if (first := table.same_drift(i)) < i:
                 return hf(first)
             X = combined(x, table.A0[i], hf)
-            X = X if noise is None else combined(X, table.B0[i], lambda j: apply_diffusion(g(j), x, noise.mean))
-            return sde.drift(X, _at(span, c0[i])) * h
-
-        @functools.cache
-        def g_at(c: float) -> Tensor:
-            return sde.diffusion(x, _at(span, c))
+            X = X if noise is None else combined(X, table.B0[i], lambda j: product(j)(noise.mean))
+            shared = sde.joint and X is x and c0[i] == 0.0
+            return (start()[0] if shared else sde.drift(X, _at(span, c0[i]))) * h
 
         @functools.cache
         def g(i: int) -> Tensor:
-            if additive:
-                return g_at(c1[i])
             Y = combined(combined(x, table.A1[i], hf), table.B1[i], lambda j: root_h * g(j))
-            return sde.diffusion(Y, _at(span, c1[i]))
+            return start()[1] if sde.joint and Y is x and c1[i] == 0.0 else sde.diffusion(Y, _at(span, c1[i]))
+
+        @functools.cache
+        def g_at(c: float) -> Product:
+            if sde.joint and c == 0.0:
+                return lambda v: apply_diffusion(start()[1], x, v)
+            return sde.product_at(x, _at(span, c))
+
+        def product(i: int) -> Product:
+            return g_at(c1[i]) if additive else lambda v: apply_diffusion(g(i), x, v)
 
         after = combined(x, table.alpha, hf)
         if noise is None:
@@ -128,12 +137,12 @@ class AbstractStochasticTable(AbstractOneStep):
             for c in dict.fromkeys(c1):
                 at_once = [table.weight_at(c, row) for row in (table.beta1, table.beta3)]
                 if any(at_once):
-                    after = after + apply_diffusion(g_at(c), x, weighted(at_once, [W, U]))
+                    after = after + g_at(c)(weighted(at_once, [W, U]))
             return after
         w1, w3 = 0.5 * (W * W / root_h - root_h), W * (W * W / h.abs() - 3.0) / 6.0
         for i, weights in enumerate(zip(table.beta1, table.beta2, table.beta3, table.beta4, strict=True)):
             if any(weights):
-                after = after + apply_diffusion(g(i), x, weighted(weights, [W, w1, U, w3]))
+                after = after + product(i)(weighted(weights, [W, w1, U, w3]))
         return after
 
 

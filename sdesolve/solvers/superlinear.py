@@ -73,6 +73,10 @@ class AbstractModified(AbstractOneStep):
         return self.solver.commutative_noise
 
     @property
+    def by_products(self) -> bool:
+        return self.solver.by_products
+
+    @property
     def failure(self) -> str | None:
         return self.solver.failure
 
@@ -144,6 +148,7 @@ class Truncated(AbstractModified):
 class _ModifiedSDE(AbstractSDE):
     def __init__(self, sde: AbstractSDE, size: Tensor) -> None:
         self.noise, self.calculus, self._sde, self._size = sde.noise, sde.calculus, sde, size
+        self.joint, self.has_diffusion = sde.joint, sde.has_diffusion
 
     @property
     def equation(self) -> AbstractSDE:
@@ -156,11 +161,20 @@ class _ModifiedSDE(AbstractSDE):
 @final
 class _TamedSDE(_ModifiedSDE):
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        f = self._sde.drift(x, t)
-        return f / (1.0 + self._size * _norm(f))
+        return self._tamed(self._sde.drift(x, t))
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         return self._sde.diffusion(x, t)
+
+    def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        f, g = self._sde.drift_and_diffusion(x, t)
+        return self._tamed(f), g
+
+    def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
+        return self._sde.diffusion_product(x, t, dW)
+
+    def _tamed(self, f: Tensor) -> Tensor:
+        return f / (1.0 + self._size * _norm(f))
 
 
 @final
@@ -170,6 +184,12 @@ class _TruncatedSDE(_ModifiedSDE):
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         return self._sde.diffusion(self._within(x), t)
+
+    def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._sde.drift_and_diffusion(self._within(x), t)
+
+    def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
+        return self._sde.diffusion_product(self._within(x), t, dW)
 
     def _within(self, x: Tensor) -> Tensor:
         return x * (self._size / torch.maximum(_norm(x), self._size))

@@ -42,11 +42,12 @@ class W2Ito1(AbstractOneStep):
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         t, h, middle, quarter = span.t0, span.dt, span.at(0.5), span.at(0.25)
-        hf1 = h * sde.drift(x, t)
         if noise is None:
+            hf1 = h * sde.drift(x, t)
             hf2 = h * sde.drift(x + 0.5 * hf1, middle)
             return x + (hf1 + 4.0 * hf2 + h * sde.drift(x - hf1 + 2.0 * hf2, span.t1)) / 6.0
         channels = Channels(sde, x, t, noise)
+        hf1 = h * channels.f
         g, W, n, root_h = channels.g, channels.W, len(channels), h.abs().sqrt()
         sign, side = channels.S[:2]
         gW, xi = channels.product(g), root_h * sign

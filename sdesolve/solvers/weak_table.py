@@ -75,6 +75,8 @@ class AbstractWeakTable(AbstractOneStep):
 
         @functools.cache
         def hf(i: int) -> Tensor:
+            if channels is not None and not i:
+                return channels.f * h
             X = combined(x, table.A0[i], hf)
             if channels is not None:
                 X = combined(X, table.B0[i], lambda j: channels.product(g(j)))
