@@ -18,7 +18,7 @@ from sdesolve.diffusions import (
     SubVP,
     TableBeta,
 )
-from sdesolve.integrate.solution import DivergenceError, Solution, Stats
+from sdesolve.integrate.solution import DivergenceError, Solution, Stats, StepLimitError
 from sdesolve.integrate.solve import solve
 from sdesolve.inverse import operators
 from sdesolve.likelihood.likelihood import Likelihood, decode, encode, estimate_likelihood, log_likelihood
@@ -71,11 +71,13 @@ from sdesolve.solvers import (
     SRIW1,
     SRIW2,
     UBU,
+    AbstractEstimating,
     AbstractOneStep,
     AbstractRemembering,
     AbstractStochasticTable,
     AbstractTabulated,
     AbstractWeakTable,
+    Adaptive,
     Ancestral,
     DormandPrince,
     DPMSolver,
@@ -129,26 +131,27 @@ from sdesolve.training.train import train
 
 __all__ = [
     "ALIGN", "BAOAB", "CIR", "DDIM", "DDPM", "DEIS", "DPM2", "DRI1", "EDM", "NON", "OBABO", "ODE", "OU", "QE",
-    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1",
-    "SRIW2", "UBU", "VE", "VP", "AbstractDiffusion", "AbstractNoise", "AbstractOneStep", "AbstractPath",
-    "AbstractRemembering", "AbstractSDE", "AbstractSemilinear", "AbstractStochasticTable", "AbstractTabulated",
-    "AbstractWeakTable", "Ancestral", "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "ChainBound",
-    "ChainScore", "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP",
-    "DPMSolverPP2S", "DenoisingScoreMatching", "DivergenceError", "DormandPrince", "DoubleWell", "EDMHeun",
-    "EnergyScore", "EulerHeun", "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "Gaussian",
-    "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion", "Heston", "Heun", "HutchPP", "Hutchinson",
-    "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Jacobi", "LangevinCorrector",
-    "LevyArea", "Likelihood", "LinearBeta", "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE",
+    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2",
+    "SRIW1", "SRIW2", "UBU", "VE", "VP", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
+    "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE", "AbstractSemilinear",
+    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral",
+    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "ChainBound", "ChainScore",
+    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
+    "DenoisingScoreMatching", "DivergenceError", "DormandPrince", "DoubleWell", "EDMHeun", "EnergyScore",
+    "EulerHeun", "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture",
+    "GeneralShARK", "GeometricBrownianMotion", "Heston", "Heun", "HutchPP", "Hutchinson", "ImplicitEuler",
+    "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Jacobi", "LangevinCorrector", "LevyArea",
+    "Likelihood", "LinearBeta", "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE",
     "LotkaVolterra", "Midpoint", "Milstein", "NetworkScore", "Noise", "NoiseLadder", "Objective",
     "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates",
     "Rectified", "ReverseDiffusion", "ReverseSDE", "ReversibleHeun", "Row", "SASolver", "SDEDPMSolverPP",
     "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK",
-    "Solution", "Span", "SplitStepEuler", "Stats", "StochasticTable", "SubVP", "Table", "TableBeta", "Tamed",
-    "TrainingTimes", "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "W2Ito1",
-    "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode", "estimate_likelihood", "grids",
-    "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn", "noised_cross_entropy", "operators",
-    "oracle", "run_chain", "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train", "tweedie",
-    "variational_bound",
+    "Solution", "Span", "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Table",
+    "TableBeta", "Tamed", "TrainingTimes", "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR",
+    "UniformTime", "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode",
+    "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn",
+    "noised_cross_entropy", "operators", "oracle", "run_chain", "sample", "save", "solve", "supports",
+    "to_ito", "to_stratonovich", "train", "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

@@ -7,11 +7,12 @@ import bisect
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, TypedDict, cast, final, get_args
 
 import torch
-from sdesolve_kernels import Stream, normal, words
+from sdesolve_kernels import Stream, normal, reference, words
+from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
@@ -26,6 +27,12 @@ _STREAMS = {"H": Stream.LEVY, "K": Stream.LEVY_K, "S": Stream.SIGNS}
 _BRIDGE_DEPTH = 20
 _DEEPEST = 120  # levels: beyond, a cell moves a path by less than 2^-60 of what its step does
 _BLOCK_ELEMENTS = 1 << 22
+# Of `halved`: sqrt 2 times coefficients of `BrownianPath._halves`, by the roots of the variances of W, H and K.
+HALVING = (
+    *(2**0.5 * 0.5, 2**0.5 * 1.5 / 12**0.5, 2**0.5 / 4),
+    *(2**0.5 * 0.25, 24**0.5 / 8, 24**0.5 * 3.75 / 720**0.5, 24**0.5 / 768**0.5),
+    *(2**0.5 * 0.125, 1440**0.5 * 0.5 / 768**0.5, 1440**0.5 / 2880**0.5),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,6 +165,38 @@ def _located(t: float, times: Tensor | None) -> tuple[int, float]:
         raise ValueError(f"the path lies between {grid[0]} and {grid[-1]}, and has no value at {t}")
     k = min(bisect.bisect_right(grid, sign * t, key=lambda time: sign * time) - 1, len(grid) - 2)
     return k, (t - grid[k]) / (grid[k + 1] - grid[k])
+
+
+def halved(cell: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit numbers of both halves of cells: a rotation of those of the cell and of six new ones at a node.
+
+    ``(w, eta, kappa) = (W / sqrt h, H / sqrt(h/12), K / sqrt(h/720))`` of a cell of length ``h``, and ``numbers``, are
+    independent standard normals, as are those of the halves with their own length. Foster, Lyons and Oberhauser 2020,
+    theorem 6.1, for ``W`` and ``H``.
+
+    Args:
+        cell: ``(..., 3, m)``.
+        numbers: likewise.
+    """
+    (w, eta, kappa), (z, x, y) = cell.unbind(-2), numbers.unbind(-2)
+    halves = []
+    for sign in (1.0, -1.0):
+        W = HALVING[0] * w + sign * (HALVING[1] * eta + HALVING[2] * z)
+        H = HALVING[3] * eta - HALVING[4] * z + sign * (HALVING[5] * kappa + HALVING[6] * x)
+        K = HALVING[7] * kappa - HALVING[8] * x + sign * (HALVING[9] * y)
+        halves.append(torch.stack([W, H, K], -2))
+    return halves[0], halves[1]
+
+
+def _joined(
+    first: tuple[Tensor, ...], a: Tensor, second: tuple[Tensor, ...], b: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``W, H, K`` of a piece of length ``a`` followed by one of length ``b``: Chen's relation."""
+    (W1, H1, K1), (W2, H2, K2), h = first, second, a + b
+    D = b * W1 - a * W2
+    H = (a * H1 + b * H2 + 0.5 * D) / h
+    K = (a * a * K1 + b * b * K2 + 0.5 * a * b * (H1 - H2) + (b - a) * D / 12.0) / (h * h)
+    return W1 + W2, H, K
 
 
 @final
@@ -509,33 +548,106 @@ class BrownianPath(AbstractStreams, AbstractPath):
         left = torch.zeros(batch, m, dtype=like.dtype, device=like.device)
         if theta in (0.0, 1.0):
             return left
-        W = torch.zeros_like(left)
         H, K = (math.sqrt(VARIANCES[o]) * self.units(o)._numbers(step, 1, batch, m, like)[0] for o in ("H", "K"))
-        low, width, node = 0.0, 1.0, 1
-        bridges = dataclasses.replace(self.units("H"), stream=Stream.BRIDGE, swapped=False)
+        low, width, W = 0.0, 1.0, torch.zeros_like(left)
+        for first, second in self._halves(step, theta, (W, H, K)):
+            width *= 0.5
+            W = first[0]
+            if theta == low + width:
+                return left + W
+            if theta > low + width:
+                left, low, W = left + W, low + width, second[0]
+        return left + (theta - low) / width * W
+
+    def _halves(
+        self, step: int, theta: float, cell: tuple[Tensor, Tensor, Tensor]
+    ) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        """``(W, H, K)`` of both halves of the cells that hold ``theta``, from all of a step of unit length down."""
+        bridges = self._bridges
         step ^= self.swapped
+        low, width, node, (W, H, K) = 0.0, 1.0, 1, cell
+        (batch, m), like = W.shape, W
         for level in range(_DEEPEST):
             if level and level % _BRIDGE_DEPTH == 0:
-                cell = (step << (_BRIDGE_DEPTH + 1)) + node
-                bridges, step, node = dataclasses.replace(bridges, seed=bridges._seed_of(cell)), 0, 1
+                own = (step << (_BRIDGE_DEPTH + 1)) + node
+                bridges, step, node = dataclasses.replace(bridges, seed=bridges._seed_of(own)), 0, 1
             first = (step << (_BRIDGE_DEPTH + 1)) + node
             z, x, y = bridges._numbers(first, 1, batch, 3 * m, like)[0].unflatten(1, (3, m)).unbind(1)
             root = math.sqrt(width)
             z, x, y = root / 4.0 * z, root / math.sqrt(768.0) * x, root / math.sqrt(2880.0) * y
             half = 0.5 * W + 1.5 * H + z
             width *= 0.5
-            if theta == low + width:
-                return left + half
-            sign = 1.0 if theta < low + width else -1.0
-            W, H, K = (
-                half if sign > 0.0 else W - half,
-                0.25 * H - 0.5 * z + sign * (3.75 * K + x),
-                0.125 * K - 0.5 * x + sign * y,
-            )
-            node *= 2
-            if sign < 0.0:
-                left, low, node = left + half, low + width, node + 1
-        return left + (theta - low) / width * W
+            halves = [
+                (w, 0.25 * H - 0.5 * z + sign * (3.75 * K + x), 0.125 * K - 0.5 * x + sign * y)
+                for w, sign in ((half, 1.0), (W - half, -1.0))
+            ]
+            yield halves[0], halves[1]
+            later = theta >= low + width
+            W, H, K = halves[later]
+            low, node = low + width * later, 2 * node + later
+
+    @property
+    def _bridges(self) -> BrownianPath:
+        """The sequence that halves of steps are drawn from."""
+        return dataclasses.replace(self.units("H"), stream=Stream.BRIDGE, swapped=False)
+
+    def roots(self, step: int, batch: int, m: int, like: Tensor) -> Tensor:
+        """Unit numbers of ``W``, ``H`` and ``K`` over a step, ``(batch, 3, m)``: where halving it begins (`halved`)."""
+        first = self.first_step + step
+        return torch.stack([self.units(part)._numbers(first, 1, batch, m, like)[0] for part in ("W", "H", "K")], 1)
+
+    def nodes(self, rows: Tensor, steps: Tensor, nodes: Tensor, m: int, like: Tensor) -> Tensor:
+        """The unit numbers that a cell of a step is halved with (`halved`), each row's own: ``(rows, 3, m)``.
+
+        Args:
+            rows: of the batch, ``(rows,)``, int64, as are the others.
+            steps: which step of the path.
+            nodes: which cell of it: 1 for the step, ``2 n`` and ``2 n + 1`` for the halves of cell ``n``.
+            m: channels.
+            like: has the dtype and device of the result.
+        """
+        bridges, width = self._bridges, 3 * m
+        path = rows + self.first_row
+        path = (path if self.repeat is None else path % self.repeat) + int64_bits(self.first_path)
+        at = ((((steps + self.first_step) ^ self.swapped) << (_BRIDGE_DEPTH + 1)) + nodes) * width
+        block = torch.arange((width + 6) // 4, dtype=torch.int64, device=rows.device)
+        words = torch.stack(
+            reference.words(bridges.seed, bridges.stream, path[:, None], (at >> 2)[:, None] + block), -1
+        )
+        words = words.flatten(1)
+        z = torch.stack(reference.box_muller(words[:, 0::2], words[:, 1::2]), -1).flatten(1)
+        z = z.gather(1, (at & 3)[:, None] + torch.arange(width, device=rows.device)).to(like)
+        return (-z if self.mirrored else z).reshape(-1, 3, m)
+
+    @survives_forks
+    def beginning(self, step: int, theta: float, levels: Tensor, m: int, like: Tensor) -> tuple[Tensor, ...]:
+        """``W``, ``H`` and ``K`` from the start of a cell to the fraction ``theta`` of the step that holds it.
+
+        For a step of unit length. Row ``i`` is that of the cell of length ``2^-levels[i]`` whose end is at ``theta`` or
+        the first beyond.
+
+        Args:
+            step: of the path.
+            theta: in (0, 1), where no cell of these lengths ends.
+            levels: ``(batch,)``.
+            m: channels.
+            like: has the dtype and device of the results, ``(batch, m)``.
+        """
+        scales = torch.tensor([VARIANCES[part] for part in ("W", "H", "K")], dtype=torch.float64).sqrt().to(like)
+        W, H, K = (self.roots(step, len(levels), m, like) * scales[:, None]).unbind(1)
+        total, length = tuple(torch.zeros_like(W) for _ in range(3)), like.new_zeros(len(levels), 1)
+        low, width = 0.0, 1.0
+        for level, (first, _) in enumerate(self._halves(self.first_step + step, theta, (W, H, K))):
+            width *= 0.5
+            if theta < low + width:
+                continue
+            low, within = low + width, (levels <= level)[:, None]
+            joined = _joined(total, length, first, width)
+            total = tuple(torch.where(within, new, old) for new, old in zip(joined, total, strict=True))
+            length = torch.where(within, length + width, length)
+            if theta == low:
+                break
+        return total
 
     def _numbers(self, first: int, count: int, batch: int, m: int, like: Tensor) -> Tensor:
         """Unit numbers of ``count`` (sub)steps, ``m`` for each: ``(count, batch, m)``."""

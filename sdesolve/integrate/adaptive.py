@@ -13,9 +13,10 @@ from sdesolve._internal.progress import progress_bar
 from sdesolve._internal.transforms import refuse_vmap
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
-from sdesolve.integrate.solution import AdaptiveCounts, DivergenceError, Saved
+from sdesolve.integrate.solution import AdaptiveCounts, DivergenceError, Reached, Saved, StepLimitError
 from sdesolve.integrate.structure import treats_rows_alike
 from sdesolve.sde import per_sample
+from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.embedded import AbstractEmbedded, Attempt, Slope
 
 _FEW, _LEAST = 0.8, 16  # arrived samples leave where at most this share of at least so many is still going
@@ -30,18 +31,13 @@ def integrate_adaptively(problem: Problem) -> Saved:
     Raises:
         ValueError: tolerances below the resolution of the state's dtype; a call under `torch.func.vmap`.
         DivergenceError: the drift is not finite at the start.
-        RuntimeError: a sample needs steps below the resolution of its time, or more than ``max_steps``.
+        StepLimitError: a sample needs steps below the resolution of its time, or more than ``max_steps``.
     """
     solver, x, plan = problem.solver, problem.x0, problem.save
-    assert isinstance(solver, AbstractEmbedded)
-    controller = solver.controller
     refuse_vmap(f"{type(solver).__name__} chooses its steps by the values of the state")
-    eps = torch.finfo(x.dtype).eps
-    if controller.rtol < 4 * eps:
-        raise ValueError(
-            f"rtol={controller.rtol:.3g} is below what {x.dtype} resolves: take at least {4 * eps:.2g}, or a float64 "
-            "state"
-        )
+    solver = solver.pair() if isinstance(solver, Adaptive) else solver
+    assert isinstance(solver, AbstractEmbedded)
+    refuse_coarse_tolerance(solver.rtol, x)
     plan.at_grid_point(0, x)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
@@ -52,7 +48,7 @@ def integrate_adaptively(problem: Problem) -> Saved:
     # Forward differentiation by an expanded tensor fails.
     t, t1 = (end.expand(len(x)).to(x.device).contiguous() for end in problem.times)
     slope = drift(x, t)
-    _refuse_nonfinite(slope, t)
+    refuse_nonfinite(slope, t)
     h = _first_step(drift, solver, x, slope, t, t1)
     none = torch.zeros_like(t, dtype=torch.int64)
     batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none.bool(), none, none)
@@ -66,7 +62,7 @@ def integrate_adaptively(problem: Problem) -> Saved:
             if len(going) >= _LEAST and count <= _FEW * len(going) and narrows():
                 whole = whole.updated(batch)
                 batch = batch.at(going.nonzero().squeeze(1))
-            batch = _attempted(drift, solver, batch, plan, len(whole.t))
+            batch = _attempted(drift, solver, batch, plan, whole)
             bar.update()
     whole = whole.updated(batch)
     plan.at_grid_point(1, whole.x)
@@ -85,27 +81,32 @@ def integrate_adaptively(problem: Problem) -> Saved:
     )
 
 
-def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: SavePlan, n: int) -> _Samples:
-    """The samples after one attempt of each; those of a whole batch of ``n`` that are still going."""
+def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: SavePlan, whole: _Samples) -> _Samples:
+    """The samples after one attempt of each; those of a whole batch that are still going."""
     rows, x, slope, t, t1, h, held, accepted, rejected = batch
     active = t != t1
     t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
     dt = t_next - t
     attempt = solver.attempt(drift, x, slope, t, dt)
     scale = solver.controller.scale(torch.maximum(x.abs(), attempt.x.abs()))
-    error = _norm(attempt.error, scale)
+    error = norm(attempt.error, scale)
     good = active & (error < 1.0)  # nan is not
     _check_clock(drift, batch, dt, scale, active)
-    _save(plan, solver, batch, attempt, t_next, good, n)
+    _save(plan, solver, batch, attempt, t_next, good, len(whole.t))
     h = solver.controller.next_step(dt, error, solver.error_order, held | ~good).where(active, h)
     held = active & ~good
     x, slope, t = _chosen(good, attempt.x, x), _chosen(good, attempt.slopes[-1], slope), t_next.where(good, t)
     accepted, rejected = accepted + good, rejected + held
     late = (accepted + rejected >= solver.max_steps) & (t != t1)
     smallest = 10 * torch.finfo(x.dtype).eps * t.abs()
-    _refuse(solver, (held & (h < smallest)) | late, rows, t, error)
     h = torch.maximum(h, 1e-15 * t.abs())  # a step that leaves t where it is would be repeated for ever
-    return _Samples(rows, x, slope, t, t1, h, held, accepted, rejected)
+    after = _Samples(rows, x, slope, t, t1, h, held, accepted, rejected)
+    if bool((stuck := (held & (h < smallest)) | late).any()):
+        reached = whole.updated(after)
+        how = f"in max_steps={solver.max_steps} steps that its time can resolve"
+        states = Reached(reached.x, reached.t, reached.accepted, reached.rejected)
+        raise beyond_reach(solver, rows[stuck], error[stuck], how, states)
+    return after
 
 
 def _check_clock(drift: Slope, batch: _Samples, dt: Tensor, scale: Tensor, active: Tensor) -> None:
@@ -120,7 +121,7 @@ def _check_clock(drift: Slope, batch: _Samples, dt: Tensor, scale: Tensor, activ
     if x.dtype == torch.float64 or not bool(coarse.any()):
         return
     with torch.no_grad():
-        moved = _norm(per_sample(dt.to(x.dtype), x) * (drift(x, t + off) - batch.slope), scale)
+        moved = norm(per_sample(dt.to(x.dtype), x) * (drift(x, t + off) - batch.slope), scale)
     if bool((coarse & (moved > 1.0)).any()):
         row = int((coarse & (moved > 1.0)).nonzero()[0])
         raise ValueError(
@@ -156,16 +157,16 @@ def _first_step(drift: Slope, solver: AbstractEmbedded, x: Tensor, slope: Tensor
     """Starting step sizes: Hairer, Norsett and Wanner 1993, section II.4, for each sample."""
     length = (t1 - t0).abs()
     scale = solver.controller.scale(x.abs())
-    d0, d1 = _norm(x, scale), _norm(slope, scale)
+    d0, d1 = norm(x, scale), norm(slope, scale)
     h = torch.minimum(torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1), length)
     step = h.copysign(t1 - t0)
     bent = drift(x + per_sample(step.to(x.dtype), x) * slope, t0 + step)
-    steepest = torch.maximum(d1, (_norm(bent - slope, scale) / h).nan_to_num(math.inf))
+    steepest = torch.maximum(d1, (norm(bent - slope, scale) / h).nan_to_num(math.inf))
     other = torch.where(steepest <= 1e-15, (1e-3 * h).clamp(min=1e-6), (0.01 / steepest) ** (1.0 / solver.error_order))
     return torch.minimum(torch.minimum(100.0 * h, other), length).clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _norm(v: Tensor, scale: Tensor) -> Tensor:
+def norm(v: Tensor, scale: Tensor) -> Tensor:
     """Root mean square of ``v / scale`` over the state, ``(batch,)``, float64."""
     d = math.prod(v.shape[1:])
     return ((v.detach() / scale).double().reshape(len(v), d).square().sum(1) / max(d, 1)).sqrt()
@@ -198,12 +199,30 @@ def _save(
             plan.fill(slot, x, here)
 
 
-def _refuse_nonfinite(slope: Tensor, t: Tensor) -> None:
+def refuse_coarse_tolerance(rtol: float, x: Tensor) -> None:
+    """Refuses a tolerance that the dtype of the state cannot tell from its rounding.
+
+    Raises:
+        ValueError: it is one.
+    """
+    eps = torch.finfo(x.dtype).eps
+    if rtol < 4 * eps:
+        raise ValueError(
+            f"rtol={rtol:.3g} is below what {x.dtype} resolves: take at least {4 * eps:.2g}, or a float64 state"
+        )
+
+
+def refuse_nonfinite(slope: Tensor, t: Tensor, what: str = "drift") -> None:
+    """Refuses a drift, or a diffusion, that is not finite where samples start.
+
+    Raises:
+        DivergenceError: it is not.
+    """
     bad = ~slope.detach().isfinite().reshape(len(slope), math.prod(slope.shape[1:])).all(1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise DivergenceError(
-            f"the drift is not finite at the start, t = {float(t[row]):.6g}, for sample {row} and "
+            f"the {what} is not finite at the start, t = {float(t[row]):.6g}, for sample {row} and "
             f"{int(bad.sum()) - 1} more",
             step=0,
             time=float(t[row]),
@@ -211,12 +230,26 @@ def _refuse_nonfinite(slope: Tensor, t: Tensor) -> None:
         )
 
 
-def _refuse(solver: AbstractEmbedded, stuck: Tensor, rows: Tensor, t: Tensor, error: Tensor) -> None:
-    if bool(stuck.any()):
-        row = int(stuck.nonzero()[0])
-        what = "it may be stiff or singular there" if math.isfinite(error[row]) else "its drift is not finite there"
-        raise RuntimeError(
-            f"the equation of sample {int(rows[row])} cannot be taken further than t = {float(t[row]):.6g} in "
-            f"max_steps={solver.max_steps} steps that its time can resolve ({int(stuck.sum()) - 1} more samples are "
-            f"stuck): {what}, or the tolerances are too tight (rtol={solver.rtol:.3g}, atol={solver.atol:.3g})"
-        )
+def beyond_reach(
+    solver: AbstractEmbedded | Adaptive, rows: Tensor, error: Tensor, how: str, reached: Reached, first_path: int = 0
+) -> StepLimitError:
+    """What is raised where samples cannot be taken to their end.
+
+    Args:
+        solver: which cannot.
+        rows: those samples.
+        error: of their last attempts, in units of the tolerance.
+        how: with what they cannot.
+        reached: where all samples are.
+        first_path: number of the first.
+    """
+    row = int(rows[0])
+    what = "it may be stiff or singular there" if math.isfinite(error[0]) else "its drift is not finite there"
+    return StepLimitError(
+        f"the equation of sample {row + first_path} cannot be taken further than t = {float(reached.t[row]):.6g} {how} "
+        f"({len(rows) - 1} more samples are stuck): {what}, or the tolerances are too tight (rtol={solver.rtol:.3g}, "
+        f"atol={solver.atol:.3g}). The error has what was reached, in `reached`",
+        reached=reached,
+        time=float(reached.t[row]),
+        path=row + first_path,
+    )

@@ -16,6 +16,7 @@ from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.probing import agree, unnoticed
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise
+from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 
 STATE_DTYPES = (torch.float32, torch.float64)
@@ -100,6 +101,13 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
                 "SPaRK"
             )
         return
+    if isinstance(solver, Adaptive) and (sde.calculus, sde.noise) in solver.solver.supported:
+        raise ValueError(
+            f"{solver} does not converge: with {sde.noise} noise, steps that are chosen by looking at increments need "
+            f"a scheme that has the double integrals of each channel, and {type(solver.solver).__name__} does not. "
+            "Take SRIW1 or Milstein for Ito noise, SPaRK or SlowRK for Stratonovich noise; sds.to_stratonovich(sde) is "
+            "the SDE of that calculus with the same solutions"
+        )
     calculi = sorted({str(c) for c, n in solver.supported if n is sde.noise})
     noises = sorted({str(n) for c, n in solver.supported if c is sde.calculus})
     if sde.noise is not Noise.NONE and all(n is Noise.NONE for _, n in solver.supported):

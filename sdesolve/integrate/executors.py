@@ -18,6 +18,7 @@ from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place, nam
 from sdesolve.integrate.adaptive import integrate_adaptively
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
+from sdesolve.integrate.nested import Nested
 from sdesolve.integrate.non_finite import refuse_nonfinite
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.solution import Saved
@@ -306,7 +307,7 @@ class Eager:
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
         if problem.solver.controller is not None:
-            return integrate_adaptively(problem)
+            return integrate_adaptively(problem) if problem.equation.noise is Noise.NONE else Nested(problem).run()
         return self.begin(problem, lowered).finish()
 
     def begin(self, problem: Problem, lowered: Lowered) -> Stepwise:

@@ -165,3 +165,30 @@ class DivergenceError(FloatingPointError):
 
     def __reduce__(self) -> tuple[Callable[..., DivergenceError], tuple[object, ...]]:
         return functools.partial(type(self), step=self.step, time=self.time, path=self.path), self.args
+
+
+class Reached(NamedTuple):
+    """Where samples are when a run stops: states ``(batch, *state)``, their times and counts of steps, ``(batch,)``."""
+
+    x: Tensor
+    t: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
+class StepLimitError(RuntimeError):
+    """An adaptive solver cannot meet its tolerances: steps would be too many, or too short.
+
+    Attributes:
+        reached: states and times of all samples; those that have arrived are at their end.
+        time: as far as the first of the samples that are stuck came.
+        path: which one that is, counted from the noise's ``first_path``.
+    """
+
+    def __init__(self, message: str, *, reached: Reached, time: float, path: int) -> None:
+        super().__init__(message)
+        self.reached, self.time, self.path = reached, time, path
+
+    def __reduce__(self) -> tuple[Callable[..., StepLimitError], tuple[object, ...]]:
+        make = functools.partial(type(self), reached=self.reached, time=self.time, path=self.path)
+        return make, self.args

@@ -26,6 +26,7 @@ from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
+from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractRemembering, AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 
@@ -143,7 +144,8 @@ def solve(
                 f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
                 "for states between; no steps, grid, observable, reduce or kernel backend"
             )
-        times, rounding = _grid_of(t0, t1, 1, None, len(x0))
+        parts = solver.first_steps if isinstance(solver, Adaptive) and sde.noise is not Noise.NONE else 1
+        times, rounding = _grid_of(t0, t1, parts, None, len(x0))
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
     times = _continued(start, times, rounding)
     first = 0 if start is None else start.steps

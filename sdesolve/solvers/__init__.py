@@ -1,8 +1,16 @@
 """Solvers: one scheme a file."""
 
 from sdesolve.solvers.adams import DEIS, LinearMultistep
+from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.ancestral import Ancestral
-from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, AbstractSolver, Span, supports
+from sdesolve.solvers.base import (
+    AbstractEstimating,
+    AbstractOneStep,
+    AbstractRemembering,
+    AbstractSolver,
+    Span,
+    supports,
+)
 from sdesolve.solvers.controller import StepController
 from sdesolve.solvers.ddim import DDIM
 from sdesolve.solvers.derivative_free import SRI2
@@ -45,12 +53,13 @@ from sdesolve.solvers.w2ito1 import W2Ito1
 from sdesolve.solvers.weak_table import AbstractWeakTable, WeakTable
 
 __all__ = [
-    "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "DRI1", "NON", "OBABO", "QE", "QUICSORT", "RI6", "RK4", "SEA", "SKSROCK",
-    "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1", "SRIW2", "UBU", "AbstractEmbedded", "AbstractOneStep",
-    "AbstractRemembering", "AbstractSolver", "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable",
-    "Ancestral", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun",
-    "EulerMaruyama", "GeneralShARK", "Heun", "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE",
-    "Midpoint", "Milstein", "PredictorCorrector", "ReverseDiffusion", "ReversibleHeun", "Row", "SASolver",
-    "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SlowRK", "Span", "SplitStepEuler",
-    "StepController", "StochasticTable", "Table", "Tamed", "Truncated", "UniPC", "W2Ito1", "WeakTable", "supports",
+    "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "DRI1", "NON", "OBABO", "QE", "QUICSORT", "RI6", "RK4", "SEA",
+    "SKSROCK", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1", "SRIW2", "UBU", "AbstractEmbedded",
+    "AbstractEstimating", "AbstractOneStep", "AbstractRemembering", "AbstractSolver",
+    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "DPMSolver",
+    "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun", "EulerMaruyama", "GeneralShARK",
+    "Heun", "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE", "Midpoint", "Milstein",
+    "PredictorCorrector", "ReverseDiffusion", "ReversibleHeun", "Row", "SASolver", "SDEDPMSolverPP",
+    "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SlowRK", "Span", "SplitStepEuler", "StepController",
+    "StochasticTable", "Table", "Tamed", "Truncated", "UniPC", "W2Ito1", "WeakTable", "supports",
 ]  # fmt: skip

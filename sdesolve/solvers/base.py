@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -14,6 +15,7 @@ from sdesolve.sde import AbstractSDE, Calculus, Noise
 from sdesolve.solvers.controller import StepController
 
 Supported = frozenset[tuple[Calculus, Noise]]
+Estimate = Callable[[], Tensor]
 
 
 def supports(*, ito: tuple[Noise, ...] = (), stratonovich: tuple[Noise, ...] = ()) -> Supported:
@@ -201,6 +203,22 @@ class AbstractOneStep(AbstractSolver):
             span: the step in time.
             noise: the Brownian motion over the step, with the parts that the solver `needs`; ``None`` for an ODE.
         """
+
+
+class AbstractEstimating(AbstractOneStep):
+    """A one-step solver whose step comes with an estimate of its error, from what the step itself evaluates."""
+
+    @abc.abstractmethod
+    def attempt(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> tuple[Tensor, Estimate]:
+        """The state at ``span.t1``, and what gives the estimate, of the shape of ``x``; arguments as for `step`.
+
+        The estimate is the difference from another consistent scheme on the same stages. It may use no other value of
+        the path than the step does: steps that are chosen by more are biased.
+        """
+
+    @final
+    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
+        return self.attempt(sde, x, span, noise)[0]
 
 
 class AbstractRemembering(AbstractOneStep):

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractOneStep, Span, drift_and_noise, supports
+from sdesolve.solvers.base import AbstractEstimating, Estimate, Span, drift_and_noise, supports
 
 
 @final
-class Heun(AbstractOneStep):
+class Heun(AbstractEstimating):
     """An Euler step as predictor ``y``, then ``x' = x + (f(x, t) + f(y, t')) dt / 2 + (g(x, t) + g(y, t')) dW / 2``.
 
     Second order on an ODE. On a Stratonovich SDE strong order 1/2, which becomes 1 when the noise commutes (scalar, or
@@ -29,8 +29,9 @@ class Heun(AbstractOneStep):
     diffusion_evaluations = 2
     by_products = True
 
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
+    def attempt(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> tuple[Tensor, Estimate]:
         t0, t1, dt = span.t0, span.t1, span.dt
         f, g_dW = drift_and_noise(sde, x, t0, noise)
         f_next, g_next_dW = drift_and_noise(sde, x + f * dt + g_dW, t1, noise)
-        return x + 0.5 * (f + f_next) * dt + 0.5 * (g_dW + g_next_dW)
+        after = x + 0.5 * (f + f_next) * dt + 0.5 * (g_dW + g_next_dW)
+        return after, lambda: 0.5 * (f_next - f) * dt + 0.5 * (g_next_dW - g_dW)

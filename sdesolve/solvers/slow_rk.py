@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise
-from sdesolve.solvers.base import AbstractOneStep, Span, supports
+from sdesolve.solvers.base import AbstractEstimating, Estimate, Span, supports
 
 
 @final
-class SlowRK(AbstractOneStep):
+class SlowRK(AbstractEstimating):
     """A Runge-Kutta method of strong order 3/2 for Stratonovich noise that commutes.
 
     With ``y = x + h f_1 / 2`` and all of ``g`` at ``t + h/2`` unless another time is given::
@@ -35,11 +35,12 @@ class SlowRK(AbstractOneStep):
     by_products = True
     needs = ("W", "H")
 
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
+    def attempt(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> tuple[Tensor, Estimate]:
         t, h, middle, later = span.t0, span.dt, span.at(0.5), span.at(0.75)
         hf1 = h * sde.drift(x, t)
         if noise is None:
-            return x + (hf1 + 2.0 * h * sde.drift(x + 0.75 * hf1, later)) / 3.0
+            hf2 = h * sde.drift(x + 0.75 * hf1, later)
+            return x + (hf1 + 2.0 * hf2) / 3.0, lambda: (hf2 - hf1) * (2.0 / 3.0)
         assert noise.H is not None
         W, H, y = noise.W, noise.H, x + 0.5 * hf1
         w2 = sde.diffusion_product(y, middle, W)
@@ -47,6 +48,8 @@ class SlowRK(AbstractOneStep):
         g4 = sde.product_at(y + 0.5 * w3, middle)
         w4, v4 = g4(W), g4(H)
         w5 = sde.diffusion_product(y + w4, middle, W)
-        f2 = sde.drift(x + 0.75 * (hf1 + w4) + 1.5 * v4, later)
+        hf2 = h * sde.drift(x + 0.75 * (hf1 + w4) + 1.5 * v4, later)
         v = sde.diffusion_product(x + hf1 + 0.5 * w3, span.t1, H)
-        return x + (hf1 + 2.0 * h * f2) / 3.0 + (w2 + 2.0 * (w3 + w4) + w5) / 6.0 + 2.0 * (v4 - v)
+        noises, areas = (w2 + 2.0 * (w3 + w4) + w5) / 6.0, 2.0 * (v4 - v)
+        after = x + (hf1 + 2.0 * hf2) / 3.0 + noises + areas
+        return after, lambda: (hf2 - hf1) * (2.0 / 3.0) + (noises - w3) + areas

@@ -47,6 +47,7 @@ class SRA3(AbstractStochasticTable):
         beta1=(1.0, 0.0, 0.0),
         beta3=(-1.0, 1.0, 0.0),
         c1=(1.0, 0.0, 0.0),
+        other=(1 / 2, 1 / 2, 0.0),
     )
 
 

@@ -61,6 +61,7 @@ class SRIW2(AbstractStochasticTable):
         beta2=(1.0, -4 / 3, 1 / 3, 0.0),
         beta3=(2.0, -4 / 3, -2 / 3, 0.0),
         beta4=(-2.0, 5 / 3, -2 / 3, 1.0),
+        other=(1 / 2, 1 / 2, 0.0, 0.0),
     )
 
 

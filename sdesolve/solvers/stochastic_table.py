@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise, Product, apply_diffusion
-from sdesolve.solvers.base import AbstractOneStep, Span
+from sdesolve.solvers.base import AbstractEstimating, Estimate, Span
 
 Row = tuple[float, ...]
 Rows = tuple[Row, ...]
@@ -26,6 +26,7 @@ class StochasticTable(NamedTuple):
         alpha: weights of the drift.
         beta1, beta2, beta3, beta4: weights of the diffusion with ``W``, ``I_11``, ``I_10`` and ``I_111``.
         c1: times of the diffusion's stages; the row sums of ``A1`` where left out.
+        other: weights of the drift that the estimate of the error compares with; Euler's where left out.
     """
 
     A0: Rows
@@ -38,6 +39,7 @@ class StochasticTable(NamedTuple):
     A1: Rows = ()
     B1: Rows = ()
     c1: Row = ()
+    other: Row = ()
 
     @property
     def stages(self) -> int:
@@ -75,7 +77,7 @@ def weighted(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
     return functools.reduce(Tensor.add, parts)
 
 
-class AbstractStochasticTable(AbstractOneStep):
+class AbstractStochasticTable(AbstractEstimating):
     """An explicit stochastic Runge-Kutta scheme given by a table. Roessler 2010, equations 5.1 and 6.1.
 
     With ``h = dt``, ``U = I_10 / h = W/2 + H``, ``I_11 = (W^2 - |h|) / 2`` and ``I_111 = (W^3 - 3 |h| W) / 6``::
@@ -88,6 +90,9 @@ class AbstractStochasticTable(AbstractOneStep):
     with ``c0 = A0 e`` and ``c1 = A1 e``. All products are elementwise for diagonal noise, which must have each ``g_i``
     depend on ``x_i`` alone. For additive noise, where ``g`` may be a matrix, ``Y_i`` matters through its time alone,
     and the terms of ``beta2`` and ``beta4`` are left out: no order needs them.
+
+    The estimate of the error is ``|h sum_i (alpha_i - other_i) f_i| + |sum_i (beta3_i U + beta4_i I_111 / |h|) g_i|``,
+    of additive noise the first term.
     """
 
     needs = ("W", "H")
@@ -98,7 +103,7 @@ class AbstractStochasticTable(AbstractOneStep):
     def table(self) -> StochasticTable:
         """The coefficients."""
 
-    def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
+    def attempt(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> tuple[Tensor, Estimate]:
         table, h, additive = self.table, span.dt, sde.noise is Noise.ADDITIVE
         c0, c1, root_h = table.drift_times, table.diffusion_times, h.abs().sqrt()
 
@@ -130,20 +135,32 @@ class AbstractStochasticTable(AbstractOneStep):
             return g_at(c1[i]) if additive else lambda v: apply_diffusion(g(i), x, v)
 
         after = combined(x, table.alpha, hf)
+
+        def drifts() -> Tensor:
+            other = table.other or (1.0,) + (0.0,) * (table.stages - 1)
+            used = [i for i, (a, b) in enumerate(zip(table.alpha, other, strict=True)) if a != b]
+            return weighted([table.alpha[i] - other[i] for i in used], [hf(i) for i in used])
+
         if noise is None:
-            return after
+            return after, drifts
         W, U = noise.W, noise.mean
         if additive:
             for c in dict.fromkeys(c1):
                 at_once = [table.weight_at(c, row) for row in (table.beta1, table.beta3)]
                 if any(at_once):
                     after = after + g_at(c)(weighted(at_once, [W, U]))
-            return after
+            return after, drifts
         w1, w3 = 0.5 * (W * W / root_h - root_h), W * (W * W / h.abs() - 3.0) / 6.0
         for i, weights in enumerate(zip(table.beta1, table.beta2, table.beta3, table.beta4, strict=True)):
             if any(weights):
                 after = after + product(i)(weighted(weights, [W, w1, U, w3]))
-        return after
+
+        def drifts_and_noises() -> Tensor:
+            pairs = enumerate(zip(table.beta3, table.beta4, strict=True))
+            noises = [product(i)(weighted(pair, [U, w3])) for i, pair in pairs if any(pair)]
+            return drifts().abs() + functools.reduce(Tensor.add, noises).abs()
+
+        return after, drifts_and_noises
 
 
 def _at(span: Span, fraction: float) -> Tensor:

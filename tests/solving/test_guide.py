@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import sdesolve as sds
+from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.embedded import AbstractEmbedded
 from sdesolve.solvers.guide import WHEN, guide
 from sdesolve.solvers.superlinear import AbstractModified
@@ -22,7 +23,9 @@ def test_every_solver_for_any_sde_is_on_it():
     listed = {type(solver) for solver in WHEN}
 
     def is_for_any(scheme):  # a class that is made for some equations has them as an attribute
-        wrapper = issubclass(scheme, AbstractModified | AbstractEmbedded) or scheme.__name__.startswith("Abstract")
+        wrapper = issubclass(scheme, AbstractModified | AbstractEmbedded | Adaptive) or scheme.__name__.startswith(
+            "Abstract"
+        )
         return isinstance(scheme.equations, property) and not wrapper
 
     assert {c for c in schemes if is_for_any(c)} == listed
