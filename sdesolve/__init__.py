@@ -3,8 +3,21 @@
 from sdesolve import adapters, grids, inverse, mcmc, metrics, models, nn, oracle
 from sdesolve._internal.levy_area import LevyArea
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, BrownianRows, Increment
+from sdesolve.carry import (
+    AbstractCarry,
+    Carry,
+    Discount,
+    Discounted,
+    Histogram,
+    Integral,
+    Occupation,
+    RunningMaximum,
+    RunningMinimum,
+    TimeAverage,
+)
 from sdesolve.chains import DDPM, SMLD, ChainScore, variational_bound
 from sdesolve.conversions import correlated, to_ito, to_stratonovich
+from sdesolve.crossing import Crossing, Reflection
 from sdesolve.diffusions import (
     EDM,
     OU,
@@ -131,27 +144,28 @@ from sdesolve.training.train import train
 
 __all__ = [
     "ALIGN", "BAOAB", "CIR", "DDIM", "DDPM", "DEIS", "DPM2", "DRI1", "EDM", "NON", "OBABO", "ODE", "OU", "QE",
-    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2",
-    "SRIW1", "SRIW2", "UBU", "VE", "VP", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
+    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1",
+    "SRIW2", "UBU", "VE", "VP", "AbstractCarry", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
     "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE", "AbstractSemilinear",
     "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral",
-    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "ChainBound", "ChainScore",
-    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
-    "DenoisingScoreMatching", "DivergenceError", "DormandPrince", "DoubleWell", "EDMHeun", "EnergyScore",
-    "EulerHeun", "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture",
-    "GeneralShARK", "GeometricBrownianMotion", "Heston", "Heun", "HutchPP", "Hutchinson", "ImplicitEuler",
-    "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Jacobi", "LangevinCorrector", "LevyArea",
-    "Likelihood", "LinearBeta", "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE",
-    "LotkaVolterra", "Midpoint", "Milstein", "NetworkScore", "Noise", "NoiseLadder", "Objective",
-    "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "Rates",
-    "Rectified", "ReverseDiffusion", "ReverseSDE", "ReversibleHeun", "Row", "SASolver", "SDEDPMSolverPP",
-    "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK",
-    "Solution", "Span", "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Table",
-    "TableBeta", "Tamed", "TrainingTimes", "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR",
-    "UniformTime", "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode",
-    "estimate_likelihood", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn",
-    "noised_cross_entropy", "operators", "oracle", "run_chain", "sample", "save", "solve", "supports",
-    "to_ito", "to_stratonovich", "train", "tweedie", "variational_bound",
+    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore",
+    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP",
+    "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince",
+    "DoubleWell", "EDMHeun", "EnergyScore", "EulerHeun", "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching",
+    "Gaussian", "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion", "Heston", "Heun", "Histogram",
+    "HutchPP", "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment",
+    "Integral", "Jacobi", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta", "LinearDiffusion",
+    "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein", "NetworkScore", "Noise",
+    "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
+    "ProbabilityFlow", "Quantisation", "Rates", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
+    "ReversibleHeun", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S",
+    "SKenCarp", "SPaRK", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK", "Solution", "Span",
+    "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Table", "TableBeta", "Tamed",
+    "TimeAverage", "TrainingTimes", "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime",
+    "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode", "estimate_likelihood",
+    "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn", "noised_cross_entropy",
+    "operators", "oracle", "run_chain", "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train",
+    "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

@@ -360,6 +360,14 @@ class BrownianPath(AbstractStreams, AbstractPath):
             self, stream=Stream.CORRECTOR, first_step=first, substeps=1, kind="normal", swapped=False
         )
 
+    def within_steps(self, draws: int) -> BrownianPath:
+        """The normals of these paths for what is drawn within a step given its ends, ``draws`` a step."""
+        own = self.units("H")  # for the seed, where this is not the stream that drives
+        return dataclasses.replace(
+            own, stream=Stream.PASSAGE, first_step=self.first_step * draws, substeps=1, kind="normal", mirrored=False,
+            swapped=False,
+        )  # fmt: skip
+
     def place(self, step: int) -> Place:
         """Where the normals of step ``step`` stand, for a kernel that makes them itself.
 
@@ -777,6 +785,10 @@ class BrownianRows(AbstractStreams, AbstractPath):
 
     def correctors(self, draws: int) -> BrownianRows:
         return self._with(lambda path: path.correctors(draws))
+
+    def within_steps(self, draws: int) -> BrownianRows:
+        """As `BrownianPath.within_steps`."""
+        return self._with(lambda path: path.within_steps(draws))
 
     def initial(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         """Standard normals for states at the start, ``(batch, *state)``: those that `Prior.sample` makes."""

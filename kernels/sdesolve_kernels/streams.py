@@ -35,3 +35,4 @@ class Stream(enum.IntEnum):
     JUMP = 17  # times of jumps
     MARK = 18  # sizes of jumps
     SIGNS = 19  # two-point numbers of weak schemes beside the increments
+    PASSAGE = 20  # within a step, given its ends: extremes, whether a boundary was met, and when

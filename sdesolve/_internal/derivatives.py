@@ -87,6 +87,23 @@ def slopes(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
     return (y, slope) if keep else (y.detach(), slope.detach())
 
 
+def gradient(function: Function, x: Tensor) -> Tensor:
+    """The derivative of ``function(x)``, a number for each row, in that row: ``(batch, *state)``."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return torch.func.grad(lambda y: function(y).sum())(x)
+    recording = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = _leaf(x)
+        y, _ = _recorded(function, leaf)
+        if not y.requires_grad:
+            return torch.zeros_like(x)
+        keep = _has_levels() or (recording and (x.requires_grad or _reads_others(y, leaf)))
+        (slope,) = torch.autograd.grad(y.sum(), leaf, create_graph=keep, allow_unused=True)
+    if slope is None:
+        return torch.zeros_like(x)
+    return slope if keep else slope.detach()
+
+
 @final
 class _Switches(TorchFunctionMode):
     """Sees whether autograd is switched off."""

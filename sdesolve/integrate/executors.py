@@ -86,13 +86,14 @@ class TorchContext(AbstractSteppedContext):
 
     def __init__(self, problem: Problem, lowered: Lowered) -> None:
         super().__init__(lowered, None if lowered.table is None else lowered.table.to(problem.x0))
-        self._problem, self._driving = problem, lowered.driving
-        self._first, self._drawn = 0, [problem.x0.new_empty(0)] * len(lowered.driving)
+        self._problem, self._driving, self._within = problem, lowered.driving, lowered.within
+        self._sources = [*lowered.driving, *([] if lowered.within is None else [lowered.within])]
+        self._first, self._drawn = 0, [problem.x0.new_empty(0)] * len(self._sources)
 
     def begin(self, k: int, span: Span) -> None:
         super().begin(k, span)
-        if self._driving and not self._first <= k < self._first + len(self._drawn[0]):
-            self._first, self._drawn = k, [self._draw(source, k) for source in self._driving]
+        if self._sources and not self._first <= k < self._first + min(map(len, self._drawn)):
+            self._first, self._drawn = k, [self._draw(source, k) for source in self._sources]
 
     def row(self, columns: slice, draw: int | None) -> Row:
         assert self._numbers is not None
@@ -102,8 +103,11 @@ class TorchContext(AbstractSteppedContext):
     def increment(self) -> Increment | None:
         if not self._driving:
             return None
-        parts = zip(self._driving, self._drawn, strict=True)
+        parts = zip(self._driving, self._drawn[: len(self._driving)], strict=True)
         return Increment(**{named(source.of): drawn[self._k - self._first] for source, drawn in parts if source.of})
+
+    def within(self) -> Tensor:
+        return self._drawn[-1][self._k - self._first].T
 
     def _draw(self, source: NoiseSource, k: int) -> Tensor:
         """Numbers of steps ``k ...``: increments of the path, or unit normals ``(steps, draws, batch, *state)``."""
@@ -152,6 +156,10 @@ class KernelContext(AbstractSteppedContext):
         raise AssertionError("a kernel makes its own noise")
 
     @final
+    def within(self) -> Tensor:
+        raise AssertionError("a kernel does a step, and nothing within it")
+
+    @final
     def one_step(self, solver: AbstractOneStep, sde: AbstractSDE, x: Tensor) -> Tensor:
         """Euler-Maruyama with elementwise noise: the row ``(1, dt, g sqrt|dt|)``."""
         t, dt = self.span.t0, self.span.dt
@@ -197,7 +205,7 @@ class Stepwise:
         problem.watched.checking = True
         check_noise_ahead(problem)
         self._structured = has_structure(problem)
-        problem.save.at_grid_point(self.k, problem.x0)
+        problem.save.at_grid_point(self.k, *self.states)
 
     def advance(self) -> None:
         """Takes the next step, and keeps the states that were asked for."""
@@ -211,7 +219,7 @@ class Stepwise:
         problem.watched.checking = False
         x_next = self.states[0]
         problem.save.within_step(k, lambda theta: problem.between(k, theta, x, x_next, span))
-        problem.save.at_grid_point(k + 1, self.states[0])
+        problem.save.at_grid_point(k + 1, *self.states)
         self.k = k + 1
 
     def finish(self) -> Saved:
@@ -290,6 +298,8 @@ class RowKernels:
                 "the noise is not a plain sequence of normals: coarse or weak increments, or a noise of another class"
             )
         solver = lowered.one_step
+        if problem.following is not None:
+            raise CannotExecute("no kernel does what is carried along paths; steps run in torch")
         if is_transformed():
             raise CannotExecute(TRANSFORMED)
         if solver is None:

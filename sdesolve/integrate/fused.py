@@ -52,10 +52,10 @@ from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increme
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
 from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
-from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled
+from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled, together
 from sdesolve.integrate.non_finite import refuse_overflow
 from sdesolve.integrate.problem import Problem
-from sdesolve.integrate.save_at import SavePlan, observed
+from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
 from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure, is_proved
 from sdesolve.solvers.base import Span
@@ -149,7 +149,7 @@ class Fused:
         kernel = _repeating(kernel, lowered)
         try:
             launch = _launch(problem, kernel, guards, lowered)
-            saved = _run(problem, kernel, launch, _start(problem, kernel, guards, lowered))
+            saved = _run(problem, kernel, lowered, launch, _start(problem, kernel, guards, lowered))
         except Unsupported as met:
             raise CannotExecute(str(met)) from None
         if not kernel.proved:
@@ -164,7 +164,8 @@ def _span(problem: Problem) -> tuple[float, float]:
 
 
 def _roots(problem: Problem) -> tuple[object, ...]:
-    return problem.solver, problem.equation, problem.save.observable
+    following = problem.following
+    return problem.solver, problem.equation, problem.save.observable, *(following.roots if following else ())
 
 
 @contextlib.contextmanager
@@ -213,8 +214,11 @@ class TracedContext(StepContext):
         return assembled(driving, self._inputs.noises[: len(driving)], self._inputs.scale)
 
     def corrections(self) -> tuple[AbstractNoise, int]:
-        source = self._lowered.sources[-1]
-        return GivenNormals(source.coarse(self._inputs.noises[-1]).transpose(0, 1)), 0
+        i = len(self._lowered.driving)
+        return GivenNormals(self._lowered.sources[i].coarse(self._inputs.noises[i]).transpose(0, 1)), 0
+
+    def within(self) -> Tensor:
+        return self._inputs.noises[-1]
 
 
 def _traced_step(lowered: Lowered) -> Callable[[Inputs], Sequence[Tensor]]:
@@ -229,7 +233,13 @@ def _check_untransformed(*tensors: Tensor) -> None:
 
 def _is_graded(problem: Problem, guards: Guards, lowered: Lowered) -> bool:
     """Whether gradients may be wanted."""
-    tensors = (problem.x0, *problem.memory, *guards.tensors, *(() if lowered.table is None else (lowered.table,)))
+    tensors = (
+        problem.x0,
+        *problem.memory,
+        *lowered.extra,
+        *guards.tensors,
+        *(() if lowered.table is None else (lowered.table,)),
+    )
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -252,6 +262,10 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
         raise CannotExecute(f"the state is a {type(x0).__name__}")
     if is_transformed():
         raise CannotExecute(TRANSFORMED)
+    others = [e.dtype for e in lowered.extra if e.dtype != x0.dtype]
+    if others:
+        what = "times" if problem.following is not None and problem.time_dtype in others else "a carry"
+        raise CannotExecute(f"{what} of {others[0]} beside a state of {x0.dtype}, and a kernel carries one dtype")
     for source in lowered.sources:
         path = source.noise
         if not isinstance(path, BrownianPath):
@@ -396,6 +410,8 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         bool(problem.save.inside),
         lowered.columns,
         lowered.memory,
+        tuple(lowered.shapes(x0)),
+        problem.following and problem.following.key,
         lowered.denoised,
         tuple(_made_of(source) for source in lowered.sources),
     )
@@ -422,7 +438,7 @@ def _build(
         evaluations = watched.evaluations - first
         return after
 
-    states = (tuple(x0.shape[1:]),) * (1 + lowered.memory)
+    states = tuple(lowered.shapes(x0))
     try:
         check_size(states)
         failure = None
@@ -499,7 +515,7 @@ def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[t
 def _evaluated(problem: Problem, lowered: Lowered, inputs: Inputs) -> list[Tensor]:
     made = [*_traced_step(lowered)(inputs)]
     observe = _observe(problem)
-    return made if observe is None else [*made, observe(inputs.states[0])]
+    return made if observe is None else [*made, observe(inputs.states)]
 
 
 def _inputs(
@@ -535,7 +551,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         Unsupported: they differ.
     """
     begin, last, x0, table = problem.first, problem.steps, problem.x0.detach(), lowered.table
-    step = _traced_step(lowered)
+    step, lowered = _traced_step(lowered), _undifferentiated(lowered)
     observe, captured = _observe(problem), tuple(guards.tensors[i] for i in kernel.where)
     kernel = _repeating(kernel, lowered)
     program = kernel.trajectory.plan.program
@@ -544,16 +560,21 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
     def launch(x: Tensor, k: int, end: int, saves: Sequence[int]) -> Launch:
         rows = None if table is None else table[k : k + 1]
         offsets = _offsets(problem, kernel, lowered, k)
-        return Launch(x.contiguous(), problem.times[[k, end]], rows, offsets, saves, False, captured)
+        return Launch(
+            x.contiguous(), problem.times[[k, end]], rows, offsets, saves, False, captured,
+            memory=together(lowered.start(x)[1:]),
+        )  # fmt: skip
 
     def at(k: int) -> None:
         end = last if table is None else k + 1
 
         def eager(x: Tensor) -> Tensor:
-            return step(_inputs(problem, lowered, kernel.noises, k, end, x))[0].detach()
+            after = step(_inputs(problem, lowered, kernel.noises, k, end, x))
+            return (_flat(after) if lowered.extra else after[0]).detach()
 
         def fused(x: Tensor) -> Tensor:
-            return kernel.trajectory.run(launch(x, k, end, ())).x1
+            made = kernel.trajectory.run(launch(x, k, end, ()))
+            return made.x1 if made.memory is None or not lowered.extra else _flat((made.x1, made.memory))
 
         if k == begin:
             inputs = _inputs(problem, lowered, kernel.noises, k, end, x0)
@@ -572,7 +593,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
                 assert states is not None
                 return states.reshape(len(x), *shape)
 
-            agree(lambda x: observe(x).detach(), seen, x0, eps)
+            agree(lambda x: observe(lowered.start(x)).detach(), seen, x0, eps)
         if kernel.adjoint is not None:
             _compare_gradients(problem, kernel, kernel.adjoint, guards, lowered)
     except Unsupported:
@@ -584,6 +605,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
 def _compare_gradients(problem: Problem, kernel: _Kernel, adjoint: Adjoint, guards: Guards, lowered: Lowered) -> None:
     """Compares gradients of the first two steps with autograd's."""
     observe, step, first = _observe(problem), _traced_step(lowered), problem.first
+    lowered = _undifferentiated(lowered)
     last = min(first + 2, problem.steps)
     captured = [guards.tensors[i] for i in kernel.where]
     bare, offsets = [c.detach() for c in captured], _offsets(problem, kernel, lowered)
@@ -591,19 +613,32 @@ def _compare_gradients(problem: Problem, kernel: _Kernel, adjoint: Adjoint, guar
 
     def launch(x: Tensor) -> Launch:
         saves = () if observe is None else (last,)
-        times = problem.times
-        return Launch(x.contiguous(), times, rows, offsets, saves, False, bare, first_step=first, last_step=last)
+        times, memory = problem.times, together(lowered.start(x)[1:])
+        return Launch(
+            x.contiguous(), times, rows, offsets, saves, False, bare, first_step=first, last_step=last, memory=memory
+        )
 
-    def eager(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def eager(x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         states: Sequence[Tensor] = lowered.start(x)
         for k in range(first, last):
             inputs = _inputs(problem, lowered, kernel.noises, k, k + 1, x)
             states = step(dataclasses.replace(inputs, states=tuple(states)))
-        return states[0], None if observe is None else observe(states[0])
+        seen = None if observe is None else observe(tuple(states))
+        return states[0], together(tuple(states[1:])) if lowered.extra else None, seen
 
     where = _wanted(captured)
     eps = coarsest(kernel.trajectory.plan.program)
     compare_gradients(adjoint, launch, eager, [captured[i] for i in where], where, problem.x0.detach(), eps)
+
+
+def _undifferentiated(lowered: Lowered) -> Lowered:
+    """The same, with what is carried at the start as numbers alone."""
+    return dataclasses.replace(lowered, extra=tuple(e.detach() for e in lowered.extra))
+
+
+def _flat(states: Sequence[Tensor]) -> Tensor:
+    """All that is carried, ``(batch, numbers)``."""
+    return torch.cat([s.reshape(len(s), -1) for s in states], 1)
 
 
 def _described(problem: Exception) -> str:
@@ -619,9 +654,13 @@ def _offsets(problem: Problem, kernel: _Kernel, lowered: Lowered, step: int = 0)
     return found
 
 
-def _observe(problem: Problem) -> Callable[[Tensor], Tensor] | None:
-    observable = None if problem.save.inside else problem.save.observable
-    return None if observable is None else lambda x: observed(observable, x)
+def _memory(problem: Problem, lowered: Lowered) -> Tensor | None:
+    """What is carried beside the state before the first step; ``None`` for zeros."""
+    return together(lowered.start(problem.x0, problem.memory)[1:]) if problem.memory or lowered.extra else None
+
+
+def _observe(problem: Problem) -> Callable[[tuple[Tensor, ...]], Tensor] | None:
+    return None if problem.save.inside or problem.save.observable is None else problem.save.observed
 
 
 _REASON = "the whole trajectory is one generated kernel"
@@ -632,7 +671,7 @@ def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered)
     """The integration from its first step to its last, with nothing saved."""
     captured = tuple(guards.tensors[i] for i in kernel.where)
     offsets = _offsets(problem, kernel, lowered)
-    memory = torch.cat([m.flatten(1) for m in problem.memory], 1) if problem.memory else None
+    memory = _memory(problem, lowered)
     return Launch(
         problem.x0, problem.times, lowered.table, offsets, (), False, captured, first_step=problem.first, memory=memory
     )
@@ -653,9 +692,7 @@ def _report_divergence(problem: Problem, trajectory: AbstractTrajectory, lowered
             first, x, memory = middle, reached.x1, reached.memory
         else:
             last = middle
-    states = lowered.start(x)
-    if memory is not None:
-        states = (x, *memory.reshape(len(x), lowered.memory, *x.shape[1:]).unbind(1))
+    states = lowered.start(x) if memory is None else lowered.apart(x, memory)
     Eager().begin(problem, lowered).report_divergence(first, last, states)
     step = dataclasses.replace(launch, x0=x, memory=memory, first_step=first, last_step=last)
     refuse_overflow(problem, first, trajectory.run(step).x1)
@@ -683,14 +720,14 @@ def _told(kernel: _Kernel) -> tuple[str, str]:
     return (_REASON, source) if kernel.adjoint is None else (_GRADED, f"{source}\n\n{kernel.adjoint.source}")
 
 
-def _run(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) -> Saved:
+def _run(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
     work = problem.taken * len(problem.x0)
     with progress_bar(problem.progress, total=work, unit="path-step", leave=False) as bar:
         launch = dataclasses.replace(launch, progress=bar.update if problem.progress else None)
-        return (_between if problem.save.inside else _on_grid)(problem, kernel, launch, start)
+        return (_between if problem.save.inside else _on_grid)(problem, kernel, lowered, launch, start)
 
 
-def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) -> Saved:
+def _on_grid(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
     """A run whose plan has times on the grid alone."""
     save, x0 = problem.save, problem.x0
     trajectory = kernel.trajectory
@@ -699,7 +736,7 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) ->
     # The end alone needs no saving if it is wanted as it is.
     plain = saves == [problem.steps] and save.observable is None and not save.moments
     saved = start(dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments))
-    (reason, source), memory = _told(kernel), _remembered(saved.memory, x0)
+    (reason, source), (_, *memory) = _told(kernel), lowered.apart(x0, saved.memory)
     # Two times at one grid point are two entries of what is returned.
     entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
     order = [entry[slot] for slot in range(len(save.ts))]
@@ -708,15 +745,12 @@ def _on_grid(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) ->
     if saved.moments is not None:
         mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
         mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
-        return Saved(saved.x1, mean, variance, problem.taken, evaluations, "fused", reason, source, memory=memory)
+        return Saved(
+            saved.x1, mean, variance, problem.taken, evaluations, "fused", reason, source, memory=tuple(memory)
+        )
     xs = saved.x1[None].clone() if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
     xs = xs if order == list(range(len(xs))) else xs[order]
-    return Saved(saved.x1, xs, None, problem.taken, evaluations, "fused", reason, source, memory=memory)
-
-
-def _remembered(memory: Tensor | None, x0: Tensor) -> tuple[Tensor, ...]:
-    """What the solver carries at the end, as tensors of the state's shape."""
-    return () if memory is None else tuple(m.reshape(x0.shape) for m in memory.split(x0[0].numel(), 1))
+    return Saved(saved.x1, xs, None, problem.taken, evaluations, "fused", reason, source, memory=tuple(memory))
 
 
 def _offset(path: BrownianPath, numbers: int, batch: int, count: int) -> tuple[int, int, int, int]:
@@ -741,7 +775,7 @@ def _around(save: SavePlan) -> list[int]:
     return sorted({k for k, slots in save.on_grid.items() if slots} | {k + i for k in save.inside for i in (0, 1)})
 
 
-def _between(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) -> Saved:
+def _between(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
     """A run whose plan has times between grid points: states there follow from those on both sides."""
     save, watched = problem.save, problem.watched
     launch = dataclasses.replace(launch, saves=_around(save))
@@ -757,5 +791,5 @@ def _between(problem: Problem, kernel: _Kernel, launch: Launch, start: Start) ->
     variances = save.variances() if save.moments else None
     evaluations = kernel.evaluations * problem.taken + watched.evaluations - before
     reason, source = _told(kernel)
-    memory, xs = _remembered(saved.memory, problem.x0), save.states()
-    return Saved(saved.x1, xs, variances, problem.taken, evaluations, "fused", reason, source, memory=memory)
+    (_, *memory), xs = lowered.apart(problem.x0, saved.memory), save.states()
+    return Saved(saved.x1, xs, variances, problem.taken, evaluations, "fused", reason, source, memory=tuple(memory))

@@ -25,9 +25,9 @@ from sdesolve_kernels.trajectory import (
 from torch import Tensor
 
 from sdesolve.integrate.executors import Eager
-from sdesolve.integrate.lowering import Lowered
+from sdesolve.integrate.lowering import Lowered, together
 from sdesolve.integrate.problem import Problem
-from sdesolve.integrate.save_at import SavePlan, observed
+from sdesolve.integrate.save_at import SavePlan
 
 __all__ = ["Again", "check_without_hooks", "compare_gradients", "differentiated"]
 
@@ -131,21 +131,23 @@ class Again:
     def _outputs(self, x0: Tensor, memory: Tensor | None, saves: Sequence[int]) -> list[Tensor | None]:
         """What the run left, as `_Run.forward` returns it."""
         problem, save = self.problem, self.problem.save
+        lowered = self.lowered
         bare = dataclasses.replace(
             problem, x0=x0, save=SavePlan(problem.times, None), check_finite=False, progress=False
         )
         if memory is not None:
-            parts = memory.reshape(len(x0), self.lowered.memory, *x0.shape[1:]).unbind(1)
-            bare = dataclasses.replace(bare, memory=parts)
-        run, states = Eager().begin(bare, self.lowered), []
+            _, *parts = self.lowered.apart(x0, memory)
+            own = self.lowered.memory
+            bare = dataclasses.replace(bare, memory=tuple(parts[:own]))
+            lowered = dataclasses.replace(lowered, extra=tuple(parts[own:]))
+        run, states = Eager().begin(bare, lowered), []
         for k in range(problem.first, problem.steps + 1):
             if k in set(saves):
-                x = run.states[0]
-                states.append(observed(save.observable, x) if self.observes and save.observable is not None else x)
+                states.append(save.observed(run.states) if self.observes else run.states[0])
             if k < problem.steps:
                 run.advance()
         x1, *rest = run.states
-        remembered = torch.cat([m.flatten(1) for m in rest], 1) if rest else None
+        remembered = together(tuple(rest))
         if not states:
             return [x1, remembered, None, None, None]
         flat = torch.stack([x.reshape(len(x), -1) for x in states])
@@ -157,7 +159,7 @@ class Again:
 def compare_gradients(
     adjoint: Adjoint,
     launch: Callable[[Tensor], Launch],
-    eager: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    eager: Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor | None]],
     wanted: Sequence[Tensor],
     where: Sequence[int],
     x0: Tensor,
@@ -168,7 +170,8 @@ def compare_gradients(
     Args:
         adjoint: the kernels.
         launch: a run of a few steps from a state, which saves the end if there is something to observe.
-        eager: the same in torch: the state at the end, and what is observed of it.
+        eager: the same in torch: the state at the end, what is carried beside it where that is looked at, and what is
+            observed.
         wanted: tensors that the functions hold whose gradients are wanted.
         where: their places among what the program captured.
         x0: ``(batch, *state)``.
@@ -178,6 +181,8 @@ def compare_gradients(
         Unsupported: they differ.
     """
     generator = torch.Generator().manual_seed(0x5DE)
+    with torch.no_grad():
+        carried = eager(x0)[1] is not None
 
     def cotangent(y: Tensor) -> Tensor:
         generator.manual_seed(0x5DE)
@@ -197,7 +202,8 @@ def compare_gradients(
     def by_kernel(x: Tensor) -> list[Tensor]:
         saved, kept = adjoint.run(launch(x))
         states = None if saved.states is None else cotangent(saved.states[0])[None]
-        made = adjoint.backward(kept, Cotangents(cotangent(saved.x1), states=states))
+        memory = None if saved.memory is None or not carried else cotangent(saved.memory)
+        made = adjoint.backward(kept, Cotangents(cotangent(saved.x1), memory, states))
         direct = [c for c in (made.captured[i] for i in where) if c is not None]
         if not direct:
             return [made.x0]

@@ -30,6 +30,11 @@ from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
 States = tuple[Tensor, ...]
 
 
+def together(memory: States) -> Tensor | None:
+    """What is carried beside the state, ``(batch, numbers)``; ``None`` if it is nothing."""
+    return torch.cat([m.reshape(len(m), -1) for m in memory], 1) if memory else None
+
+
 class StepContext(abc.ABC):
     """What one step reads besides the state.
 
@@ -57,6 +62,10 @@ class StepContext(abc.ABC):
     @abc.abstractmethod
     def increment(self) -> Increment | None:
         """The Brownian motion over the step; ``None`` for an ODE."""
+
+    @abc.abstractmethod
+    def within(self) -> Tensor:
+        """Standard normals for what is drawn within the step given its ends (`Lowered.within`), ``(batch, draws)``."""
 
     @abc.abstractmethod
     def corrections(self) -> tuple[AbstractNoise, int]:
@@ -180,6 +189,8 @@ class Lowered:
             are 0; ``(steps, parts)``, bool. Whoever does not leave them out gets the same state.
         one_step: the solver whose whole step it is, where that is no row of numbers.
         denoised: whether rows are of the denoised state in place of the score.
+        extra: what is carried behind the solver's memory, as it is before the first step: ``(batch, ...)`` each.
+        within: normals for what is drawn within a step given its ends.
     """
 
     step: Callable[[StepContext, States], States]
@@ -190,11 +201,13 @@ class Lowered:
     skipped: Tensor | None = None
     one_step: AbstractOneStep | None = None
     denoised: bool = False
+    extra: States = ()
+    within: NoiseSource | None = None
 
     @property
     def sources(self) -> tuple[NoiseSource, ...]:
-        """All noise that a step reads."""
-        return self.driving if self.correcting is None else (*self.driving, self.correcting)
+        """All noise that a step reads: what drives, then what corrects, then what is drawn within."""
+        return (*self.driving, *(source for source in (self.correcting, self.within) if source is not None))
 
     @property
     def columns(self) -> int:
@@ -205,8 +218,21 @@ class Lowered:
         return 0 if self.skipped is None else self.skipped.shape[1]
 
     def start(self, x0: Tensor, memory: States = ()) -> States:
-        """What is carried before the first step; ``memory`` where that is not the first of all."""
-        return (x0, *(memory or (torch.zeros_like(x0, requires_grad=False),) * self.memory))
+        """What is carried before the first step; ``memory`` of the solver where that is not the first of all."""
+        own = memory[: self.memory] or (torch.zeros_like(x0, requires_grad=False),) * self.memory
+        return (x0, *own, *self.extra)
+
+    def shapes(self, x0: Tensor) -> list[tuple[int, ...]]:
+        """Of what is carried, for one path: the state, the solver's memory, the rest."""
+        return [*(tuple(x0.shape[1:]),) * (1 + self.memory), *(tuple(e.shape[1:]) for e in self.extra)]
+
+    def apart(self, x: Tensor, memory: Tensor | None) -> States:
+        """What is carried, of a state and ``(batch, numbers)`` of the rest."""
+        if memory is None:
+            return (x,)
+        shapes = self.shapes(x)[1:]
+        parts = memory.split([math.prod(shape) for shape in shapes], 1)
+        return (x, *(part.reshape(len(x), *shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
 def lower(problem: Problem) -> Lowered:
@@ -217,6 +243,8 @@ def lower(problem: Problem) -> Lowered:
         TypeError: likewise.
     """
     lowered = _lowered(problem)
+    if problem.following is not None:
+        lowered = problem.following.follow(problem, lowered)
     return dataclasses.replace(lowered, step=_held(lowered.step)) if problem.padded else lowered
 
 
@@ -224,8 +252,9 @@ def _held(step: Callable[[StepContext, States], States]) -> Callable[[StepContex
     """The step, with rows for which it has no length left as they are, whatever the functions are at their end."""
 
     def held(context: StepContext, states: States) -> States:
-        still = context.span.dt == 0
-        return tuple(torch.where(still, x, x_next) for x, x_next in zip(states, step(context, states), strict=True))
+        still = context.span.dt.reshape(-1) == 0
+        pairs = zip(states, step(context, states), strict=True)
+        return tuple(torch.where(per_sample(still, x) if len(still) > 1 else still[0], x, y) for x, y in pairs)
 
     return held
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from sdesolve_kernels.transforms import is_transformed
@@ -21,6 +21,10 @@ from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, is_matri
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import AbstractTabulated
+
+if TYPE_CHECKING:
+    from sdesolve.integrate.following import Following
+    from sdesolve.integrate.solution import Continuation
 
 
 @final
@@ -150,7 +154,9 @@ class Problem:
         progress: show a progress bar.
         first: step to begin with; ``times``, and numbers of steps, are those of the whole integration that it goes on
             with (`Continuation`).
-        memory: what the solver remembers before that step; nothing at the start.
+        memory: what the solver remembers before that step, and what follows paths; nothing at the start.
+        following: what follows the paths.
+        earlier: the run that it goes on with.
     """
 
     solver: AbstractSolver
@@ -164,6 +170,8 @@ class Problem:
     progress: bool = False
     first: int = 0
     memory: tuple[Tensor, ...] = ()
+    following: Following | None = None
+    earlier: Continuation | None = None
 
     @property
     def taken(self) -> int:

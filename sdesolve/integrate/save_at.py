@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Set
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from sdesolve.grids import read_times
 from sdesolve.sde import per_sample
 
 SaveAt = Iterable[float] | Tensor | Literal["grid"] | None
-Observable = Callable[[Tensor], Tensor]
+Observable = Callable[..., Tensor]
 
 _SAME_TIME = 2.0**-44  # of the largest time: some roundings of float64, as sums of steps collect
 
@@ -35,7 +35,8 @@ class SavePlan:
     Args:
         grid: ``(steps + 1,)`` or ``(steps + 1, batch)``, float64.
         save_at: times, in the direction of integration; ``"grid"`` for every grid point; ``None`` for the end alone.
-        observable: what to keep of a state instead of all of it, ``(batch, *state) -> (batch, *values)``.
+        observable: what to keep of a state instead of all of it, ``(batch, *state) -> (batch, *values)``; what it is
+            called with is made by `arguments` of all that a step carries.
         moments: keep mean and variance over the batch instead of every path.
         rounding: how far times of the grid may be from those that were meant, by the precision they came in.
         first: index of the first point of the grid, where an integration goes on.
@@ -60,6 +61,7 @@ class SavePlan:
             raise TypeError(f"observable must be a function of x, got {kind_of(observable)}")
         steps = len(grid) - 1
         self.observable, self.moments = observable, moments
+        self.arguments: Callable[[tuple[Tensor, ...]], tuple[Any, ...]] = lambda states: states[:1]
         self.on_grid: dict[int, list[int]] = defaultdict(list)
         self.inside: dict[int, list[tuple[int, float]]] = defaultdict(list)
         self._states: list[Tensor | None]
@@ -76,8 +78,12 @@ class SavePlan:
         self._states = [None] * len(self.ts)
         self._variances = [None] * len(self.ts)
 
-    def _keep(self, slot: int, x: Tensor) -> None:
-        kept = x if self.observable is None else observed(self.observable, x)
+    def observed(self, states: tuple[Tensor, ...]) -> Tensor:
+        """What is kept of a state, the first of what a step carries."""
+        return states[0] if self.observable is None else observed(self.observable, *self.arguments(states))
+
+    def _keep(self, slot: int, *states: Tensor) -> None:
+        kept = self.observed(states)
         if self.moments:
             kept = kept.double()
             self._variances[slot] = kept.var(0) if len(kept) > 1 else torch.full_like(kept[0], math.nan)
@@ -139,10 +145,10 @@ class SavePlan:
             t0, t1 = float(grid[step]), float(grid[step + 1])
             self.inside[offset + step].append((slot, (float(self.ts[slot]) - t0) / (t1 - t0)))
 
-    def at_grid_point(self, k: int, x: Tensor) -> None:
-        """Keeps the state at grid point ``k`` if it was asked for."""
+    def at_grid_point(self, k: int, *states: Tensor) -> None:
+        """Keeps the state at grid point ``k``, the first of what a step carries, if it was asked for."""
         for slot in self.on_grid.get(k, ()):
-            self._keep(slot, x)
+            self._keep(slot, *states)
 
     def within_step(self, k: int, between: Callable[[float], Tensor]) -> None:
         """Keeps the states asked for inside step ``k``, given by the fraction of the step."""
@@ -163,9 +169,9 @@ class SavePlan:
         return torch.stack([x for x in self._variances if x is not None])
 
 
-def observed(observable: Observable, x: Tensor) -> Tensor:
-    """``observable(x)``, checked."""
-    y = observable(x)
+def observed(observable: Observable, x: Tensor, *others: Any) -> Tensor:
+    """``observable(x)``, or of time and what is carried as well, checked."""
+    y = observable(x, *others)
     if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(

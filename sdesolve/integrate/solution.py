@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
 from sdesolve.brownian import AbstractNoise
+from sdesolve.carry import AbstractCarry
+from sdesolve.crossing import AbstractBoundary
 from sdesolve.solvers.base import AbstractSolver
 
 
@@ -28,7 +30,8 @@ class Saved:
         reason: which kernel, or what follows each step; may be empty.
         source: of the generated kernel, if one ran.
         adaptive: counts of each sample, with an adaptive solver.
-        memory: what the solver remembers at the end.
+        memory: what the solver remembers at the end, and what follows paths.
+        work: steps of paths that were computed, where that is not every step of every path.
     """
 
     x1: Tensor
@@ -41,6 +44,7 @@ class Saved:
     source: str | None = None
     adaptive: AdaptiveCounts | None = None
     memory: tuple[Tensor, ...] = ()
+    work: int | None = None
 
 
 class AdaptiveCounts(NamedTuple):
@@ -64,9 +68,11 @@ class Stats:
         reason: which kernel, or why no faster one.
         seed: seed of the driving noise; ``None`` for an ODE or for noise that has none.
         source: the generated kernel, if one ran.
-        accepted: with an adaptive solver, steps that each sample took, ``(batch,)``; ``steps`` is the most of any.
+        accepted: with an adaptive solver or ``until=``, steps that each path took, ``(batch,)``; ``steps`` is the most
+            of any.
         rejected: attempts that each threw away.
         evaluations: of the drift on each sample's way; ``nfe`` counts calls, whatever their share of the batch.
+        work: with ``until=``, steps of paths that were computed, those after a path's stop included.
     """
 
     solver: str
@@ -79,6 +85,7 @@ class Stats:
     accepted: Tensor | None = None
     rejected: Tensor | None = None
     evaluations: Tensor | None = None
+    work: int | None = None
 
     @property
     def backend(self) -> str:
@@ -96,10 +103,12 @@ class Continuation:
 
     Attributes:
         x: the state, ``(batch, *state)``; the memory of `Solution.x1`.
-        memory: tensors that the solver carries beside it.
+        memory: tensors that the solver carries beside it; then what follows paths, and where they have stopped.
         times: the grid so far, ``(steps + 1,)`` or ``(steps + 1, batch)``, float64 on the host.
         noise: what drives it, from the first of all steps.
         solver: which takes the next step too.
+        carry: functionals that go on.
+        until: boundaries that go on to stop or reflect paths.
     """
 
     x: Tensor
@@ -107,6 +116,8 @@ class Continuation:
     times: Tensor
     noise: AbstractNoise
     solver: AbstractSolver
+    carry: AbstractCarry | None = None
+    until: tuple[AbstractBoundary, ...] = ()
 
     @property
     def t(self) -> Tensor:
@@ -137,6 +148,10 @@ class Solution:
         variance: likewise, unbiased.
         state: what `solve` goes on with; ``None`` if a run cannot be cut: steps are adaptive, or depend on how many the
             whole grid has (`AbstractSolver.divisible`).
+        carry: what ``carry=`` has become at the end, ``(batch, ...)``.
+        stopped: with ``until=``, which paths have stopped, ``(batch,)``.
+        stop_time: when, float64; infinity in the direction of time for a path that has not.
+        boundary: at which of the boundaries, counted from 0; -1 for a path that has not stopped.
 
     No two of ``x1``, ``xs`` and ``x0`` share memory, whatever ran.
     """
@@ -148,6 +163,10 @@ class Solution:
     mean: Tensor | None = None
     variance: Tensor | None = None
     state: Continuation | None = None
+    carry: Any = None
+    stopped: Tensor | None = None
+    stop_time: Tensor | None = None
+    boundary: Tensor | None = None
 
 
 class DivergenceError(FloatingPointError):

@@ -16,9 +16,12 @@ from sdesolve._internal.copies import remembered
 from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
+from sdesolve.carry import as_carry
+from sdesolve.crossing import as_boundaries
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
+from sdesolve.integrate.following import Following, positional
 from sdesolve.integrate.lowering import lower
 from sdesolve.integrate.problem import Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
@@ -52,6 +55,8 @@ def solve(
     save_at: SaveAt = None,
     params: Any = None,
     observable: Observable | None = None,
+    carry: Any = None,
+    until: Any = None,
     reduce: Literal["moments"] | None = None,
     increments: Increments | None = None,
     backend: Backend = "auto",
@@ -90,7 +95,14 @@ def solve(
             else.
         params: given to the functions of an `SDE` or `ODE` as a third argument: a tensor, or a tuple or dictionary of
             them. A tensor of ``batch`` rows has a row for each path, others are shared by all.
-        observable: keep ``observable(x)``, ``(batch, *values)``, in ``xs`` in place of the state.
+        observable: keep ``observable(x)``, ``(batch, *values)``, in ``xs`` in place of the state. It may take
+            ``(x, t)``, or ``(x, t, carry)``; ``t: (batch,)`` is the time of each path, which stands still with a path
+            that has stopped.
+        carry: a functional that is carried along each path, such as `Carry`, `Integral` or `RunningMaximum`; several
+            as a dictionary or tuple. ``sol.carry`` is what it becomes.
+        until: where paths stop, a `Crossing`, or are turned back, a `Reflection`; or a list of them. A path that has
+            stopped stands still, with all that it carries: ``sol.x1`` is its state there, ``sol.stopped``,
+            ``sol.stop_time`` and ``sol.boundary`` say which, when and where. Steps are taken for those that still run.
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
             for weak convergence at a fraction of the cost.
@@ -120,7 +132,10 @@ def solve(
         )
     check_finite, progress = flag(check_finite, "check_finite"), flag(progress, "progress")
     if start is not None:
-        check_start(start, solver, x0=x0, seed=seed, noise=noise, increments=increments)
+        check_start(
+            start, solver, x0=x0, seed=seed, noise=noise, increments=increments,
+            carry=getattr(start, "carry", None) and carry, until=(getattr(start, "until", None) or None) and until,
+        )  # fmt: skip
         x0, t0, noise = start.x, start.t if grid is None and t0 is None else t0, start.noise
     elif x0 is None:
         raise TypeError("give x0, the states to start from, or start, the state of a Solution to go on with")
@@ -134,15 +149,19 @@ def solve(
                 "hold their parameters"
             )
         sde = sde.with_params(params)
+    functional, boundaries = as_carry(carry), as_boundaries(until)
+    if start is not None:
+        functional, boundaries = start.carry or functional, start.until or boundaries
+    follows = bool(functional or boundaries) or (observable is not None and positional(observable) > 1)
     if solver.controller is None:
         with outside_transforms():  # grids are kept for later calls
             times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
     else:
-        given = any(value is not None for value in (steps, grid, observable, reduce))
+        given = any(value is not None for value in (steps, grid, observable, carry, until, reduce))
         if given or isinstance(save_at, str) or backend not in _PLAIN:
             raise ValueError(
                 f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
-                "for states between; no steps, grid, observable, reduce or kernel backend"
+                "for states between; no steps, grid, observable, carry, until, reduce or kernel backend"
             )
         parts = solver.first_steps if isinstance(solver, Adaptive) and sde.noise is not Noise.NONE else 1
         times, rounding = _grid_of(t0, t1, parts, None, len(x0))
@@ -163,6 +182,8 @@ def solve(
         progress,
         first,
         start.memory if start else (),
+        Following(functional, boundaries, observable) if follows else None,
+        start,
     )
     return _solution(problem, backend)
 
@@ -238,8 +259,20 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     if saved.x1 is x0:  # a step may return the state that it was given
         saved = dataclasses.replace(saved, x1=x0.clone())
     if isinstance(solver, AbstractRemembering) and problem.check_finite:
-        solver.check_end(x0, saved.x1, saved.memory)
-    adaptive = saved.adaptive
+        solver.check_end(x0, saved.x1, saved.memory[: solver.memory])
+    adaptive, following, parts = saved.adaptive, problem.following, None
+    outcome: dict[str, Any] = {}
+    memory, accepted = saved.memory, adaptive and adaptive.accepted
+    if following is not None:
+        parts = following.parts((saved.x1, *saved.memory))
+        memory = (*parts.memory, *parts.carried, *(parts.stops or ()))
+        outcome["carry"] = following.result(parts.carried)
+        if parts.stops is not None:
+            if problem.check_finite:
+                following.refuse_nan(problem, parts.stops)
+            outcome["stopped"], outcome["stop_time"], outcome["boundary"], accepted = following.stopped(
+                problem, parts.stops
+            )
     stats = Stats(
         solver=type(solver).__name__,
         steps=saved.steps,
@@ -248,15 +281,19 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         reason=reason,
         seed=noise.seed if isinstance(noise, BrownianPath) and problem.random else None,
         source=saved.source,
-        accepted=adaptive and adaptive.accepted,
+        accepted=accepted,
         rejected=adaptive and adaptive.rejected,
         evaluations=adaptive and adaptive.evaluations,
+        work=saved.work if following is None or not following.stops else saved.work or problem.taken * len(x0),
     )
-    state = Continuation(saved.x1, saved.memory, times.clone(), noise, solver) if solver.divisible else None
+    state = None
+    if solver.divisible:
+        carried = (None, ()) if following is None else (following.carry, following.boundaries)
+        state = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried)
     if saved.variances is None:
-        return Solution(saved.x1, save.ts, saved.xs, stats, state=state)
+        return Solution(saved.x1, save.ts, saved.xs, stats, state=state, **outcome)
     nothing = x0.new_empty(0, *x0.shape)
-    return Solution(saved.x1, save.ts, nothing, stats, mean=saved.xs, variance=saved.variances, state=state)
+    return Solution(saved.x1, save.ts, nothing, stats, mean=saved.xs, variance=saved.variances, state=state, **outcome)
 
 
 def check_start(start: Continuation, solver: AbstractSolver, **others: object) -> None:
@@ -330,6 +367,10 @@ def _check_plan(problem: Problem) -> None:
     """Refuses times between grid points where nothing is known of them."""
     if not problem.save.inside or problem.solver.controller is not None:
         return
+    following = problem.following
+    if following is not None and (following.boundaries or following.takes > 1):
+        what = "paths that stop or are reflected" if following.boundaries else "an observable of time or of a carry"
+        raise ValueError(f"{what} have values at grid points alone; put every time of save_at on the grid")
     if isinstance(problem.solver, PredictorCorrector):
         raise ValueError("a corrected chain has states at grid points alone; save_at holds times between them")
     if problem.random and not isinstance(problem.noise, AbstractPath):

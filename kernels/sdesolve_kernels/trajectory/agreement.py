@@ -104,7 +104,7 @@ def recorded(step: Step, observe: Observe | None, inputs: Inputs, graded: bool =
     with recorder:
         step(carried)
         if observe is not None:
-            observe(carried.states[0])
+            observe(carried.states)
     return recorder.calls
 
 

@@ -97,7 +97,7 @@ class Program:
         signature: what it takes.
         graph: where its expressions live.
         states: the state after the step, flattened over all tensors carried.
-        observed: what is observed of a state, flattened; empty if nothing but the state itself is.
+        observed: what is observed of all that is carried, flattened; empty if nothing but the state itself is.
         observed_shape: of the observation, for one path; ``None`` if there is none.
         captured: tensors from outside that it reads; ``parameter`` of `Shared` and `PathEntry` leaves counts them.
         by_path: which of them have a row per path.
@@ -124,7 +124,7 @@ class Program:
 
 
 Step = Callable[[Inputs], Sequence[Tensor]]
-Observe = Callable[[Tensor], Tensor]
+Observe = Callable[[tuple[Tensor, ...]], Tensor]
 
 
 def _nothing() -> None:
@@ -139,7 +139,7 @@ def check_size(states: Sequence[tuple[int, ...]], noises: Sequence[tuple[int, ..
 
 
 def trace(step: Step, signature: Signature, observe: Observe | None = None, *, seconds: float = math.inf) -> Program:
-    """Traces ``step``, and ``observe`` on the first state.
+    """Traces ``step``, and ``observe`` on the tensors that it carries.
 
     The batch that is traced has two rows and, once more, three: a step that is right for a path on its own gives every
     row the same expression of that row's inputs. One that does not couples the paths of the batch, or depends on its
@@ -236,7 +236,7 @@ def _rows(
     states = inputs.states
     with tracer, Unread(tracer):
         outputs = [_result(tracer, a) for a in _called(tracer, step, inputs)]
-        seen = None if observe is None else _result(tracer, _called(tracer, observe, states[0]))
+        seen = None if observe is None else _result(tracer, _called(tracer, observe, states))
     _check(tracer)
     wrong = [(a, s) for a, s in zip(outputs, states, strict=True) if a.shape != s.shape or a.dtype != s.dtype]
     if wrong:
