@@ -298,10 +298,10 @@ def summit(a: Tensor, b: Tensor, variance: Tensor, e: Tensor) -> Tensor:
 
 @final
 class Occupation(AbstractOfFunction):
-    """The time for which ``level(x, t) > 0``: in a step that crosses 0, the share of the chord that lies above.
+    """The time for which ``f(x, t) > 0``: in a step that crosses 0, the share of the chord that lies above.
 
     Args:
-        level: of ``(x, t)``, returns ``(batch,)``.
+        f: the level, of ``(x, t)``, returns ``(batch,)``.
     """
 
     def begin(self, x0: Tensor, at: Callable[[Field], Tensor]) -> Tree:
@@ -370,7 +370,7 @@ class Discount(AbstractOfFunction):
     """``exp(-int r(X, t) dt)`` by the trapezoidal rule: what one unit at the path's end is worth at its start.
 
     Args:
-        rate: ``r(x, t)``, returns ``(batch,)``.
+        f: the rate ``r(x, t)``, returns ``(batch,)``.
     """
 
     def begin(self, x0: Tensor, at: Callable[[Field], Tensor]) -> Tree:
