@@ -48,6 +48,7 @@ from sdesolve.models import (
     OrnsteinUhlenbeck,
     UnderdampedLangevin,
 )
+from sdesolve.montecarlo.multilevel import MultilevelEstimate, multilevel
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sampling import sample, tweedie
 from sdesolve.scores import (
@@ -155,7 +156,8 @@ __all__ = [
     "Gaussian", "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion", "Heston", "Heun", "Histogram",
     "HutchPP", "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment",
     "Integral", "Jacobi", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta", "LinearDiffusion",
-    "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein", "NetworkScore", "Noise",
+    "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein", "MultilevelEstimate",
+    "NetworkScore", "Noise",
     "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
     "ProbabilityFlow", "Quantisation", "Rates", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
     "ReversibleHeun", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S",
@@ -163,7 +165,8 @@ __all__ = [
     "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Table", "TableBeta", "Tamed",
     "TimeAverage", "TrainingTimes", "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime",
     "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode", "estimate_likelihood",
-    "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "nn", "noised_cross_entropy",
+    "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "multilevel",
+    "nn", "noised_cross_entropy",
     "operators", "oracle", "run_chain", "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train",
     "tweedie", "variational_bound",
 ]  # fmt: skip

@@ -41,6 +41,7 @@ LAYERS = [
         "sdesolve.plotting",
         "sdesolve.likelihood",
         "sdesolve.adapters",
+        "sdesolve.montecarlo",
     },
     {"sdesolve.training"},
 ]

@@ -15,6 +15,7 @@ from sdesolve._internal.arguments import short, whole_number
 
 AreaMethod = Literal["foster", "mrongowius-roessler"]
 METHODS = get_args(AreaMethod)
+Areas = AreaMethod | Literal["zero"]
 Numbers = tuple[Literal["normal", "two-point", "three-point"], int]
 
 # Variances of W, H and K over a step of unit length; the scale of each is the square root of the step's length.
@@ -52,7 +53,8 @@ class LevyArea:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"area must be one of {', '.join(map(repr, METHODS))}, or None, got {short(self.method)}")
+            names = ", ".join(map(repr, METHODS))
+            raise ValueError(f"area must be one of {names}, 'zero', or None, got {short(self.method)}")
         whole_number(self.terms, "terms", 1)
 
     def numbers(self, m: int) -> int:

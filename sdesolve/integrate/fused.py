@@ -132,8 +132,8 @@ class Fused:
             with _explained():
                 guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
                 _check_untransformed(problem.x0, *problem.memory, *guards.tensors)
-                if _is_graded(problem, guards, lowered) and _repeats(lowered) is not None:
-                    raise CannotExecute("gradients are wanted, of paths that are repeated")
+                if _is_graded(problem, guards, lowered) and (_repeats(lowered) is not None or _swaps(lowered)):
+                    raise CannotExecute("gradients are wanted, of paths that are repeated or swapped")
                 kernel = _known(problem, guards, lowered, self._wanted)
             if kernel is None or len(problem.x0) not in kernel.batches:
                 noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
@@ -272,8 +272,10 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
             raise CannotExecute("increments come from a noise of another class than BrownianPath")
         if path.substeps > (_MOST_SUMMED if wanted else _MOST_SUMMED_UNASKED):
             raise CannotExecute(f"{path.substeps} fine increments to a step are too many to be written out in a kernel")
-        if path.swapped and path.substeps % 2:
+        if path.swapped and path.substeps % 2 and (path.substeps > 1 or source.draws > 1):
             raise CannotExecute("pairs of increments that change places lie in two steps")
+        if path.swapped and path.substeps == 1 and source.path.kind == "two-point":
+            raise CannotExecute("two-point numbers of two steps change places")
         if path.repeat is not None and path.repeat < min(len(x0), _FEWEST_REPEATED):
             raise CannotExecute(
                 f"fewer than {_FEWEST_REPEATED} paths are repeated, and each launch takes every path once"
@@ -321,6 +323,11 @@ def _repeats(lowered: Lowered) -> BrownianPath | None:
     """The noise, if rows take its paths again and again."""
     path = lowered.sources[0].noise if lowered.sources else None
     return path if isinstance(path, BrownianPath) and path.repeat is not None else None
+
+
+def _swaps(lowered: Lowered) -> bool:
+    """Whether two steps take each other's numbers, which lies in the sequence and not in the step."""
+    return any(isinstance(s.noise, BrownianPath) and s.noise.swapped and s.substeps == 1 for s in lowered.sources)
 
 
 def _repeating(kernel: _Kernel, lowered: Lowered) -> _Kernel:
@@ -449,7 +456,8 @@ def _build(
         except Exception as met:  # tracing says more of it
             failure = met
         graded = _is_graded(problem, guards, lowered)
-        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0), problem.time_dtype, graded)
+        clock, swapped = problem.time_dtype, _swaps(lowered)
+        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0), clock, graded, swapped)
         with guards.preserved() as watch:
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
             proved = not has_structure(problem) or is_proved(problem)
@@ -527,7 +535,10 @@ def _inputs(
     normals = []
     for source, shape in zip(lowered.sources, noises, strict=True):
         path, m = source.path, math.prod(shape)
-        numbers = dataclasses.replace(path, first_step=path.first_step * (m // source.draws) + k * m)
+        first_step = path.first_step * (m // source.draws) + k * m
+        if _swaps(lowered) and m:
+            first_step += m - first_step // m % 2 * 2 * m
+        numbers = dataclasses.replace(path, first_step=first_step)
         units = torch.arange(m + 1, dtype=torch.float64, device="cpu")
         # A process that finds its kernel on disk has not loaded Numba, and need not for this.
         ready = x.device.type == "cpu" and "numba" in sys.modules

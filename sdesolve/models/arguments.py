@@ -1,10 +1,13 @@
-"""Checks of the parameters of a model."""
+"""Checks of the parameters of a model, and what several models are made of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, number, short
 
@@ -42,3 +45,8 @@ def function(value: Any, name: str) -> Callable[..., Any]:
     if not callable(value):
         raise TypeError(f"{name} must be a function of (x, t), got {kind_of(value)}")
     return value
+
+
+def root(v: Tensor) -> Tensor:
+    """``sqrt(max(v, 0))``, whose derivative is 0, and not nan, where ``v`` is not positive."""
+    return torch.where(v > 0.0, v, 1.0).sqrt().where(v > 0.0, 0.0)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve.models.arguments import finite, positive
+from sdesolve.models.arguments import finite, positive, root
 from sdesolve.sde import AbstractSDE, Calculus, Noise
 
 _NODES = 200  # of a Gauss rule: prices to 1e-10 for the cases of the tests
@@ -52,9 +52,9 @@ class Heston(AbstractSDE):
         return torch.stack([self.rate - 0.5 * v, self.reversion * (self.level - x[:, 1])], 1)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        root, rho = self._variance(x).clamp(min=0.0).sqrt(), self.correlation
-        price = torch.stack([rho * root, math.sqrt(1.0 - rho * rho) * root], 1)
-        variance = torch.stack([self.volatility * root, torch.zeros_like(root)], 1)
+        deviation, rho = root(self._variance(x)), self.correlation
+        price = torch.stack([rho * deviation, math.sqrt(1.0 - rho * rho) * deviation], 1)
+        variance = torch.stack([self.volatility * deviation, torch.zeros_like(deviation)], 1)
         return torch.stack([price, variance], 1)
 
     def call(self, strike: float, price: float, variance: float, t: float) -> float:

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from sdesolve.models.arguments import finite, positive
+from sdesolve.models.arguments import finite, positive, root
 from sdesolve.sde import AbstractSDE, Calculus, Noise
 
 
@@ -92,7 +92,7 @@ class CIR(AbstractMeanReverting):
         positive(self.level, "level")
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.volatility * x.clamp(min=0.0).sqrt()
+        return self.volatility * root(x)
 
     def variance(self, x0: Tensor, t: float) -> Tensor:
         e, gone = math.exp(-self.rate * t), -math.expm1(-self.rate * t)
@@ -116,7 +116,7 @@ class Jacobi(AbstractMeanReverting):
             raise ValueError(f"level must be between 0 and 1, got {self.level!r}")
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.volatility * (x * (1.0 - x)).clamp(min=0.0).sqrt()
+        return self.volatility * root(x * (1.0 - x))
 
     def variance(self, x0: Tensor, t: float) -> Tensor:
         # m2' = -(2 rate + volatility^2) m2 + (2 rate level + volatility^2) m1, and m1 = level + c exp(-rate t)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.derivatives import Push
-from sdesolve._internal.levy_area import AreaMethod, LevyArea
+from sdesolve._internal.levy_area import Areas, LevyArea
 from sdesolve.brownian import Increment, Part
 from sdesolve.sde import AbstractSDE, Calculus
 from sdesolve.solvers.base import AbstractOneStep, Span
@@ -19,7 +19,9 @@ class AbstractWithArea(AbstractOneStep):
     declared as general.
 
     Args:
-        area: how areas are drawn (`LevyArea`); ``None`` for noise that commutes.
+        area: how areas are drawn (`LevyArea`); ``None`` for noise that commutes; ``zero`` leaves them out whatever the
+            noise, which costs strong order 1/2 where it does not commute and nothing of the weak order: the step of
+            antithetic multilevel Monte Carlo (Giles and Szpruch 2014, equation 2.7).
         terms: of a series.
 
     Raises:
@@ -28,14 +30,13 @@ class AbstractWithArea(AbstractOneStep):
 
     own_component_diffusion = True
 
-    def __init__(self, area: AreaMethod | None, terms: int) -> None:
+    def __init__(self, area: Areas | None, terms: int) -> None:
         self.area, self.terms = area, terms
-        if area is not None:
-            LevyArea(area, terms)
+        self._drawn = None if area is None or area == "zero" else LevyArea(area, terms)
 
     @property
     def strong_orders(self) -> tuple[float | None, float | None, float | None]:
-        return 1.0, self.strong_order, None if self.area is None else self.strong_order
+        return 1.0, self.strong_order, None if self.area is None else self.strong_order if self._drawn else 0.5
 
     @property
     def commutative_noise(self) -> bool:
@@ -43,7 +44,7 @@ class AbstractWithArea(AbstractOneStep):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        return ("W",) if self.area is None else ("W", LevyArea(self.area, self.terms))
+        return ("W",) if self._drawn is None else ("W", self._drawn)
 
 
 def iterated_integrals(sde: AbstractSDE, span: Span, noise: Increment) -> Tensor:

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from sdesolve._internal.levy_area import AreaMethod
+from sdesolve._internal.levy_area import Areas
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Calculus, Noise, apply_diffusion
 from sdesolve.solvers.areas import AbstractWithArea, iterated_integrals, per_channel
@@ -23,8 +23,8 @@ class SRI2(AbstractWithArea):
     ``2 m + 1`` times for ``m`` channels. Roessler 2010, SIAM Journal on Numerical Analysis 48, section 4.
 
     Args:
-        area: how Levy areas are drawn for general noise (`LevyArea`): ``foster``, ``mrongowius-roessler``, or ``None``
-            for noise that commutes, which `solve` tests.
+        area: how Levy areas are drawn for general noise (`LevyArea`): ``foster``, ``mrongowius-roessler``, ``None``
+            for noise that commutes, which `solve` tests, or ``zero`` as in `Milstein`.
         terms: of the series of ``mrongowius-roessler``.
 
     Raises:
@@ -39,7 +39,7 @@ class SRI2(AbstractWithArea):
     diffusion_evaluations = 3
     column_evaluations = 2
 
-    def __init__(self, area: AreaMethod | None = None, terms: int = 10) -> None:
+    def __init__(self, area: Areas | None = None, terms: int = 10) -> None:
         super().__init__(area, terms)
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:

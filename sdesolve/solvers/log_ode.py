@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve._internal.derivatives import linearised
-from sdesolve._internal.levy_area import AreaMethod
+from sdesolve._internal.levy_area import Areas
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Noise, apply_diffusion
 from sdesolve.solvers.areas import AbstractWithArea, per_channel, sum_of_columns
@@ -23,8 +23,8 @@ class LogODE(AbstractWithArea):
     Without ``area``, and for scalar and diagonal noise, it is `Midpoint`. Castell and Gaines 1996, Annales de l'IHP 32.
 
     Args:
-        area: how Levy areas are drawn for general noise (`LevyArea`): ``foster``, ``mrongowius-roessler``, or ``None``
-            for noise that commutes, which `solve` tests.
+        area: how Levy areas are drawn for general noise (`LevyArea`): ``foster``, ``mrongowius-roessler``, ``None``
+            for noise that commutes, which `solve` tests, or ``zero`` as in `Milstein`.
         terms: of the series of ``mrongowius-roessler``.
 
     Raises:
@@ -38,7 +38,7 @@ class LogODE(AbstractWithArea):
     evaluations = 2
     diffusion_evaluations = 2
 
-    def __init__(self, area: AreaMethod | None = "foster", terms: int = 10) -> None:
+    def __init__(self, area: Areas | None = "foster", terms: int = 10) -> None:
         super().__init__(area, terms)
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve._internal.derivatives import linearised, slopes
-from sdesolve._internal.levy_area import AreaMethod
+from sdesolve._internal.levy_area import Areas
 from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE, Calculus, Noise, apply_diffusion
 from sdesolve.solvers.areas import AbstractWithArea, iterated_integrals, per_channel, sum_of_columns
@@ -32,7 +32,8 @@ class Milstein(AbstractWithArea):
     to one for each channel for general noise. Milstein 1974; Kloeden and Platen 1992, section 10.3.
 
     Args:
-        area: how Levy areas are drawn for general noise (`LevyArea`): ``foster``, ``mrongowius-roessler`` or ``None``.
+        area: how Levy areas are drawn for general noise (`LevyArea`): ``foster``, ``mrongowius-roessler``, ``None``, or
+            ``zero``, which leaves them out: strong order 1/2, for antithetic `multilevel` Monte Carlo.
         terms: of the series of ``mrongowius-roessler``.
 
     Raises:
@@ -45,7 +46,7 @@ class Milstein(AbstractWithArea):
     ode_order = 1
     evaluations = 1
 
-    def __init__(self, area: AreaMethod | None = None, terms: int = 10) -> None:
+    def __init__(self, area: Areas | None = None, terms: int = 10) -> None:
         super().__init__(area, terms)
 
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:

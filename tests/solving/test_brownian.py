@@ -282,6 +282,7 @@ def test_views_of_a_path(substeps, part):
 DIAGONAL = sds.SDE(lambda x, t: torch.sin(x) * t - x, lambda x, t: 0.4 * torch.cos(x + 2 * t), "diagonal")
 VIEWS = [
     {"substeps": 3}, {"substeps": 2, "swapped": True}, {"mirrored": True}, {"repeat": 70},
+    {"swapped": True, "first_step": 1}, {"swapped": True, "kind": "three-point"},
     {"repeat": 70, "first_row": 30, "substeps": 2, "mirrored": True}, {"substeps": 2, "kind": "three-point"},
 ]  # fmt: skip
 

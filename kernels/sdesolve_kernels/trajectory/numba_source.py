@@ -220,7 +220,8 @@ class _Printer(AbstractPrinter):
         self.state = self.rows.rows(len(plan.states))
         self.path_invariant = self.rows.rows(len(plan.path_invariants))
         self.observed = self.rows.rows(len(plan.observed))
-        self.per_fill = [_steps_a_fill(m, kind) for m, kind in zip(plan.noises, increments, strict=True)]
+        pair = 1 + plan.program.signature.swapped
+        self.per_fill = [_steps_a_fill(m, kind, pair) for m, kind in zip(plan.noises, increments, strict=True)]
         counts = zip(plan.noises, self.per_fill, increments, strict=True)
         self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
 
@@ -250,7 +251,7 @@ class _Printer(AbstractPrinter):
         return local(e.data), f"n{source} + {j * self.lanes}" if j else f"n{source}"
 
     def _step(self) -> list[str]:
-        plan = self.plan
+        plan, swapped = self.plan, self.plan.program.signature.swapped
         lines = ["if saves[slot] == k:", *indented(self._save(), 1), "if k == last_step:", "    break"]
         for g, (m, n, base) in enumerate(zip(plan.noises, self.per_fill, self.noise, strict=True)):
             maker = self.increments[g].replace("-", "_")
@@ -265,12 +266,15 @@ class _Printer(AbstractPrinter):
                 ]
                 continue
             # A run that begins between two fills starts with the one that it begins in.
-            index = f"noise[{4 * g + 3}] + (k - k % {n}) * {m}"
+            i, at = ("k", f"k % {n}") if not swapped else (f"k{g}", f"(k{g} % {n} ^ 1)")
+            if swapped:  # counted from the first of a pair
+                lines += [f"odd{g} = noise[{4 * g + 3}] // {m} % 2", f"k{g} = k + odd{g}"]
+            index = f"noise[{4 * g + 3}] + ({i} - {i} % {n}{f' - odd{g}' if swapped else ''}) * {m}"
             lines += [
-                f"if k % {n} == 0 or k == first_step:",
+                f"if {i} % {n} == 0 or k == first_step:",
                 f"    skip{g} = {fill}(s, {base * self.lanes}, words, noise, {g}, first, {index}, {n * m}, "
                 "used, LANES)",
-                f"n{g} = {base * self.lanes} + (skip{g} + k % {n} * {m}) * LANES",
+                f"n{g} = {base * self.lanes} + (skip{g} + {at} * {m}) * LANES",
             ]
         computed = self._compute(self.state, plan.states)
         lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in self.reads(Column)]
@@ -304,11 +308,11 @@ class _Printer(AbstractPrinter):
         return ["keep(x_out, first * out_width, s, 0, out_width, lanes, LANES)"]
 
 
-def _steps_a_fill(m: int, kind: str) -> int:
+def _steps_a_fill(m: int, kind: str, least: int) -> int:
     """Steps whose numbers are made at once: whole blocks of the generator if the first one starts a block."""
     if m == 0 or kind == "two-point":
         return 1
-    whole = 4 // math.gcd(4, m)
+    whole = math.lcm(4 // math.gcd(4, m), least)
     return whole * max(1, _CHUNK // (whole * m))
 
 

@@ -53,6 +53,7 @@ class Signature:
         batch: paths in the call that is traced.
         clock: dtype of the times at the ends of a step; ``None`` for that of the state.
         graded: whether derivatives will be taken.
+        swapped: whether steps ``2 k`` and ``2 k + 1`` of the sequences take each other's numbers.
     """
 
     dtype: torch.dtype
@@ -63,6 +64,7 @@ class Signature:
     batch: int
     clock: torch.dtype | None = None
     graded: bool = False
+    swapped: bool = False
 
 
 @final

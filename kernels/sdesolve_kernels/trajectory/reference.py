@@ -111,16 +111,28 @@ class ReferenceTrajectory(AbstractTrajectory):
     ) -> Iterable[tuple[Tensor, ...]]:
         """The numbers of each step in turn, ``(batch,)`` each; made for many steps at a time."""
         chunk = max(1, _NUMBERS_AT_ONCE // max(1, len(x0) * sum(self.plan.noises)))
+        of = _swapped if self.plan.program.signature.swapped else _in_order
         for k in range(start, end, chunk):
             n = min(chunk, end - k)
             made = [
-                _numbers(kind, (seed, stream, first_path, first + k * m), n * m, x0).reshape(len(x0), n, m)
-                for m, kind, (seed, stream, first_path, first) in zip(
-                    self.plan.noises, self._increments, places, strict=True
-                )
+                of(kind, (*place[:3], place[3] + k * m), n, m, x0)
+                for m, kind, place in zip(self.plan.noises, self._increments, places, strict=True)
             ]
             for j in range(n):
                 yield tuple(z for source in made for z in source[:, j].unbind(1))
+
+
+def _in_order(kind: str, place: tuple[int, int, int, int], steps: int, m: int, like: Tensor) -> Tensor:
+    """The numbers of steps, ``(batch, steps, m)``."""
+    return _numbers(kind, place, steps * m, like).reshape(len(like), steps, m)
+
+
+def _swapped(kind: str, place: tuple[int, int, int, int], steps: int, m: int, like: Tensor) -> Tensor:
+    """Likewise, those of two steps in each other's place: the sequence begins with the first pair."""
+    odd = place[3] // m % 2 if m else 0
+    pairs = (odd + steps + 1) // 2
+    whole = _in_order(kind, (*place[:3], place[3] - odd * m), 2 * pairs, m, like)
+    return whole.reshape(len(like), pairs, 2, m).flip(2).flatten(1, 2)[:, odd : odd + steps]
 
 
 def _numbers(kind: str, place: tuple[int, int, int, int], count: int, like: Tensor) -> Tensor:

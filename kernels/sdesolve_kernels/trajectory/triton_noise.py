@@ -35,12 +35,14 @@ class Source:
         count: numbers in a step, ``m``.
         kind: ``normal``, ``three-point`` or ``two-point``.
         start: the step's noise leaves from this one on are this source's.
+        swapped: whether steps ``2 k`` and ``2 k + 1`` of the sequence take each other's numbers.
     """
 
     index: int
     count: int
     kind: str
     start: int = 0
+    swapped: bool = False
 
     @property
     def per_word(self) -> int:
@@ -51,7 +53,7 @@ class Source:
     def period(self) -> int:
         """Steps after which numbers start a new block again (two-point: a new word)."""
         whole = _BITS if self.kind == "two-point" else 4
-        return whole // math.gcd(whole, self.count)
+        return math.lcm(whole // math.gcd(whole, self.count), 1 + self.swapped)
 
     def _words(self, steps: int) -> int:
         return steps * self.count // self.per_word
@@ -76,7 +78,8 @@ class Source:
             lines.append(f"w{g} = n{g} // {_BITS}")  # index of the first word
         start = self.per_word if self._moving(steps) else per_block
         groups = f"(({2**32} - (q{g} & {2**32 - 1})) * 4 - 4) // {self._words(steps)}"
-        return lines, f"(n{g} % {start} == 0)", groups
+        aligned = f"(n{g} % {math.lcm(start, 2 * self.count) if self.swapped else start} == 0)"
+        return lines, aligned, groups
 
     def turn(self, steps: int) -> list[str]:
         """Lines at the end of a group."""
@@ -89,12 +92,15 @@ class Source:
         """Numbers of a group of steps."""
         shift = f"w{self.index} % 4" if self._moving(steps) else ""
         low, high = f"low{self.index}", f"high{self.index}"
-        return Place(self, self._words(steps), shift, lambda block: (_plus(low, block), high), [], "")
+        counter = lambda block: (_plus(low, block), high)  # noqa: E731
+        return Place(self, self._words(steps), shift, counter, [], "", flip=self.swapped)
 
     def single(self) -> Place:
         """Numbers of one step, wherever it starts."""
         g, m = self.index, self.count
         start = [f"n{g} = first{g} + k * {m}", f"q{g} = n{g} // {4 * self.per_word}"]
+        if self.swapped:
+            start.insert(1, f"n{g} += {m} - n{g} // {m} % 2 * {2 * m}")
         if self.per_word == 1:
             shift, words, bit = f"n{g} % 4", m, ""
         else:
@@ -123,6 +129,7 @@ class Place:
         counter: for a block after the first, the lower half of its counter and the word that holds the upper half.
         start: lines that come first.
         bit: for two-point numbers, the first one's place in its word; empty if it is 0.
+        flip: whether two steps take each other's numbers.
     """
 
     def __init__(
@@ -133,16 +140,18 @@ class Place:
         counter: Callable[[int], tuple[str, str]],
         start: list[str],
         bit: str,
+        flip: bool = False,
     ) -> None:
         self._source, self._words, self._shift, self._counter, self._bit = source, words, shift, counter, bit
-        self._start = start
+        self._start, self._flip = start, flip
         self._blocks: set[int] = set()
         self._made: set[str] = set()
 
     def number(self, step: int, j: int) -> tuple[list[str], str]:
         """Lines that must come before number ``j`` of the group's step ``step`` is used, and its text."""
         lines, self._start = self._start, []
-        s, i = self._source, step * self._source.count + j
+        s = self._source
+        i = (step ^ self._flip) * s.count + j
         if s.per_word == 1:
             more, name = self._entry(i)
             return lines + more, name

@@ -96,7 +96,8 @@ class _Printer:
                 f"one thread and take up to {_MOST_ENTRIES}"
             )
         counts = plan.noises
-        sources = [Source(g, m, kind) for g, (m, kind) in enumerate(zip(counts, increments, strict=True)) if m]
+        swapped, kinds = program.signature.swapped, zip(counts, increments, strict=True)
+        sources = [Source(g, m, kind, swapped=swapped) for g, (m, kind) in enumerate(kinds) if m]
         self.states = _written_out(program.graph, plan.states)
         self.observed = _written_out(program.graph, plan.observed)
         self.path_invariants = _written_out(program.graph, plan.path_invariants)

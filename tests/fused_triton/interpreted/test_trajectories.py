@@ -92,18 +92,22 @@ def test_every_solver_and_noise(solver, noise, sde, times):
     assert_same(sde, start(), *times, 6, solver=solver, seed=2**63 + 5, numba=numba)
 
 
-@pytest.mark.parametrize(("noise", "width"), [("diagonal", 1), ("diagonal", 2), ("diagonal", 4), ("general", 3)])
-def test_starts_inside_a_block(noise, width):
+@pytest.mark.parametrize(
+    ("noise", "width", "swapped"),
+    [("diagonal", 1, False), ("diagonal", 2, False), ("diagonal", 4, False), ("general", 3, False),
+     ("diagonal", 1, True), ("general", 3, True), ("diagonal", 4, True)],
+)  # fmt: skip
+def test_starts_inside_a_block(noise, width, swapped):
     """Runs begin and end anywhere; groups of steps, single steps and grids that are not steady have the same bits."""
-    sde, x0 = SDES[noise], start(3, width)
+    sde, x0, motion = SDES[noise], start(3, width), sds.BrownianPath(1, swapped=swapped)
     grid = torch.linspace(0.0, 1.0, 12, dtype=torch.float64) ** 1.5
     options = {"solver": sds.EulerMaruyama()}
-    whole = assert_same(sde, x0, grid=grid, noise=sds.BrownianPath(1), save_at="grid", **options).xs
+    whole = assert_same(sde, x0, grid=grid, noise=motion, save_at="grid", **options).xs
     for first in (1, 2, 5):
-        path = sds.BrownianPath(1).after(first)
+        path = motion.after(first)
         part = triton(sde, whole[first], grid=grid[first:], noise=path, **options)
         assert torch.equal(part.x1, whole[-1])
-        rows = triton(sde, x0[first % 3 :], grid=grid, noise=sds.BrownianPath(1).rows(first % 3), **options)
+        rows = triton(sde, x0[first % 3 :], grid=grid, noise=motion.rows(first % 3), **options)
         assert torch.equal(rows.x1, whole[-1][first % 3 :])
 
 

@@ -1,0 +1,1 @@
+"""Expectations of what an SDE ends at, with standard errors."""
