@@ -29,6 +29,7 @@ _PILOT = 1024  # paths that every level starts with
 _OF_BIAS = 0.25  # the share of the mean square error that is left to the bias
 _PATHS_OF_A_LEVEL = 1 << 40
 _MOST_FIRST, _MOST_STEPS = 1 << 14, 1 << 20  # steps of the coarsest level, and of the finest
+_PAYING = 1 << 8  # steps of the coarsest level up to which fewer are tried
 
 
 @final
@@ -43,8 +44,8 @@ class Level:
         variance: of a correction.
         kurtosis: of the corrections; where it is large, as for discontinuous payoffs, their variance is uncertain.
         cost: steps of one path and what it is coupled with.
-        consistency: ``|E P_l - E P_(l-1) - E(P_l - P_(l-1))|`` over three times what its standard deviation may be: above
-            1 in less than 0.3% of cases, if coarse paths are what fine paths of the level before are.
+        consistency: ``|E P_l - E P_(l-1) - E(P_l - P_(l-1))|`` over three times what its standard deviation may be; is
+            above 1 in less than 0.3% of cases, if coarse paths are what fine paths of the level before are.
     """
 
     steps: int
@@ -157,9 +158,13 @@ class _Sums:
         second = b - a * a
         return (d - 4 * a * c + 6 * a * a * b - 3 * a**4) / (second * second)
 
+    @property
+    def heaviness(self) -> Tensor:
+        """The standard error of the variance, as a part of it."""
+        return ((self.kurtosis.nan_to_num(1.0) - 1.0).clamp(min=0.0) / self.paths).sqrt()
+
 
 @runs_as_it_is
-@torch.no_grad()
 def multilevel(
     sde: AbstractSDE,
     x0: Tensor,
@@ -230,8 +235,7 @@ def multilevel(
         raise ValueError(f"rmse must be positive, got {short(rmse)}")
     if not (most := number(max_work, "max_work")) > 0:
         raise ValueError(f"max_work must be positive, got {short(max_work)}")
-    if solver is None:
-        solver = _solver_for(sde)
+    solver = _solver_for(sde) if solver is None else solver
     check_pair(solver, sde)
     if solver.weak_order is None or solver.controller is not None:
         raise ValueError(f"multilevel takes a scheme of fixed steps for SDEs, and {type(solver).__name__} is none")
@@ -240,15 +244,16 @@ def multilevel(
     path = BrownianPath(drawn_seed() if seed is None else seed)
     run = functools.partial(solve, sde, t0=t0, t1=t1, solver=solver, backend=backend)
     levels = _Levels(expectation, run, path, twins, solver.weak_order)
-    levels.begin(first)
-    estimate = levels.refined(target, most)
+    with torch.no_grad():
+        levels.begin(first, most)
+        estimate = levels.refined(target, most)
     if not estimate.converged:
-        warnings.warn(f"multilevel has not reached rmse: {estimate.reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"multilevel has not reached rmse: {estimate.reason}", RuntimeWarning, stacklevel=3)
     return estimate
 
 
 def _solver_for(sde: AbstractSDE) -> AbstractSolver:
-    if sde.noise is Noise.ADDITIVE:
+    if not isinstance(sde, AbstractSDE) or sde.noise is Noise.ADDITIVE:  # the first is refused by name
         return ShARK()
     if sde.noise is not Noise.GENERAL:
         return Milstein()
@@ -279,7 +284,7 @@ class _Levels:
         self._expectation, self._run, self._path, self._twins = expectation, run, path, twins
         self._order, self._levels, self.work = weak_order, list[_Sums](), 0
 
-    def begin(self, steps: int | None) -> None:
+    def begin(self, steps: int | None, most: float) -> None:
         """Takes the first paths of three levels, the coarsest of so many steps, or of as many as pay."""
         first = steps or 1
         while True:
@@ -288,11 +293,11 @@ class _Levels:
                 for _ in range(3):
                     self._add_level(first)
             except DivergenceError as diverged:
-                if steps is not None or first >= _MOST_FIRST:
+                if steps is not None or 2 * first > _MOST_FIRST or self.work > most:
                     diverged.add_note(f"The coarsest level has {first} steps; multilevel(..., steps=) takes more.")
                     raise
             else:
-                if steps is not None or first >= _MOST_FIRST or self._coarsest_pays():
+                if steps is not None or 2 * first > _PAYING or self.work > most or self._coarsest_pays():
                     return
             first *= 2
 
@@ -314,10 +319,10 @@ class _Levels:
         self._check_resolved(target)
         reason = ""
         while not reason:
+            reason = self._does_not_decay()
             wanted = self._paths_for(target)
-            more = [
-                n - level.paths if n > 1.01 * level.paths else 0 for n, level in zip(wanted, self._levels, strict=True)
-            ]
+            counts = zip(wanted, (level.paths for level in self._levels), strict=True)
+            more = [n - paths if n > 1.01 * paths and not reason else 0 for n, paths in counts]
             cost = sum(n * level.cost for n, level in zip(more, self._levels, strict=True)) * self._expectation.starts
             if self.work + cost > most:
                 reason = f"it would take {self.work + cost:.2g} path-steps, and max_work={most:.2g} are allowed"
@@ -386,16 +391,20 @@ class _Levels:
             )
 
     def _variances(self) -> list[Tensor]:
-        """Of corrections; from the level before, where few paths hit what makes them."""
-        made = [level.variance for level in self._levels]
+        """Of corrections; from the level before or from all of the payoff, where few paths hit what makes them."""
+        made = [torch.where(v.variance > 0, v.variance, v.fine_variance / v.paths) for v in self._levels]
         fall = 2.0 ** self._rates()[1].nan_to_num(0.5).clamp(min=0.5)
         for l in range(2, len(made)):  # noqa: E741
             made[l] = torch.maximum(made[l], 0.5 * made[l - 1] / fall)
         return made
 
     def _paths_for(self, target: Tensor) -> list[int]:
-        """The number of paths of each level that leaves the least work. Giles 2008, equation 12."""
-        variances, costs = self._variances(), [level.cost for level in self._levels]
+        """The number of paths of each level that leaves the least work. Giles 2008, equation 12.
+
+        Variances are taken a standard error larger than they look, which is much where tails are heavy.
+        """
+        variances = [v * (1.0 + level.heaviness) for v, level in zip(self._variances(), self._levels, strict=True)]
+        costs = [level.cost for level in self._levels]
         work = torch.stack([(v * c).sqrt() for v, c in zip(variances, costs, strict=True)]).sum(0)
         scale = work / ((1.0 - _OF_BIAS) * target * target)
         return [math.ceil(float(((v / c).sqrt() * scale).max())) for v, c in zip(variances, costs, strict=True)]
@@ -415,19 +424,25 @@ class _Levels:
         means = [level.mean.abs() * 2.0 ** (-a * i) for i, level in enumerate(reversed(last))]
         return torch.stack(means).amax(0) / (2.0**a - 1.0)
 
-    def _cannot_go_on(self, most: float) -> str:
-        """Why another level would not help, or is too much."""
-        levels = self._levels
-        if len(levels) > 4 and bool((levels[-1].variance > 0.7 * levels[-4].variance).any()):
+    def _does_not_decay(self) -> str:
+        """Whether variances of corrections are no smaller than three levels before, by two standard errors."""
+        if len(self._levels) < 5:
+            return ""
+        before, last = self._levels[-4], self._levels[-1]
+        if bool((last.variance * (1.0 - 2.0 * last.heaviness) > 0.7 * before.variance).any()):
             return (
-                "variances of corrections do not fall from level to level: the scheme does not converge on this "
-                "equation with these steps, or the payoff jumps too often"
+                f"corrections do not fall from {before.steps} to {last.steps} steps: the scheme does not converge "
+                "strongly, or coefficients vary within a step"
             )
-        if levels[-1].steps >= _MOST_STEPS:
-            return f"the bias is still too large with {levels[-1].steps} steps"
-        cost = 3 * levels[-1].cost * self._least * self._expectation.starts
-        if self.work + cost > most:
-            return f"the bias needs more steps than {levels[-1].steps}, and max_work={most:.2g} is spent"
+        return ""
+
+    def _cannot_go_on(self, most: float) -> str:
+        """Why there can be no further level."""
+        last = self._levels[-1]
+        if last.steps >= _MOST_STEPS:
+            return f"the bias is still too large with {last.steps} steps"
+        if self.work + 3 * last.cost * self._least * self._expectation.starts > most:
+            return f"the bias needs more steps than {last.steps}, and max_work={most:.2g} is spent"
         return ""
 
     def _estimate(self, target: Tensor, shape: tuple[int, ...], reason: str) -> MultilevelEstimate:
