@@ -16,7 +16,7 @@ from torch import Tensor
 import sdesolve as sds
 from benchmarks.registry import BASELINE, Build, Call, Problem, require
 
-__all__ = ["Fitted", "gradients"]
+__all__ = ["HESTON", "LOTKA_VOLTERRA", "Fitted", "equation", "gradients"]
 
 _GROUPS = 16  # as many times the paths of a contender make the reference
 
@@ -39,19 +39,21 @@ class Fitted(NamedTuple):
     end: float
 
 
-_LOTKA_VOLTERRA = Fitted(
+LOTKA_VOLTERRA = Fitted(
     lambda m, u, v, p: (p[0] * u - p[1] * u * v, p[2] * u * v - p[3] * v),
     lambda m, u, v, p: (p[4] * u, p[5] * v),
     (10.0, 5.0), (1.1, 0.4, 0.1, 0.4, 0.1, 0.12), 5.0,
 )  # fmt: skip
-_HESTON = Fitted(  # independent noises, the variance cut at a small number below which it is taken as that
+HESTON = Fitted(  # independent noises, the variance cut at a small number below which it is taken as that
     lambda m, s, v, p: (0.03 * s, p[0] * (p[1] - v)),
     lambda m, s, v, p: (s * m.sqrt(m.maximum(v, 1e-6 + 0 * v)), (p[2] + p[3] * v) * m.sqrt(m.maximum(v, 1e-6 + 0 * v))),
     (1.0, 0.04), (2.0, 0.04, 0.3, 0.1), 1.0,
 )  # fmt: skip
 
 
-def _equation(model: Fitted, p: Tensor) -> sds.SDE:
+def equation(model: Fitted, p: Tensor) -> sds.SDE:
+    """With these parameters."""
+
     def both(function: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, t: torch.stack(function(torch, x[:, 0], x[:, 1], p), 1)
 
@@ -60,7 +62,7 @@ def _equation(model: Fitted, p: Tensor) -> sds.SDE:
 
 def _ours(model: Fitted, paths: int, steps: int, backend: str, *, dtype: torch.dtype = torch.float32) -> Call:
     p = torch.tensor(model.values, dtype=dtype, requires_grad=True)
-    sde, x0 = _equation(model, p), torch.tensor(model.start, dtype=dtype).expand(paths, 2).clone()
+    sde, x0 = equation(model, p), torch.tensor(model.start, dtype=dtype).expand(paths, 2).clone()
     options: dict[str, Any] = {"solver": sds.EulerMaruyama(), "seed": 0, "backend": backend}
 
     def call() -> Tensor:
@@ -72,7 +74,7 @@ def _ours(model: Fitted, paths: int, steps: int, backend: str, *, dtype: torch.d
 
 def _value_alone(model: Fitted, paths: int, steps: int) -> Call:
     """Our forward run, without a gradient: no peer, and what its price is counted in."""
-    sde, x0 = _equation(model, torch.tensor(model.values)), torch.tensor(model.start).expand(paths, 2).clone()
+    sde, x0 = equation(model, torch.tensor(model.values)), torch.tensor(model.start).expand(paths, 2).clone()
     options: dict[str, Any] = {"solver": sds.EulerMaruyama(), "seed": 0, "backend": "fused"}
     return lambda: sds.solve(sde, x0, 0.0, model.end, steps, **options).x1.square().mean()
 
@@ -153,7 +155,7 @@ def _problem(name: str, model: Fitted, paths: int, steps: int) -> Problem:
     def reference() -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of gradients that come from as many paths as a contender has."""
         p = torch.tensor(model.values, dtype=torch.float64, requires_grad=True)
-        sde, x0 = _equation(model, p), torch.tensor(model.start, dtype=torch.float64).expand(paths, 2).clone()
+        sde, x0 = equation(model, p), torch.tensor(model.start, dtype=torch.float64).expand(paths, 2).clone()
         found = []
         for seed in range(1, _GROUPS + 1):
             x1 = sds.solve(sde, x0, 0.0, model.end, steps, solver=sds.EulerMaruyama(), seed=seed).x1
@@ -195,4 +197,4 @@ def gradients(device: torch.device) -> list[Problem]:
     """On the CPU: kernels of gradients are for Numba so far."""
     if device.type != "cpu":
         return []
-    return [_problem("lotka-volterra", _LOTKA_VOLTERRA, 4096, 500), _problem("heston", _HESTON, 4096, 100)]
+    return [_problem("lotka-volterra", LOTKA_VOLTERRA, 4096, 500), _problem("heston", HESTON, 4096, 100)]

@@ -4,6 +4,7 @@ From the repository's root: ``PYTHONPATH=.:kernels python benchmarks/trajectory_
 
 The models of `models` go through the public `solve`, which launches on a recorder instead of a device; what it recorded
 is compiled ahead of time and counted as in `sdesolve_kernels.report`. ``per_element`` is instructions per path-step.
+A gradient takes the forward run, its steps once more, and the way back, which is what is counted as "gradient".
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sdesolve_kernels._triton.arguments import Launch, recording
 from sdesolve_kernels._triton.backend import TritonBackend
 from sdesolve_kernels.report import Found, add_options, figures, finish
 
+import sdesolve as sds
+from benchmarks.gradients import HESTON, LOTKA_VOLTERRA, equation
 from benchmarks.models import MODELS
 
 __all__ = ["TABLE", "launches", "on_the_host", "report"]
@@ -58,6 +61,24 @@ def launches() -> dict[str, tuple[int, Launch]]:
             MODELS[name].solve(paths, 8, backend="fused", check_finite=False, **options)
         (launch,) = made
         found[f"{label} float32"] = 4, launch
+    for label, (sde, x0) in _fitted().items():
+        with on_the_host(), recording() as made:
+            sol = sds.solve(
+                sde, x0, 0.0, 1.0, 8, solver=sds.EulerMaruyama(), seed=0, backend="fused", check_finite=False
+            )
+            sol.x1.sum().backward()
+        found[f"{label} gradient float32"] = 4, next(item for item in made if "cotangents" in item.arguments)
+    return found
+
+
+def _fitted() -> dict[str, tuple[sds.SDE, torch.Tensor]]:
+    """Equations whose parameters get gradients, and where their paths start."""
+    found = {}
+    for label, model in (("lotka-volterra", LOTKA_VOLTERRA), ("heston", HESTON)):
+        sde = equation(model, torch.tensor(model.values, requires_grad=True))
+        found[label] = sde, torch.tensor(model.start).repeat(_MANY, 1)
+    a = torch.eye(3).requires_grad_()
+    found["linear"] = sds.SDE(lambda x, t: x @ a, lambda x, t: 0.3 * x, noise="diagonal"), torch.ones(_MANY, 3)
     return found
 
 

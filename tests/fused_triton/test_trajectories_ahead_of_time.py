@@ -47,6 +47,9 @@ def test_instructions(hopper):
     assert rows["linear float32"]["per_element"] <= 3 * 21
     assert rows["linear two-point float32"]["per_element"] <= 3 * 7
     assert rows["geometric float32"]["accesses"] == 0  # a steady grid's table is read before the loop
+    # There and back again, with noise made once more on each way
+    for model in ("lotka-volterra", "heston", "linear"):
+        assert rows[f"{model} gradient float32"]["per_element"] <= 2 * rows[f"{model} float32"]["per_element"]
 
 
 def test_no_worse_than_the_committed_table(hopper):

@@ -79,3 +79,55 @@ def spread(x, inside, paths):
     mean = tl.sum(tl.where(inside, x.to(tl.float64), 0.0)) / count
     d = tl.where(inside, x.to(tl.float64) - mean, 0.0)
     return mean, tl.sum(d * d)
+
+
+@triton.jit
+def lane_sum(x, inside):
+    """The sum over the lanes inside, in float64."""
+    return tl.sum(tl.where(inside, x.to(tl.float64), 0.0))
+
+
+@triton.jit
+def add_sum(place, x, inside):
+    """Adds that sum to a number that only this program changes."""
+    tl.store(place, tl.load(place) + lane_sum(x, inside))
+
+
+@triton.jit
+def add_rows(places, x, inside):
+    """Adds lanes to numbers of their own."""
+    tl.store(places, tl.load(places, mask=inside, other=0.0) + x.to(tl.float64), mask=inside)
+
+
+@triton.jit
+def outer(total, left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr, count, LANES: tl.constexpr):
+    """``total`` and the sum of ``left_l right_l^T`` over the first ``count`` lanes; vectors are rows of scratch memory.
+
+    Threads read here what others wrote.
+    """
+    i, j, l = tl.arange(0, total.shape[0]), tl.arange(0, total.shape[1]), tl.arange(0, LANES)  # noqa: E741
+    tl.debug_barrier()
+    a = tl.load(left + i[:, None] * LANES + l[None, :], mask=(i < ROWS)[:, None] & (l < count)[None, :], other=0.0)
+    b = tl.load(right + j[None, :] * LANES + l[:, None], mask=(j < COLUMNS)[None, :] & (l < count)[:, None], other=0.0)
+    tl.debug_barrier()
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def add_tile(place, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Adds a tile to a matrix that only this program changes."""
+    i, j = tl.arange(0, total.shape[0])[:, None], tl.arange(0, total.shape[1])[None, :]
+    inside, at = (i < ROWS) & (j < COLUMNS), place + i * COLUMNS + j
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + total.to(tl.float64), mask=inside)
+
+
+@triton.jit
+def add_up_kernel(parts, out, tiles, distance, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """``out[j] += sum_i parts[i distance + j]`` in an order that the constants alone say."""
+    j = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float64)
+    for first in range(0, tiles, ROWS):
+        i = first + tl.arange(0, ROWS).to(tl.int64)
+        there = (i < tiles)[:, None] & (j < width)[None, :]
+        total += tl.sum(tl.load(parts + i[:, None] * distance + j[None, :], mask=there, other=0.0), axis=0)
+    tl.store(out + j, tl.load(out + j, mask=j < width, other=0.0) + total, mask=j < width)

@@ -162,25 +162,26 @@ class Adjoint:
         if cotangents.memory is not None:
             after[:, numbers:] = cotangents.memory
         each_step, columns = self._each_step(launch), len(reverse.columns)
-        sums, path_sums = _zeros(reverse.totals), _zeros(batch, len(reverse.path_invariants))
-        moments, total = _of_moments(kept.moments, cotangents, batch), _zeros(1, columns)
+        sums, path_sums = _zeros(after, reverse.totals), _zeros(after, batch, len(reverse.path_invariants))
+        moments, total = _of_moments(kept.moments, cotangents, batch), _zeros(after, 1, columns)
         saved = None if cotangents.states is None else cotangents.states.to(after).contiguous()
         pulled = _Pulled(self, launch)
         for i, start in self._starts_reversed(kept):
             first, last = kept.stretch(i)
-            by_step = _zeros(last - first, columns) if each_step else total
+            by_step = _zeros(after, last - first, columns) if each_step else total
             part = dataclasses.replace(launch, first_step=first, last_step=last)
             table, uniforms = self._tables(launch, first, last)
             self._kernel.run(
                 Sweep(part, start, saved, moments, table, uniforms, each_step, i == 0, after, by_step, sums, path_sums)
             )
             if each_step and columns:
-                pulled.columns(by_step, first, last)
+                pulled.columns(by_step.cpu(), first, last)
+        sums = sums.cpu()
         loops = sums[: len(reverse.loop_invariants)]
         if reverse.path_invariants:
-            loops = loops + pulled.paths(path_sums, self._start)
+            loops = loops + pulled.paths(path_sums, self._start).cpu()
         pulled.matrices(sums[len(loops) :])
-        pulled.shared(loops, None if each_step else total[0])
+        pulled.shared(loops, None if each_step else total[0].cpu())
         memory = None if launch.memory is None else after[:, numbers:]
         return Gradients(after[:, :numbers].reshape(launch.x0.shape), memory, pulled.rows, pulled.captured())
 
@@ -272,7 +273,8 @@ class _Pulled:
         """Of path invariants, ``(batch, path invariants)``; gives the part of loop invariants."""
         launch, reverse = self._launch, self._reverse
         captured = [c.detach().requires_grad_(i in self._wanted) for i, c in enumerate(launch.captured)]
-        uniforms = self._tables(launch, launch.first_step, launch.first_step + 1)[1].detach().clone()
+        uniforms = self._tables(launch, launch.first_step, launch.first_step + 1)[1].detach()
+        uniforms = uniforms.to(launch.x0.device, copy=True)
         with torch.enable_grad(), _in_one_order(len(launch.x0) > _ONE_THREAD):
             uniforms.requires_grad_(bool(reverse.loop_invariants))
             leaves = {LoopInvariant: uniforms, PathEntry: captured, Shared: captured}
@@ -283,7 +285,7 @@ class _Pulled:
             if f is not None:
                 self._add(i, f.double())
         if not uniforms.requires_grad or found[0] is None:
-            return _zeros(len(reverse.loop_invariants))
+            return _zeros(uniforms, len(reverse.loop_invariants))
         return found[0].double()[list(reverse.loop_invariants)]
 
     def matrices(self, sums: Tensor) -> None:
@@ -291,7 +293,7 @@ class _Pulled:
         at = 0
         for m in self._reverse.matrices:
             count = m.rows * m.columns
-            flat = _zeros(self._launch.captured[m.parameter].numel())
+            flat = _zeros(sums, self._launch.captured[m.parameter].numel())
             flat[m.entries("cpu").reshape(-1)] = sums[at : at + count]
             self._add(m.parameter, flat)
             at += count
@@ -310,7 +312,7 @@ class _Pulled:
     def _add(self, parameter: int, gradient: Tensor) -> None:
         flat = gradient.reshape(-1)
         known = self._found.get(parameter)
-        self._found[parameter] = flat if known is None else known + flat
+        self._found[parameter] = flat if known is None else known + flat.to(known.device)
 
     def _evaluated(
         self,
@@ -353,8 +355,8 @@ def _grad(values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequen
     return [by_id.get(id(t)) for t in inputs]
 
 
-def _zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device="cpu")
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)
 
 
 def _carried(launch: Launch, numbers: int) -> Tensor:

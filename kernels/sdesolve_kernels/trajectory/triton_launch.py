@@ -1,17 +1,9 @@
-"""Generated Triton kernels behind the launch layer: from source to launches.
-
-Triton keeps compiled kernels on disk under their content; a trajectory keeps one for each shape and device. After the
-first launch Triton's own argument handling is passed by: no argument is specialised on its value or alignment, so
-nothing is left for it to decide.
-"""
+"""Generated Triton kernels behind the launch layer: runs in launches of some steps."""
 
 from __future__ import annotations
 
 import bisect
 import collections
-import functools
-import hashlib
-import linecache
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,43 +12,26 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from sdesolve_kernels._triton import arguments as triton
-from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job
 from sdesolve_kernels.trajectory.expressions import topological
-from sdesolve_kernels.trajectory.launch import AbstractTrajectory, Launch, Saved, Tables, combined, contiguous
+from sdesolve_kernels.trajectory.launch import (
+    AbstractReverse,
+    AbstractTrajectory,
+    Launch,
+    Saved,
+    Tables,
+    combined,
+    contiguous,
+)
 from sdesolve_kernels.trajectory.plan import Plan
+from sdesolve_kernels.trajectory.reverse import Reverse
+from sdesolve_kernels.trajectory.triton_backward import TritonReverse
+from sdesolve_kernels.trajectory.triton_generated import Generated, is_steady, moved, nanoseconds, shape_for
 from sdesolve_kernels.trajectory.triton_source import Shape, TritonKernel, triton_kernel
 
-__all__ = ["TritonTrajectory", "shape_for"]
+__all__ = ["TritonTrajectory"]
 
-_WIDE_FROM = 1 << 16  # paths
-_SMALL_STEP = 60  # operations
-_OPTIONS = {"enable_fp_fusion": False}  # multiply-adds are in the source
 _AT_ONCE = 500_000_000.0  # nanoseconds of a run that is one launch
-_LATENCY, _THROUGHPUT = 4.0, 1e-4  # nanoseconds, at most, of an operation: of one path, and for each of very many
-
-
-def shape_for(paths: int, operations: int, *, keep: bool, moments: bool, steady: bool) -> Shape:
-    """How to cut a batch into programs.
-
-    Few paths go in programs of one warp, so that they spread over the multiprocessors; of many, a thread takes two if
-    the step is small: what all paths share is then read once for both.
-    """
-    if paths < _WIDE_FROM:
-        return Shape(32, 1, keep, moments, steady)
-    each = 2 if operations <= _SMALL_STEP else 1
-    return Shape(128 * each, 4, keep, moments, steady)
-
-
-@functools.lru_cache(maxsize=256)
-def load(source: str) -> Any:
-    """The kernel of a generated source."""
-    name = f"<sdesolve {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    names: dict[str, Any] = {"__name__": "sdesolve_trajectory", "__file__": name}
-    exec(compile(source, name, "exec"), names)
-    return names["trajectory"]
 
 
 @final
@@ -74,9 +49,9 @@ class TritonTrajectory(AbstractTrajectory):
     def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
         self.plan, self._increments = plan, tuple(increments)
         self._operations = len(topological(plan.states))
-        self._tables = Tables(plan)
+        self._tables = self.tables = Tables(plan)
         self._kernels: dict[Shape, TritonKernel] = {}
-        self._compiled: dict[tuple[Shape, int], Any] = {}
+        self._generated = Generated()
         self.source = self._kernel(Shape(128, 4)).source
 
     def _kernel(self, shape: Shape) -> TritonKernel:
@@ -84,16 +59,19 @@ class TritonTrajectory(AbstractTrajectory):
             self._kernels[shape] = triton_kernel(self.plan, self._increments, shape)
         return self._kernels[shape]
 
+    def reverse(self, reverse: Reverse, seconds: float = math.inf) -> AbstractReverse:
+        return TritonReverse(reverse, self._increments)
+
     def run(self, launch: Launch) -> Saved:
         plan, device, job = self.plan, launch.x0.device, Job(launch.progress)
         x0 = launch.x0.detach().resolve_neg().contiguous()
         batch, slots, width, full = len(x0), len(launch.saves), math.prod(x0.shape[1:]), len(plan.states)
         table, uniforms = self._tables(launch, launch.first_step, launch.end)
-        steady = bool(plan.columns) and len(table) > 0 and torch.equal(table, table[:1].expand_as(table))
+        steady = is_steady(plan, table)
         keep, moments = slots > 0 and not launch.moments, slots > 0 and launch.moments
         kernel = self._kernel(shape_for(batch, self._operations, keep=keep, moments=moments, steady=steady))
         self.source = kernel.source
-        table, uniforms = _moved(table[:1] if steady else table, uniforms, device)
+        table, uniforms = moved(table[:1] if steady else table, uniforms, device)
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
         x_in, x_out = x0, torch.empty_like(x0)
         if full > width:
@@ -127,7 +105,7 @@ class TritonTrajectory(AbstractTrajectory):
     def _segments(self, launch: Launch, batch: int, job: Job) -> Iterator[tuple[int, int]]:
         """Pairs of steps between which to launch; waits, in between, for the launch before the last."""
         device, k, last = launch.x0.device, launch.first_step, launch.end
-        cost = self._operations * max(_LATENCY, _THROUGHPUT * batch)
+        cost = nanoseconds(self._operations, batch)
         count = max(last - k, 1)
         if cost * count > _AT_ONCE and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             count = max(1, int(_AT_ONCE / 10 / cost))
@@ -170,36 +148,9 @@ class TritonTrajectory(AbstractTrajectory):
                 the kernel does not save.
         """
         paths = len(x_in)
-        arguments: list[Any] = [x_in, x_out, table, uniforms, *(captured[i] for i in kernel.parameters)]
-        if saves is not None:
-            arguments += saves[:2]
-        arguments += [paths, steps]
-        for g in kernel.sources:
-            seed, stream, first_path, first = places[g]
-            arguments += [int64_bits(seed), stream, first_path, first]
-        if saves is not None:
-            arguments.append(saves[2])
-        grid = (-(-paths // kernel.shape.lanes), 1, 1)
-        function = load(kernel.source)
-        warps = kernel.shape.warps
-
-        def recorded() -> triton.Launch:
-            named = dict(zip(function.arg_names, arguments, strict=True))
-            path_steps = max(kernel.group, 1) * kernel.shape.lanes // (32 * warps)
-            return triton.Launch(function, grid, named, warps, False, path_steps)
-
-        if triton.record(recorded):
-            return
-        if triton.INTERPRETED:
-            function[grid](*arguments, num_warps=warps, **_OPTIONS)
-            return
-        with torch.cuda.device(x_in.device):
-            key = kernel.shape, torch.cuda.current_device()
-            compiled = self._compiled.get(key)
-            if compiled is None:
-                options = {"num_warps": warps, **_OPTIONS}
-                compiled = self._compiled[key] = function.warmup(*arguments, **options, grid=grid)
-            compiled[grid](*arguments)
+        chosen = () if saves is None else saves
+        pointers, integers = [x_in, x_out, table, uniforms, *chosen[:2]], [paths, steps, *chosen[2:]]
+        self._generated.launch(kernel, -(-paths // kernel.shape.lanes), pointers, integers, captured, places)
 
 
 def _saves_between(launch: Launch, saves: Tensor, saved: Tensor, k: int, stop: int) -> tuple[Tensor, Tensor, int]:
@@ -227,12 +178,3 @@ def _mark(device: torch.device) -> Any:
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def _moved(table: Tensor, uniforms: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both on the device, in one copy."""
-    if device.type == "cpu":
-        return table, uniforms
-    columns = table.shape[1:]
-    both = torch.cat([table.reshape(-1), uniforms]).to(device, non_blocking=True)
-    return both[: table.numel()].reshape(-1, *columns), both[table.numel() :]

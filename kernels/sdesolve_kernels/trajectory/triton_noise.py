@@ -62,31 +62,33 @@ class Source:
         """Whether a group may start anywhere in a block: two-point numbers that take no whole blocks."""
         return self._words(steps) % 4 != 0
 
-    def enter(self, steps: int) -> tuple[list[str], str, str]:
-        """Lines before a run of groups, whether there can be one, and the most groups it may have.
+    def enter(self, steps: int, *, backwards: bool = False) -> tuple[list[str], str, str]:
+        """Lines before a run of groups from step ``k`` on, whether there can be one, and the most groups it may have.
 
-        Counters of the generator are split in 32-bit halves; within a run the upper one does not change.
+        Counters of the generator are split in 32-bit halves; within a run the upper one does not change. A run that
+        goes `backwards` takes the groups before step ``k``.
         """
         g = self.index
         per_block = 4 * self.per_word
         lines = [
             f"n{g} = first{g} + k * {self.count}",
-            f"q{g} = n{g} // {per_block}",
-            f"low{g}, high{g} = q{g}.to(tl.uint32), (stream{g} + 256 * (q{g} >> 32)).to(tl.uint32)",
+            f"block{g} = n{g} // {per_block}",
+            f"low{g}, high{g} = block{g}.to(tl.uint32), (stream{g} + 256 * (block{g} >> 32)).to(tl.uint32)",
         ]
         if self._moving(steps):
             lines.append(f"w{g} = n{g} // {_BITS}")  # index of the first word
         start = self.per_word if self._moving(steps) else per_block
-        groups = f"(({2**32} - (q{g} & {2**32 - 1})) * 4 - 4) // {self._words(steps)}"
-        aligned = f"(n{g} % {math.lcm(start, 2 * self.count) if self.swapped else start} == 0)"
-        return lines, aligned, groups
+        below = f"(block{g} & {2**32 - 1})"
+        words = f"{below} * 4" if backwards else f"({2**32} - {below}) * 4 - 4"
+        start = math.lcm(start, 2 * self.count) if self.swapped else start
+        return lines, f"(n{g} % {start} == 0)", f"({words}) // {self._words(steps)}"
 
-    def turn(self, steps: int) -> list[str]:
-        """Lines at the end of a group."""
-        g, words = self.index, self._words(steps)
+    def turn(self, steps: int, *, backwards: bool = False) -> list[str]:
+        """Lines at the end of a group; at the beginning of one if they are taken `backwards`."""
+        g, words, sign = self.index, self._words(steps), "-" if backwards else "+"
         if self._moving(steps):
-            return [f"w{g} += {words}", f"low{g} = (w{g} // 4).to(tl.uint32)"]
-        return [f"low{g} += {words // 4}"]
+            return [f"w{g} {sign}= {words}", f"low{g} = (w{g} // 4).to(tl.uint32)"]
+        return [f"low{g} {sign}= {words // 4}"]
 
     def group(self, steps: int) -> Place:
         """Numbers of a group of steps."""
@@ -98,7 +100,7 @@ class Source:
     def single(self) -> Place:
         """Numbers of one step, wherever it starts."""
         g, m = self.index, self.count
-        start = [f"n{g} = first{g} + k * {m}", f"q{g} = n{g} // {4 * self.per_word}"]
+        start = [f"n{g} = first{g} + k * {m}", f"block{g} = n{g} // {4 * self.per_word}"]
         if self.swapped:
             start.insert(1, f"n{g} += {m} - n{g} // {m} % 2 * {2 * m}")
         if self.per_word == 1:
@@ -108,7 +110,7 @@ class Source:
             words = (m + 2 * _BITS - 2) // _BITS
 
         def counter(block: int) -> tuple[str, str]:  # a step's blocks may lie on both sides of 2^32
-            q = _plus(f"q{g}", block)
+            q = _plus(f"block{g}", block)
             return f"({q}).to(tl.uint32)", f"(stream{g} + 256 * ({q} >> 32)).to(tl.uint32)"
 
         return Place(self, words, shift, counter, start, bit)

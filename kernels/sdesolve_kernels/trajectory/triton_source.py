@@ -9,6 +9,7 @@ Multiply-adds are written out and the compiler forms no others, so that a step g
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, final
@@ -22,7 +23,7 @@ from sdesolve_kernels.trajectory.tracing import Unsupported
 from sdesolve_kernels.trajectory.triton_dialect import Triton, plus, wrapped
 from sdesolve_kernels.trajectory.triton_noise import Place, Source, period
 
-__all__ = ["Shape", "TritonKernel", "triton_kernel"]
+__all__ = ["AbstractPrinter", "Results", "Shape", "TritonKernel", "triton_kernel", "written_out"]
 
 _MOST_ENTRIES = 4608  # of all matrices kept whole: each is a load and a multiply-add in the source
 
@@ -35,9 +36,10 @@ class Shape:
     Attributes:
         lanes: paths in a program, a power of two.
         warps: of 32 threads, in a program.
-        keep: store states (or what is observed of them) at the saving times.
-        moments: store their mean and sum of squared deviations over the paths of a program.
+        keep: store states (or what is observed of them) at the saving times; of a reverse, read their cotangents.
+        moments: store their mean and sum of squared deviations over the paths of a program; likewise.
         steady: all steps have the same row of the table, which is read once.
+        each_step: of a reverse, add up cotangents of the table for each step, not for all.
     """
 
     lanes: int
@@ -45,6 +47,7 @@ class Shape:
     keep: bool = False
     moments: bool = False
     steady: bool = False
+    each_step: bool = False
 
 
 @final
@@ -59,6 +62,7 @@ class TritonKernel:
         parameters: captured tensors that it reads, in the order in which it takes them.
         sources: sources of noise that it reads, likewise.
         group: steps in a turn of the innermost loop, or 0: it takes single ones.
+        scratch: of a reverse, numbers of scratch memory that each path takes besides states.
     """
 
     source: str
@@ -67,6 +71,7 @@ class TritonKernel:
     parameters: tuple[int, ...]
     sources: tuple[int, ...]
     group: int
+    scratch: int = 0
 
 
 def triton_kernel(plan: Plan, increments: Sequence[str], shape: Shape) -> TritonKernel:
@@ -83,12 +88,26 @@ def triton_kernel(plan: Plan, increments: Sequence[str], shape: Shape) -> Triton
     return _Printer(plan, increments, shape).kernel()
 
 
-@final
-class _Printer:
-    def __init__(self, plan: Plan, increments: Sequence[str], shape: Shape) -> None:
+Results = Sequence[tuple[str, Expression]]
+
+
+class AbstractPrinter(abc.ABC):
+    """Writes kernels with a path in a lane: functions of a step, and loops that call them.
+
+    Args:
+        plan: what to compute.
+        increments: as for `triton_kernel`.
+        shape: likewise.
+        others: what a turn of the innermost loop computes besides the step.
+    """
+
+    about: str
+
+    def __init__(self, plan: Plan, increments: Sequence[str], shape: Shape, others: Sequence[Expression] = ()) -> None:
         self.plan, self.shape = plan, shape
-        program = plan.program
-        self.dtype = plan.dtype
+        # Kinds of leaves that are read where they are used, not passed: from where, and how far apart they lie.
+        self.in_memory: dict[type[Any], tuple[str, str]] = {}
+        self.graph, self.dtype = plan.program.graph, plan.dtype
         entries = sum(m.rows * m.columns for m in plan.matrices)
         if entries > _MOST_ENTRIES:
             raise Unsupported(
@@ -96,12 +115,12 @@ class _Printer:
                 f"one thread and take up to {_MOST_ENTRIES}"
             )
         counts = plan.noises
-        swapped, kinds = program.signature.swapped, zip(counts, increments, strict=True)
+        swapped, kinds = plan.program.signature.swapped, zip(counts, increments, strict=True)
         sources = [Source(g, m, kind, swapped=swapped) for g, (m, kind) in enumerate(kinds) if m]
-        self.states = _written_out(program.graph, plan.states)
-        self.observed = _written_out(program.graph, plan.observed)
-        self.path_invariants = _written_out(program.graph, plan.path_invariants)
-        used = topological(self.states)
+        self.states = written_out(self.graph, plan.states)
+        self.observed = written_out(self.graph, plan.observed)
+        self.path_invariants = written_out(self.graph, plan.path_invariants)
+        used = topological([*self.states, *others])
         self.noise_numbers = {e.data.i for e in used if isinstance(e.data, NoiseLeaf)}
         starts = [sum(counts[:g]) for g in range(len(counts))]
         self.sources = [
@@ -109,13 +128,23 @@ class _Printer:
             if any(starts[s.index] <= n < starts[s.index] + s.count for n in self.noise_numbers)
         ]  # fmt: skip
         self.group = period(self.sources, len(used))
-        roots = [*self.states, *self.observed, *self.path_invariants]
-        leaves = [e.data for e in topological(roots)]
+        leaves = [e.data for e in topological([*used, *self.observed, *self.path_invariants])]
         self.parameters = tuple(sorted({a.parameter for a in leaves if isinstance(a, PathEntry | Shared)}))
+        self.step = [(f"y{i}", e) for i, e in enumerate(self.states) if not _is_own(e, i)]
+        self.observe = [(f"y{i}", e) for i, e in enumerate(self.observed)]
 
-    def kernel(self) -> TritonKernel:
+    @abc.abstractmethod
+    def functions(self) -> list[list[str]]:
+        """Functions that the kernel calls."""
+
+    @abc.abstractmethod
+    def trajectory(self) -> list[str]:
+        """The kernel itself."""
+
+    @final
+    def kernel(self, scratch: int = 0) -> TritonKernel:
         parts = [
-            '"""A trajectory kernel, generated: one lane per path, its state in registers, every step inside."""',
+            f'"""{self.about}"""',
             "",
             "from sdesolve_kernels._triton.paths import *",
             "",
@@ -123,37 +152,54 @@ class _Printer:
             f"DOUBLE = tl.constexpr({self.dtype == 'float64'})",
             "",
             "",
-            *self._function("step", self.states, "The state after a step: x before it, z noise, c columns, u and i"),
-            "",
-            "",
         ]
-        if self._saving and self.plan.program.observed_shape is not None:
-            parts += [*self._function("observe", self.observed, "What is observed of a state"), "", ""]
-        parts += self._trajectory()
+        for function in self.functions():
+            parts += [*function, "", ""]
+        parts += self.trajectory()
         return TritonKernel(
             "\n".join(parts) + "\n", self.shape, self.plan.width, self.parameters,
-            tuple(s.index for s in self.sources), self.group,
+            tuple(s.index for s in self.sources), self.group, scratch,
         )  # fmt: skip
 
     @property
-    def _saving(self) -> bool:
+    def saving(self) -> bool:
         return self.shape.keep or self.shape.moments
 
     @property
-    def _columns(self) -> int:
+    def observing(self) -> bool:
+        """Whether what is observed of a state is computed."""
+        return self.saving
+
+    @property
+    def columns(self) -> int:
         """Numbers of the table that are read at each step."""
         return 0 if self.shape.steady else len(self.plan.columns)
 
-    def _leaf(self, e: Expression) -> str:
+    @final
+    def step_functions(self) -> list[list[str]]:
+        title = "The state after a step: x before it, z noise, c columns, u and i"
+        made = [self.function("step", self.step, title)] if self.step else []
+        if self.observing and self.plan.program.observed_shape is not None:
+            made.append(self.function("observe", self.observe, "What is observed of a state"))
+        return made
+
+    @final
+    def leaf(self, e: Expression) -> str:
         match e.data:
             case Shared(parameter, i):
                 return f"tl.load({plus(f'p{parameter}', i)})"
             case PathEntry(_, parameter, i):
                 return f"tl.load({plus(f'p{parameter} + row * {self.plan.row_length(parameter)}', i)})"
-            case Column(i) | LoopInvariant(i):
-                return self._from_table(local(e.data), e)
+            case Column() | LoopInvariant():
+                return self._from_table(self._local(e.data), e)
             case _:
-                return local(e.data)
+                return self._local(e.data)
+
+    def _local(self, leaf: Any) -> str:
+        if type(leaf) not in self.in_memory:
+            return local(leaf)
+        start, distance = self.in_memory[type(leaf)]
+        return f"tl.load({start} + {leaf.i}{distance})"
 
     def _from_table(self, name: str, e: Expression) -> str:
         """A number of the table's type as what was kept in it."""
@@ -161,82 +207,75 @@ class _Printer:
             return f"({name} != 0)" if e.dtype == BOOL else f"{name}.to(tl.int64)"
         return name if e.dtype == self.dtype else f"{name}.to(tl.{e.dtype})"
 
-    def _inputs(self, roots: Sequence[Expression]) -> list[str]:
+    @final
+    def inputs(self, results: Results, stores: Results = ()) -> list[str]:
         """Names of what expressions read, in the order of a function's parameters."""
-        leaves: list[Any] = [e.data for e in topological(roots) if not e.args]
+        leaves: list[Any] = [e.data for e in topological([e for _, e in (*results, *stores)]) if not e.args]
         names = [
-            f"{letter}{i}" for kind, letter in LOCALS.items() for i in sorted({a.i for a in leaves if type(a) is kind})
+            f"{letter}{i}"
+            for kind, letter in LOCALS.items()
+            if kind not in self.in_memory
+            for i in sorted({a.i for a in leaves if type(a) is kind})
         ]
+        if not any(name.startswith("x") for name in names):
+            names.insert(0, "x0")  # something that has the lanes' shape
+        places = {self.in_memory[type(a)][0] for a in leaves if type(a) in self.in_memory}
+        names += sorted(places | ({"own"} if stores else set()))
         return names + [f"p{i}" for i in sorted({a.parameter for a in leaves if isinstance(a, Shared)})]
 
-    def _function(self, name: str, roots: Sequence[Expression], title: str) -> list[str]:
-        """A device function of what ``roots`` read, with one result each."""
-        inputs = self._inputs(roots)
-        if not any(i.startswith("x") for i in inputs):
-            inputs.insert(0, "x0")  # something that has the lanes' shape
+    @final
+    def function(self, name: str, results: Results, title: str, stores: Results = ()) -> list[str]:
+        """A device function that returns results, and stores others at places after the pointer ``own``."""
+        inputs, writer, known = self.inputs(results, stores), Writer(Triton(), self.leaf), dict[int, str]()
         model = next(i for i in inputs if i.startswith("x"))
-        writer = Writer(Triton(), self._leaf)
-        changed = [(f"y{i}", e) for i, e in enumerate(roots) if not _is_own(e, i) or name == "observe"]
-        body = writer.lines(changed)
-        for target, e in changed:
+        body = writer.lines(results, known)
+        for target, e in results:
             if not e.depends & (STATE | PATH):  # one number for all paths
                 body.append(f"{target} = tl.full({model}.shape, {target}, {model}.dtype)")
-        results = ", ".join(target for target, _ in changed)
+        for place, e in stores:
+            *before, last = writer.lines([("", e)], known)
+            body += [*before, f"tl.store({place}, {last.removeprefix(' = ')})"]
+        returned = wrapped("return ", [target for target, _ in results], "") if results else []
         return [
             "@triton.jit",
             *wrapped(f"def {name}(", inputs, "):"),
-            *indented([f'"""{title}."""', *body, *wrapped("return ", results.split(", "), "")], 1),
+            *indented([f'"""{title}."""', *body, *returned], 1),
         ]
 
-    def _call(self, name: str, roots: Sequence[Expression], targets: Sequence[str], leaf: dict[str, str]) -> list[str]:
-        """Lines that call such a function; ``leaf``: what to pass for an input, if not what has its name."""
-        changed = [t for (i, e), t in zip(enumerate(roots), targets, strict=True)
-                   if not _is_own(e, i) or name == "observe"]  # fmt: skip
-        inputs = self._inputs(roots)
-        if not any(i.startswith("x") for i in inputs):
-            inputs.insert(0, "x0")
-        if not changed:
+    @final
+    def call(
+        self, name: str, results: Results, targets: Sequence[str], passed: dict[str, str], stores: Results = ()
+    ) -> list[str]:
+        """Lines that call such a function; ``passed``: what to pass for an input, if not what has its name."""
+        if not (results or stores):
             return []
-        return wrapped(f"{', '.join(changed)} = {name}(", [leaf.get(i, i) for i in inputs], ")")
+        start = f"{', '.join(targets)} = {name}(" if targets else f"{name}("
+        return wrapped(start, [passed.get(i, i) for i in self.inputs(results, stores)], ")")
 
-    def _trajectory(self) -> list[str]:
-        pointers = ["x_in", "x_out", "table", "uniforms", *(f"p{i}" for i in self.parameters)]
-        integers = ["paths", "steps"]
+    @final
+    def begin(self, x_in: str) -> list[str]:
+        """Lines that read where a path begins and all that is constant along it."""
+        body = [f"x{i} = tl.load({plus(f'{x_in} + row * {len(self.states)}', i)})" for i in range(len(self.states))]
+        if self.path_invariants:
+            body += Writer(Triton(), self.leaf).lines([(f"i{j}", e) for j, e in enumerate(self.path_invariants)])
+        return [*body, *(f"path{s.index} = first_path{s.index} + row" for s in self.sources)]
+
+    @final
+    def constants(self) -> list[str]:
+        """Lines that read what is the same for all paths and steps."""
+        kept = () if LoopInvariant in self.in_memory else range(len(self.plan.loop_invariants))
+        lines = [f"u{j} = tl.load({plus('uniforms', j)})" for j in kept]
+        if self.shape.steady:
+            lines += [f"c{j} = tl.load({plus('table', j)})" for j in range(len(self.plan.columns))]
+        return lines
+
+    @final
+    def define(self, pointers: Sequence[str], integers: Sequence[str], body: Sequence[str]) -> list[str]:
+        """The kernel, from what it takes and does; it takes parameters and places of noise besides."""
+        pointers = [*pointers, *(f"p{i}" for i in self.parameters)]
+        integers = list(integers)
         for s in self.sources:
             integers += [f"seed{s.index}", f"stream{s.index}", f"first_path{s.index}", f"first{s.index}"]
-        if self._saving:
-            pointers += ["saves", "saved" if self.shape.keep else "moments"]
-            integers.append("slots")
-        body = [
-            "path = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)",
-            "row = tl.minimum(path, paths - 1)  # lanes past the last path repeat it and store nothing",
-        ]
-        for i in range(len(self.states)):
-            body.append(f"x{i} = tl.load({plus(f'x_in + row * {len(self.states)}', i)})")
-        for j in range(len(self.plan.loop_invariants)):
-            body.append(f"u{j} = tl.load({plus('uniforms', j)})")
-        if self.shape.steady:
-            for j in range(len(self.plan.columns)):
-                body.append(f"c{j} = tl.load({plus('table', j)})")
-        if self.path_invariants:
-            writer = Writer(Triton(), self._leaf)
-            body += writer.lines([(f"i{j}", e) for j, e in enumerate(self.path_invariants)])
-        body += [f"path{s.index} = first_path{s.index} + row" for s in self.sources]
-        body.append("k = tl.full((), 0, tl.int64)")
-        if self._saving:
-            advance = [
-                "stop = steps",
-                "if slot < slots:",
-                "    stop = tl.load(saves + slot)",
-                *self._advance(),
-                "if slot < slots:",
-                *indented(self._save(), 1),
-            ]
-            body += ["for slot in range(0, slots + 1):", *indented(advance, 1)]
-        else:
-            body += ["stop = steps", *self._advance()]
-        for i in range(len(self.states)):
-            body.append(f"tl.store({plus(f'x_out + path * {len(self.states)}', i)}, x{i}, mask=path < paths)")
         names = ", ".join(f'"{n}"' for n in (*pointers, *integers))
         return [
             *wrapped("@triton.jit(do_not_specialize=[", names.split(", "), "])"),
@@ -244,52 +283,54 @@ class _Printer:
             *indented(body, 1),
         ]
 
-    def _advance(self) -> list[str]:
+    def enter(self) -> list[str]:
+        """Lines before steps that begin with step ``k``."""
+        return [f"at = table + k * {self.columns}"] if self.columns else []
+
+    def turn(self, steps: int) -> list[str]:
+        """Lines after so many steps of a group."""
+        return [f"at += {steps * self.columns}"] if self.columns else []
+
+    def before(self, group_step: int) -> list[str]:
+        """Lines before a step, which is so many after the last `enter` or `turn`."""
+        return []
+
+    @final
+    def advance(self) -> list[str]:
         """From step ``k`` to step ``stop``."""
+        single = [*self.enter(), *self._call_step(0, {s.index: s.single() for s in self.sources}), "k += 1"]
         if self.group == 0:
-            body = [*self._single(), "k += 1"]
-            return ["while k < stop:", *indented(body, 1)]
-        p, columns = self.group, self._columns
-        limits = [f"tl.minimum((stop - k) // {p}, {2**30})"]
-        start: list[str] = []
-        aligned: list[str] = []
-        for s in self.sources:
-            lines, condition, limit = s.enter(p)
-            start += lines
-            aligned.append(condition)
-            limits.append(limit)
-        start.append(f"groups = {limits[0]}")
-        start += [f"groups = tl.minimum(groups, {limit})" for limit in limits[1:]]
-        if aligned:
-            start.append(f"groups = tl.where({' & '.join(aligned)}, groups, 0)")
-        start.append("groups = groups.to(tl.int32)")
-        if columns:
-            start.append(f"at = table + k * {columns}")
+            return ["while k < stop:", *indented(single, 1)]
+        p = self.group
         group: list[str] = []
         places = {s.index: s.group(p) for s in self.sources}
         for i in range(p):
-            group += self._call_step(group_step=i, places=places)
+            group += self._call_step(i, places)
         group += [line for s in self.sources for line in s.turn(p)]
-        if columns:
-            group.append(f"at += {p * columns}")
         return [
             "while k < stop:",
-            *indented(start, 1),
+            *indented([*self.groups("stop - k", [s.enter(p) for s in self.sources]), *self.enter()], 1),
             "    for _ in range(0, groups):",
-            *indented(group, 2),
+            *indented([*group, *self.turn(p)], 2),
             f"    k += groups * {p}",
             "    if k < stop:",
-            *indented([*self._single(), "k += 1"], 2),
+            *indented(single, 2),
         ]
 
-    def _single(self) -> list[str]:
-        """One step, wherever in a block its numbers start."""
-        lines = [f"at = table + k * {self._columns}"] if self._columns else []
-        return lines + self._call_step(0, {s.index: s.single() for s in self.sources})
+    @final
+    def groups(self, steps: str, entries: Sequence[tuple[list[str], str, str]]) -> list[str]:
+        """Lines that find how many groups of steps to take at once, out of so many steps."""
+        lines = [line for start, _, _ in entries for line in start]
+        lines.append(f"groups = tl.minimum(({steps}) // {self.group}, {2**30})")
+        lines += [f"groups = tl.minimum(groups, {limit})" for _, _, limit in entries]
+        if entries:
+            lines.append(f"groups = tl.where({' & '.join(aligned for _, aligned, _ in entries)}, groups, 0)")
+        return [*lines, "groups = groups.to(tl.int32)"]
 
-    def _call_step(self, group_step: int, places: dict[int, Place]) -> list[str]:
-        columns = self._columns
-        passed = {f"c{j}": f"tl.load({plus('at', group_step * columns + j)})" for j in range(columns)}
+    @final
+    def read(self, group_step: int, places: dict[int, Place]) -> tuple[list[str], dict[str, str]]:
+        """Lines that make a step's noise, and what to pass for what its functions read of noise and table."""
+        passed = {f"c{j}": f"tl.load({plus('at', group_step * self.columns + j)})" for j in range(self.columns)}
         lines: list[str] = []
         for s in self.sources:
             for j in range(s.count):
@@ -297,15 +338,59 @@ class _Printer:
                     before, name = places[s.index].number(group_step, j)
                     lines += before
                     passed[f"z{s.start + j}"] = name
-        targets = [f"x{i}" for i in range(len(self.states))]
-        return lines + self._call("step", self.states, targets, passed)
+        return lines, passed
+
+    def _call_step(self, group_step: int, places: dict[int, Place]) -> list[str]:
+        lines, passed = self.read(group_step, places)
+        targets = [f"x{target[1:]}" for target, _ in self.step]
+        return [*self.before(group_step), *lines, *self.call("step", self.step, targets, passed)]
+
+    @final
+    def see(self) -> tuple[list[str], list[str]]:
+        """Lines that observe a state, and the names of what is seen."""
+        if self.plan.program.observed_shape is None:
+            return [], [f"x{i}" for i in range(self.plan.width)]
+        names = [target for target, _ in self.observe]
+        return self.call("observe", self.observe, names, {}), names
+
+
+@final
+class _Printer(AbstractPrinter):
+    about = "A trajectory kernel, generated: one lane per path, its state in registers, every step inside."
+
+    def functions(self) -> list[list[str]]:
+        return self.step_functions()
+
+    def trajectory(self) -> list[str]:
+        pointers, integers = ["x_in", "x_out", "table", "uniforms"], ["paths", "steps"]
+        body = [
+            "path = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)",
+            "row = tl.minimum(path, paths - 1)  # lanes past the last path repeat it and store nothing",
+            *self.constants(),
+            *self.begin("x_in"),
+            "k = tl.full((), 0, tl.int64)",
+        ]
+        if self.saving:
+            pointers += ["saves", "saved" if self.shape.keep else "moments"]
+            integers.append("slots")
+            advance = [
+                "stop = steps",
+                "if slot < slots:",
+                "    stop = tl.load(saves + slot)",
+                *self.advance(),
+                "if slot < slots:",
+                *indented(self._save(), 1),
+            ]
+            body += ["for slot in range(0, slots + 1):", *indented(advance, 1)]
+        else:
+            body += ["stop = steps", *self.advance()]
+        for i in range(len(self.states)):
+            body.append(f"tl.store({plus(f'x_out + path * {len(self.states)}', i)}, x{i}, mask=path < paths)")
+        return self.define(pointers, integers, body)
 
     def _save(self) -> list[str]:
-        names, width = [f"x{i}" for i in range(self.plan.width)], self.plan.width
-        lines: list[str] = []
-        if self.plan.program.observed_shape is not None:
-            names = [f"y{i}" for i in range(width)]
-            lines += self._call("observe", self.observed, names, {})
+        width = self.plan.width
+        lines, names = self.see()
         if self.shape.keep:
             for j, name in enumerate(names):
                 place = plus(f"saved + (slot * paths + path) * {width}", j)
@@ -326,7 +411,7 @@ def _is_own(e: Expression, i: int) -> bool:
     return isinstance(e.data, State) and e.data.i == i
 
 
-def _written_out(graph: Graph, roots: Sequence[Expression]) -> tuple[Expression, ...]:
+def written_out(graph: Graph, roots: Sequence[Expression]) -> tuple[Expression, ...]:
     """The same expressions with matrix products as sums of products of entries."""
     new: dict[int, Expression] = {}
     for e in topological(roots):
