@@ -49,6 +49,7 @@ from sdesolve.models import (
     UnderdampedLangevin,
 )
 from sdesolve.montecarlo.multilevel import MultilevelEstimate, multilevel
+from sdesolve.montecarlo.quasi import QuasiEstimate, quasi_monte_carlo
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sampling import sample, tweedie
 from sdesolve.scores import (
@@ -159,7 +160,8 @@ __all__ = [
     "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein", "MultilevelEstimate",
     "NetworkScore", "Noise",
     "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
-    "ProbabilityFlow", "Quantisation", "Rates", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
+    "ProbabilityFlow", "Quantisation", "QuasiEstimate",
+    "Rates", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
     "ReversibleHeun", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S",
     "SKenCarp", "SPaRK", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK", "Solution", "Span",
     "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Table", "TableBeta", "Tamed",
@@ -167,7 +169,8 @@ __all__ = [
     "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode", "estimate_likelihood",
     "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "multilevel",
     "nn", "noised_cross_entropy",
-    "operators", "oracle", "run_chain", "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train",
+    "operators", "oracle", "quasi_monte_carlo",
+    "run_chain", "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train",
     "tweedie", "variational_bound",
 ]  # fmt: skip
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import device_of, short, whole_number
 from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, composition
+from sdesolve._internal.sobol import bridged_normals
 
-Increments = Literal["normal", "two-point", "three-point"]
+Increments = Literal["normal", "two-point", "three-point", "sobol"]
 Part = Literal["W", "H", "K", "S"] | LevyArea
 _KINDS = get_args(Increments)
 _STREAMS = {"H": Stream.LEVY, "K": Stream.LEVY_K, "S": Stream.SIGNS}
@@ -88,6 +89,10 @@ class AbstractNoise(abc.ABC):
 
     def in_draws(self, draws: int) -> AbstractNoise:
         """This noise for a solver that takes ``draws`` increments a step, one after another."""
+        return self
+
+    def over(self, steps: int) -> AbstractNoise:
+        """This noise for an integration over so many steps in all, for noise that has to know."""
         return self
 
     @abc.abstractmethod
@@ -255,18 +260,29 @@ class BrownianPath(AbstractStreams, AbstractPath):
     14.2). Number ``n`` of a path is then bit ``n mod 128`` of block ``n div 128`` of the generator, or its word
     ``n mod 4`` of block ``n div 4`` (below ``2^32 div 6``: minus; from ``2^32 - 2^32 div 6``: plus).
 
+    ``sobol`` is for expectations by quasi-Monte Carlo (`quasi_monte_carlo`): path ``i`` is point ``i`` of a Sobol
+    sequence with the scrambling ``seed``, in the order of a Brownian bridge over the steps of the whole integration:
+    where the path ends, for each channel, takes the first dimensions, then its middle, and so on. Rows, steps and
+    coarse increments are addressed as those of other paths. Paths of one scrambling are not independent: means over
+    ``2^k`` of them, from a multiple of ``2^k`` on, have an error of nearly ``2^-k`` or less, and independent seeds tell
+    how large it is. There are ``2^30`` points, and 21,201 dimensions; what a path of more ``steps * channels`` needs
+    beyond those are ordinary normals, on the finest levels, as are ``H``, ``K``, Levy areas and values within steps.
+    Increments are made in torch, and runs go step by step.
+
     Args:
         seed: in [0, 2^64).
         first_path: path index of row 0, below 2^64, so that a shard can ask for its own rows.
         first_step: step index that counts as 0, so that an integration can go on where another stopped.
         substeps: how many fine increments make one step.
         stream: which of the independent noise streams (`sdesolve_kernels.Stream`), in [0, 256).
-        kind: of increments, ``normal``, ``two-point`` or ``three-point``.
+        kind: of increments, ``normal``, ``two-point``, ``three-point`` or ``sobol``.
         repeat: row ``i`` is driven by path ``first_path + i mod repeat``, so that a sweep over parameters in one batch
             has common random numbers; ``None`` for a path of its own for each row.
         mirrored: ``-W`` in place of ``W`` (`antithetic`).
         swapped: steps ``2 k`` and ``2 k + 1`` change places (`with_swapped_pairs`).
         first_row: the row among those that repeat that row 0 is.
+        horizon: steps that ``sobol`` paths have in all, from step 0 of the path on; `solve` takes those of its grid if
+            it is left out. To be given where a path is taken up again.
 
     Raises:
         TypeError: an argument is not an integer.
@@ -283,14 +299,16 @@ class BrownianPath(AbstractStreams, AbstractPath):
     mirrored: bool = False
     swapped: bool = False
     first_row: int = 0
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
             *(("seed", 0, 2**64), ("first_path", 0, 2**64), ("first_step", 0, 2**58), ("substeps", 1, 2**58)),
             *(("stream", 0, 2**8), ("repeat", 1, 2**64), ("first_row", 0, self.repeat or 1)),
+            ("horizon", 1, 2**58),
         ):
             given = getattr(self, name)
-            if (type(given) is int and least <= given < most) or (name == "repeat" and given is None):
+            if (type(given) is int and least <= given < most) or (name in ("repeat", "horizon") and given is None):
                 continue
             value = whole_number(given, name, least)
             if value >= most:
@@ -311,7 +329,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
     @property
     def provides(self) -> frozenset[str]:
         """Everything; of increments that are no normals, ``W`` and the signs of weak schemes alone."""
-        return frozenset("WHKAS") if self.kind == "normal" else frozenset("WS")
+        return frozenset("WHKAS") if self.kind in ("normal", "sobol") else frozenset("WS")
 
     @property
     def plain(self) -> bool:
@@ -336,7 +354,24 @@ class BrownianPath(AbstractStreams, AbstractPath):
 
     def in_draws(self, draws: int) -> BrownianPath:
         """Increment ``j`` of step ``k`` is number ``k draws + j`` of the result."""
-        return self if draws <= 1 else dataclasses.replace(self, first_step=self.first_step * draws)
+        if draws <= 1:
+            return self
+        horizon = None if self.horizon is None else self.horizon * draws
+        return dataclasses.replace(self, first_step=self.first_step * draws, horizon=horizon)
+
+    def over(self, steps: int) -> BrownianPath:
+        """These paths for an integration over ``steps`` steps: ``sobol`` paths get their `horizon`.
+
+        Raises:
+            ValueError: they have one that is too near.
+        """
+        last = self.first_step + steps
+        if self.kind != "sobol" or self.horizon is None or last <= self.horizon:
+            return dataclasses.replace(self, horizon=last) if self.kind == "sobol" and self.horizon is None else self
+        raise ValueError(
+            f"the Sobol path has horizon={self.horizon} steps in all, and this run ends at step {last}; give "
+            "BrownianPath(seed, kind='sobol', horizon=...) the steps of the whole run before its first part"
+        )
 
     def antithetic(self) -> BrownianPath:
         """The mirrored paths, ``-W``: means of both have no error from odd functions of the noise."""
@@ -349,6 +384,10 @@ class BrownianPath(AbstractStreams, AbstractPath):
         multilevel Monte Carlo. Giles and Szpruch 2014, Annals of Applied Probability 24, section 3.
         """
         return dataclasses.replace(self, swapped=not self.swapped)
+
+    def scrambled(self, index: int) -> BrownianPath:
+        """Sobol paths with one of independent scramblings, ``index`` in [0, 2^20)."""
+        return dataclasses.replace(self, seed=self._seed_of(index), kind="sobol")
 
     def correctors(self, draws: int) -> BrownianPath:
         """The corrector stream of the same paths: step ``k`` of this one has draws ``k draws ... (k + 1) draws - 1``.
@@ -395,7 +434,8 @@ class BrownianPath(AbstractStreams, AbstractPath):
         if of == "W":
             return self
         stream = Stream.AREA if isinstance(of, LevyArea) else _STREAMS[of]
-        own = self if of != "S" else dataclasses.replace(self, kind="two-point", mirrored=False)
+        own = dataclasses.replace(self, kind="normal") if self.kind == "sobol" else self
+        own = own if of != "S" else dataclasses.replace(own, kind="two-point", mirrored=False)
         if self.stream == Stream.DRIVING:
             return dataclasses.replace(own, stream=stream)
         # The companions of other streams than that which drives: seeded by words that nothing else reads.
@@ -438,7 +478,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        if self.kind != "normal":
+        if self.kind not in ("normal", "sobol"):
             raise ValueError(f"{self.kind} increments are no Brownian path and have no values between grid points")
         if not 0.0 <= theta <= 1.0:
             raise ValueError(f"theta is a fraction of a step, in [0, 1], got {short(theta)}")
@@ -492,6 +532,8 @@ class BrownianPath(AbstractStreams, AbstractPath):
     ) -> Tensor:
         """``W(t) - W(s)`` at any two times; arguments as for `value`. Takes the increments between them alone."""
         (k, a), (last, b) = (_located(time, times) for time in (s, t))
+        if times is not None and self != (path := self.over(len(times) - 1)):
+            return path.increment(s, t, shape, times=times, dtype=dtype, device=device)
         if (last, b) < (k, a):
             return -self.increment(t, s, shape, times=times, dtype=dtype, device=device)
         kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -667,7 +709,10 @@ class BrownianPath(AbstractStreams, AbstractPath):
             return whole.unflatten(0, (pairs, 2)).flip(1).flatten(0, 1)[first - start :][:count]
         if self.repeat is None or self.first_row + batch <= self.repeat:
             here = dataclasses.replace(self, first_path=self.first_path + self.first_row) if self.first_row else self
-            here._draw(batch, count * m, first * m, like.dtype, like.device, out=z.transpose(0, 1))
+            if here.kind == "sobol":
+                z = here._of_points(first, count, batch, m, like)
+            else:
+                here._draw(batch, count * m, first * m, like.dtype, like.device, out=z.transpose(0, 1))
         else:
             rows = self.first_row + torch.arange(batch, device=like.device)
             once = dataclasses.replace(self, repeat=None, first_row=0, mirrored=False)
@@ -678,6 +723,18 @@ class BrownianPath(AbstractStreams, AbstractPath):
                 z[:, :until] = once.rows(self.first_row)._numbers(first, count, until, m, like)
                 z[:, until:] = once._numbers(first, count, batch - until, m, like)
         return z.neg_() if self.mirrored else z
+
+    def _of_points(self, first: int, count: int, batch: int, m: int, like: Tensor) -> Tensor:
+        """Unit numbers of ``count`` (sub)steps from Sobol points."""
+        if self.horizon is None or first + count > self.horizon * self.substeps:
+            known = "no horizon" if self.horizon is None else f"horizon={self.horizon}"
+            raise ValueError(
+                f"a Sobol path is laid out over all of its steps, and this one has {known} and was asked for step "
+                f"{(first + count - 1) // self.substeps}; give BrownianPath(seed, kind='sobol', horizon=steps)"
+            )
+        seed = self.seed if self.stream == Stream.DRIVING else self._seed_of((1 << 56) + self.stream)
+        steps = self.horizon * self.substeps
+        return bridged_normals(seed, self.stream, self.first_path, batch, steps, first, count, m, like)
 
     def _seed_of(self, index: int) -> int:
         """A seed for what has no stream of its own, from two words of the generator."""
@@ -782,6 +839,9 @@ class BrownianRows(AbstractStreams, AbstractPath):
 
     def in_draws(self, draws: int) -> BrownianRows:
         return self._with(lambda path: path.in_draws(draws))
+
+    def over(self, steps: int) -> BrownianRows:
+        return self._with(lambda path: path.over(steps))
 
     def correctors(self, draws: int) -> BrownianRows:
         return self._with(lambda path: path.correctors(draws))

@@ -272,6 +272,8 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
             raise CannotExecute("increments come from a noise of another class than BrownianPath")
         if path.substeps > (_MOST_SUMMED if wanted else _MOST_SUMMED_UNASKED):
             raise CannotExecute(f"{path.substeps} fine increments to a step are too many to be written out in a kernel")
+        if path.kind == "sobol":
+            raise CannotExecute("Sobol points are increments of all steps together, which are made in torch")
         if path.swapped and path.substeps % 2 and (path.substeps > 1 or source.draws > 1):
             raise CannotExecute("pairs of increments that change places lie in two steps")
         if path.swapped and path.substeps == 1 and source.path.kind == "two-point":
@@ -280,6 +282,8 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
             raise CannotExecute(
                 f"fewer than {_FEWEST_REPEATED} paths are repeated, and each launch takes every path once"
             )
+    if len({s.noise.swapped and s.substeps == 1 for s in lowered.sources if isinstance(s.noise, BrownianPath)}) > 1:
+        raise CannotExecute("increments of two steps change places, and what is drawn within steps does not")
     if not (backend_for("trajectory", x0.device).compiles or wanted or requested_backend() != "auto"):
         raise CannotExecute(f"no compiler of kernels for {x0.device.type} is installed")
 

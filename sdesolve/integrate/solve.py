@@ -105,7 +105,7 @@ def solve(
             ``sol.stop_time`` and ``sol.boundary`` say which, when and where. Steps are taken for those that still run.
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
-            for weak convergence at a fraction of the cost.
+            for weak convergence at a fraction of the cost, ``sobol`` points for quasi-Monte Carlo.
         backend: ``fused`` is the whole trajectory in one generated kernel, ``kernel`` one kernel a step, ``eager`` the
             solver's own step in plain torch; none of these falls back to another. ``auto`` takes the first that can do
             it, and says in ``stats`` why no earlier one could. The README says what can be fused.
@@ -167,6 +167,7 @@ def solve(
         times, rounding = _grid_of(t0, t1, parts, None, len(x0))
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
     times = _continued(start, times, rounding)
+    noise = noise.over(len(times) - 1)
     first = 0 if start is None else start.steps
     sde = sde.directed(_direction(times, x0.dtype, x0.device))
     save = SavePlan(times[first:], save_at, observable, moments=reduce is not None, rounding=rounding, first=first)
@@ -218,6 +219,7 @@ def integrate(
     times = grids.check_grid(times)
     noise = noise_of(None, noise, random=_reads_noise(sde, solver))
     times, first, memory = _continued(start, times), *((start.steps, start.memory) if start else (0, ()))
+    noise = noise.over(len(times) - 1)
     save, sde = SavePlan(times[first:], None, first=first), sde.directed(_direction(times, x0.dtype, x0.device))
     return _solution(
         Problem(
