@@ -110,8 +110,13 @@ def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def modules_within(held: Iterable[object]) -> list[nn.Module]:
-    """All modules that scores or functions reach, in closures, defaults, attributes and global names as well."""
-    found: list[nn.Module] = []
+    """All modules that scores or functions reach (`within`)."""
+    return within(held, (nn.Module,))
+
+
+def within(held: Iterable[object], kinds: tuple[type, ...]) -> list[Any]:
+    """All objects of some kinds that functions reach, in closures, defaults, attributes and global names as well."""
+    found: list[Any] = []
     seen: set[int] = set()
     waiting = collections.deque(held)  # what is near comes first
     while waiting and len(seen) < _MOST:
@@ -119,9 +124,11 @@ def modules_within(held: Iterable[object]) -> list[nn.Module]:
         if id(value) in seen or isinstance(value, _LEAVES):
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):
+        if isinstance(value, kinds):
             found.append(value)
+        if isinstance(value, nn.Module):
             waiting += value._modules.values()
+            waiting += (v for v in vars(value).values() if isinstance(v, kinds))
             if type(value).__module__.startswith("sdesolve."):
                 waiting += [v for v in vars(value).values() if callable(v)]  # a network that is a function
         elif isinstance(value, types.FunctionType):

@@ -55,11 +55,11 @@ def refuse_vmap(what: str) -> None:
         )
 
 
-def refuse_transforms(what: str, remedy: str) -> None:
+def refuse_transforms(what: str, remedy: str, why: str = "nothing in it is differentiated") -> None:
     """Refuses a call under any transform of ``torch.func``.
 
     Raises:
-        ValueError: it is one. ``what`` has no derivatives; ``remedy`` says what has.
+        ValueError: it is one. ``what`` has no derivatives there; ``why``, and ``remedy`` says what has.
     """
     if is_transformed():
-        raise ValueError(f"{what} runs under no transform of torch.func: nothing in it is differentiated; {remedy}")
+        raise ValueError(f"{what} runs under no transform of torch.func: {why}; {remedy}")

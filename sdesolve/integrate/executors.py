@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from typing import Protocol, final
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Protocol, final
 
 import torch
 from sdesolve_kernels import euler_maruyama_step, linear_step
@@ -17,16 +19,21 @@ from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place, named
 from sdesolve.integrate.adaptive import integrate_adaptively
 from sdesolve.integrate.checks import all_finite
-from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext
+from sdesolve.integrate.lowering import Lowered, NoiseSource, States, StepContext
 from sdesolve.integrate.nested import Nested
 from sdesolve.integrate.non_finite import refuse_nonfinite
 from sdesolve.integrate.problem import Problem
+from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
 from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure
 from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.reversible_heun import ReversibleHeun
 from sdesolve.solvers.tabulated import Row, torch_row
+
+if TYPE_CHECKING:
+    from sdesolve.integrate.checkpointing import AbstractRecord
 
 # Increments are drawn for several steps at once: with few channels, a call a step would spend four words on each normal
 # it keeps. At least this many normals a path, and no more than this many in all unless one step needs them.
@@ -92,8 +99,12 @@ class TorchContext(AbstractSteppedContext):
 
     def begin(self, k: int, span: Span) -> None:
         super().begin(k, span)
-        if self._sources and not self._first <= k < self._first + min(map(len, self._drawn)):
-            self._first, self._drawn = k, [self._draw(source, k) for source in self._sources]
+        if self._sources and not self._first <= k < self._first + len(self._drawn[0]):
+            # From a multiple on, so that steps that are taken again in another order find as many drawn.
+            first, steps = self._problem.first, min(map(self._drawn_at_once, self._sources))
+            self._first = first + _whole(k - first, steps)
+            steps = min(steps, self._problem.steps - self._first)
+            self._drawn = [self._draw(source, self._first, steps) for source in self._sources]
 
     def row(self, columns: slice, draw: int | None) -> Row:
         assert self._numbers is not None
@@ -109,11 +120,14 @@ class TorchContext(AbstractSteppedContext):
     def within(self) -> Tensor:
         return self._drawn[-1][self._k - self._first].T
 
-    def _draw(self, source: NoiseSource, k: int) -> Tensor:
+    def _drawn_at_once(self, source: NoiseSource) -> int:
+        """For how many steps."""
+        a_path = max(1, math.prod(source.shape()))
+        return max(1, min(_CHUNK_NORMALS // a_path, _CHUNK_ELEMENTS // max(1, a_path * len(self._problem.x0))))
+
+    def _draw(self, source: NoiseSource, k: int, steps: int) -> Tensor:
         """Numbers of steps ``k ...``: increments of the path, or unit normals ``(steps, draws, batch, *state)``."""
         problem, batch, shape = self._problem, len(self._problem.x0), source.shape()
-        a_path, total = math.prod(shape), math.prod(shape) * batch
-        steps = max(1, min(_CHUNK_NORMALS // max(a_path, 1), _CHUNK_ELEMENTS // max(total, 1), problem.steps - k))
         make = functools.partial(source.noise.increments, dtype=problem.x0.dtype, device=problem.x0.device)
         if source.of is not None:
             times = problem.times[k : k + steps + 1]
@@ -185,8 +199,61 @@ class _PathContext(KernelContext):
 
 
 @final
+class Steps:
+    """The steps of an integration, one at a time and in any order, because noise can be made again."""
+
+    def __init__(self, problem: Problem, lowered: Lowered, context: AbstractSteppedContext) -> None:
+        self.problem, self._lowered, self._context = problem, lowered, context
+        self._spans: list[Span] = []
+        self._spans_from = 0
+
+    def span(self, k: int) -> Span:
+        """Step ``k`` in time."""
+        if not self._spans_from <= k < self._spans_from + len(self._spans):
+            self._spans_from = _whole(k - self.problem.first, _SPANS) + self.problem.first
+            self._spans = self.problem.spans(self._spans_from, _SPANS)
+        return self._spans[k - self._spans_from]
+
+    def after(self, k: int, states: States) -> States:
+        """What is carried after step ``k``, from what is before it."""
+        self._context.begin(k, self.span(k))
+        return self._lowered.step(self._context, states)
+
+    def saving(self, k: int, states: States, save: SavePlan) -> States:
+        """The same, and keeps in ``save`` what was asked for within the step and at its end."""
+        problem, span, x, after = self.problem, self.span(k), states[0], self.after(k, states)
+        save.within_step(k, lambda theta: problem.between(k, theta, x, after[0], span))
+        save.at_grid_point(k + 1, *after)
+        return after
+
+    def again(self, k: int, states: States) -> States:
+        """`saving`, of a step that was taken before."""
+        evaluations, save = self.problem.watched.evaluations, self.problem.save
+        after = self.saving(k, states, save.blank()) if save.holds(k) else self.after(k, states)
+        self.problem.watched.evaluations = evaluations
+        return after
+
+    def before(self, k: int, states: States) -> States:
+        """What was carried before step ``k``, from what is after it, with a solver that can be reversed."""
+        problem, span = self.problem, self.span(k)
+        evaluations, solver = problem.watched.evaluations, problem.solver
+        assert isinstance(solver, ReversibleHeun)
+        self._context.begin(k, span)
+        found = solver.undo(problem.watched, states, span, self._context.increment())
+        problem.watched.evaluations = evaluations
+        if not problem.padded:
+            return found
+        return tuple(torch.where(span.dt == 0, x, y) for x, y in zip(states, found, strict=True))
+
+
+def _whole(k: int, size: int) -> int:
+    """The largest multiple of a size up to ``k``."""
+    return k // size * size
+
+
+@final
 class Stepwise:
-    """An integration carried out step by step; can be gone through again, because noise can.
+    """An integration carried out step by step.
 
     Attributes:
         k: steps taken.
@@ -194,32 +261,34 @@ class Stepwise:
     """
 
     def __init__(
-        self, problem: Problem, lowered: Lowered, context: AbstractSteppedContext, execution: str, reason: str
+        self,
+        problem: Problem,
+        lowered: Lowered,
+        context: Callable[[], AbstractSteppedContext],
+        execution: str,
+        reason: str,
     ) -> None:
-        self.problem, self._lowered, self._context = problem, lowered, context
+        self.problem, self._lowered, self._steps = problem, lowered, Steps(problem, lowered, context())
         after = "" if lowered.correcting is None else f"{lowered.correcting.draws} corrector step(s) after each"
-        self._execution, self._reason = execution, "; ".join(filter(None, [reason, after]))
-        self._spans: list[Span] = []
-        self._spans_from = 0
+        self._execution, self._reasons = execution, [reason, after]
         self.k, self.states = problem.first, lowered.start(problem.x0, problem.memory)
         problem.watched.checking = True
         check_noise_ahead(problem)
         self._structured = has_structure(problem)
+        self._record = recorded(problem, lambda: Steps(problem, lowered, context()))
         problem.save.at_grid_point(self.k, *self.states)
 
     def advance(self) -> None:
         """Takes the next step, and keeps the states that were asked for."""
         k, problem, x = self.k, self.problem, self.states[0]
         if self._structured and k and k & (k - 1) == 0:  # every power of 2: what a function shows later alone
-            check_noise(problem, x, self._span(k).t0)
-        span, self.states = self._after(k, self.states)
+            check_noise(problem, x, self._steps.span(k).t0)
+        with nullcontext() if self._record is None else self._record.step(k, self.states):
+            self.states = self._steps.saving(k, self.states, problem.save)
         on_host = x.device.type == "cpu"  # elsewhere a look at the values would wait for the device
         if problem.watched.checking and problem.check_finite and on_host:
-            refuse_nonfinite(problem, k, x, self.states[0], span)
+            refuse_nonfinite(problem, k, x, self.states[0], self._steps.span(k))
         problem.watched.checking = False
-        x_next = self.states[0]
-        problem.save.within_step(k, lambda theta: problem.between(k, theta, x, x_next, span))
-        problem.save.at_grid_point(k + 1, *self.states)
         self.k = k + 1
 
     def finish(self) -> Saved:
@@ -236,6 +305,9 @@ class Stepwise:
                 bar.update()
         if problem.check_finite and not all_finite(self.states[0]):
             self.report_divergence()
+        if self._record is not None:
+            self._record.finish(self.states)
+            self._reasons.append(self._record.report)
         save = problem.save
         return Saved(
             self.states[0],
@@ -244,7 +316,7 @@ class Stepwise:
             problem.taken,
             problem.watched.evaluations,
             self._execution,
-            self._reason,
+            "; ".join(filter(None, self._reasons)),
             memory=self.states[1:],
         )
 
@@ -261,19 +333,26 @@ class Stepwise:
         states = states or self._lowered.start(self.problem.x0, self.problem.memory)
         with torch.no_grad():
             for k in range(self.problem.first if first is None else first, last or self.problem.steps):
-                x = states[0]
-                span, states = self._after(k, states)
-                refuse_nonfinite(self.problem, k, x, states[0], span)
+                x, states = states[0], self._steps.after(k, states)
+                refuse_nonfinite(self.problem, k, x, states[0], self._steps.span(k))
 
-    def _span(self, k: int) -> Span:
-        if not self._spans_from <= k < self._spans_from + len(self._spans):
-            self._spans, self._spans_from = self.problem.spans(k, _SPANS), k
-        return self._spans[k - self._spans_from]
 
-    def _after(self, k: int, states: tuple[Tensor, ...]) -> tuple[Span, tuple[Tensor, ...]]:
-        span = self._span(k)
-        self._context.begin(k, span)
-        return span, self._lowered.step(self._context, states)
+def recorded(problem: Problem, steps: Callable[[], Steps]) -> AbstractRecord | None:
+    """What a run keeps for its gradient, unless torch does it; ``steps`` makes those to be taken again.
+
+    Raises:
+        ValueError: the solver cannot be reversed, and is asked to.
+    """
+    if problem.gradients not in ("checkpoint", "reversible") or not torch.is_grad_enabled() or problem.taken < 2:
+        return None
+    from sdesolve.integrate.checkpointing import Checkpoints, Reconstruction
+
+    again, which = steps(), range(problem.first, problem.steps)
+    following = () if problem.following is None else problem.following.roots
+    held = (problem.equation, problem.save.observable, *following)
+    if problem.gradients == "checkpoint":
+        return Checkpoints(again.again, which, held, problem.x0.device)
+    return Reconstruction(again.before, again.again, which, held, problem.x0.device)
 
 
 @final
@@ -308,7 +387,7 @@ class RowKernels:
             reason = "each step is one euler_maruyama_step kernel"
         else:
             raise CannotExecute(f"no kernel does {type(solver).__name__} on {sde.noise} noise; its step runs in torch")
-        return Stepwise(problem, lowered, _PathContext(problem, lowered), "kernel", reason)
+        return Stepwise(problem, lowered, lambda: _PathContext(problem, lowered), "kernel", reason)
 
 
 @final
@@ -322,4 +401,4 @@ class Eager:
 
     def begin(self, problem: Problem, lowered: Lowered) -> Stepwise:
         """Gets ready for the first step."""
-        return Stepwise(problem, lowered, TorchContext(problem, lowered), "eager", "")
+        return Stepwise(problem, lowered, lambda: TorchContext(problem, lowered), "eager", "")

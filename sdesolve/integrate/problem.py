@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import torch
 from sdesolve_kernels.transforms import is_transformed
@@ -131,6 +131,9 @@ class IncrementShape(NamedTuple):
     elementwise: bool
 
 
+Gradients = Literal["auto", "checkpoint", "reversible", "none"]
+
+
 @remembered
 def _padded(times: Tensor) -> bool:
     return bool((times[-1] == times[-2]).any())
@@ -157,6 +160,7 @@ class Problem:
         memory: what the solver remembers before that step, and what follows paths; nothing at the start.
         following: what follows the paths.
         earlier: the run that it goes on with.
+        gradients: how gradients of a run that goes step by step are made.
     """
 
     solver: AbstractSolver
@@ -172,6 +176,7 @@ class Problem:
     memory: tuple[Tensor, ...] = ()
     following: Following | None = None
     earlier: Continuation | None = None
+    gradients: Gradients = "auto"
 
     @property
     def taken(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Set
@@ -144,6 +145,16 @@ class SavePlan:
             step = here if float(times[slot]) > float(points[here]) else here - 1
             t0, t1 = float(grid[step]), float(grid[step + 1])
             self.inside[offset + step].append((slot, (float(self.ts[slot]) - t0) / (t1 - t0)))
+
+    def holds(self, k: int) -> bool:
+        """Whether anything is wanted of step ``k`` or its end."""
+        return k in self.inside or k + 1 in self.on_grid
+
+    def blank(self) -> SavePlan:
+        """The same plan with nothing kept yet."""
+        made = copy.copy(self)
+        made._states, made._variances = [None] * len(self.ts), [None] * len(self.ts)
+        return made
 
     def at_grid_point(self, k: int, *states: Tensor) -> None:
         """Keeps the state at grid point ``k``, the first of what a step carries, if it was asked for."""

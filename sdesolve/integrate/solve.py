@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from sdesolve import grids
 from sdesolve._internal.arguments import flag, kind_of, short, whole_number
 from sdesolve._internal.copies import remembered
 from sdesolve._internal.modes import evaluation_mode, warn_of_training
-from sdesolve._internal.transforms import runs_as_it_is
+from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
 from sdesolve.carry import as_carry
 from sdesolve.crossing import as_boundaries
@@ -23,7 +24,7 @@ from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
 from sdesolve.integrate.following import Following, positional
 from sdesolve.integrate.lowering import lower
-from sdesolve.integrate.problem import Problem, Watched
+from sdesolve.integrate.problem import Gradients, Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
 from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
@@ -32,6 +33,7 @@ from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
 from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractRemembering, AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.reversible_heun import ReversibleHeun
 
 Backend = Literal["auto", "fused", "kernel", "eager"]
 _BACKENDS = get_args(Backend)
@@ -60,6 +62,7 @@ def solve(
     reduce: Literal["moments"] | None = None,
     increments: Increments | None = None,
     backend: Backend = "auto",
+    gradients: Gradients = "auto",
     progress: bool = False,
     check_finite: bool = True,
 ) -> Solution:
@@ -109,6 +112,12 @@ def solve(
         backend: ``fused`` is the whole trajectory in one generated kernel, ``kernel`` one kernel a step, ``eager`` the
             solver's own step in plain torch; none of these falls back to another. ``auto`` takes the first that can do
             it, and says in ``stats`` why no earlier one could. The README says what can be fused.
+        gradients: how a run that goes step by step gives gradients; values do not depend on it, and a fused run always
+            has its own way. ``auto`` has torch keep what it needs of every step. ``checkpoint`` keeps some states, and
+            takes every step again on the way back: the same gradients to the bit, for at most a sixteenth of that
+            memory, or 256 MB or twice what a step needs if that is less, and once more the time of the run if all
+            states are kept. ``reversible`` undoes the steps of `ReversibleHeun` instead, and raises a RuntimeError in
+            ``backward`` if that drifts away from states that were kept. ``none`` records nothing.
         progress: show a progress bar.
         check_finite: raise `DivergenceError` if the final state is not finite.
 
@@ -140,7 +149,8 @@ def solve(
     elif x0 is None:
         raise TypeError("give x0, the states to start from, or start, the state of a Solution to go on with")
     _check_arguments(sde, x0, solver, backend)
-    if not (torch.is_grad_enabled() or isinstance(sde, ReverseSDE | ProbabilityFlow)):
+    _check_gradients(gradients, solver)
+    if not ((torch.is_grad_enabled() and gradients != "none") or isinstance(sde, ReverseSDE | ProbabilityFlow)):
         warn_of_training(sde)
     if params is not None:
         if not isinstance(sde, SDE | ODE):
@@ -153,6 +163,11 @@ def solve(
     if start is not None:
         functional, boundaries = start.carry or functional, start.until or boundaries
     follows = bool(functional or boundaries) or (observable is not None and positional(observable) > 1)
+    if follows and gradients == "reversible":
+        raise ValueError(
+            "gradients='reversible' undoes the solver's steps, and not what follows paths (carry=, until=, an "
+            "observable of time); take gradients='checkpoint'"
+        )
     if solver.controller is None:
         with outside_transforms():  # grids are kept for later calls
             times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
@@ -185,8 +200,10 @@ def solve(
         start.memory if start else (),
         Following(functional, boundaries, observable) if follows else None,
         start,
+        gradients,
     )
-    return _solution(problem, backend)
+    with torch.no_grad() if gradients == "none" else contextlib.nullcontext():
+        return _solution(problem, backend)
 
 
 def integrate(
@@ -237,6 +254,27 @@ def _check_arguments(sde: AbstractSDE, x0: State, solver: AbstractSolver, backen
     _check_choice("backend", backend, _BACKENDS)
     check_pair(solver, sde)
     check_state(x0)
+
+
+def _check_gradients(gradients: Gradients, solver: AbstractSolver) -> None:
+    _check_choice("gradients", gradients, get_args(Gradients))
+    if gradients not in ("checkpoint", "reversible"):
+        return
+    if solver.controller is not None:
+        raise ValueError(
+            f"{type(solver).__name__} chooses its own steps, and gradients={gradients!r} takes those of a grid again; "
+            "leave gradients= out"
+        )
+    if gradients == "reversible" and not isinstance(solver, ReversibleHeun):
+        raise ValueError(
+            f"gradients='reversible' undoes steps of ReversibleHeun, and those of {type(solver).__name__} cannot be "
+            "undone; take gradients='checkpoint'"
+        )
+    refuse_transforms(
+        f"gradients={gradients!r}",
+        "leave gradients= out, or call backward()",
+        "steps are taken again for torch's own graph",
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -58,6 +58,18 @@ class ReversibleHeun(AbstractRemembering):
         after = x + 0.5 * (move + f * dt + g_W)
         return after, z_next - after
 
+    def undo(
+        self, sde: AbstractSDE, states: tuple[Tensor, ...], span: Span, noise: Increment | None
+    ) -> tuple[Tensor, ...]:
+        """The state and what is carried at ``span.t0`` from those at ``span.t1``; otherwise as `advance`."""
+        (x_next, gap), dt = states, span.dt
+        f, g_W = drift_and_noise(sde, x_next + gap, span.t1, noise)
+        move = f * dt + g_W
+        z = x_next - gap - move
+        f, g_W = drift_and_noise(sde, z, span.t0, noise)
+        x = x_next - 0.5 * (move + f * dt + g_W)
+        return x, z - x
+
     def check_end(self, x0: Tensor, x: Tensor, memory: tuple[Tensor, ...]) -> None:
         (gap,) = memory
         if not gap.numel():

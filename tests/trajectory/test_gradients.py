@@ -6,6 +6,7 @@ compiled.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -45,7 +46,7 @@ def check(run, wanted, tolerance=1e-10, backend="fused", execution="fused"):
 
 def solver_of(sde, x0, steps=5, t0=0.0, t1=1.0, **options):
     options = {"solver": sds.EulerMaruyama(), "seed": 3, **options}
-    return lambda backend: sds.solve(sde, x0, t0, t1, steps, backend=backend, **options)
+    return lambda backend, **others: sds.solve(sde, x0, t0, t1, steps, backend=backend, **options, **others)
 
 
 def with_theta(noise="diagonal", calculus="ito", d=2):
@@ -105,6 +106,14 @@ def test_every_solver_in_both_directions(solver, sde, wanted, interpreted):
         with torch.no_grad():
             execution = run("auto").stats.execution
         check(run, [x0, *wanted], backend="auto", execution=execution)
+        if t0:
+            taken_again(functools.partial(run, "eager"), [x0, *wanted])
+
+
+def taken_again(run, wanted):
+    """Gradients of steps that are taken again have the bits of others."""
+    plain, again = (gradients(lambda g: run(gradients=g), g, wanted)[0] for g in ("auto", "checkpoint"))
+    assert all(map(torch.equal, plain, again))
 
 
 class Score(torch.nn.Module):
@@ -128,7 +137,9 @@ def test_samplers_with_a_learned_score(solver, interpreted):
     process, net, x0 = sds.VP(), Score(), leaf(6, 2)
     equation = process.probability_flow(net) if solver.sampling_stochasticity == 0 else process.reverse(net)
     grid = process.time_grid(5)
-    check(lambda b: sds.solve(equation, x0, grid=grid, solver=solver, seed=1, backend=b), [x0, *net.parameters()])
+    run = functools.partial(sds.solve, equation, x0, grid=grid, solver=solver, seed=1)
+    check(lambda b: run(backend=b), [x0, *net.parameters()])
+    taken_again(functools.partial(run, backend="eager"), [x0, *net.parameters()])
 
 
 def test_what_may_be_saved(interpreted):

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from sdesolve_kernels.trajectory.watching import is_library
 
-__all__ = ["Snapshot", "random_states", "slots_of", "written_in_python"]
+__all__ = ["GENERATORS", "Snapshot", "random_states", "same", "slots_of", "written_in_python"]
 
 _LARGEST = 1 << 20  # elements of a tensor that is copied; no operation of a trace reaches its values anyway
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 _NUMBERS = "it draws random numbers"
-_GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
     (torch.get_rng_state, torch.set_rng_state),
@@ -45,7 +45,7 @@ class Snapshot:
                 self._add(functools.partial(_settings, space), functools.partial(_put_settings, space))
             else:
                 self._entries(space, seen)
-        for get, put in _GENERATORS:
+        for get, put in GENERATORS:
             self._add(get, put, _NUMBERS)
 
     def changed(self) -> str:
@@ -64,7 +64,7 @@ class Snapshot:
         found = []
         for what, before, get, put in self._parts:
             now = get()
-            if not _same(before, now):
+            if not same(before, now):
                 found.append((_difference(before, now) or what, before, put))
         return found
 
@@ -129,7 +129,7 @@ class Snapshot:
 
 def random_states() -> Callable[[], None]:
     """What puts the global generators back to where they are now."""
-    states = [(put, get()) for get, put in _GENERATORS]
+    states = [(put, get()) for get, put in GENERATORS]
 
     def put_back() -> None:
         for put, state in states:
@@ -161,19 +161,23 @@ def slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...]:
     )  # fmt: skip
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are the same, to the bit, for all that is known of their kinds."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if type(a) is dict:
         # No __eq__ of a key's class is called: a key that was replaced by an equal one counts as a change.
-        return len(a) == len(b) and all(map(operator.is_, a, b)) and all(map(_same, a.values(), b.values()))
+        return len(a) == len(b) and all(map(operator.is_, a, b)) and all(map(same, a.values(), b.values()))
     if type(a) is tuple:
-        return len(a) == len(b) and all(map(_same, a, b))
+        if set(map(type, a)) == {int}:  # states of generators are long
+            return bool(a == b)
+        return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, Tensor):
         # A shape or dtype that has changed differs in memory; nan is compared by its bits.
-        return a.shape == b.shape and a.dtype == b.dtype and bool((_bits(a) == _bits(b)).all())
+        alike = a.shape == b.shape and a.dtype == b.dtype
+        return alike and ((a.dtype == torch.uint8 and torch.equal(a, b)) or bool((_bits(a) == _bits(b)).all()))
     if isinstance(a, np.ndarray):
         return a.shape == b.shape and a.dtype == b.dtype and (a.dtype.hasobject or a.tobytes() == b.tobytes())
     return type(a) in _PLAIN and (a == b or a != a)
@@ -188,7 +192,7 @@ def _difference(before: Any, now: Any) -> str:
     """The name of an attribute or entry that has changed, if it has one."""
     if type(before) is not dict:
         return ""
-    names = (n for n in {**now, **before} if n not in before or n not in now or not _same(before[n], now[n]))
+    names = (n for n in {**now, **before} if n not in before or n not in now or not same(before[n], now[n]))
     return f"`{next(names, '')}`"
 
 
