@@ -222,7 +222,7 @@ def _torchsde(model: Model, x0: Tensor, params: Tensor | None, steps: int) -> Ca
     return run
 
 
-def _noise_alone(paths: int, steps: int, device: torch.device) -> Call:
+def noise_alone(paths: int, steps: int, device: torch.device) -> Call:
     """As many normals as the equation uses, added up in registers: ``dX = dW``."""
     sde = sds.SDE(lambda x, t: torch.zeros_like(x), lambda x, t: torch.ones_like(x), noise="diagonal")
     x0 = torch.zeros(paths, 1, device=device)
@@ -313,7 +313,7 @@ def ensemble(
         BASELINE: ours("fused"), "sdesolve eager": ours("eager"), "torch loop": loop, "torch.compile": compiled,
         "torchsde": lambda: _torchsde(model, *start(), steps), "jax scan": in_jax("scan"),
         "diffrax": in_jax("diffrax_sde"),
-        "limit: noise": lambda: _noise_alone(normals // steps, steps, device),
+        "limit: noise": lambda: noise_alone(normals // steps, steps, device),
     }  # fmt: skip
     limits = {"limit: noise": Limit(1.0, normals, "normals")}
     label = f"ou in {width} dimensions" if name == "ou" else name

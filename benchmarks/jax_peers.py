@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.registry import Call, Missing
 
-__all__ = ["EQUATIONS", "diffrax_flow", "diffrax_sde", "normals", "scan"]
+__all__ = ["EQUATIONS", "diffrax_flow", "diffrax_paths", "diffrax_scheme", "diffrax_sde", "normals", "scan"]
 
 
 class Equation(NamedTuple):
@@ -180,6 +180,56 @@ def diffrax_sde(
         return jax.vmap(one, in_axes=(0, rows, 0))(x, p, jax.random.split(key, len(x)))
 
     return _call(run, x, p)
+
+
+_WELL = Equation(lambda x, t, p: x - x**3, lambda x, t, p: jnp.full_like(x, 0.7))
+_QUADRATIC = Equation(lambda x, t, p: -0.5 * (1 - x * x), lambda x, t, p: 0.5 * (1 - x * x))
+
+
+def _terms(model: str, path: Any) -> Any:
+    f, g = {"double well": _WELL, "quadratic": _QUADRATIC}[model]
+
+    def diagonal(t: Any, y: Any, p: Any) -> Any:
+        return lineax.DiagonalLinearOperator(g(y, t, p))
+
+    return diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, p: f(y, t, p)), diffrax.ControlTerm(diagonal, path))
+
+
+def _solved(model: str, scheme: str, path: Any, x: Any, t1: float, steps: int) -> Any:
+    return diffrax.diffeqsolve(
+        _terms(model, path), getattr(diffrax, scheme)(), 0.0, t1, t1 / steps, x, saveat=diffrax.SaveAt(t1=True),
+        adjoint=diffrax.DirectAdjoint(), max_steps=steps + 1,
+    ).ys[0]  # fmt: skip
+
+
+def diffrax_scheme(model: str, scheme: str, x0: Tensor, t1: float, steps: int, device: torch.device) -> Call:
+    """``diffeqsolve`` by a scheme that takes space-time Levy area, with ``UnsafeBrownianPath``."""
+    x = _array(x0, device)
+
+    def one(x: Any, key: Any) -> Any:
+        path = diffrax.UnsafeBrownianPath(x.shape, key, levy_area=diffrax.SpaceTimeLevyArea)
+        return _solved(model, scheme, path, x, t1, steps)
+
+    run = jax.jit(lambda key, x: jax.vmap(one)(x, jax.random.split(key, len(x))))
+    return _call(run, x)
+
+
+def diffrax_paths(model: str, scheme: str, x0: Tensor, t1: float, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """In float64, for each number of steps: last states, and the values there of the paths, which are the same."""
+
+    def one(n: int) -> Any:
+        def run(x: Any, key: Any) -> Any:
+            path = diffrax.VirtualBrownianTree(
+                0.0, t1, tol=t1 / 8192, shape=x.shape, key=key, levy_area=diffrax.SpaceTimeLevyArea
+            )
+            return _solved(model, scheme, path, x, t1, n), path.evaluate(0.0, t1)
+
+        return jax.jit(jax.vmap(run))
+
+    with jax.enable_x64(True):
+        x, keys = jnp.asarray(x0.numpy()), jax.random.split(jax.random.key(7), len(x0))
+        runs = [one(n)(x, keys) for n in steps]
+        return [(torch.tensor(np.array(y)), torch.tensor(np.array(W))) for y, W in runs]
 
 
 def diffrax_flow(x0: Tensor, t0: float, t1: float, steps: int | None, tolerance: float, device: torch.device) -> Call:

@@ -14,6 +14,7 @@ from benchmarks.generative import generative
 from benchmarks.gradients import gradients
 from benchmarks.ops import noise_problems, step_problems
 from benchmarks.registry import Problem
+from benchmarks.schemes import schemes
 
 __all__ = ["GOALS", "Goal", "problems"]
 
@@ -22,7 +23,7 @@ __all__ = ["GOALS", "Goal", "problems"]
 def problems(device: str = "cpu") -> Mapping[str, Problem]:
     """By name."""
     where = torch.device(device)
-    makers = (noise_problems, step_problems, ensembles, gradients, generative)
+    makers = (noise_problems, step_problems, ensembles, schemes, gradients, generative)
     found = [problem for make in makers for problem in make(where)]
     by_name = {problem.name: problem for problem in found}
     if len(by_name) != len(found):
@@ -91,6 +92,11 @@ def _goals() -> tuple[Goal, ...]:
         ("reverse SDE of a mixture", "mixture, 6720 x 256"),
     ):  # fmt: skip
         found.append(Goal(f"{label}: 5 x the eager loop", name, "sdesolve eager", least=5.0))
+    for scheme, theirs, peer, least in (
+        ("SRIW2", "srk", "torchsde", 15.0), ("ShARK", "ShARK", "diffrax", 10.0), ("SPaRK", "SPaRK", "diffrax", 10.0),
+        ("SlowRK", "SlowRK", "diffrax", 10.0),
+    ):  # fmt: skip
+        found.append(Goal(f"{scheme}: {least:g} x {peer}", f"{scheme} beside {theirs}, 8192 x 64", peer, least))
     lotka, heston = "lotka-volterra gradient, 4096 x 500", "heston gradient, 4096 x 100"
     found.append(Goal("Lotka-Volterra, value and gradient: ns per path-step", lotka, "sdesolve", most=4.0))
     for peer, least in (("jax scan", 6.0), ("torch loop", 15.0), ("torchsde", 25.0), ("torchsde reversible", 45.0)):

@@ -17,14 +17,15 @@ _ITO = supports(
 class SRIW1(AbstractStochasticTable):
     """The step of `AbstractStochasticTable` with four stages, of which two need the drift.
 
-    Strong order 3/2 and weak order 2 for diagonal noise with ``g_i`` a function of ``x_i`` alone (`solve` tests this),
-    and for scalar noise with any ``g``; second order on an ODE. Ito. The cheapest scheme of this order. Roessler 2010,
-    SIAM Journal on Numerical Analysis 48, table 5.1.
+    Strong and weak order 3/2 for diagonal noise with ``g_i`` a function of ``x_i`` alone (`solve` tests this), and for
+    scalar noise with any ``g``; weak order 2 for additive noise; second order on an ODE. Ito. The cheapest scheme of
+    this order. In one step's expectations the term ``h^(5/2)`` that keeps the weak order from 2 is small, its
+    coefficient some hundredth of that of ``h^3``. Roessler 2010, SIAM Journal on Numerical Analysis 48, table 5.1.
     """
 
     supported = _ITO
     own_component_diffusion = True
-    strong_order, weak_order, ode_order = 1.5, 2.0, 2
+    strong_order, weak_order, ode_order = 1.5, 1.5, 2
     evaluations, diffusion_evaluations = 2, 4
     table = StochasticTable(
         A0=((), (3 / 4,), (), ()),
@@ -43,13 +44,13 @@ class SRIW1(AbstractStochasticTable):
 class SRIW2(AbstractStochasticTable):
     """The step of `AbstractStochasticTable` with four stages, of which three need the drift.
 
-    Strong order 3/2 and weak order 2 for diagonal noise with ``g_i`` a function of ``x_i`` alone (`solve` tests this),
-    and for scalar noise with any ``g``; third order on an ODE. Ito. Roessler 2010, table 5.2.
+    Strong and weak order 3/2 for diagonal noise with ``g_i`` a function of ``x_i`` alone (`solve` tests this), and for
+    scalar noise with any ``g``; weak order 2 for additive noise; third order on an ODE. Ito. Roessler 2010, table 5.2.
     """
 
     supported = _ITO
     own_component_diffusion = True
-    strong_order, weak_order, ode_order = 1.5, 2.0, 3
+    strong_order, weak_order, ode_order = 1.5, 1.5, 3
     evaluations, diffusion_evaluations = 3, 4
     table = StochasticTable(
         A0=((), (1.0,), (1 / 4, 1 / 4), ()),
@@ -69,14 +70,14 @@ class SRIW2(AbstractStochasticTable):
 class SOSRI(AbstractStochasticTable):
     """The step of `AbstractStochasticTable` with four stages that were optimised for stability.
 
-    Strong order 3/2 and weak order 2 for diagonal noise with ``g_i`` a function of ``x_i`` alone (`solve` tests this),
-    and for scalar noise with any ``g``; second order on an ODE. Ito. Takes larger steps than `SRIW1` where noise or
-    drift is stiff. Rackauckas and Nie 2020, IEEE HPEC.
+    Strong and weak order 3/2 for diagonal noise with ``g_i`` a function of ``x_i`` alone (`solve` tests this), and for
+    scalar noise with any ``g``; weak order 2 for additive noise; second order on an ODE. Ito. Takes larger steps than
+    `SRIW1` where noise or drift is stiff. Rackauckas and Nie 2020, IEEE HPEC.
     """
 
     supported = _ITO
     own_component_diffusion = True
-    strong_order, weak_order, ode_order = 1.5, 2.0, 2
+    strong_order, weak_order, ode_order = 1.5, 1.5, 2
     evaluations, diffusion_evaluations = 4, 4
     table = StochasticTable(
         A0=(

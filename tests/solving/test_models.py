@@ -67,6 +67,18 @@ def test_geometric_brownian_motion_along_its_path(calculus, solver, order):
     assert abs(-np.polyfit(np.log(steps), np.log(errors), 1)[0] - order) < 0.15
 
 
+@pytest.mark.parametrize("sde", [CIR, HESTON, sds.Jacobi(1.0, 0.4, 0.8)], ids=lambda sde: type(sde).__name__)
+def test_where_a_root_ends_its_correction_is_finite(sde):
+    """In states out of the domain, and on its boundary, where conversion differentiates the root."""
+    x = torch.tensor([[-0.1, -0.1], [0.0, 0.0], [0.04, 0.04], [1.5, 1.5]], dtype=F64)
+    t = torch.tensor(0.0, dtype=F64)
+    moved = (sds.to_stratonovich(sde).drift(x, t) - sde.drift(x, t))[:, -1]
+    v = x[:, -1]
+    slope = -0.16 * (1 - 2 * v) if isinstance(sde, sds.Jacobi) else torch.full_like(v, -0.0225)  # -(g g') / 2
+    inside = (v > 0) & (v < 1) if isinstance(sde, sds.Jacobi) else v > 0
+    torch.testing.assert_close(moved, torch.where(inside, slope, 0.0), rtol=1e-9, atol=1e-12)
+
+
 class Quantiles(AbstractNoise):
     """One step whose numbers are the normal law's quantiles at ``(i + 1/2) / batch``: its moments without sampling."""
 

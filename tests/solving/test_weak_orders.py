@@ -9,11 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from sdesolve_kernels.dispatch import use_backend
 
 import sdesolve as sds
 from sdesolve.solvers.base import Span
 
-T0, STEPS = 0.3, [2.0**-k for k in range(4, 9)]
+T0, STEPS, SHORT = 0.3, [2.0**-k for k in range(4, 9)], [2.0**-k for k in range(7, 11)]
 X = torch.tensor([0.7, -0.4], dtype=torch.float64)
 
 
@@ -91,8 +92,8 @@ def outcomes(channels, needs):
     return numbers, torch.tensor([math.prod(p for _, p in row) for row in every], dtype=torch.float64)
 
 
-def local_order(solver, noise, calculus, sign=1, steps=STEPS):
-    """Fitted to the largest errors of expectations after one step, over its length."""
+def local_errors(solver, noise, calculus, sign=1, steps=STEPS):
+    """Of expectations after one step of each length: a row for a step, a column for a monomial."""
     sde = sds.SDE(drift, NOISES[noise][0], noise, calculus)
     channels = 1 if noise == "scalar" else 2
     z, chance = outcomes(channels, solver.needs)
@@ -103,24 +104,47 @@ def local_order(solver, noise, calculus, sign=1, steps=STEPS):
         t0, dt = torch.tensor(T0, dtype=torch.float64), torch.tensor(sign * h, dtype=torch.float64)
         x = solver.step(sde, X.expand(len(z), 2), Span(t0, t0 + dt, dt), sds.Increment(W, **parts))
         means = chance @ torch.stack([x[:, 0] ** p * x[:, 1] ** q for p, q in MONOMIALS], 1)
-        errors.append(float((means - (a + h * b + h * h * c / 2)).abs().max()))
-    return np.polyfit(np.log2(steps), np.log2(errors), 1)[0]
+        errors.append((means - (a + h * b + h * h * c / 2)).numpy())
+    return np.array(errors)
+
+
+def fitted(steps, errors):
+    return np.polyfit(np.log2(steps), np.log2(np.abs(errors).max(1)), 1)[0]
+
+
+def half_power(steps, errors):
+    """The largest coefficient of ``h^(5/2)`` over that of ``h^3``: larger terms hide it from a fitted slope."""
+    h = np.array(steps)[:, None]
+    powers = np.concatenate([h**-0.5, h**0, h**0.5], 1)
+    coefficients = np.abs(np.linalg.lstsq(powers, errors / h**3, rcond=None)[0]).max(1)
+    return coefficients[0] / coefficients[1]
 
 
 ITO, STRATONOVICH = [sds.RI6(), sds.DRI1(), sds.W2Ito1()], [sds.NON()]
 CASES = [(s, n, "ito") for s in ITO for n in NOISES] + [(s, n, "stratonovich") for s in STRATONOVICH for n in NOISES]
-CASES += [(s, n, "ito") for s in (sds.SRIW1(), sds.SRIW2(), sds.SOSRI()) for n in ("scalar",)]
-CASES += [(sds.SlowRK(), "scalar", "stratonovich")]
+CASES += [(sds.SlowRK(), n, "stratonovich") for n in ("scalar", "diagonal")]
 CASES += [
     (s, "additive", "ito") for s in (sds.ShARK(), sds.SPaRK(), sds.GeneralShARK(), sds.SRA1(), sds.SRA3(), sds.SOSRA())
 ]
+CASES += [(s, "additive", "ito") for s in (sds.SRIW1(), sds.SRIW2(), sds.SOSRI())]
 
 
 @pytest.mark.parametrize(("solver", "noise", "calculus"), CASES, ids=lambda case: str(case).removesuffix("()"))
 @pytest.mark.parametrize("sign", [1, -1])
 def test_weak_order_two(solver, noise, calculus, sign):
     """The error of one step is of order 3: ``phi + h L phi + h^2 L^2 phi / 2`` is what it gives, but for ``h^3``."""
-    assert abs(local_order(solver, noise, calculus, sign) - 3.0) < 0.1
+    assert abs(fitted(STEPS, local_errors(solver, noise, calculus, sign)) - 3.0) < 0.1
+    assert half_power(SHORT, local_errors(solver, noise, calculus, sign, SHORT)) < 2e-3
+
+
+@pytest.mark.parametrize("noise", ["scalar", "diagonal"])
+@pytest.mark.parametrize("solver", [sds.SRIW1(), sds.SRIW2(), sds.SOSRI()], ids=repr)
+def test_weak_order_three_halves(solver, noise):
+    """Stages at distances ``sqrt(h)`` leave a term ``h^(5/2)``, small beside that of ``h^3``: no weak order 2."""
+    assert solver.weak_order == 1.5
+    errors = local_errors(solver, noise, "ito", steps=SHORT)
+    assert fitted(SHORT, errors) > 2.8
+    assert 4e-3 < half_power(SHORT, errors) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -138,4 +162,17 @@ def test_weak_order_two(solver, noise, calculus, sign):
     ],
 )
 def test_weak_order_one(solver, noise, calculus):
-    assert abs(local_order(solver, noise, calculus, steps=[2.0**-k for k in range(12, 16)]) - 2.0) < 0.1
+    steps = [2.0**-k for k in range(12, 16)]
+    assert abs(fitted(steps, local_errors(solver, noise, calculus, steps=steps)) - 2.0) < 0.1
+
+
+@pytest.mark.parametrize("solver", [sds.W2Ito1(), sds.NON()], ids=repr)
+def test_sources_of_different_width_are_drawn_for_as_many_steps(solver):
+    """One channel takes one increment and two signs a step, in more steps than are drawn at once."""
+    calculus = "ito" if isinstance(solver, sds.W2Ito1) else "stratonovich"
+    sde = sds.GeometricBrownianMotion(0.5, 0.4, calculus)
+    x0, options = torch.ones(3, 1, dtype=torch.float64), {"solver": solver, "seed": 0}
+    eager = sds.solve(sde, x0, 0.0, 1.0, 70, backend="eager", **options).x1
+    with use_backend("reference"):
+        fused = sds.solve(sde, x0, 0.0, 1.0, 70, backend="fused", **options).x1
+    torch.testing.assert_close(eager, fused, rtol=1e-12, atol=0.0)
