@@ -290,6 +290,12 @@ class SDE(AbstractSDE):
             setattr(bound, name, None if function is None else _bound(function, params))
         return bound
 
+    def with_drift(self, drift: Callable[..., Tensor]) -> SDE:
+        """An SDE of another drift and the same diffusion, noise, calculus and conversion to it."""
+        made = copy.copy(self)
+        made._drift, made.joint = drift, False
+        return made
+
     def in_calculus(self, calculus: Calculus) -> SDE:
         """The SDE of the other calculus with the same solutions (`to_ito`, `to_stratonovich`).
 

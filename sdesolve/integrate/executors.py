@@ -22,6 +22,7 @@ from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.lowering import Lowered, NoiseSource, States, StepContext
 from sdesolve.integrate.nested import Nested
 from sdesolve.integrate.non_finite import refuse_nonfinite
+from sdesolve.integrate.path_measure import between
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
@@ -221,8 +222,8 @@ class Steps:
 
     def saving(self, k: int, states: States, save: SavePlan) -> States:
         """The same, and keeps in ``save`` what was asked for within the step and at its end."""
-        problem, span, x, after = self.problem, self.span(k), states[0], self.after(k, states)
-        save.within_step(k, lambda theta: problem.between(k, theta, x, after[0], span))
+        after = self.after(k, states)
+        save.within_step(k, functools.partial(between, self.problem, k, states, after, self.span(k)))
         save.at_grid_point(k + 1, *after)
         return after
 
@@ -318,6 +319,7 @@ class Stepwise:
             self._execution,
             "; ".join(filter(None, self._reasons)),
             memory=self.states[1:],
+            weights=save.weights(),
         )
 
     def report_divergence(
@@ -379,6 +381,8 @@ class RowKernels:
         solver = lowered.one_step
         if problem.following is not None:
             raise CannotExecute("no kernel does what is carried along paths; steps run in torch")
+        if problem.prior is not None:
+            raise CannotExecute("no kernel of one step compares its path with a prior")
         if is_transformed():
             raise CannotExecute(TRANSFORMED)
         if solver is None:

@@ -58,7 +58,7 @@ class Stops(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a step carries, taken apart: the state, the solver's memory, what is carried, the clock, the stops."""
+    """What a step carries, taken apart: the state, the solver's memory (and weights), what is carried, clock, stops."""
 
     x: Tensor
     memory: States
@@ -177,7 +177,7 @@ class Following:
                 )
             source = NoiseSource(noise.within_steps(draws), draws, lambda: (draws,))
         step = functools.partial(self._step, problem.watched, lowered.step)
-        return dataclasses.replace(lowered, step=step, extra=extra, within=source)
+        return dataclasses.replace(lowered, step=step, extra=(*lowered.extra, *extra), within=source)
 
     def _step(
         self, sde: AbstractSDE, step: Callable[[StepContext, States], States], context: StepContext, states: States

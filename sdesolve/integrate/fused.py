@@ -54,6 +54,7 @@ from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
 from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
 from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled, together
 from sdesolve.integrate.non_finite import refuse_overflow
+from sdesolve.integrate.path_measure import between
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
@@ -165,7 +166,8 @@ def _span(problem: Problem) -> tuple[float, float]:
 
 def _roots(problem: Problem) -> tuple[object, ...]:
     following = problem.following
-    return problem.solver, problem.equation, problem.save.observable, *(following.roots if following else ())
+    own = problem.solver, problem.equation, problem.save.observable, problem.prior
+    return *own, *(following.roots if following else ())
 
 
 @contextlib.contextmanager
@@ -423,6 +425,7 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         lowered.memory,
         tuple(lowered.shapes(x0)),
         problem.following and problem.following.key,
+        _saves_all(problem),
         lowered.denoised,
         tuple(_made_of(source) for source in lowered.sources),
     )
@@ -674,7 +677,14 @@ def _memory(problem: Problem, lowered: Lowered) -> Tensor | None:
     return together(lowered.start(problem.x0, problem.memory)[1:]) if problem.memory or lowered.extra else None
 
 
+def _saves_all(problem: Problem) -> bool:
+    """Whether all that is carried is saved, and what is kept is made of it afterwards."""
+    return problem.prior is not None and not problem.save.moments
+
+
 def _observe(problem: Problem) -> Callable[[tuple[Tensor, ...]], Tensor] | None:
+    if _saves_all(problem):
+        return _flat
     return None if problem.save.inside or problem.save.observable is None else problem.save.observed
 
 
@@ -725,7 +735,7 @@ def _start(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) 
     def unchanged() -> bool:
         return look_into(*_roots(problem), most_weights=_MOST_WEIGHTS).key == guards.key
 
-    again = Again(problem, lowered, _observe(problem) is not None, unchanged)
+    again = Again(problem, lowered, _observe(problem), unchanged)
     return lambda launch: differentiated(adjoint, launch, again)
 
 
@@ -739,7 +749,8 @@ def _run(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, st
     work = problem.taken * len(problem.x0)
     with progress_bar(problem.progress, total=work, unit="path-step", leave=False) as bar:
         launch = dataclasses.replace(launch, progress=bar.update if problem.progress else None)
-        return (_between if problem.save.inside else _on_grid)(problem, kernel, lowered, launch, start)
+        after_it = problem.save.inside or _saves_all(problem)
+        return (_between if after_it else _on_grid)(problem, kernel, lowered, launch, start)
 
 
 def _on_grid(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
@@ -791,20 +802,27 @@ def _around(save: SavePlan) -> list[int]:
 
 
 def _between(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
-    """A run whose plan has times between grid points: states there follow from those on both sides."""
+    """A run of whose states more is made afterwards: those between grid points follow from those on both sides."""
     save, watched = problem.save, problem.watched
     launch = dataclasses.replace(launch, saves=_around(save))
     saved = start(launch)
     assert saved.states is not None
     before = watched.evaluations
-    states = dict(zip(launch.saves, saved.states.reshape(-1, *problem.x0.shape), strict=True))
-    for k, x in states.items():
-        save.at_grid_point(k, x)
+    states = {k: _apart(problem, lowered, s) for k, s in zip(launch.saves, saved.states.unbind(0), strict=True)}
+    for k, carried in states.items():
+        save.at_grid_point(k, *carried)
         if k in save.inside:
             (span,) = problem.spans(k, 1)
-            save.within_step(k, functools.partial(problem.between, k, x=x, x_next=states[k + 1], span=span))
+            save.within_step(k, functools.partial(between, problem, k, carried, states[k + 1], span))
     variances = save.variances() if save.moments else None
     evaluations = kernel.evaluations * problem.taken + watched.evaluations - before
     reason, source = _told(kernel)
     (_, *memory), xs = lowered.apart(problem.x0, saved.memory), save.states()
-    return Saved(saved.x1, xs, variances, problem.taken, evaluations, "fused", reason, source, memory=tuple(memory))
+    made = saved.x1, xs, variances, problem.taken, evaluations, "fused", reason, source
+    return Saved(*made, memory=tuple(memory), weights=save.weights())
+
+
+def _apart(problem: Problem, lowered: Lowered, flat: Tensor) -> tuple[Tensor, ...]:
+    """What was saved of a step, ``(batch, numbers)``: the state, or all that is carried."""
+    d = problem.x0[0].numel()
+    return lowered.apart(flat[:, :d].reshape(problem.x0.shape), flat[:, d:] if _saves_all(problem) else None)

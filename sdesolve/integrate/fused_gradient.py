@@ -94,13 +94,13 @@ class Again:
     Attributes:
         problem: the integration.
         lowered: its steps.
-        observes: whether what was saved are observations.
+        observe: what was saved of all that is carried; ``None`` for the state itself.
         unchanged: whether the functions are still those that ran.
     """
 
     problem: Problem
     lowered: Lowered
-    observes: bool
+    observe: Callable[[tuple[Tensor, ...]], Tensor] | None
     unchanged: Callable[[], bool]
 
     def differentiated(
@@ -143,7 +143,7 @@ class Again:
         run, states = Eager().begin(bare, lowered), []
         for k in range(problem.first, problem.steps + 1):
             if k in set(saves):
-                states.append(save.observed(run.states) if self.observes else run.states[0])
+                states.append(run.states[0] if self.observe is None else self.observe(run.states))
             if k < problem.steps:
                 run.advance()
         x1, *rest = run.states

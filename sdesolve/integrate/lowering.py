@@ -21,6 +21,7 @@ from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, com
 from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Increment, Part, named
 from sdesolve.integrate import pure_noise
 from sdesolve.integrate.clock import check_clock
+from sdesolve.integrate.path_measure import PathMeasure, lengths
 from sdesolve.integrate.problem import Problem
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, Span
@@ -243,9 +244,36 @@ def lower(problem: Problem) -> Lowered:
         TypeError: likewise.
     """
     lowered = _lowered(problem)
+    if problem.prior is not None:
+        lowered = _weighted(problem, lowered)
     if problem.following is not None:
         lowered = problem.following.follow(problem, lowered)
     return dataclasses.replace(lowered, step=_held(lowered.step)) if problem.padded else lowered
+
+
+def _weighted(problem: Problem, lowered: Lowered) -> Lowered:
+    """A step that also carries the KL divergence and the log-weight of each path (`solve`)."""
+    measure, trapezoidal = PathMeasure(problem), (problem.solver.ode_order or 1) > 1
+    own, earlier = 1 + lowered.memory, problem.earlier
+    problem.save.beside = slice(own, own + 2)
+
+    def step(context: StepContext, states: States) -> States:
+        *carried, kl, log_weight = states
+        x, span = carried[0], context.span
+        with problem.watched.remembering():
+            increment, start = context.increment(), measure.rates(x, span.t0)
+            after = lowered.step(context, tuple(carried))
+            end = measure.rates(after[0], span.t1) if trapezoidal else start
+        assert increment is not None
+        h = lengths(span).abs()
+        return (
+            *after,
+            kl + 0.5 * h * (start.energy + end.energy),
+            log_weight + measure.change(start, span, increment.W),
+        )
+
+    nothing = problem.x0.new_zeros(len(problem.x0))
+    return dataclasses.replace(lowered, step=step, extra=(earlier and earlier.weights) or (nothing, nothing))
 
 
 def _held(step: Callable[[StepContext, States], States]) -> Callable[[StepContext, States], States]:

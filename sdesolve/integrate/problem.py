@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import torch
@@ -44,6 +45,7 @@ class Watched(AbstractSDE):
         self._product = ByRow(sde.diffusion_product, "diffusion_product", times)
         self._field = ByRow(sde.field, "score", times) if isinstance(sde, AbstractSemilinear) else None
         self.evaluations, self.checking = 0, True
+        self._values: dict[tuple[str, int, int], tuple[Tensor, Tensor, Any]] | None = None
         self.step = 0.0  # the shortest, where functions are given the time in float64 for its sake
 
     @property
@@ -53,7 +55,28 @@ class Watched(AbstractSDE):
     def channels(self, x: Tensor) -> tuple[int, ...] | None:
         return self._sde.channels(x)
 
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside the ``with`` block drift and diffusion are evaluated once for the same tensors."""
+        self._values = {}
+        try:
+            yield
+        finally:
+            self._values = None
+
+    def _once(self, what: str, function: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Any:
+        if self._values is None:
+            return function(x, t)
+        key = what, id(x), id(t)
+        if key not in self._values:
+            self._values[key] = x, t, function(x, t)
+        return self._values[key][2]
+
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self._once("drift", self._drift_of, x, t)
+        return f
+
+    def _drift_of(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += 1
         if not self.checking:
             return self._drift(x, t)
@@ -81,6 +104,10 @@ class Watched(AbstractSDE):
         return s
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        g: Tensor = self._once("diffusion", self._diffusion_of, x, t)
+        return g
+
+    def _diffusion_of(self, x: Tensor, t: Tensor) -> Tensor:
         if not self.checking:
             return self._diffusion(x, t)
         return self._checked_diffusion(self._checked(self._diffusion, x, t, "diffusion"), x, t)
@@ -88,6 +115,10 @@ class Watched(AbstractSDE):
     def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         if not self.joint:
             return self.drift(x, t), self.diffusion(x, t)
+        f, g = self._once("both", self._joint_of, x, t)
+        return f, g
+
+    def _joint_of(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         self.evaluations += 1
         if not self.checking:
             f, g = self._joint(x, t)
@@ -161,6 +192,8 @@ class Problem:
         following: what follows the paths.
         earlier: the run that it goes on with.
         gradients: how gradients of a run that goes step by step are made.
+        prior: whose law the paths are compared with, if they are.
+        other_diffusion: whether the prior came with a diffusion of its own.
     """
 
     solver: AbstractSolver
@@ -177,6 +210,8 @@ class Problem:
     following: Following | None = None
     earlier: Continuation | None = None
     gradients: Gradients = "auto"
+    prior: AbstractSDE | None = None
+    other_diffusion: bool = False
 
     @property
     def taken(self) -> int:

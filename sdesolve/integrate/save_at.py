@@ -63,6 +63,7 @@ class SavePlan:
         steps = len(grid) - 1
         self.observable, self.moments = observable, moments
         self.arguments: Callable[[tuple[Tensor, ...]], tuple[Any, ...]] = lambda states: states[:1]
+        self.beside: slice | None = None  # what else is kept of all paths
         self.on_grid: dict[int, list[int]] = defaultdict(list)
         self.inside: dict[int, list[tuple[int, float]]] = defaultdict(list)
         self._states: list[Tensor | None]
@@ -78,6 +79,7 @@ class SavePlan:
             self._place(grid, save_at, rounding, first)
         self._states = [None] * len(self.ts)
         self._variances = [None] * len(self.ts)
+        self._beside: list[Tensor | None] = [None] * len(self.ts)
 
     def observed(self, states: tuple[Tensor, ...]) -> Tensor:
         """What is kept of a state, the first of what a step carries."""
@@ -85,6 +87,8 @@ class SavePlan:
 
     def _keep(self, slot: int, *states: Tensor) -> None:
         kept = self.observed(states)
+        if self.beside is not None and not self.moments:
+            self._beside[slot] = torch.stack(states[self.beside])
         if self.moments:
             kept = kept.double()
             self._variances[slot] = kept.var(0) if len(kept) > 1 else torch.full_like(kept[0], math.nan)
@@ -154,6 +158,7 @@ class SavePlan:
         """The same plan with nothing kept yet."""
         made = copy.copy(self)
         made._states, made._variances = [None] * len(self.ts), [None] * len(self.ts)
+        made._beside = [None] * len(self.ts)
         return made
 
     def at_grid_point(self, k: int, *states: Tensor) -> None:
@@ -161,10 +166,10 @@ class SavePlan:
         for slot in self.on_grid.get(k, ()):
             self._keep(slot, *states)
 
-    def within_step(self, k: int, between: Callable[[float], Tensor]) -> None:
+    def within_step(self, k: int, between: Callable[[float], tuple[Tensor, ...]]) -> None:
         """Keeps the states asked for inside step ``k``, given by the fraction of the step."""
         for slot, theta in self.inside.get(k, ()):
-            self._keep(slot, between(theta))
+            self._keep(slot, *between(theta))
 
     def fill(self, slot: int, x: Tensor, rows: Tensor) -> None:
         """Keeps the ``rows: (batch,)`` of a state that samples reach one after another."""
@@ -174,6 +179,11 @@ class SavePlan:
     def states(self) -> Tensor:
         """All that was kept, ``(times, batch, *values)``, or means ``(times, *values)``."""
         return torch.stack([x for x in self._states if x is not None])
+
+    def weights(self) -> Tensor | None:
+        """What was kept beside the states of all paths, ``(times, numbers, batch)``, if there was anything."""
+        kept = [b for b in self._beside if b is not None]
+        return torch.stack(kept) if kept else None
 
     def variances(self) -> Tensor:
         """Variances over the batch, ``(times, *values)``."""

@@ -31,6 +31,7 @@ class Saved:
         source: of the generated kernel, if one ran.
         adaptive: counts of each sample, with an adaptive solver.
         memory: what the solver remembers at the end, and what follows paths.
+        weights: divergences and log-weights of each path at the saved times, ``(times, 2, batch)``.
         work: steps of paths that were computed, where that is not every step of every path.
     """
 
@@ -44,6 +45,7 @@ class Saved:
     source: str | None = None
     adaptive: AdaptiveCounts | None = None
     memory: tuple[Tensor, ...] = ()
+    weights: Tensor | None = None
     work: int | None = None
 
 
@@ -109,6 +111,7 @@ class Continuation:
         solver: which takes the next step too.
         carry: functionals that go on.
         until: boundaries that go on to stop or reflect paths.
+        weights: with ``kl_to``, the divergence and the log-weight of each path so far.
     """
 
     x: Tensor
@@ -118,6 +121,7 @@ class Continuation:
     solver: AbstractSolver
     carry: AbstractCarry | None = None
     until: tuple[AbstractBoundary, ...] = ()
+    weights: tuple[Tensor, ...] = ()
 
     @property
     def t(self) -> Tensor:
@@ -152,6 +156,13 @@ class Solution:
         stopped: with ``until=``, which paths have stopped, ``(batch,)``.
         stop_time: when, float64; infinity in the direction of time for a path that has not.
         boundary: at which of the boundaries, counted from 0; -1 for a path that has not stopped.
+        kl: with ``kl_to``, ``1/2 int |u|^2 dt`` along each path to the end of the grid, ``(batch,)``: its mean is the
+            Kullback-Leibler divergence of the law of the paths from that of the prior.
+        log_weight: likewise the log-density of the law of the prior in that of the SDE, ``(batch,)``, by Girsanov's
+            theorem: means of ``exp(log_weight) phi(X)`` are those of ``phi(X)`` under the prior.
+        kls: the divergence up to each of ``ts``, ``(times, batch)``; ``kls.diff(dim=0)`` is that of each interval.
+            ``None`` with ``reduce``.
+        log_weights: likewise.
 
     No two of ``x1``, ``xs`` and ``x0`` share memory, whatever ran.
     """
@@ -167,6 +178,10 @@ class Solution:
     stopped: Tensor | None = None
     stop_time: Tensor | None = None
     boundary: Tensor | None = None
+    kl: Tensor | None = None
+    log_weight: Tensor | None = None
+    kls: Tensor | None = None
+    log_weights: Tensor | None = None
 
 
 class DivergenceError(FloatingPointError):

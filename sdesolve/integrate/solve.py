@@ -21,9 +21,10 @@ from sdesolve.carry import as_carry
 from sdesolve.crossing import as_boundaries
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.clock import check_clock, needs_float64
-from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels
+from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels, Stepwise
 from sdesolve.integrate.following import Following, positional
 from sdesolve.integrate.lowering import lower
+from sdesolve.integrate.path_measure import Prior, check_at_end, check_at_start, prior_of
 from sdesolve.integrate.problem import Gradients, Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
 from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
@@ -61,6 +62,7 @@ def solve(
     until: Any = None,
     reduce: Literal["moments"] | None = None,
     increments: Increments | None = None,
+    kl_to: Prior | None = None,
     backend: Backend = "auto",
     gradients: Gradients = "auto",
     progress: bool = False,
@@ -109,6 +111,16 @@ def solve(
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
             for weak convergence at a fraction of the cost, ``sobol`` points for quasi-Monte Carlo.
+        kl_to: a prior whose law the paths are compared with, and whose diffusion ``g`` is that of the SDE: its drift
+            ``h(x, t)``, given ``params`` too if there are any, or an SDE of the same noise and calculus. With ``g u =
+            f - h``, ``u`` the shortest where there are several, ``Solution.kl`` is ``1/2 int |u|^2 dt`` and
+            ``Solution.log_weight`` is ``-int u dW - 1/2 int |u|^2 dt``, whichever the direction of time. In
+            Stratonovich calculus too these are Ito integrals: the correction is that of ``g``, which both share, so it
+            is no part of ``f - h``. Weights take ``u`` at the start of each step, so that ``E exp(log_weight) = 1``
+            holds for normal increments whatever the steps, and with `EulerMaruyama` means under weights are those of
+            the prior's Euler chain; otherwise they have weak order 1. ``kl`` takes it at the start where a solver has
+            order 1 on an ODE (with `EulerMaruyama`, the divergence of the two chains), and by the trapezoidal rule
+            elsewhere. Li et al. 2020, section 5 (torchsde's ``logqp``).
         backend: ``fused`` is the whole trajectory in one generated kernel, ``kernel`` one kernel a step, ``eager`` the
             solver's own step in plain torch; none of these falls back to another. ``auto`` takes the first that can do
             it, and says in ``stats`` why no earlier one could. The README says what can be fused.
@@ -127,7 +139,8 @@ def solve(
         (``stats.reason``). A second derivative runs the integration again in torch, and warns.
 
     Raises:
-        ValueError: bad shapes, times, steps or grids, a diffusion that does not fit its noise type, or a solver that
+        ValueError: a prior from which the divergence is infinite from the start, or that cannot be compared with; bad
+            shapes, times, steps or grids, a diffusion that does not fit its noise type, or a solver that
             does not converge for this calculus and noise type; times of a reverse SDE or probability flow outside
             the ``[0, t_max]`` of its process.
         TypeError: bad types or dtypes.
@@ -152,20 +165,21 @@ def solve(
     _check_gradients(gradients, solver)
     if not ((torch.is_grad_enabled() and gradients != "none") or isinstance(sde, ReverseSDE | ProbabilityFlow)):
         warn_of_training(sde)
-    if params is not None:
-        if not isinstance(sde, SDE | ODE):
-            raise TypeError(
-                f"params go to the functions of an SDE or ODE, and {type(sde).__name__} is neither; let its functions "
-                "hold their parameters"
-            )
+    if params is not None and not isinstance(sde, SDE | ODE):
+        raise TypeError(
+            f"params go to the functions of an SDE or ODE, and {type(sde).__name__} is neither; let its functions "
+            "hold their parameters"
+        )
+    prior = None if kl_to is None else prior_of(kl_to, sde, params, solver)
+    if isinstance(sde, SDE | ODE) and params is not None:
         sde = sde.with_params(params)
     functional, boundaries = as_carry(carry), as_boundaries(until)
     if start is not None:
         functional, boundaries = start.carry or functional, start.until or boundaries
     follows = bool(functional or boundaries) or (observable is not None and positional(observable) > 1)
-    if follows and gradients == "reversible":
+    if (follows or prior is not None) and gradients == "reversible":
         raise ValueError(
-            "gradients='reversible' undoes the solver's steps, and not what follows paths (carry=, until=, an "
+            "gradients='reversible' undoes the solver's steps, and not what follows paths (carry=, until=, kl_to=, an "
             "observable of time); take gradients='checkpoint'"
         )
     if solver.controller is None:
@@ -184,7 +198,8 @@ def solve(
     times = _continued(start, times, rounding)
     noise = noise.over(len(times) - 1)
     first = 0 if start is None else start.steps
-    sde = sde.directed(_direction(times, x0.dtype, x0.device))
+    direction = _direction(times, x0.dtype, x0.device)
+    sde = sde.directed(direction)
     save = SavePlan(times[first:], save_at, observable, moments=reduce is not None, rounding=rounding, first=first)
     problem = Problem(
         solver,
@@ -201,7 +216,11 @@ def solve(
         Following(functional, boundaries, observable) if follows else None,
         start,
         gradients,
+        prior and prior.directed(direction),
+        isinstance(kl_to, AbstractSDE),
     )
+    if prior is not None:
+        check_at_start(problem)
     with torch.no_grad() if gradients == "none" else contextlib.nullcontext():
         return _solution(problem, backend)
 
@@ -303,8 +322,17 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     adaptive, following, parts = saved.adaptive, problem.following, None
     outcome: dict[str, Any] = {}
     memory, accepted = saved.memory, adaptive and adaptive.accepted
+    weights: tuple[Tensor, ...] = ()
+    if problem.prior is not None:
+        own = solver.memory if isinstance(solver, AbstractRemembering) else 0
+        weights, memory = memory[own : own + 2], memory[:own] + memory[own + 2 :]
+        if problem.check_finite:
+            check_at_end(problem, weights[0], own + 1, functools.partial(_again, problem))
+        outcome["kl"], outcome["log_weight"] = weights
+        if saved.weights is not None:
+            outcome["kls"], outcome["log_weights"] = saved.weights.unbind(1)
     if following is not None:
-        parts = following.parts((saved.x1, *saved.memory))
+        parts = following.parts((saved.x1, *memory))
         memory = (*parts.memory, *parts.carried, *(parts.stops or ()))
         outcome["carry"] = following.result(parts.carried)
         if parts.stops is not None:
@@ -329,11 +357,17 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     state = None
     if solver.divisible:
         carried = (None, ()) if following is None else (following.carry, following.boundaries)
-        state = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried)
+        state = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried, weights)
     if saved.variances is None:
         return Solution(saved.x1, save.ts, saved.xs, stats, state=state, **outcome)
     nothing = x0.new_empty(0, *x0.shape)
     return Solution(saved.x1, save.ts, nothing, stats, mean=saved.xs, variance=saved.variances, state=state, **outcome)
+
+
+def _again(problem: Problem) -> Stepwise:
+    """The same integration step by step in torch, of which nothing is kept."""
+    bare = dataclasses.replace(problem, save=SavePlan(problem.times, None), check_finite=False, progress=False)
+    return Eager().begin(bare, lower(bare))
 
 
 def check_start(start: Continuation, solver: AbstractSolver, **others: object) -> None:

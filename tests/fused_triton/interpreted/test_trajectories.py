@@ -317,3 +317,12 @@ def test_progress_and_interrupts_between_launches(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         plain(trajectory, dataclasses.replace(launch, progress=stop))
     assert len(done) == 1
+
+
+def test_a_divergence_beside_the_state():
+    g = 0.5 * torch.eye(3) + 0.1 * A @ A.T
+    sde = sds.SDE(drift, lambda x, t: g * torch.ones_like(x).unsqueeze(-1), "general")
+    options = {"solver": sds.EulerMaruyama(), "seed": 1, "kl_to": lambda x, t: -x, "save_at": [0.5, 0.7]}
+    ours, eager = (run(sde, start(), 0.0, 1.0, 6, **options) for run in (triton, sds.solve))
+    for a, b in ((ours.kl, eager.kl), (ours.kls, eager.kls), (ours.log_weights, eager.log_weights)):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
