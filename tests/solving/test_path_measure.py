@@ -213,8 +213,8 @@ CASES = {
     },
     "moments": {"x0": (5, 2), "reduce": "moments", "observable": lambda x: x.square(), "save_at": [0.5, 1.0]},
     "stopped, with a carry": {
-        "x0": (5, 2), "until": sds.Crossing(lambda x, t: 1.2 - x.abs()[:, 0]), "carry": sds.Integral(lambda x, t: x[:, 0]),
-        "observable": lambda x, t, c: c + x[:, 0], "save_at": "grid",
+        "x0": (5, 2), "until": sds.Crossing(lambda x, t: 1.2 - x.abs()[:, 0]),
+        "carry": sds.Integral(lambda x, t: x[:, 0]), "observable": lambda x, t, c: c + x[:, 0], "save_at": "grid",
     },
     "another model": {
         "x0": (5, 2, 1), "sde": sds.UnderdampedLangevin(lambda x, t: 2 * x),
