@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -177,6 +177,7 @@ def multilevel(
     antithetic: bool | None = None,
     steps: int | None = None,
     seed: int | None = None,
+    carry: Any = None,
     max_work: float = 2.0**35,
     backend: Backend = "auto",
 ) -> MultilevelEstimate:
@@ -204,13 +205,16 @@ def multilevel(
         t0: start time.
         t1: end time, on either side of ``t0``.
         payoff: of the states at ``t1``, ``(paths, *state)``; its value for each path, ``(paths,)`` or
-            ``(paths, *values)``. What depends on the path, as its average, is a component of the state.
+            ``(paths, *values)``. With ``carry``, ``payoff(x1, carry)`` of what that has become too.
         rmse: the root mean square error that is wanted, a number, or one for each value.
         solver: the scheme; by default `ShARK` for additive noise, `Milstein` for diagonal and scalar noise,
             ``Milstein(area="zero")`` for general Ito noise, `Heun` for general Stratonovich noise.
         antithetic: whether to take twins; by default where the noise is general and the scheme lacks areas alone.
         steps: of the coarsest level; by default 1, and then twice as many while a coarser level does not pay.
         seed: of the noise; drawn from torch's default generator if left out.
+        carry: a functional that is carried along each path, as for `solve`: `TimeAverage`, `Integral`, or one's own.
+            Those that draw within steps, as `RunningMaximum` does, draw again on each level, which leaves corrections
+            of variance ``O(h)``.
         max_work: steps of all paths together beyond which no more are taken.
         backend: as for `solve`.
 
@@ -242,7 +246,7 @@ def multilevel(
     twins = _lacks_areas(solver, sde) if antithetic is None else flag(antithetic, "antithetic")
     first = None if steps is None else whole_number(steps, "steps", 1)
     path = BrownianPath(drawn_seed() if seed is None else seed)
-    run = functools.partial(solve, sde, t0=t0, t1=t1, solver=solver, backend=backend)
+    run = functools.partial(solve, sde, t0=t0, t1=t1, solver=solver, carry=carry, backend=backend)
     levels = _Levels(expectation, run, path, twins, solver.weak_order)
     with torch.no_grad():
         levels.begin(first, most)
@@ -366,8 +370,10 @@ class _Levels:
         x0 = expectation.rows(n)
 
         def payoff(noise: BrownianPath, steps: int) -> Tensor:
-            x1 = self._run(x0=x0, steps=steps, noise=noise).x1
-            return expectation.of(x1, n, f"a block of {n} paths from number {path.first_path} on, with {steps} steps")
+            solution = self._run(x0=x0, steps=steps, noise=noise)
+            return expectation.of(
+                solution, n, f"a block of {n} paths from number {path.first_path} on, with {steps} steps"
+            )
 
         fine = payoff(path, steps)
         if level == 0:
@@ -379,12 +385,12 @@ class _Levels:
     def _check_resolved(self, target: Tensor) -> None:
         """Refuses an error below what the dtype of the state rounds away."""
         expectation, n = self._expectation, min(64, self._least)
-        x1 = self._run(x0=expectation.rows(n), steps=self._levels[0].steps, noise=self._path).x1
-        limit = expectation.resolution(x1, n)
+        first = self._run(x0=expectation.rows(n), steps=self._levels[0].steps, noise=self._path)
+        limit = expectation.resolution(first, n)
         if bool((target < limit).any()):
             worst = int((limit / target).argmax())
-            dtype = str(x1.dtype).removeprefix("torch.")
-            wider = "; give x0 in float64" if x1.dtype == torch.float32 else ""
+            dtype = str(expectation.x0.dtype).removeprefix("torch.")
+            wider = "; give x0 in float64" if expectation.x0.dtype == torch.float32 else ""
             raise ValueError(
                 f"rmse={float(target[worst]):.2g} is below {float(limit[worst]):.2g}, by which rounding of {dtype} "
                 f"states alone changes the payoff{wider}"

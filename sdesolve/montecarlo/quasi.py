@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -76,6 +76,7 @@ def quasi_monte_carlo(
     paths: int = 1024,
     randomisations: int = 16,
     seed: int | None = None,
+    carry: Any = None,
     backend: Backend = "auto",
 ) -> QuasiEstimate:
     """``E payoff(X(t1))`` by randomised quasi-Monte Carlo, for the ``X`` of a scheme on equal steps.
@@ -93,12 +94,13 @@ def quasi_monte_carlo(
         t0: start time.
         t1: end time, on either side of ``t0``.
         payoff: of the states at ``t1``, ``(paths, *state)``; its value for each path, ``(paths,)`` or
-            ``(paths, *values)``. What depends on the path, as its average, is a component of the state.
+            ``(paths, *values)``. With ``carry``, ``payoff(x1, carry)`` of what that has become too.
         steps: number of equal steps.
         solver: the scheme.
         paths: of each scrambling, a power of 2.
         randomisations: scramblings, at least 2; a confidence interval takes 8 or more to be narrow.
         seed: that scramblings have theirs from; drawn from torch's default generator if left out.
+        carry: a functional that is carried along each path, as for `solve`.
         backend: as for `solve`.
 
     Raises:
@@ -127,8 +129,10 @@ def quasi_monte_carlo(
             for begin in range(0, paths, expectation.most):
                 n = min(expectation.most, paths - begin)
                 noise = dataclasses.replace(scrambled, first_path=begin, repeat=n if expectation.starts > 1 else None)
-                x1 = solve(sde, expectation.rows(n), t0, t1, steps, solver=solver, noise=noise, backend=backend).x1
-                P = expectation.of(x1, n, f"paths {begin} to {begin + n - 1} of scrambling {r}")
+                solution = solve(
+                    sde, expectation.rows(n), t0, t1, steps, solver=solver, noise=noise, carry=carry, backend=backend
+                )
+                P = expectation.of(solution, n, f"paths {begin} to {begin + n - 1} of scrambling {r}")
                 total, first, second = total + P.sum(0), first + P.sum(0), second + P.square().sum(0)
             means.append(expectation.shaped(total / paths))
     estimates = torch.stack(means)

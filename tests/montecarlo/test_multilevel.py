@@ -90,6 +90,19 @@ def test_starts_have_an_estimate_each_on_the_same_paths():
         assert abs(estimate - (x0 * high - 110.0 * math.exp(-0.03) * low)) < 0.4
 
 
+def test_payoffs_of_what_is_carried_along_paths():
+    """The mean of a price over time: ``100 (exp(0.03) - 1) / 0.03``, on levels and by Sobol points."""
+    options = {"carry": {"mean": sds.TimeAverage(lambda x, t: x[:, 0])}, "seed": 5, "backend": "eager"}
+    payoff, exact = lambda x, c: c["mean"].reshape(-1), 100.0 * math.expm1(0.03) / 0.03
+    made = sds.multilevel(GEOMETRIC, ONE, 0.0, 1.0, payoff, rmse=0.1, **options)
+    assert abs(float(made.estimate) - exact) < 0.4
+    fine = sds.quasi_monte_carlo(GEOMETRIC, ONE, 0.0, 1.0, payoff, steps=32, solver=sds.Milstein(), paths=64, **options)
+    assert (
+        abs(float(fine.estimate) - exact) < 4 * float(fine.standard_error) + 0.01
+    )  # of the trapezoidal rule and steps
+    assert float(fine.standard_error) < 0.1
+
+
 def test_levels_run_fused():
     """Fine paths, their twins and coarse ones; the same paths as in torch."""
     sde = sds.SDE(lambda x, t: torch.sin(x) * t - x, lambda x, t: 0.4 * torch.cos(x + 2 * t), "diagonal")
