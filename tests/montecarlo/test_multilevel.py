@@ -50,6 +50,7 @@ def test_work_is_proportional_to_rmse_to_the_minus_two():
         assert abs(float(price.estimate) - 0.08686015399) < 4 * rmse
         assert all(float(level.consistency) < 1 for level in price.levels)
         work.append(price.work * rmse**2)
+    assert float(price.variance_rate) > 1.4  # 3/2 for a kink; 0 for levels on paths of their own
     # Crude Monte Carlo's grows with the number of steps, twofold for half of rmse.
     assert work[2] < 1.3 * work[1] < 1.7 * work[0]
 
