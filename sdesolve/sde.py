@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast, final
 
 import torch
 from jaxtyping import Float
+from sdesolve_kernels import matrix_product
 from torch import Tensor
 
 from sdesolve._internal.arguments import short, whole_number
@@ -135,7 +136,7 @@ def is_matrix(g: Tensor, x: Tensor) -> bool:
 def apply_diffusion(g: Tensor, x: Tensor, dW: Tensor) -> Tensor:
     """``g dW`` for a diffusion of any allowed shape."""
     if is_matrix(g, x):
-        return (g * dW.reshape(dW.shape[0], *(1,) * (x.ndim - 1), dW.shape[1])).sum(-1)
+        return matrix_product(g, dW)
     return g * dW
 
 

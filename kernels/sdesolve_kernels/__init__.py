@@ -9,6 +9,8 @@ from .denoising import dsm_loss as dsm_loss
 from .dispatch import register_backend as register_backend
 from .dispatch import use_backend as use_backend
 from .langevin import langevin_step as langevin_step
+from .matrices import matrix_product as matrix_product
+from .matrices import matrix_step as matrix_step
 from .ops import normal as normal
 from .ops import uniform as uniform
 from .ops import words as words

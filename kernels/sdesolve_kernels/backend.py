@@ -74,6 +74,17 @@ class Ops(Protocol):
     ) -> Tensor:
         """``x + f dt + g sqrt|dt| z``; `g` may have the shape of `x`."""
 
+    def matrix_step(
+        self, x: Tensor, f: Tensor, g: Tensor, dt: Coefficient, *, out: Tensor, noise: NoiseOffset
+    ) -> Tensor:
+        """``x + f dt + sqrt|dt| g z`` for ``g: (batch, *state, channels)``, or 1 for the batch, and `channels` normals.
+
+        In `noise`, a step has `channels` numbers.
+        """
+
+    def matrix_product(self, g: Tensor, v: Tensor, *, out: Tensor) -> Tensor:
+        """``g v`` of each row, for such a ``g`` and ``v: (batch, channels)``."""
+
     def linear_step(
         self, x: Tensor, history: Sequence[Tensor], table: Tensor, row: Any, *, stochastic: bool, out: Tensor,
         noise: NoiseOffset,

@@ -172,21 +172,24 @@ def index(name: str, value: Any, high: int, bound: str, read: bool) -> int | Ten
     return integer(name, value, 0, high, bound)
 
 
-def noise_offset(x: Tensor, seed: Any, stream: Any, first_path: Any, step: Any, read: bool) -> NoiseOffset:
+def noise_offset(
+    x: Tensor, seed: Any, stream: Any, first_path: Any, step: Any, read: bool, count: int | None = None
+) -> NoiseOffset:
     """Where the noise of a step starts, checked; integers are int64 in two's complement.
 
     Args:
         x: The state.
         seed, stream, first_path, step: As given.
         read: Whether tensors on the CPU are read now; what is not read is not checked either.
+        count: Normals of a step for a row, where they are not the elements of the state.
     """
     rows = x.shape[0]
     if type(seed) is type(first_path) is type(step) is int and 0 <= seed < 1 << 63:
         # The usual case, in a third of the time: numbers so small that no bound can be met.
-        small = 0 <= first_path < 1 << 62 and 0 <= step < 1 << 15 and x.numel() < 1 << 42
+        small = 0 <= first_path < 1 << 62 and 0 <= step < 1 << 15 and max(x.numel(), count or 0) < 1 << 42
         if small and type(stream) in (int, Stream) and 0 <= stream < 256:
             return NoiseOffset(seed, stream + 0, first_path, step)
-    m = math.prod(x.shape[1:])
+    m = math.prod(x.shape[1:]) if count is None else count
     seed = index("seed", seed, 1 << 64, "2^64", read)
     stream = integer("stream", stream, 0, 256, "256")
     first_path = index("first_path", first_path, 1 << 64, "2^64", read)
@@ -197,9 +200,9 @@ def noise_offset(x: Tensor, seed: Any, stream: Any, first_path: Any, step: Any, 
             "noise"
         )
     if not isinstance(step, Tensor) and (step + 1) * m > 1 << 58:
+        numbers = "elements of a path" if count is None else "channels"
         raise ValueError(
-            f"(step + 1) times the {m} elements of a path must be at most 2^58, got step {step}; use another stream "
-            "or seed"
+            f"(step + 1) times the {m} {numbers} must be at most 2^58, got step {step}; use another stream or seed"
         )
     seed, first_path = (n if isinstance(n, Tensor) else int64_bits(n) for n in (seed, first_path))
     return NoiseOffset(seed, stream, first_path, step)

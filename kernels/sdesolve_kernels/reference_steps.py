@@ -22,6 +22,8 @@ __all__ = [
     "langevin_size",
     "langevin_step",
     "linear_step",
+    "matrix_product",
+    "matrix_step",
     "noise_like",
     "noise_product",
     "perturb",
@@ -72,6 +74,21 @@ def euler_maruyama_step(x: Tensor, f: Tensor, g: Tensor, dt: Tensor, **where: in
     dt = _rows(dt, x)
     g = _wide(g) if g.shape == x.shape else _rows(g, x)
     return (_wide(x) + _wide(f) * dt + g * dt.abs().sqrt() * noise_like(x, **where)).to(x.dtype)
+
+
+def matrix_product(g: Tensor, v: Tensor) -> Tensor:
+    """``g v`` of each row: ``(batch, *state, channels)``, or 1 for the batch, times ``(batch, channels)``."""
+    return (_wide(g) * _wide(v).reshape(v.shape[0], *(1,) * (g.ndim - 2), v.shape[1])).sum(-1).to(v.dtype)
+
+
+def matrix_step(x: Tensor, f: Tensor, g: Tensor, dt: Tensor, **where: int) -> Tensor:
+    """``x + f dt + sqrt|dt| g z`` for a matrix ``g: (batch, *state, channels)``, or 1 for the batch.
+
+    A row takes a normal for each channel: channel ``k`` that of entry ``step channels + k``.
+    """
+    dt = _rows(dt, x)
+    z = noise_like(x.new_empty(x.shape[0], g.shape[-1]), **where)
+    return (_wide(x) + _wide(f) * dt + dt.abs().sqrt() * matrix_product(_wide(g), z)).to(x.dtype)
 
 
 def linear_step(

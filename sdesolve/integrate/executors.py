@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, final
 
 import torch
-from sdesolve_kernels import euler_maruyama_step, linear_step
+from sdesolve_kernels import euler_maruyama_step, linear_step, matrix_step
 from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -27,7 +27,7 @@ from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
 from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure
-from sdesolve.sde import AbstractSDE, Noise
+from sdesolve.sde import AbstractSDE, Noise, is_matrix
 from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.reversible_heun import ReversibleHeun
@@ -176,9 +176,12 @@ class KernelContext(AbstractSteppedContext):
 
     @final
     def one_step(self, solver: AbstractOneStep, sde: AbstractSDE, x: Tensor) -> Tensor:
-        """Euler-Maruyama with elementwise noise: the row ``(1, dt, g sqrt|dt|)``."""
+        """Euler-Maruyama: the row ``(1, dt, g sqrt|dt|)``, with a matrix for ``g`` where the noise has one."""
         t, dt = self.span.t0, self.span.dt
         f, g = sde.drift_and_diffusion(x, t)
+        if is_matrix(g, x):
+            g = g.expand(-1, *x.shape[1:], -1)
+            return matrix_step(x, f, g, dt.reshape(-1) if dt.ndim else dt, **self.offset(self._k))
         if g.ndim and g.shape != x.shape:
             by_row = g.ndim == x.ndim and g.numel() == len(g) == len(x)
             g = g.reshape(-1) if by_row else g.expand_as(x)
@@ -389,6 +392,8 @@ class RowKernels:
             reason = "each row of a step is one linear_step kernel, with coefficients tabulated in float64"
         elif isinstance(solver, EulerMaruyama) and problem.increment.elementwise:
             reason = "each step is one euler_maruyama_step kernel"
+        elif isinstance(solver, EulerMaruyama) and sde.noise is not Noise.SCALAR and sde.channels(problem.x0) is None:
+            reason = "each step is one matrix_step kernel"
         else:
             raise CannotExecute(f"no kernel does {type(solver).__name__} on {sde.noise} noise; its step runs in torch")
         return Stepwise(problem, lowered, lambda: _PathContext(problem, lowered), "kernel", reason)

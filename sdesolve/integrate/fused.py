@@ -528,7 +528,8 @@ def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[t
 
 
 def _evaluated(problem: Problem, lowered: Lowered, inputs: Inputs) -> list[Tensor]:
-    made = [*_traced_step(lowered)(inputs)]
+    with use_backend("reference"):  # ops of a step in torch, where kernels need not be loaded for it
+        made = [*_traced_step(lowered)(inputs)]
     observe = _observe(problem)
     return made if observe is None else [*made, observe(inputs.states)]
 
@@ -587,7 +588,9 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         end = last if table is None else k + 1
 
         def eager(x: Tensor) -> Tensor:
-            after = step(_inputs(problem, lowered, kernel.noises, k, end, x))
+            inputs = _inputs(problem, lowered, kernel.noises, k, end, x)
+            with use_backend("reference"):
+                after = step(inputs)
             return (_flat(after) if lowered.extra else after[0]).detach()
 
         def fused(x: Tensor) -> Tensor:
@@ -640,7 +643,8 @@ def _compare_gradients(problem: Problem, kernel: _Kernel, adjoint: Adjoint, guar
         states: Sequence[Tensor] = lowered.start(x)
         for k in range(first, last):
             inputs = _inputs(problem, lowered, kernel.noises, k, k + 1, x)
-            states = step(dataclasses.replace(inputs, states=tuple(states)))
+            with use_backend("reference"):
+                states = step(dataclasses.replace(inputs, states=tuple(states)))
         seen = None if observe is None else observe(tuple(states))
         return states[0], together(tuple(states[1:])) if lowered.extra else None, seen
 

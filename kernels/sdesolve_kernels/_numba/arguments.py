@@ -17,7 +17,7 @@ from ..reference_steps import compute_dtype
 from ..threads import scratch, split
 from .tile import SCRATCH, unit_count
 
-__all__ = ["ALONE", "NAMES", "Operands", "entries", "noise_numbers", "number_or_rows", "rows_of", "run"]
+__all__ = ["ALONE", "NAMES", "Operands", "entries", "keep_entry", "noise_numbers", "number_or_rows", "rows_of", "run"]
 
 _GRAIN = 1 << 17  # elements a thread takes at least: 60 us of work, a little more than the handing over
 ALONE = 2 * _GRAIN  # fewer elements than these are one call of a kernel
@@ -37,7 +37,8 @@ def noise_numbers(noise: NoiseOffset, m: int) -> tuple[Any, Any, Any, Any]:
 entries: dict[Any, Callable[..., None]] = {}
 
 
-def _keep_entry(kernel: Any) -> None:
+def keep_entry(kernel: Any) -> None:
+    """Calls this kernel by its only signature from now on."""
     (compiled,) = kernel.overloads.values()
     entries[kernel] = compiled.entry_point
 
@@ -52,7 +53,7 @@ def run(kernel: Callable[..., None], arguments: tuple[Any, ...], rows: int, m: i
         entry = entries.get(kernel, kernel)
         entry(*arguments, rows, m, 0, units, scratch(SCRATCH)[1])
         if entry is kernel:
-            _keep_entry(kernel)
+            keep_entry(kernel)
         return
 
     def work(start: int, stop: int, memory: tuple[Any, ...] = memory) -> None:
@@ -93,6 +94,13 @@ class Operands:
             address: int = t.data_ptr()
             if address == self.begin or address >= self.end or address + self.size <= self.begin:
                 return address
+        return self._copy(t)
+
+    def apart(self, t: Tensor) -> int:
+        """Address of a tensor that is read in another order than the output is written in."""
+        address: int = t.data_ptr()
+        if t.is_contiguous() and not t.is_neg() and (address >= self.end or address + t.nbytes <= self.begin):
+            return address
         return self._copy(t)
 
     def _copy(self, t: Tensor) -> int:

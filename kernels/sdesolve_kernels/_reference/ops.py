@@ -18,6 +18,8 @@ __all__ = [
     "fill",
     "langevin_step",
     "linear_step",
+    "matrix_product",
+    "matrix_step",
     "noise_product",
     "perturb",
     "scaled",
@@ -58,6 +60,16 @@ def euler_maruyama_step(
 ) -> Tensor:
     """See `reference_steps.euler_maruyama_step`."""
     return _written(out, reference_steps.euler_maruyama_step(x, f, _tensor(g), _tensor(dt), **_unsigned(noise)))
+
+
+def matrix_step(x: Tensor, f: Tensor, g: Tensor, dt: Coefficient, *, out: Tensor, noise: NoiseOffset) -> Tensor:
+    """See `reference_steps.matrix_step`."""
+    return _written(out, reference_steps.matrix_step(x, f, g, _tensor(dt), **_unsigned(noise)))
+
+
+def matrix_product(g: Tensor, v: Tensor, *, out: Tensor) -> Tensor:
+    """See `reference_steps.matrix_product`."""
+    return _written(out, reference_steps.matrix_product(g, v))
 
 
 def linear_step(

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ..backend import Coefficient, NoiseOffset, Residual
-from . import launch, launch_langevin
+from . import launch, launch_langevin, launch_matrices
 from .launch import fill as fill
 from .launch import scaled as scaled
 from .launch_denoising import dsm_loss_parts
+from .launch_matrices import matrix_product as matrix_product
 
 
 def _with_offset(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -25,6 +26,7 @@ def _with_offset(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 euler_maruyama_step = _with_offset(launch.euler_maruyama_step)
 linear_step = _with_offset(launch.linear_step)
+matrix_step = _with_offset(launch_matrices.matrix_step)
 perturb = _with_offset(launch.perturb)
 noise_product = _with_offset(launch.noise_product)
 langevin_step = _with_offset(launch_langevin.langevin_step)

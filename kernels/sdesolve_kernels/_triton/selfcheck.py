@@ -20,6 +20,7 @@ from . import launch as steps
 from .geometry import tuned
 from .launch_denoising import dsm_loss_parts
 from .launch_langevin import langevin_step
+from .launch_matrices import matrix_step
 from .probe import corner_words, pairs
 
 __all__ = ["NORMAL_TOLERANCE", "Check", "batch_checks", "check_all", "large_checks", "noise_checks", "step_checks"]
@@ -82,6 +83,11 @@ def _cases(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[_Case
     yield _Case("euler_maruyama_step", *em, (x, f, number, dt), 0.07)
     yield _Case("euler_maruyama_step/diagonal", *em, (x, f, s, row()), 1.3 * float(s.abs().max()))
     yield _Case("euler_maruyama_step/per-sample", *em, (x, f, row(), -row()), 2.0)
+    for one in (False, True):
+        g = normal(1 if one else batch, *shape[1:], 6)
+        largest = 1.5 * float(g.abs().sum(-1).max())
+        matrix = (matrix_step, reference_steps.matrix_step)
+        yield _Case(f"matrix_step/{'one' if one else 'each'}", *matrix, (x, f, g, -row()), largest)
     linear = (steps.linear_step, reference_steps.linear_step)
     for terms in range(5):
         table = torch.rand(6, terms + 2, generator=generator, dtype=torch.float64)

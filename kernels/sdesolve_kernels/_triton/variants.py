@@ -12,6 +12,7 @@ from . import launch as steps
 from .arguments import Launch, recording
 from .launch_denoising import dsm_loss_parts
 from .launch_langevin import langevin_step
+from .launch_matrices import matrix_product, matrix_step
 
 __all__ = ["DTYPES", "variants"]
 
@@ -48,6 +49,18 @@ def _calls(x: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
+def _matrices(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Cases of a matrix for each row, and of one for all."""
+    x, g, v = _empty(1 << 14, 16, dtype=dtype), _empty(1 << 14, 16, 8, dtype=dtype), _empty(1 << 14, 8, dtype=dtype)
+    y, h, number = _empty(1 << 14, 3, dtype=dtype), _empty(1, 3, 5, dtype=dtype), _empty()
+    return {
+        "matrix_step": lambda: matrix_step(x, x, g, number, **_WHERE),
+        "matrix_step/shared": lambda: matrix_step(x, x, g[:1], _empty(1 << 14), **_WHERE),
+        "matrix_step/odd": lambda: matrix_step(y, y, h, number, **_WHERE),
+        "matrix_product": lambda: matrix_product(g, v, out=x),
+    }
+
+
 def _extra(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Cases that need one dtype only."""
     x, big = _empty(*_SHAPES["image"], dtype=dtype), _empty(1 << 12, 4, dtype=dtype)
@@ -79,6 +92,7 @@ def variants() -> Iterator[tuple[str, str, int, Launch]]:
                  for name, call in _calls(_empty(*shape, dtype=dtype)).items()
                  if "/" not in name or (kind == "image" and dtype_name in ("float32", "bfloat16"))
                  if kind == "image" or dtype_name == "float32"}  # fmt: skip
+        cases |= {f"{name} matrix": (call, "matrix") for name, call in _matrices(dtype).items()}
         if dtype_name == "float32":
             cases |= {f"{name} image": (call, "image") for name, call in _extra(dtype).items()}
         for name, (call, kind) in cases.items():
