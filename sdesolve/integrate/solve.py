@@ -148,10 +148,6 @@ def solve(
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
     _check_choice("reduce", reduce, (None, "moments"))
-    if reduce is not None and x0 is not None and len(x0) == 0:
-        raise ValueError(
-            f"reduce={reduce!r} averages over the batch, and x0 has no rows; leave it out for empty batches"
-        )
     check_finite, progress = flag(check_finite, "check_finite"), flag(progress, "progress")
     if start is not None:
         check_start(
@@ -163,6 +159,10 @@ def solve(
         raise TypeError("give x0, the states to start from, or start, the state of a Solution to go on with")
     _check_arguments(sde, x0, solver, backend)
     _check_gradients(gradients, solver)
+    if reduce is not None and len(x0) == 0:
+        raise ValueError(
+            f"reduce={reduce!r} averages over the batch, and x0 has no rows; leave it out for empty batches"
+        )
     if not ((torch.is_grad_enabled() and gradients != "none") or isinstance(sde, ReverseSDE | ProbabilityFlow)):
         warn_of_training(sde)
     if params is not None and not isinstance(sde, SDE | ODE):

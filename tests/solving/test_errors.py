@@ -40,8 +40,9 @@ def refuses(error, message, sde=GBM, x0=X0, **options):
         (torch.tensor([1.0, math.inf]), ValueError, "x0 must be finite; row 1 holds nan or inf"),
     ],
 )
-def test_states(x0, error, message):
-    refuses(error, message, x0=x0)
+@pytest.mark.parametrize("reduce", [None, "moments"])
+def test_states(x0, error, message, reduce):
+    refuses(error, message, x0=x0, reduce=reduce)
 
 
 @pytest.mark.parametrize(
