@@ -229,7 +229,8 @@ def test_what_user_functions_return(drift, diffusion, error, message):
     ("arguments", "error", "message"),
     [
         ((1.0, lambda x, t: x), TypeError, r"drift must be a function of \(x, t\), got float"),
-        ((lambda x, t: x, None), TypeError, r"diffusion must be a function of \(x, t\), got NoneType"),
+        ((lambda x, t: x, None), TypeError, "an SDE is made of drift and diffusion, .*; got drift"),
+        ((lambda x, t: x, 0.5), TypeError, r"diffusion must be a function of \(x, t\), got float"),
         ((lambda x, t: x, lambda x, t: x, "matrix"), ValueError, "noise='matrix' is unknown; choose one of"),
         ((lambda x, t: x, lambda x, t: x, "none"), ValueError, r"use sdesolve.ODE\(drift\)"),
         ((lambda x, t: x, lambda x, t: x, "diagonal", "Ito"), ValueError, "calculus='Ito' is unknown"),
