@@ -12,7 +12,7 @@ import torch
 from sdesolve_kernels.trajectory import numba_launch
 
 import sdesolve as sds
-from sdesolve.integrate.executors import Stepwise
+from sdesolve.integrate.executors import Steps
 
 GBM = sds.SDE(lambda x, t: x, lambda x, t: 0.1 * x)
 EM = sds.EulerMaruyama()
@@ -341,7 +341,7 @@ def test_diagnosis_of_a_fused_run_costs_one_more(solver, grid, monkeypatch):
         return torch.where((t <= last) & (x > 100.0), math.nan, -x)
 
     equation = process.reverse(score) if solver is EM else process.probability_flow(score)
-    run, after = numba_launch.NumbaTrajectory.run, Stepwise._after
+    run, after = numba_launch.NumbaTrajectory.run, Steps.after
 
     def by_kernel(self, launch):
         steps.append(launch.end - launch.first_step)
@@ -362,7 +362,7 @@ def test_diagnosis_of_a_fused_run_costs_one_more(solver, grid, monkeypatch):
     expected = failure("eager")
     assert failure("auto").path == 13
     monkeypatch.setattr(numba_launch.NumbaTrajectory, "run", by_kernel)
-    monkeypatch.setattr(Stepwise, "_after", by_torch)
+    monkeypatch.setattr(Steps, "after", by_torch)
     found = failure("auto")
     assert (found.step, found.path, found.time) == (expected.step, expected.path, expected.time)
     assert "2 of 5 paths" in str(found)
