@@ -29,7 +29,7 @@ __all__ = ["Job", "scratch", "single_threaded", "single_threaded_if_forked", "sp
 
 _PIECES = 6  # for each thread, at least
 _LARGEST = 512  # grains in a piece, at most: where a grain takes 60 us, an interrupt waits for 30 ms
-_SCRATCH_KEPT = 1 << 20  # bytes that a thread keeps
+_SCRATCH_KEPT = 5 << 18  # bytes that a thread keeps
 _POLL = 0.1  # seconds between two reports of progress while the caller waits for others
 
 P = ParamSpec("P")

@@ -356,6 +356,22 @@ def test_sums_over_paths_have_the_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
 
 
+@pytest.mark.parametrize("jump", [False, True])
+def test_numbers_that_all_steps_share(jump, interpreted):
+    """Those made of parameters and the length of a step are pulled back as numbers, unless they jump."""
+    theta, scale, x0 = leaf(4), leaf(), leaf(5, 2, seed=1)
+    given = [theta, scale]
+
+    def drift(x, t):
+        rate = torch.exp(theta[0]) * theta[1] / (1 + theta[1] ** 2) - theta[2:].sum() * torch.sqrt(theta[3].abs())
+        return rate * torch.sin(x) - (torch.where(scale > 0, scale, -2 * scale) if jump else scale**3) * x
+
+    sde = sds.SDE(drift, lambda x, t: 0.2 * torch.tanh(theta[:2]) * x)
+    run = solver_of(sde, x0)
+    check(run, [x0, *given])
+    assert (run("fused").x1.grad_fn.adjoint._scalars is None) == jump
+
+
 def test_memory_does_not_grow_with_the_number_of_steps():
     """What is kept between forward and backward, and a stretch at a time; by counting what the adjoint holds."""
     x0, theta = leaf(256, 2, dtype=torch.float32), leaf(2, dtype=torch.float32)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +34,12 @@ from sdesolve_kernels.trajectory.launch import (
 from sdesolve_kernels.trajectory.leaves import LoopInvariant, PathEntry, Shared
 from sdesolve_kernels.trajectory.reference import Walk
 from sdesolve_kernels.trajectory.reverse import Reverse
+from sdesolve_kernels.trajectory.scalars import scalars
 
 __all__ = ["Adjoint", "Cotangents", "Gradients", "Kept"]
 
 _ONE_THREAD = 1 << 14  # numbers that torch does not share out
+_AT_ONCE = 1 << 16  # steps that are looked at
 _KEPT = 16 << 20  # bytes of states that are kept, unless one alone is larger
 
 
@@ -50,12 +53,14 @@ class Kept:
         steps: from one stretch to the next.
         states: ``(batch, numbers carried)`` before the first step of some stretches, by number of the stretch.
         moments: of what it saved.
+        each_step: whether columns need a cotangent for each step, as steps differ.
     """
 
     launch: Launch
     steps: int
     states: dict[int, Tensor]
     moments: Moments | None
+    each_step: bool
 
     @property
     def stretches(self) -> int:
@@ -128,11 +133,13 @@ class Adjoint:
         plan, other = reverse.plan, trajectory.plan
         alike = plan.columns == other.columns and plan.loop_invariants == other.loop_invariants
         self._tables = trajectory.tables if alike and trajectory.tables is not None else Tables(plan)
+        self._scalars = scalars(reverse, self._wanted)
         self._start = Walk([reverse.plan.path_invariants[i] for i in reverse.path_invariants])
 
     def run(self, launch: Launch) -> tuple[Saved, Kept]:
         """A run forward, and what is needed to go back."""
-        kept = Kept(launch, self._steps(launch), {}, None)
+        each_step = bool(self.reverse.columns) and not (self.reverse.steady and _are_even(launch))
+        kept = Kept(launch, self._steps(launch, each_step), {}, None, each_step)
         x0, every = launch.x0, self._kept_every(kept)
         parts: list[Saved] = []
         states: Tensor | None = None
@@ -161,7 +168,7 @@ class Adjoint:
             after[:, :numbers] = cotangents.x1.reshape(batch, numbers)
         if cotangents.memory is not None:
             after[:, numbers:] = cotangents.memory
-        each_step, columns = self._each_step(launch), len(reverse.columns)
+        each_step, columns = kept.each_step, len(reverse.columns)
         sums, path_sums = _zeros(after, reverse.totals), _zeros(after, batch, len(reverse.path_invariants))
         moments, total = _of_moments(kept.moments, cotangents, batch), _zeros(after, 1, columns)
         saved = None if cotangents.states is None else cotangents.states.to(after).contiguous()
@@ -174,7 +181,7 @@ class Adjoint:
             self._kernel.run(
                 Sweep(part, start, saved, moments, table, uniforms, each_step, i == 0, after, by_step, sums, path_sums)
             )
-            if each_step and columns:
+            if each_step:
                 pulled.columns(by_step.cpu(), first, last)
         sums = sums.cpu()
         loops = sums[: len(reverse.loop_invariants)]
@@ -185,10 +192,10 @@ class Adjoint:
         memory = None if launch.memory is None else after[:, numbers:]
         return Gradients(after[:, :numbers].reshape(launch.x0.shape), memory, pulled.rows, pulled.captured())
 
-    def _steps(self, launch: Launch) -> int:
+    def _steps(self, launch: Launch, each_step: bool) -> int:
         """Steps of a stretch: few, while states that begin stretches are few enough to be kept."""
-        steps, columns = launch.end - launch.first_step, len(self.reverse.columns)
-        least, most = self._kernel.steps(len(launch.x0), columns if self._each_step(launch) else 0)
+        steps = launch.end - launch.first_step
+        least, most = self._kernel.steps(len(launch.x0), len(self.reverse.columns) if each_step else 0)
         states = max(1, _KEPT // self._bytes(launch))
         return min(max(least, -(-steps // states)), most)
 
@@ -199,16 +206,6 @@ class Adjoint:
         if kept.stretches * self._bytes(kept.launch) <= _KEPT:
             return 1
         return math.isqrt(kept.stretches - 1) + 1
-
-    def _each_step(self, launch: Launch) -> bool:
-        """Whether columns need a cotangent for each step, as steps differ."""
-        if not self.reverse.steady:
-            return True
-        times = launch.times[launch.first_step : launch.end + 1]
-        dt = (times[-1] - times[0]) / (len(times) - 1)
-        within = dt.abs() * (1e-9 if launch.x0.dtype == torch.float32 else 1e-12)
-        starts = range(0, len(times) - 1, _ONE_THREAD)
-        return any(bool(((times[k : k + _ONE_THREAD + 1].diff() - dt).abs() > within).any()) for k in starts)
 
     def _forward(self, kept: Kept, first: int, last: int, start: Tensor) -> Iterator[tuple[int, Saved, Tensor]]:
         """Stretches one after another: their numbers, what they leave, and the states that they begin with."""
@@ -245,7 +242,7 @@ class _Pulled:
     def __init__(self, adjoint: Adjoint, launch: Launch) -> None:
         self._reverse, self._launch, self._wanted = adjoint.reverse, launch, adjoint._wanted
         self._found: dict[int, Tensor] = {}
-        self._tables = adjoint._tables
+        self._tables, self._scalars = adjoint._tables, adjoint._scalars
         self.rows = None if not adjoint._rows or launch.rows is None else torch.zeros_like(launch.rows)
 
     def columns(self, cotangents: Tensor, first: int, last: int) -> None:
@@ -260,6 +257,12 @@ class _Pulled:
     def shared(self, loops: Tensor, columns: Tensor | None) -> None:
         """Of loop invariants, and of columns whose steps are all alike."""
         plan, launch = self._reverse.plan, self._launch
+        if columns is not None and self._scalars is not None:
+            times = launch.times[[launch.first_step, launch.end]].tolist()
+            dt = (times[1] - times[0]) / (launch.end - launch.first_step)
+            for parameter, gradient in self._scalars(launch.captured, dt, [*columns.tolist(), *loops.tolist()]).items():
+                self._add(parameter, gradient)
+            return
         times = launch.times[launch.first_step : launch.end + 1]
         roots = [plan.loop_invariants[j] for j in self._reverse.loop_invariants]
         cotangents = list(loops.unbind(0))
@@ -338,6 +341,15 @@ class _Pulled:
             if f is not None:
                 self._add(i, f)
         return None if rows is None else found.get(id(rows))
+
+
+def _are_even(launch: Launch) -> bool:
+    """Whether all steps have one length, but for rounding."""
+    times = launch.times[launch.first_step : launch.end + 1].numpy()
+    dt = (times[-1] - times[0]) / (len(times) - 1)
+    within = abs(dt) * (1e-9 if launch.x0.dtype == torch.float32 else 1e-12)
+    starts = range(0, len(times) - 1, _AT_ONCE)
+    return all(np.abs(np.diff(times[k : k + _AT_ONCE + 1]) - dt).max() <= within for k in starts)
 
 
 def _in_one_order(threaded: bool) -> contextlib.AbstractContextManager[None]:

@@ -29,7 +29,7 @@ from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported
 __all__ = ["NumbaReverse"]
 
 _GROUPS = 64  # at most: as many threads can work
-_TAPE = 1 << 19  # bytes of a tape, which is to stay in a core's own cache
+_TAPE = 1 << 20  # bytes of a tape, which is to stay in a core's own cache
 _FEWEST, _LONGEST = 4, 1024  # steps on a tape
 _SEGMENTS = 64  # in a stretch
 _SUMS = 8 << 20  # bytes of sums of all groups
@@ -108,7 +108,8 @@ class _Run:
             segment=segment, paths=self.batch, table=sweep.table.data_ptr() - offset,
             uniforms=sweep.uniforms.data_ptr(), first_slot=first, last_slot=last, saves=saves,
             saved=_address(sweep.saved), moments=_address(sweep.moments), noise=places, pointers=pointers,
-            each_step=sweep.each_step, path_sums=sweep.path_sums.data_ptr(),
+            each_step=sweep.each_step, path_sums=sweep.path_sums.data_ptr(), columns=self.columns.ctypes.data,
+            sums=self.sums.ctypes.data, blocks=self.blocks, groups=self.groups, column_sums=sweep.columns.numel(),
         )  # fmt: skip
         self.cost = owner._cost * steps
 
@@ -121,24 +122,18 @@ class _Run:
                 total += torch.from_numpy(np.add.reduce(parts, axis=0))
 
     def _work(self, start: int, stop: int) -> None:
-        for group in range(start, stop):
-            self._through(group)
-
-    def _through(self, group: int) -> None:
-        """All blocks of a group, a few at a time."""
-        a = _Arguments.from_buffer_copy(self.arguments)
-        a.columns, a.sums = self.columns[group].ctypes.data, self.sums[group].ctypes.data
-        block, end = self.blocks * group // self.groups, self.blocks * (group + 1) // self.groups
+        """All blocks of some groups, as many at a time as an interrupt may wait for."""
+        block, end = self.blocks * start // self.groups, self.blocks * stop // self.groups
         count = max(1, int(_BUDGET / (_CAREFUL * self.cost)))
         while block < end and not self.job.stopped:
-            stop = min(block + count, end)
+            until = min(block + count, end)
             begin = time.perf_counter_ns()
             memory, address = scratch(self.bytes)
-            self.owner._entry(ctypes.addressof(a), address, block, stop)
+            self.owner._entry(ctypes.addressof(self.arguments), address, block, until)
             del memory  # not before the kernel is done with it
             took = max(1, time.perf_counter_ns() - begin)
-            count = max(1, min(8 * count, int(count * _BUDGET / took)))
-            block = stop
+            count = max(1, min(8 * count, int((until - block) * _BUDGET / took)))
+            block = until
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -39,9 +39,12 @@ REVERSE_ARGUMENTS = {
     "noise": "int64",
     "pointers": "int64",
     "each_step": "",  # whether columns get a cotangent for each step, or one for all
-    "columns": "float64",  # these three are added to
+    "columns": "float64",  # these three are added to, the first two of each group of blocks
     "sums": "float64",
     "path_sums": "float64",
+    "blocks": "",  # in all
+    "groups": "",  # that blocks are in
+    "column_sums": "",  # of a group
 }
 
 _BLOCKS_CUT = 8  # rows for what the generator makes beyond the numbers of a segment, before and behind them
@@ -130,6 +133,10 @@ class _Printer(AbstractPrinter):
             block.append(f"noise{g + 1} = noise{g} + (segment * {m} + {_BLOCKS_CUT}) * LANES")
             spare += _BLOCKS_CUT
         block += self._load()
+        block += [
+            "group = ((block + 1) * groups - 1) // blocks",
+            f"columns_at, sums_at = group * column_sums, group * {self.reverse.totals}",
+        ]
         block += ["slot = last_slot", "for turn in range(2 * count - 1):", *indented(turn, 1)]
         block += ["keep(cotangents, first * CARRIED, s, COTANGENTS, CARRIED, lanes, LANES)"]
         source = self.source(block)
@@ -231,14 +238,17 @@ class _Printer(AbstractPrinter):
         ]
         flush = []
         if columns:
-            body += ["if each_step:", "    " + self._added("columns", f"(k - first_step) * {columns}", 0, columns)]
-            flush = ["if not each_step:", "    " + self._added("columns", "0", 0, columns)]
+            body += [
+                "if each_step:",
+                "    " + self._added("columns", f"columns_at + (k - first_step) * {columns}", 0, columns),
+            ]
+            flush = ["if not each_step:", "    " + self._added("columns", "columns_at", 0, columns)]
         loops = len(self.reverse.loop_invariants)
         if loops:
-            flush.append(self._added("sums", "0", columns, loops))
+            flush.append(self._added("sums", "sums_at", columns, loops))
         at = loops
         for row, m in zip(self.matrices, self.reverse.matrices, strict=True):
-            flush.append(f"add_entries(sums, {at}, s, {row * self.lanes}, {m.rows * m.columns}, REAL(0))")
+            flush.append(f"add_entries(sums, sums_at + {at}, s, {row * self.lanes}, {m.rows * m.columns}, REAL(0))")
             at += m.rows * m.columns
         if self._paths:
             row = (self.accumulated + self.summed) * self.lanes
