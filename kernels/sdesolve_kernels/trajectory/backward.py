@@ -258,9 +258,10 @@ class _Pulled:
         """Of loop invariants, and of columns whose steps are all alike."""
         plan, launch = self._reverse.plan, self._launch
         if columns is not None and self._scalars is not None:
-            times = launch.times[[launch.first_step, launch.end]].tolist()
-            dt = (times[1] - times[0]) / (launch.end - launch.first_step)
-            for parameter, gradient in self._scalars(launch.captured, dt, [*columns.tolist(), *loops.tolist()]).items():
+            begin, end = launch.times[[launch.first_step, launch.end]].tolist()
+            length = (end - begin) / (launch.end - launch.first_step)
+            given = [*columns.tolist(), *loops.tolist()]
+            for parameter, gradient in self._scalars(launch.captured, length, given).items():
                 self._add(parameter, gradient)
             return
         times = launch.times[launch.first_step : launch.end + 1]
