@@ -22,6 +22,10 @@ class SASolver(AbstractPredictorCorrectorMultistep):
     order but at most 2, with an error that falls with the stochasticity. Without corrector, and on the flow,
     ``predictor=3`` is DPM-Solver++ of true third order. Xue et al. 2023, eq. 14 to 18 and algorithm 1.
 
+    Polynomials extrapolate: take grids whose steps in the log-SNR are alike, as those of `grids.uniform_log_snr`. Even
+    steps in ``t`` of VP triple there at the end, and 60 of them leave order 3 with an error of 0.6 standard deviations
+    of normal data, order 2 with 0.08; 60 that are even in the log-SNR leave 0.0014 and 0.0036.
+
     The first steps have the order that the history allows: where they are not shorter than the others, the first one's
     error shows as order 3 in all, or 2 without corrector.
 

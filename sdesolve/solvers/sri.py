@@ -72,7 +72,8 @@ class SOSRI(AbstractStochasticTable):
 
     Strong and weak order 3/2 for diagonal noise with ``g_i`` a function of ``x_i`` alone (`solve` tests this), and for
     scalar noise with any ``g``; weak order 2 for additive noise; second order on an ODE. Ito. Takes larger steps than
-    `SRIW1` where noise or drift is stiff. Rackauckas and Nie 2020, IEEE HPEC.
+    `SRIW1` where noise or drift is stiff; beyond ``h lambda = 9.8``, as coarse reverse grids have it, it amplifies as
+    that to the fourth. Rackauckas and Nie 2020, IEEE HPEC.
     """
 
     supported = _ITO

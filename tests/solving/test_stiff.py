@@ -62,7 +62,7 @@ def test_orders_with_time_in_both_coefficients(kind, solver, order):
 
 
 def test_the_table_of_skencarp():
-    """Roessler's conditions for strong order 3/2 with additive noise, and those of third order; then as it runs."""
+    """Roessler's conditions for strong order 3/2 with additive noise, and those of third order."""
     A = np.zeros((4, 4))
     for i, row in enumerate(skencarp._A, 1):
         A[i, :i], A[i, i] = row, skencarp._GAMMA
@@ -70,9 +70,6 @@ def test_the_table_of_skencarp():
     np.testing.assert_allclose(A @ e, [0.0, *skencarp._C], atol=1e-13)
     conditions = [alpha @ e, alpha @ A @ e, alpha @ B, alpha @ B**2, alpha @ (A @ e) ** 2, alpha @ A @ A @ e]
     np.testing.assert_allclose(conditions, [1, 1 / 2, 1, 3 / 2, 1 / 3, 1 / 6], atol=1e-12)
-    steps, x0 = (16, 32, 64), torch.full((100, 1), 0.5, dtype=F64)
-    for span in ((0.0, 1.0), (1.0, 0.0)):
-        assert slope(steps, errors("additive", sds.SKenCarp(), steps, span, x0)) > 1.4
 
 
 class Signs(AbstractNoise):
