@@ -72,6 +72,7 @@ class StudyProblem:
         only: schemes that alone are near the solution at steps like these; all where left out.
         contracts: whether solutions approach each other, where `ReversibleHeun` is unstable, as it says.
         superlinear: whether coefficients grow faster than the state, which is what `Tamed` and `Truncated` are for.
+        until: where paths stop or are reflected; whether they stopped follows the state as one more component.
     """
 
     name: str
@@ -87,6 +88,7 @@ class StudyProblem:
     only: tuple[type[AbstractOneStep], ...] = ()
     contracts: bool = False
     superlinear: bool = False
+    until: Any = None
 
 
 class Found(NamedTuple):
@@ -161,7 +163,11 @@ def measure(problem: StudyProblem, solver: AbstractOneStep, paths: int, seed: in
         noise = sds.BrownianPath(seed, substeps=substeps)
         steps = 2 * problem.steps // substeps
         options: dict[str, Any] = {"solver": solver, "noise": noise, "backend": "eager", "params": params}
-        return sds.solve(sde, x0, 0.0, problem.t1, steps, **options).x1
+        if problem.until is None:
+            return sds.solve(sde, x0, 0.0, problem.t1, steps, **options).x1
+        sol = sds.solve(sde, x0, 0.0, problem.t1, steps, until=problem.until, **options)
+        stopped = torch.zeros(paths) if sol.stopped is None else sol.stopped
+        return torch.cat([sol.x1, stopped.to(sol.x1)[:, None]], 1)
 
     with torch.set_grad_enabled(differentiated):
         runs = [end(2), end(1)]
@@ -501,6 +507,26 @@ def _problems() -> Iterator[StudyProblem]:
         contracts=True,
         superlinear=True,
     )
+    yield StudyProblem(
+        "P20 first passage",
+        sds.SDE(lambda x, t: torch.full_like(x, 0.5), lambda x, t: torch.ones_like(x), noise="additive"), (0.0,), 1.0,
+        8, (Quantity("P(stopped)", _component(1), 0.4901383399),), order=1.0,
+        until=sds.Crossing(lambda x, t: x[:, 0] - 1.0),
+    )  # fmt: skip
+    yield StudyProblem(
+        "P20b down-and-out call", sds.GeometricBrownianMotion(0.05, 0.2), (100.0,), 1.0, 32,
+        (
+            Quantity(
+                "price", lambda x: math.exp(-0.05) * (x[:, 0] - 100.0).clamp(min=0.0) * (1.0 - x[:, 1]), 8.665471658
+            ),
+        ), order=1.0, until=sds.Crossing(lambda x, t: x[:, 0] - 90.0),
+    )  # fmt: skip
+    yield StudyProblem(
+        "P20c reflected Brownian motion",
+        sds.SDE(lambda x, t: torch.zeros_like(x), lambda x, t: torch.ones_like(x), noise="additive"), (0.0,), 1.0, 8,
+        (Quantity("E X0", _component(0), math.sqrt(2.0 / math.pi)),), order=1.0,
+        until=sds.Reflection(lambda x, t: x[:, 0]),
+    )  # fmt: skip
     yield StudyProblem(
         "P22 relative entropy of paths",
         sds.SDE(
