@@ -21,6 +21,7 @@ from sdesolve.integrate.solve import Backend, solve
 from sdesolve.montecarlo.payoffs import Expectation, Payoff, check_one_time
 from sdesolve.sde import AbstractSDE, Calculus, Noise
 from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.derivative_free import SRI2
 from sdesolve.solvers.heun import Heun
 from sdesolve.solvers.milstein import Milstein
 from sdesolve.solvers.shark import ShARK
@@ -73,6 +74,7 @@ class MultilevelEstimate:
         converged: whether ``bias^2 + standard_error^2`` is within ``rmse^2``.
         reason: why not, if it is not.
         work: steps taken by all paths.
+        solver: the scheme.
         seed: of the noise.
     """
 
@@ -86,6 +88,7 @@ class MultilevelEstimate:
     converged: bool
     reason: str
     work: int
+    solver: AbstractSolver
     seed: int
 
     @property
@@ -102,7 +105,7 @@ class MultilevelEstimate:
         value = f"{float(self.estimate):.7g}" if one else f"{short(self.estimate.flatten()[:4].tolist())}"
         head = f"MultilevelEstimate({value} +- {worst(self.standard_error):.2g}, bias {worst(self.bias):.2g}"
         rates = f"rates: weak {float(self.weak_rate.min()):.2f}, variance {float(self.variance_rate.min()):.2f}"
-        lines = [f"{head}, {self.work:.3g} path-steps, {rates})"]
+        lines = [f"{head}, {self.work:.3g} path-steps of {self.solver!r}, {rates})"]
         if not one:
             lines.append(f"shape {tuple(self.estimate.shape)}; below, the largest of each column")
         lines.append(f"{'steps':>8} {'paths':>12} {'mean':>11} {'variance':>11} {'kurtosis':>9} {'check':>6}")
@@ -208,8 +211,10 @@ def multilevel(
             ``(paths, *values)``. With ``carry``, ``payoff(x1, carry)`` of what that has become too.
         rmse: the root mean square error that is wanted, a number, or one for each value.
         solver: the scheme; by default `ShARK` for additive noise, `Milstein` for diagonal and scalar noise,
-            ``Milstein(area="zero")`` for general Ito noise, `Heun` for general Stratonovich noise.
-        antithetic: whether to take twins; by default where the noise is general and the scheme lacks areas alone.
+            ``Milstein(area="zero")`` for general Ito noise, `Heun` for general Stratonovich noise. Where Milstein's
+            scheme breaks off, as at a root whose derivative is infinite, `SRI2` takes its place, which needs none.
+        antithetic: whether to take twins; by default where the noise is general, the scheme reads increments alone, and
+            has a higher strong order where noise commutes. They are of no use to others.
         steps: of the coarsest level; by default 1, and then twice as many while a coarser level does not pay.
         seed: of the noise; drawn from torch's default generator if left out.
         carry: a functional that is carried along each path, as for `solve`: `TimeAverage`, `Integral`, or one's own.
@@ -239,35 +244,46 @@ def multilevel(
         raise ValueError(f"rmse must be positive, got {short(rmse)}")
     if not (most := number(max_work, "max_work")) > 0:
         raise ValueError(f"max_work must be positive, got {short(max_work)}")
-    solver = _solver_for(sde) if solver is None else solver
-    check_pair(solver, sde)
-    if solver.weak_order is None or solver.controller is not None:
+    solvers = _solvers_for(sde) if solver is None else (solver,)
+    check_pair(solvers[0], sde)
+    if solvers[0].weak_order is None or solvers[0].controller is not None:
         raise ValueError(f"multilevel takes a scheme of fixed steps for SDEs, and {type(solver).__name__} is none")
-    twins = _lacks_areas(solver, sde) if antithetic is None else flag(antithetic, "antithetic")
+    twins = _lacks_areas(solvers[0], sde) if antithetic is None else flag(antithetic, "antithetic")
     first = None if steps is None else whole_number(steps, "steps", 1)
     path = BrownianPath(drawn_seed() if seed is None else seed)
-    run = functools.partial(solve, sde, t0=t0, t1=t1, solver=solver, carry=carry, backend=backend)
-    levels = _Levels(expectation, run, path, twins, solver.weak_order)
+    run = functools.partial(solve, sde, t0=t0, t1=t1, carry=carry, backend=backend)
     with torch.no_grad():
-        levels.begin(first, most)
-        estimate = levels.refined(target, most)
+        for chosen in solvers:
+            levels = _Levels(expectation, run, chosen, path, twins)
+            try:
+                levels.begin(first, most)
+                estimate = levels.refined(target, most)
+                break
+            except DivergenceError:
+                if chosen is solvers[-1]:
+                    raise
     if not estimate.converged:
         warnings.warn(f"multilevel has not reached rmse: {estimate.reason}", RuntimeWarning, stacklevel=3)
     return estimate
 
 
-def _solver_for(sde: AbstractSDE) -> AbstractSolver:
+def _solvers_for(sde: AbstractSDE) -> tuple[AbstractSolver, ...]:
+    """Schemes to try, one after another where the one before meets a state without a derivative."""
     if not isinstance(sde, AbstractSDE) or sde.noise is Noise.ADDITIVE:  # the first is refused by name
-        return ShARK()
+        return (ShARK(),)
     if sde.noise is not Noise.GENERAL:
-        return Milstein()
-    return Milstein(area="zero") if sde.calculus is Calculus.ITO else Heun()
+        return Milstein(), SRI2()
+    return (Milstein("zero"), SRI2("zero")) if sde.calculus is Calculus.ITO else (Heun(),)
 
 
 def _lacks_areas(solver: AbstractSolver, sde: AbstractSDE) -> bool:
-    """Whether Levy areas alone keep the scheme from a higher strong order."""
+    """Whether Levy areas alone keep the scheme from a higher strong order, and it reads nothing else that has a sign.
+
+    Space-time areas tell a part of the Levy area, which changes its sign where increments change places.
+    """
     _, commuting, general = solver.strong_orders
-    return sde.noise is Noise.GENERAL and commuting is not None and general is not None and general < commuting
+    lower = commuting is not None and general is not None and general < commuting
+    return sde.noise is Noise.GENERAL and lower and tuple(solver.needs) == ("W",)
 
 
 @final
@@ -277,16 +293,22 @@ class _Levels:
     Args:
         expectation: what is estimated.
         run: `solve` of the equation.
+        solver: the scheme.
         path: the noise; level ``l`` takes its paths from ``2^40 l`` on.
         twins: whether the estimator is antithetic.
-        weak_order: of the scheme.
     """
 
     def __init__(
-        self, expectation: Expectation, run: Callable[..., Solution], path: BrownianPath, twins: bool, weak_order: float
+        self,
+        expectation: Expectation,
+        run: Callable[..., Solution],
+        solver: AbstractSolver,
+        path: BrownianPath,
+        twins: bool,
     ) -> None:
+        assert solver.weak_order is not None
         self._expectation, self._run, self._path, self._twins = expectation, run, path, twins
-        self._order, self._levels, self.work = weak_order, list[_Sums](), 0
+        self._solver, self._order, self._levels, self.work = solver, solver.weak_order, list[_Sums](), 0
 
     def begin(self, steps: int | None, most: float) -> None:
         """Takes the first paths of three levels, the coarsest of so many steps, or of as many as pay."""
@@ -370,7 +392,7 @@ class _Levels:
         x0 = expectation.rows(n)
 
         def payoff(noise: BrownianPath, steps: int) -> Tensor:
-            solution = self._run(x0=x0, steps=steps, noise=noise)
+            solution = self._run(solver=self._solver, x0=x0, steps=steps, noise=noise)
             return expectation.of(
                 solution, n, f"a block of {n} paths from number {path.first_path} on, with {steps} steps"
             )
@@ -385,7 +407,7 @@ class _Levels:
     def _check_resolved(self, target: Tensor) -> None:
         """Refuses an error below what the dtype of the state rounds away."""
         expectation, n = self._expectation, min(64, self._least)
-        first = self._run(x0=expectation.rows(n), steps=self._levels[0].steps, noise=self._path)
+        first = self._run(solver=self._solver, x0=expectation.rows(n), steps=self._levels[0].steps, noise=self._path)
         limit = expectation.resolution(first, n)
         if bool((target < limit).any()):
             worst = int((limit / target).argmax())
@@ -466,6 +488,7 @@ class _Levels:
             converged=not reason,
             reason=reason,
             work=self.work,
+            solver=self._solver,
             seed=self._path.seed,
         )
 

@@ -104,6 +104,32 @@ def test_payoffs_of_what_is_carried_along_paths():
     assert float(fine.standard_error) < 0.1
 
 
+def test_a_root_without_a_derivative():
+    """Heston's model with a clamp of one's own, at whose edge Milstein's scheme has no derivative to take."""
+
+    def drift(x, t):
+        return torch.stack([0.02 * x[:, 0], 2.0 * (0.04 - x[:, 1])], 1)
+
+    def diffusion(x, t):
+        root, zero = x[:, 1].clamp(min=0.0).sqrt(), torch.zeros_like(x[:, 0])
+        return torch.stack([torch.stack([x[:, 0] * root, zero], 1), torch.stack([zero, 0.5 * root], 1)], 1)
+
+    made = sds.multilevel(
+        sds.SDE(drift, diffusion, "general"), torch.tensor([[1.0, 0.04]]), 0.0, 1.0, lambda x: x[:, 0], rmse=5e-3,
+        seed=1, steps=2, backend="eager",
+    )  # fmt: skip
+    assert isinstance(made.solver, sds.SRI2)
+    assert abs(float(made.estimate) - math.exp(0.02)) < 4 * 5e-3
+
+
+@pytest.mark.parametrize("solver", [sds.SPaRK(), sds.Heun()], ids=repr)
+def test_twins_are_for_schemes_that_read_increments_alone(solver):
+    """Space-time areas have a part of the Levy area in them, which does not cancel: no twin is taken."""
+    sde, options = sds.to_stratonovich(PRODUCTS), {"rmse": 0.02, "seed": 1, "steps": 4, "backend": "eager"}
+    made = sds.multilevel(sde, START, 0.0, 1.0, moments, solver=solver, **options)
+    assert [level.cost for level in made.levels[:2]] == [4, 8 + 4 + 8 * (tuple(solver.needs) == ("W",))]
+
+
 def test_levels_run_fused():
     """Fine paths, their twins and coarse ones; the same paths as in torch."""
     sde = sds.SDE(lambda x, t: torch.sin(x) * t - x, lambda x, t: 0.4 * torch.cos(x + 2 * t), "diagonal")
