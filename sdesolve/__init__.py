@@ -48,8 +48,10 @@ from sdesolve.models import (
     OrnsteinUhlenbeck,
     UnderdampedLangevin,
 )
+from sdesolve.montecarlo.euler_law import EulerLaw, euler_law, pseudo_log_likelihood
 from sdesolve.montecarlo.multilevel import MultilevelEstimate, multilevel
 from sdesolve.montecarlo.quasi import QuasiEstimate, quasi_monte_carlo
+from sdesolve.montecarlo.sensitivity import Sensitivity, sensitivity
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sampling import sample, tweedie
 from sdesolve.scores import (
@@ -149,29 +151,26 @@ __all__ = [
     "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1",
     "SRIW2", "UBU", "VE", "VP", "AbstractCarry", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
     "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE", "AbstractSemilinear",
-    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral",
-    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore",
-    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP",
-    "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince",
-    "DoubleWell", "EDMHeun", "EnergyScore", "EulerHeun", "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching",
-    "Gaussian", "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion", "Heston", "Heun", "Histogram",
-    "HutchPP", "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment",
-    "Integral", "Jacobi", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta", "LinearDiffusion",
-    "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein", "MultilevelEstimate",
-    "NetworkScore", "Noise",
-    "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
-    "ProbabilityFlow", "Quantisation", "QuasiEstimate",
-    "Rates", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
-    "ReversibleHeun", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S",
-    "SKenCarp", "SPaRK", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK", "Solution", "Span",
-    "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Table", "TableBeta", "Tamed",
-    "TimeAverage", "TrainingTimes", "Truncated", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime",
-    "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode", "estimate_likelihood",
-    "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "multilevel",
-    "nn", "noised_cross_entropy",
-    "operators", "oracle", "quasi_monte_carlo",
-    "run_chain", "sample", "save", "solve", "supports", "to_ito", "to_stratonovich", "train",
-    "tweedie", "variational_bound",
+    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "AnnealedLangevin",
+    "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "ClassifierFreeGuidance",
+    "ClassifierGuidance", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
+    "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince", "DoubleWell", "EDMHeun",
+    "EnergyScore", "EulerHeun", "EulerLaw", "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "Gaussian",
+    "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion", "Heston", "Heun", "Histogram", "HutchPP",
+    "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral", "Jacobi",
+    "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta", "LinearDiffusion", "LinearMultistep",
+    "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein", "MultilevelEstimate", "NetworkScore",
+    "Noise", "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
+    "ProbabilityFlow", "Quantisation", "QuasiEstimate", "Rates", "Rectified", "Reflection", "ReverseDiffusion",
+    "ReverseSDE", "ReversibleHeun", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP",
+    "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "Sensitivity", "ShARK", "SimpleChainLoss", "SlicedScoreMatching",
+    "SlowRK", "Solution", "Span", "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Table",
+    "TableBeta", "Tamed", "TimeAverage", "TrainingTimes", "Truncated", "UnderdampedLangevin", "UniPC",
+    "UniformLogSNR", "UniformTime", "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels",
+    "encode", "estimate_likelihood", "euler_law", "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics",
+    "models", "multilevel", "nn", "noised_cross_entropy", "operators", "oracle", "pseudo_log_likelihood",
+    "quasi_monte_carlo", "run_chain", "sample", "save", "sensitivity", "solve", "supports", "to_ito",
+    "to_stratonovich", "train", "tweedie", "variational_bound",
 ]  # fmt: skip
 
 
