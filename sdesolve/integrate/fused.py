@@ -671,7 +671,7 @@ def _offsets(problem: Problem, kernel: _Kernel, lowered: Lowered, step: int = 0)
     """Where the numbers of each source begin, ``step`` steps after the first."""
     found = []
     for source, m in zip(lowered.sources, map(math.prod, kernel.noises), strict=True):
-        seed, stream, first_path, first = _offset(source.path, m // source.draws, len(problem.x0), m * problem.steps)
+        seed, stream, first_path, first = _offset(source.path, m // source.draws, m * problem.steps)
         found.append((seed, stream, first_path, first + step * m))
     return found
 
@@ -783,15 +783,13 @@ def _on_grid(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch
     return Saved(saved.x1, xs, None, problem.taken, evaluations, "fused", reason, source, memory=tuple(memory))
 
 
-def _offset(path: BrownianPath, numbers: int, batch: int, count: int) -> tuple[int, int, int, int]:
-    """Where ``count`` numbers of each of ``batch`` paths begin, ``numbers`` of them for each of the path's steps.
+def _offset(path: BrownianPath, numbers: int, count: int) -> tuple[int, int, int, int]:
+    """Where ``count`` numbers of each path begin, ``numbers`` of them for each of its steps.
 
     Raises:
         ValueError: they would wrap, and repeat others.
     """
     offset = path.first_step * numbers
-    if path.first_path + batch > 1 << 64:
-        raise ValueError(f"first_path + batch must be at most 2^64, got {path.first_path} + {batch}")
     if offset + count > 1 << 58:
         raise ValueError(
             f"a path has 2^58 numbers, and these steps end at number {offset + count}; begin at a smaller first_step, "

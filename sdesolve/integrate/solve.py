@@ -195,6 +195,10 @@ def solve(
         parts = solver.first_steps if isinstance(solver, Adaptive) and sde.noise is not Noise.NONE else 1
         times, rounding = _grid_of(t0, t1, parts, None, len(x0))
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
+    if isinstance(noise, BrownianPath) and noise.first_path + len(x0) > 1 << 64:
+        raise ValueError(
+            f"first_path + batch must be at most 2^64, got {noise.first_path} + {len(x0)}; paths would repeat noise"
+        )
     times = _continued(start, times, rounding)
     noise = noise.over(len(times) - 1)
     first = 0 if start is None else start.steps

@@ -129,6 +129,8 @@ class HutchPP(AbstractDivergence):
 
     def __call__(self, s: Tensor, x: Tensor, probes: Tensor, *, create_graph: bool = False) -> Tensor:
         v, S = probes[: self.count], probes[self.count :]
+        if not len(S):  # a state without numbers
+            return x.new_zeros(len(x), self.count)
         sketch = torch.stack([_transposed(s, x, column, create_graph) for column in S], dim=2)
         # The estimate is unbiased whatever the basis: no gradient need go through the decomposition.
         Q = torch.linalg.qr(sketch.detach()).Q

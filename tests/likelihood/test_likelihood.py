@@ -297,6 +297,12 @@ def test_bad_input_is_refused(arguments, error, message):
         log_likelihood(**arguments)
 
 
+@pytest.mark.parametrize("law", [ExactTrace(), Hutchinson(3), HutchPP(3, 2)], ids=repr)
+def test_a_state_without_numbers_has_probability_one(law):
+    found = estimate_likelihood(VP, lambda x, t: -x, torch.ones(3, 0), divergence=law, steps=2)
+    assert found.log_prob.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_one_probe_tells_no_error():
     one = estimate_likelihood(VP, SCORE, X, divergence=Hutchinson(1), steps=5)
     assert bool(one.standard_error.isnan().all())

@@ -380,3 +380,9 @@ def test_weak_schemes_refuse_increments_of_fewer_moments_than_they_need():
 def test_areas_that_there_are_none_of_are_refused(arguments):
     with pytest.raises(ValueError, match=r"area must be one of 'foster', |terms must be at least 1"):
         sds.Milstein(**arguments)
+
+
+def test_paths_beyond_the_last_are_refused_before_any_function_is_called():
+    sde = sds.SDE(lambda x, t: pytest.fail("called"), lambda x, t: x)
+    with pytest.raises(ValueError, match=r"first_path \+ batch must be at most 2\^64, got 18446744073709551615 \+ 5"):
+        sds.solve(sde, torch.ones(5, 2), 0.0, 1.0, 2, solver=EM, noise=sds.BrownianPath(1, first_path=2**64 - 1))
