@@ -55,6 +55,7 @@ _IN_PLACE = "of 8 us, 1.5 are the kernel and its call; the rest is Python that c
 _CHECKS = "a call spends most of its time on checks of its arguments, in Python, whatever the size"
 _SCAN = "XLA fuses the scan's body and draws its noise on all cores; what is left between us is the cost of a normal"
 _TRAINING = "eager keeps the noise of its perturbation, ours makes it twice; the gain is memory, 1 tensor instead of 6"
+_NETWORK = "matrix products and tanh of the network alone are three quarters of torchsde's time, in any loop"
 _CACHES = "Python that runs right after a network finds the caches full"
 _NOISE = "our time is that of drawing the normals, the limit beside it"
 _FEW = f"{_NOISE}; with few paths the states of peers fit into a cache"
@@ -104,6 +105,8 @@ def _goals() -> tuple[Goal, ...]:
     # A value alone is to take a share of the time: at least the 3.2nd part.
     found.append(Goal("Lotka-Volterra: the value alone over value and gradient", lotka, "value alone", 1 / 3.2))
     found.append(Goal("Heston, value and gradient: 4 x a JAX scan", heston, "jax scan", 4.0))
+    trained = "latent SDE, 512 x 200"
+    found.append(Goal("latent SDE of torchsde's example: 2 x torchsde", trained, "torchsde", 2.0, why=_NETWORK))
     return (
         *found,
         Goal("16 paths: us per step, all told", "16 paths, a step", "sdesolve", most=5.0),

@@ -354,7 +354,7 @@ def recorded(problem: Problem, steps: Callable[[], Steps]) -> AbstractRecord | N
 
     again, which = steps(), range(problem.first, problem.steps)
     following = () if problem.following is None else problem.following.roots
-    held = (problem.equation, problem.save.observable, *following)
+    held = (problem.equation, problem.save.observable, problem.prior, *following)
     if problem.gradients == "checkpoint":
         return Checkpoints(again.again, which, held, problem.x0.device)
     return Reconstruction(again.before, again.again, which, held, problem.x0.device)

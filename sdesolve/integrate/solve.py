@@ -134,9 +134,11 @@ def solve(
         check_finite: raise `DivergenceError` if the final state is not finite.
 
     Returns:
-        A `Solution`. Gradients flow to ``x0`` and to whatever drift and diffusion are made of; on a CPU a fused
-        run has a fused gradient, in memory that does not grow with the number of steps, and what has none runs in torch
-        (``stats.reason``). A second derivative runs the integration again in torch, and warns.
+        A `Solution`. Gradients flow to ``x0`` and to whatever drift and diffusion are made of; a fused run has a fused
+        gradient, in memory that does not grow with the number of steps, and what has none runs in torch
+        (``stats.reason``). A second derivative runs the integration again in torch, and warns. As in torch, the
+        derivative of a floor, of rounding, of a comparison and of the step at which a path stops is 0, and noise of
+        any kind is a constant. What stops being finite is refused on the way forward, so that a gradient is of values.
 
     Raises:
         ValueError: a prior from which the divergence is infinite from the start, or that cannot be compared with; bad

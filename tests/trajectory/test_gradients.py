@@ -14,6 +14,7 @@ import torch
 from sdesolve_kernels.trajectory import backward, numba_backward
 
 import sdesolve as sds
+from sdesolve.integrate import fused
 
 F64, BOTH = torch.float64, ("fused", "eager")
 
@@ -257,6 +258,21 @@ def test_what_cannot_be_reversed_runs_in_torch_and_says_why(interpreted):
         assert stats.execution != "fused"
         assert why in stats.reason, stats.reason
         torch.testing.assert_close(given, expected)
+
+
+def test_gradients_of_many_weights_run_in_torch_unless_asked_for(interpreted, monkeypatch):
+    """A rule of the equation alone: a kernel that was made because it was asked for does not change it."""
+    monkeypatch.setattr(fused, "_MOST_GRADED", 400)
+    x0, w = leaf(6, 2), leaf(20, 20)
+    sde = sds.SDE(lambda x, t: (x.repeat(1, 10) @ w)[:, :2].tanh(), lambda x, t: 0.1 * x)
+    run = solver_of(sde, x0)
+    assert run("auto").stats.execution == "fused"
+    monkeypatch.setattr(fused, "_MOST_GRADED", 399)
+    for backend, execution in (("auto", "kernel"), ("fused", "fused"), ("auto", "kernel")):
+        stats = run(backend).stats
+        assert stats.execution == execution
+        assert ("400 weights, more than 399, take less time in torch" in stats.reason) == (backend == "auto")
+    assert run("auto", gradients="none").stats.execution == "fused"
 
 
 def _hooked(y):
