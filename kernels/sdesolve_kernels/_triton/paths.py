@@ -100,17 +100,26 @@ def add_rows(places, x, inside):
 
 
 @triton.jit
-def outer(total, left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr, count, LANES: tl.constexpr):
-    """``total`` and the sum of ``left_l right_l^T`` over the first ``count`` lanes; vectors are rows of scratch memory.
+def put(place, a0, a1, a2, a3, LANES: tl.constexpr):
+    """Four numbers of each lane, side by side: one access, and one for the compiler to look at."""
+    four = tl.join(tl.join(a0, a2), tl.join(a1, a3)).reshape([LANES, 4])
+    tl.store(place + tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :], four)
 
-    Threads read here what others wrote.
-    """
-    i, j, l = tl.arange(0, total.shape[0]), tl.arange(0, total.shape[1]), tl.arange(0, LANES)  # noqa: E741
-    tl.debug_barrier()
-    a = tl.load(left + i[:, None] * LANES + l[None, :], mask=(i < ROWS)[:, None] & (l < count)[None, :], other=0.0)
-    b = tl.load(right + j[None, :] * LANES + l[:, None], mask=(j < COLUMNS)[None, :] & (l < count)[:, None], other=0.0)
-    tl.debug_barrier()
-    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+
+@triton.jit
+def vectors(place, SIDE: tl.constexpr, ROWS: tl.constexpr, count, LANES: tl.constexpr):
+    """A vector that `put` left as a tile, a lane a column, with 0 beyond it and beyond the first ``count`` lanes."""
+    i, l = tl.arange(0, SIDE)[:, None], tl.arange(0, LANES)[None, :]  # noqa: E741
+    at = (i // 4 * LANES + l) * 4 + i % 4
+    return tl.load(place + at, mask=(i < ROWS) & (l < count), other=0.0)
+
+
+@triton.jit
+def product(a, b, DOUBLE: tl.constexpr):
+    """``a b^T``; in float32 of three products of 11 bits each, whose sums tensor cores cut off, hence none of steps."""
+    if DOUBLE:
+        return tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=tl.float64)
+    return tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=tl.float32)
 
 
 @triton.jit
@@ -122,12 +131,12 @@ def add_tile(place, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def add_up_kernel(parts, out, tiles, distance, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """``out[j] += sum_i parts[i distance + j]`` in an order that the constants alone say."""
+def add_up_kernel(parts, out, tiles, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """``out[j] += sum_i parts[i width + j]`` in an order that the constants alone say."""
     j = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float64)
     for first in range(0, tiles, ROWS):
         i = first + tl.arange(0, ROWS).to(tl.int64)
         there = (i < tiles)[:, None] & (j < width)[None, :]
-        total += tl.sum(tl.load(parts + i[:, None] * distance + j[None, :], mask=there, other=0.0), axis=0)
+        total += tl.sum(tl.load(parts + i[:, None] * width + j[None, :], mask=there, other=0.0), axis=0)
     tl.store(out + j, tl.load(out + j, mask=j < width, other=0.0) + total, mask=j < width)

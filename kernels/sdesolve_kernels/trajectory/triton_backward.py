@@ -6,6 +6,8 @@ alone: sums over paths have the same bits in every run and for any number of pro
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Sequence
 from typing import final
 
@@ -83,8 +85,7 @@ class TritonReverse(AbstractReverse):
         table, uniforms = moved(sweep.table[:1] if steady else sweep.table, sweep.uniforms, device)
         a_lane = kernel.scratch + (-(-steps // segment) + segment) * len(plan.states)
         scratch = torch.empty(programs * kernel.shape.lanes * a_lane, dtype=sweep.starts.dtype, device=device)
-        columns = 0 if each_step else len(reverse.columns)
-        parts = sweep.sums.new_zeros(tiles, columns + reverse.totals)
+        parts = sweep.sums.new_zeros(tiles, kernel.parts)
         pointers = [sweep.starts, sweep.cotangents, table, uniforms, scratch, parts]
         by_step = sweep.columns.new_zeros(tiles, *sweep.columns.shape) if each_step else None
         pointers += [t for t in (by_step, sweep.path_sums if reverse.path_invariants else None) if t is not None]
@@ -100,10 +101,28 @@ class TritonReverse(AbstractReverse):
         places = [(*place[:3], place[3] + run.first_step * m) for place, m in normals]
         self._generated.launch(kernel, programs, pointers, integers, captured, places)
         if by_step is not None:
-            _add_up(by_step.flatten(1), 0, sweep.columns)
-        else:
-            _add_up(parts, 0, sweep.columns)
-        _add_up(parts, columns, sweep.sums)
+            _add_up(by_step.flatten(1), sweep.columns)
+        added, columns = parts.new_zeros(kernel.parts), 0 if each_step else len(reverse.columns)
+        _add_up(parts, added)
+        sums = parts.new_zeros(columns + reverse.totals)
+        for terms, targets in _rounds(kernel, device):
+            sums[targets] += added[terms]
+        if columns:
+            sweep.columns[0] += sums[:columns]
+        sweep.sums.add_(sums[columns:])
+
+
+@functools.lru_cache(maxsize=64)
+def _rounds(kernel: TritonKernel, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The places of terms and the sums they belong to, each sum at most once in a round: that fixes their order."""
+    rounds: list[dict[int, int]] = []
+    seen: collections.Counter[int] = collections.Counter()
+    for place, target in kernel.entries:
+        if seen[target] == len(rounds):
+            rounds.append({})
+        rounds[seen[target]][target] = place
+        seen[target] += 1
+    return [(torch.tensor([*r.values()], device=device), torch.tensor([*r], device=device)) for r in rounds]
 
 
 def _shape(batch: int, **kind: bool) -> Shape:
@@ -111,14 +130,13 @@ def _shape(batch: int, **kind: bool) -> Shape:
     return shape_for(batch, 1 << 30, **{"keep": False, "moments": False, "steady": False, **kind})
 
 
-def _add_up(parts: Tensor, first: int, out: Tensor) -> None:
-    """Adds columns of parts, a row a tile, from `first` on to numbers."""
+def _add_up(parts: Tensor, out: Tensor) -> None:
+    """Adds parts, a row a tile, to numbers."""
     width = out.numel()
     if width:
         launch(
             add_up_kernel,
             (-(-width // _WIDTH), 1, 1),
             out.device,
-            {"parts": parts[:, first:], "out": out, "tiles": len(parts), "distance": parts.shape[1], "width": width,
-             "ROWS": _ROWS, "WIDTH": _WIDTH},
-        )  # fmt: skip
+            {"parts": parts, "out": out, "tiles": len(parts), "width": width, "ROWS": _ROWS, "WIDTH": _WIDTH},
+        )

@@ -6,29 +6,32 @@ that is small enough for the second-level cache, and walks back over the tape. N
 on a GPU that is cheaper than to read it.
 
 What is added up over steps is added up by each lane along a segment, in registers or, where that is much, in scratch
-memory; over lanes and segments in float64, for each tile; over tiles by another kernel, in order. Cotangents of
-matrices kept whole are products over the lanes of a tile.
+memory; over lanes and segments in float64, for each tile; over tiles by another kernel, in order. Of networks, whose
+sums are many, vectors go to scratch memory, and sums are products of them over the lanes of a tile (`products`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import final
 
 from sdesolve_kernels.trajectory.codegen import indented
 from sdesolve_kernels.trajectory.expressions import Expression
 from sdesolve_kernels.trajectory.leaves import Accumulated, Cotangent, LoopInvariant
+from sdesolve_kernels.trajectory.products import Block, blocks
 from sdesolve_kernels.trajectory.reverse import Pulled, Reverse
 from sdesolve_kernels.trajectory.tracing import Unsupported
 from sdesolve_kernels.trajectory.triton_dialect import plus
 from sdesolve_kernels.trajectory.triton_noise import Place
-from sdesolve_kernels.trajectory.triton_source import AbstractPrinter, Results, Shape, TritonKernel, written_out
+from sdesolve_kernels.trajectory.triton_source import AbstractPrinter, Results, Shape, Stores, TritonKernel, written_out
 
 __all__ = ["reverse_kernel"]
 
 _IN_REGISTERS = 24  # sums, or loop invariants, of a lane
 _SIDE = 16  # of a tile that is multiplied, at least
-_MOST_ROWS = 64  # of scratch memory: with twice as many, compiling takes half a minute
+_MOST_ROWS = 96  # of scratch memory: compiling takes a tenth of a second for each
 
 
 def reverse_kernel(reverse: Reverse, increments: Sequence[str], shape: Shape) -> TritonKernel:
@@ -46,7 +49,7 @@ def reverse_kernel(reverse: Reverse, increments: Sequence[str], shape: Shape) ->
             f"its reverse keeps {printer.scratch} sums and entries of vectors for each path; kernels generated for a "
             f"GPU take up to {_MOST_ROWS}"
         )
-    return printer.kernel(printer.scratch)
+    return dataclasses.replace(printer.kernel(), scratch=printer.scratch, parts=printer.width, entries=printer.entries)
 
 
 @final
@@ -56,30 +59,30 @@ class _Pull:
     Attributes:
         states: by number of the state, what its cotangent becomes, unless it stays what it is.
         sums: by number of the sum, what is added to it, unless that is 0.
-        outers: places of matrices, and the vectors whose outer product is added to their cotangent.
+        outers: numbers of the first entries of matrices, which count on from those of sums of all paths, and the
+            vectors whose outer product is added to them.
     """
 
     def __init__(self, reverse: Reverse, pulled: Pulled, *, added: bool) -> None:
         graph, dtype = reverse.plan.program.graph, reverse.plan.dtype
-        sides = [(place, outer.pulled.args, outer.product.args) for place, outer in pulled.outers]
-        flat = [
-            *pulled.states,
-            *pulled.sums,
-            *pulled.path_sums,
-            *(e for _, *both in sides for side in both for e in side),
-        ]
+        sizes = itertools.accumulate((m.rows * m.columns for m in reverse.matrices), initial=len(pulled.sums))
+        first = list(sizes)
+        sides = [(first[place], outer.pulled.args, outer.product.args) for place, outer in pulled.outers]
+        ends = [e for _, left, right in sides for e in (*left, *right)]
+        flat = [*pulled.states, *pulled.sums, *pulled.path_sums, *ends]
         made = iter([graph.cast(e, dtype) for e in written_out(graph, flat)])
         own = [graph.leaf(Cotangent(i), dtype) for i in range(len(pulled.states))]
         states = [graph.op("add", g, next(made)) if added else next(made) for g in own]
         self.states = {i: e for i, (g, e) in enumerate(zip(own, states, strict=True)) if e is not g}
-        zero, count = graph.const(0, dtype), len(pulled.sums) + len(pulled.path_sums)
-        self.sums = {j: e for j, e in ((j, next(made)) for j in range(count)) if e is not zero}
-        self.outers = [(place, [next(made) for _ in a], [next(made) for _ in b]) for place, a, b in sides]
+        zero = graph.const(0, dtype)
+        self.sums = {j: e for j, e in ((j, next(made)) for j in range(len(pulled.sums))) if e is not zero}
+        self.path_sums = {j: e for j, e in ((j, next(made)) for j in range(len(pulled.path_sums))) if e is not zero}
+        self.outers = [(j, [next(made) for _ in left], [next(made) for _ in right]) for j, left, right in sides]
 
     @property
-    def vectors(self) -> list[Expression]:
-        """All vectors, one after another."""
-        return [e for _, left, right in self.outers for e in (*left, *right)]
+    def expressions(self) -> list[Expression]:
+        vectors = [e for _, left, right in self.outers for e in (*left, *right)]
+        return [*self.states.values(), *self.sums.values(), *self.path_sums.values(), *vectors]
 
 
 @final
@@ -90,18 +93,36 @@ class _Printer(AbstractPrinter):
         self.reverse = reverse
         self.back, self.unsee = _Pull(reverse, reverse.step, added=False), _Pull(reverse, reverse.observed, added=True)
         pulls = (self.back, self.unsee) if shape.keep or shape.moments else (self.back,)
-        pulled = [e for p in pulls for e in (*p.states.values(), *p.sums.values(), *p.vectors)]
-        super().__init__(reverse.plan, increments, shape, pulled)
+        super().__init__(reverse.plan, increments, shape, [e for p in pulls for e in p.expressions])
         self.by_step = len(reverse.columns) if shape.each_step else 0
         self.by_tile = len(reverse.columns) - self.by_step + len(reverse.loop_invariants)
         self.by_path = len(reverse.path_invariants)
-        self.summed = self.by_tile + self.by_path
-        if self.summed > _IN_REGISTERS:
+        self.blocks: dict[_Pull, list[Block]] = {p: [] for p in pulls}
+        if reverse.matrices or self.by_tile > _IN_REGISTERS:
+            for p in pulls:
+                late = {j: e for j, e in p.sums.items() if j >= self.by_step}
+                self.blocks[p] = blocks(self.graph, late, p.outers)
+            self.by_tile = 0
+        if self.by_path > _IN_REGISTERS:
             self.in_memory[Accumulated] = "own", " * LANES"
         if len(reverse.plan.loop_invariants) > _IN_REGISTERS:
             self.in_memory[LoopInvariant] = "uniforms", ""
-        self.rows = self.summed if Accumulated in self.in_memory else 0
-        self.scratch = self.rows + max(len(p.vectors) for p in pulls)
+        self.rows = self.by_path if Accumulated in self.in_memory else 0
+        self.scratch = self.rows + max(sum(_rows(b.left) + _rows(b.right) for b in self.blocks[p]) for p in pulls)
+
+    @property
+    def width(self) -> int:
+        """Numbers that a tile adds up."""
+        return self.by_tile + sum(b.size for found in self.blocks.values() for b in found)
+
+    @property
+    def entries(self) -> tuple[tuple[int, int], ...]:
+        """Places among a tile's numbers, and the sums that they are terms of."""
+        found, at = [(j, j) for j in range(self.by_tile)], self.by_tile
+        for block in itertools.chain(*self.blocks.values()):
+            found += [(at + block.place(e), e.target - self.by_step) for e in block.entries]
+            at += block.size
+        return tuple(found)
 
     @property
     def observing(self) -> bool:
@@ -115,29 +136,57 @@ class _Printer(AbstractPrinter):
                 made.append(self.function(name, results, "Cotangents g and sums q, before and after", stores))
         return made
 
-    def _results(self, pull: _Pull) -> tuple[Results, Results]:
+    def _results(self, pull: _Pull) -> tuple[Results, Stores]:
         """What a function returns and what it stores: cotangents, sums, terms of sums over lanes alone, vectors."""
-        dtype, first = self.dtype, self.by_step
         results = [(f"y{i}", e) for i, e in pull.states.items()]
-        results += [(f"d{j}", e) for j, e in pull.sums.items() if j < first]
-        sums = [(j - first, e) for j, e in pull.sums.items() if j >= first]
-        sums = [(j, self.graph.op("add", self.graph.leaf(Accumulated(j), dtype), e)) for j, e in sums]
-        vectors = [(f"own + {self.rows + i} * LANES", e) for i, e in enumerate(pull.vectors)]
-        if Accumulated in self.in_memory:
-            return results, [*((f"own + {j} * LANES", e) for j, e in sums), *vectors]
-        return [*results, *((f"t{j}", e) for j, e in sums)], vectors
+        results += [(f"d{j}", e) for j, e in pull.sums.items() if j < self.by_step]
+        sums = [(j - self.by_step, e) for j, e in pull.sums.items() if j >= self.by_step and self.by_tile]
+        sums += [(self.by_tile + j, e) for j, e in pull.path_sums.items()]
+        sums = [(j, self.graph.op("add", self.graph.leaf(Accumulated(j), self.dtype), e)) for j, e in sums]
+        zero, at, stores = self.graph.const(0, self.dtype), self.rows, list[tuple[str, Sequence[Expression]]]()
+        for vector in (side for block in self.blocks[pull] for side in (block.left, block.right)):
+            padded = [*vector, *[zero] * (_rows(vector) - len(vector))]
+            for i in range(0, len(padded), 4):
+                stores.append((f"base + {at + i} * LANES", padded[i : i + 4]))
+            at += len(padded)
+        if self.rows:
+            stores += [(f"own + {j} * LANES", [e]) for j, e in sums if j >= self.by_tile]
+            sums = [(j, e) for j, e in sums if j < self.by_tile]
+        return [*results, *((f"t{j}", e) for j, e in sums)], stores
 
     def _pulled(self, name: str, pull: _Pull, passed: dict[str, str]) -> list[str]:
-        """Lines that call such a function, and add products of vectors to matrices."""
+        """Lines that call such a function, and add products of vectors up."""
         results, stores = self._results(pull)
         targets = [{"y": "g", "t": "q", "d": "d"}[target[0]] + target[1:] for target, _ in results]
         lines, at = self.call(name, results, targets, passed, stores), self.rows
-        for place, left, right in pull.outers:
-            lines.append(
-                f"m{place} = outer(m{place}, base + {at} * LANES, base + {at + len(left)} * LANES, {len(left)}, "
-                f"{len(right)}, count, LANES)"
-            )
-            at += len(left) + len(right)
+        if not self.blocks[pull]:
+            return lines
+        lines.append("tl.debug_barrier()  # threads read what others wrote")
+        for i, block in self._numbered(pull):
+            for letter, side in (("a", block.left), ("b", block.right)):
+                if side:
+                    rows = f"base + {at} * LANES, {_side(side)}, {len(side)}, count, LANES"
+                    lines.append(f"{letter} = vectors({rows})")
+                    at += _rows(side)
+            if block.right:
+                lines.append(f"m{i} += product(a, b, DOUBLE)")
+            lines += [f"{o}{i} += tl.sum({a}, axis=1)" for o, a, left in _ENDS if block.sums(left)]
+        return [*lines, "tl.debug_barrier()"]
+
+    def _numbered(self, pull: _Pull | None = None) -> list[tuple[int, Block]]:
+        """Blocks with their numbers; those of one function, or all."""
+        found = [(p, b) for p, own in self.blocks.items() for b in own]
+        return [(i, b) for i, (p, b) in enumerate(found) if pull in (p, None)]
+
+    def _empty(self) -> list[str]:
+        """Products and sums of vectors, at 0."""
+        lines = []
+        for i, b in self._numbered():
+            if b.right:
+                lines.append(f"m{i} = {self._zeros(_side(b.left), _side(b.right))}")
+            lines += [
+                f"{o}{i} = {self._zeros(_side(b.left if left else b.right))}" for o, _, left in _ENDS if b.sums(left)
+            ]
         return lines
 
     def trajectory(self) -> list[str]:
@@ -158,7 +207,7 @@ class _Printer(AbstractPrinter):
         ]
         for i in range(states):
             tile.append(f"g{i} = tl.load({plus(f'cotangents + row * {states}', i)}, mask=inside, other=0.0)")
-        tile += self._cleared() + [f"m{i} = {self._zeros(*self._sides(i))}" for i in range(len(self.reverse.matrices))]
+        tile += [*self._cleared(), *self._empty()]
         if self.saving:
             tile += ["slot = slots", "due = tl.load(saves + slot)"]
         tile += ["for turn in range(0, 2 * segments - 1):", *indented(self._segment(), 1)]
@@ -180,15 +229,13 @@ class _Printer(AbstractPrinter):
     def _zeros(self, *shape: int | str) -> str:
         return f"tl.zeros([{', '.join(map(str, shape))}], tl.{self.dtype})"
 
-    def _sides(self, matrix: int) -> list[int]:
-        m = self.reverse.matrices[matrix]
-        return [max(_SIDE, 1 << (side - 1).bit_length()) for side in (m.rows, m.columns)]
-
     def _cleared(self) -> list[str]:
         """Sums of lanes, at 0."""
+        in_registers = self.by_tile + (0 if self.rows else self.by_path)
+        lines = [f"q{j} = {self._zeros('LANES')}" for j in range(in_registers)]
         if self.rows:
-            return [f"for j in range(0, {self.rows}):", f"    tl.store(own + j * LANES, {self._zeros('LANES')})"]
-        return [f"q{j} = {self._zeros('LANES')}" for j in range(self.summed)]
+            lines += [f"for j in range(0, {self.rows}):", f"    tl.store(own + j * LANES, {self._zeros('LANES')})"]
+        return lines
 
     def _segment(self) -> list[str]:
         """Forwards through all segments, the last of which stays on the tape; then backwards."""
@@ -277,24 +324,37 @@ class _Printer(AbstractPrinter):
         return [*lines, *self._pulled("unsee", self.unsee, {}), "slot -= 1", "due = tl.load(saves + slot)"]
 
     def _flushed(self) -> list[str]:
-        """Sums of lanes and matrices added to those of tile and paths, and cleared."""
-        width = self.by_tile + sum(m.rows * m.columns for m in self.reverse.matrices)
-        lines = [f"part_of_tile = parts + tile * {width}"]
+        """What lanes and products have added up, added to the numbers of tile and paths, and cleared."""
+        lines = [f"of_tile = parts + tile * {self.width}"]
+        lines += [f"add_sum({plus('of_tile', j)}, q{j}, inside)" for j in range(self.by_tile)]
+        place = f"path_sums + path * {self.by_path}"
         if self.rows:
-            read = "tl.load(own + {} * LANES)"
-            tile, path = f"add_sum(part_of_tile + j, {read.format('j')}, inside)", read.format(f"({self.by_tile} + j)")
-            lines += [f"for j in range(0, {self.by_tile}):", f"    {tile}"] if self.by_tile else []
-            path = f"add_rows(path_sums + path * {self.by_path} + j, {path}, inside)"
-            lines += [f"for j in range(0, {self.by_path}):", f"    {path}"] if self.by_path else []
+            row = "tl.load(own + j * LANES)"
+            lines += [f"for j in range(0, {self.rows}):", f"    add_rows({place} + j, {row}, inside)"]
         else:
-            lines += [f"add_sum({plus('part_of_tile', j)}, q{j}, inside)" for j in range(self.by_tile)]
-            for j in range(self.by_path):
-                place = plus(f"path_sums + path * {self.by_path}", j)
-                lines.append(f"add_rows({place}, q{self.by_tile + j}, inside)")
-        lines += self._cleared()
+            lines += [f"add_rows({plus(place, j)}, q{self.by_tile + j}, inside)" for j in range(self.by_path)]
         at = self.by_tile
-        for i, m in enumerate(self.reverse.matrices):
-            lines.append(f"add_tile({plus('part_of_tile', at)}, m{i}, {m.rows}, {m.columns})")
-            lines.append(f"m{i} = {self._zeros(*self._sides(i))}")
-            at += m.rows * m.columns
-        return lines
+        for i, b in self._numbered():
+            rows, columns = len(b.left), len(b.right)
+            if b.right:
+                lines.append(f"add_tile({plus('of_tile', at)}, m{i}, {rows}, {columns})")
+            ends = {"l": (at + rows * columns, rows), "r": (at + rows * columns + rows, columns)}
+            for o, _, left in _ENDS:
+                if b.sums(left):
+                    lines.append(f"add_tile({plus('of_tile', ends[o][0])}, {o}{i}[None, :], 1, {ends[o][1]})")
+            at += b.size
+        return [*lines, *self._cleared(), *self._empty()]
+
+
+# Sums of vectors: what they are called, of which tile, whether of the left one.
+_ENDS = (("l", "a", True), ("r", "b", False))
+
+
+def _side(vector: Sequence[Expression]) -> int:
+    """Of a tile that holds it."""
+    return max(_SIDE, 1 << (len(vector) - 1).bit_length())
+
+
+def _rows(vector: Sequence[Expression]) -> int:
+    """Of scratch memory that it takes."""
+    return -(-len(vector) // 4) * 4

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -23,7 +24,7 @@ from sdesolve_kernels.trajectory.tracing import Unsupported
 from sdesolve_kernels.trajectory.triton_dialect import Triton, plus, wrapped
 from sdesolve_kernels.trajectory.triton_noise import Place, Source, period
 
-__all__ = ["AbstractPrinter", "Results", "Shape", "TritonKernel", "triton_kernel", "written_out"]
+__all__ = ["AbstractPrinter", "Results", "Shape", "Stores", "TritonKernel", "triton_kernel", "written_out"]
 
 _MOST_ENTRIES = 4608  # of all matrices kept whole: each is a load and a multiply-add in the source
 
@@ -63,6 +64,8 @@ class TritonKernel:
         sources: sources of noise that it reads, likewise.
         group: steps in a turn of the innermost loop, or 0: it takes single ones.
         scratch: of a reverse, numbers of scratch memory that each path takes besides states.
+        parts: numbers that a tile adds up.
+        entries: places among those, and the sums that they are terms of.
     """
 
     source: str
@@ -72,6 +75,8 @@ class TritonKernel:
     sources: tuple[int, ...]
     group: int
     scratch: int = 0
+    parts: int = 0
+    entries: tuple[tuple[int, int], ...] = ()
 
 
 def triton_kernel(plan: Plan, increments: Sequence[str], shape: Shape) -> TritonKernel:
@@ -89,6 +94,8 @@ def triton_kernel(plan: Plan, increments: Sequence[str], shape: Shape) -> Triton
 
 
 Results = Sequence[tuple[str, Expression]]
+# Places, which begin with the name of a pointer, and what goes there: a number of each lane, or four side by side.
+Stores = Sequence[tuple[str, Sequence[Expression]]]
 
 
 class AbstractPrinter(abc.ABC):
@@ -142,7 +149,7 @@ class AbstractPrinter(abc.ABC):
         """The kernel itself."""
 
     @final
-    def kernel(self, scratch: int = 0) -> TritonKernel:
+    def kernel(self) -> TritonKernel:
         parts = [
             f'"""{self.about}"""',
             "",
@@ -158,7 +165,7 @@ class AbstractPrinter(abc.ABC):
         parts += self.trajectory()
         return TritonKernel(
             "\n".join(parts) + "\n", self.shape, self.plan.width, self.parameters,
-            tuple(s.index for s in self.sources), self.group, scratch,
+            tuple(s.index for s in self.sources), self.group,
         )  # fmt: skip
 
     @property
@@ -208,9 +215,10 @@ class AbstractPrinter(abc.ABC):
         return name if e.dtype == self.dtype else f"{name}.to(tl.{e.dtype})"
 
     @final
-    def inputs(self, results: Results, stores: Results = ()) -> list[str]:
+    def inputs(self, results: Results, stores: Stores = ()) -> list[str]:
         """Names of what expressions read, in the order of a function's parameters."""
-        leaves: list[Any] = [e.data for e in topological([e for _, e in (*results, *stores)]) if not e.args]
+        roots = [*(e for _, e in results), *(e for _, values in stores for e in values)]
+        leaves: list[Any] = [e.data for e in topological(roots) if not e.args]
         names = [
             f"{letter}{i}"
             for kind, letter in LOCALS.items()
@@ -220,21 +228,36 @@ class AbstractPrinter(abc.ABC):
         if not any(name.startswith("x") for name in names):
             names.insert(0, "x0")  # something that has the lanes' shape
         places = {self.in_memory[type(a)][0] for a in leaves if type(a) in self.in_memory}
-        names += sorted(places | ({"own"} if stores else set()))
+        names += sorted(places | {place.split()[0] for place, _ in stores})
         return names + [f"p{i}" for i in sorted({a.parameter for a in leaves if isinstance(a, Shared)})]
 
     @final
-    def function(self, name: str, results: Results, title: str, stores: Results = ()) -> list[str]:
-        """A device function that returns results, and stores others at places after the pointer ``own``."""
-        inputs, writer, known = self.inputs(results, stores), Writer(Triton(), self.leaf), dict[int, str]()
+    def function(self, name: str, results: Results, title: str, stores: Stores = ()) -> list[str]:
+        """A device function that returns results, and stores others."""
+        inputs = self.inputs(results, stores)
         model = next(i for i in inputs if i.startswith("x"))
-        body = writer.lines(results, known)
+        values = [("", e) for _, stored in stores for e in stored]
+        body = Writer(Triton(), self.leaf).lines([*values, *results])
+        body, ends = body[: len(body) - len(values) - len(results)], body[len(body) - len(values) - len(results) :]
+        texts = iter([end.removeprefix(" = ") for end in ends[: len(values)]])
+        for place, stored in stores:
+            names = [next(texts) for _ in stored]
+            if len(stored) == 1:
+                line = f"tl.store({place}, {names[0]})"
+            else:
+                shape = f"tl.full({model}.shape, {{}}, {model}.dtype)"
+                names = [
+                    n if e.depends & (STATE | PATH) else shape.format(n) for n, e in zip(names, stored, strict=True)
+                ]
+                line = f"put({place}, {', '.join(names)}, LANES)"
+            # As early as can be: registers are free then, and loads that follow are not all waited for at once.
+            read = set(re.findall(r"\bv\d+\b", line))
+            last = max((i for i, text in enumerate(body) if text.partition(" = ")[0] in read), default=-1)
+            body.insert(last + 1, line)
+        body += ends[len(values) :]
         for target, e in results:
             if not e.depends & (STATE | PATH):  # one number for all paths
                 body.append(f"{target} = tl.full({model}.shape, {target}, {model}.dtype)")
-        for place, e in stores:
-            *before, last = writer.lines([("", e)], known)
-            body += [*before, f"tl.store({place}, {last.removeprefix(' = ')})"]
         returned = wrapped("return ", [target for target, _ in results], "") if results else []
         return [
             "@triton.jit",
@@ -244,7 +267,7 @@ class AbstractPrinter(abc.ABC):
 
     @final
     def call(
-        self, name: str, results: Results, targets: Sequence[str], passed: dict[str, str], stores: Results = ()
+        self, name: str, results: Results, targets: Sequence[str], passed: dict[str, str], stores: Stores = ()
     ) -> list[str]:
         """Lines that call such a function; ``passed``: what to pass for an input, if not what has its name."""
         if not (results or stores):

@@ -143,6 +143,19 @@ def test_sampler_with_a_learned_score(small):
     check(lambda k: sds.solve(flow, x0, grid=grid, solver=sds.DPMSolverPP(order=2), backend=k), [x0, w, b])
 
 
+@pytest.mark.parametrize("hidden", [(6,), (5, 22)], ids=["written out, two stages", "kept whole, observed too"])
+def test_weights_of_a_network(hidden, segments):
+    """Products over lanes, and sums of their vectors."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(2, hidden[0])]
+    for n, m in itertools.pairwise((*hidden, 2)):
+        layers += [torch.nn.Tanh(), torch.nn.Linear(n, m)]
+    net, x0 = torch.nn.Sequential(*layers).double(), leaf(5, 2)
+    sde = sds.SDE(lambda x, t: net(x), lambda x, t: 0.3, noise="additive", calculus="stratonovich")
+    options = {"solver": sds.Heun()} if len(hidden) == 1 else {"solver": sds.EulerMaruyama(), "observable": net}
+    check(solver_of(sde, x0, 2, save_at=[0.5, 1.0], **options), [x0, *net.parameters()])
+
+
 def test_float32():
     theta, x0 = leaf(2, dtype=torch.float32), leaf(40, 2, seed=1, dtype=torch.float32)
     sde = sds.SDE(lambda x, t: theta * torch.sin(x), lambda x, t: 0.3 * theta * x, noise="diagonal")
