@@ -91,6 +91,32 @@ def test_any_sde(run):
     assert abs(row("Milstein")[-1] - 1.0) < 0.05
 
 
+def test_lotka_volterra(run):
+    row, _ = run("lotka_volterra")
+    assert row("largest deviation:")[0] < 4
+    for name in ("a  ", "c  ", "r  "):
+        gradient, _, difference = row(name, 1)
+        assert gradient == pytest.approx(difference, rel=1e-3, abs=1e-3), name
+
+
+def test_heston(run):
+    row, _ = run("heston")
+    assert row("root mean square of what is left of prices: at most")[0] < 0.02
+    for name in ("call", "call, delta", "call, in the variance", "digital", "digital, delta"):
+        found, error, exact = row(name)
+        assert abs(found - exact) < 5 * error + 0.02 * exact, name
+
+
+def test_latent_sde(run):
+    row, _ = run("latent_sde")
+    evidence, (bound, error) = (
+        row("log evidence, of the learned prior:")[0],
+        row("its bound, by paths of the posterior:"),
+    )
+    assert bound < evidence + 4 * error
+    assert evidence < row("log evidence, of the best prior:")[0] + 1e-2
+
+
 def test_energy_model(run):
     row, scope = run("energy_model")
     errors = row("error of the energy, nats")
