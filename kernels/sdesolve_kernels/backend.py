@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from sdesolve_kernels.trajectory.adaptive import AbstractAdaptive, Rule
     from sdesolve_kernels.trajectory.launch import AbstractTrajectory
     from sdesolve_kernels.trajectory.plan import Plan
 
@@ -163,6 +164,22 @@ class Backend(abc.ABC):
         from sdesolve_kernels.trajectory.tracing import Unsupported
 
         raise Unsupported(f"the {self.name} back end makes no generated kernels")
+
+    def adaptive(self, plan: Plan, rule: Rule, seconds: float = math.inf) -> AbstractAdaptive:
+        """Make a trajectory whose steps each path chooses.
+
+        Args:
+            plan: what an attempt computes.
+            rule: how steps are chosen.
+            seconds: that it may take, by an estimate beforehand.
+
+        Raises:
+            Unsupported: it makes none, or none of this plan; the message is the reason.
+            TooCostly: it would take longer.
+        """
+        from sdesolve_kernels.trajectory.tracing import Unsupported
+
+        raise Unsupported(f"the {self.name} back end makes no kernels that choose their steps")
 
 
 def int64_bits(value: int) -> int:

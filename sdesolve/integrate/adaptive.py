@@ -40,16 +40,12 @@ def integrate_adaptively(problem: Problem) -> Saved:
     refuse_coarse_tolerance(solver.rtol, x)
     plan.at_grid_point(0, x)
 
-    def drift(x: Tensor, t: Tensor) -> Tensor:
-        f = problem.watched.drift(x, t.to(x.dtype))
-        problem.watched.checking = False
-        return f
-
+    drift = float_drift(problem)
     # Forward differentiation by an expanded tensor fails.
     t, t1 = (end.expand(len(x)).to(x.device).contiguous() for end in problem.times)
     slope = drift(x, t)
     refuse_nonfinite(slope, t)
-    h = _first_step(drift, solver, x, slope, t, t1)
+    h = first_step(drift, solver, x, slope, t, t1)
     none = torch.zeros_like(t, dtype=torch.int64)
     batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none.bool(), none, none)
     whole, starts, narrows = batch, problem.watched.evaluations, functools.cache(lambda: treats_rows_alike(problem))
@@ -130,6 +126,17 @@ def _check_clock(drift: Slope, batch: _Samples, dt: Tensor, scale: Tensor, activ
         )
 
 
+def float_drift(problem: Problem) -> Slope:
+    """The drift at times of float64, given to it in the dtype of the state; its first value is checked."""
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        f = problem.watched.drift(x, t.to(x.dtype))
+        problem.watched.checking = False
+        return f
+
+    return drift
+
+
 class _Samples(NamedTuple):
     """Where samples are, a row each; ``rows`` says which of the whole batch they are, ``held`` whose last attempt was
     rejected."""
@@ -153,7 +160,7 @@ class _Samples(NamedTuple):
         return _Samples(*(v.index_copy(0, some.rows, w) for v, w in zip(self, some, strict=True)))
 
 
-def _first_step(drift: Slope, solver: AbstractEmbedded, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+def first_step(drift: Slope, solver: AbstractEmbedded, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
     """Starting step sizes: Hairer, Norsett and Wanner 1993, section II.4, for each sample."""
     length = (t1 - t0).abs()
     scale = solver.controller.scale(x.abs())

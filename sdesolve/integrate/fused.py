@@ -32,6 +32,7 @@ from sdesolve_kernels.trajectory import (
     agree,
     check_size,
     coarsest,
+    compile_adaptive,
     compile_trajectory,
     look_into,
     recorded,
@@ -135,25 +136,11 @@ class Fused:
         self._wanted = wanted
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
-        _check_fusible(problem, lowered, self._wanted)
-        with _uncounted(problem):
-            with _explained():
-                guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
-                _check_untransformed(problem.x0, *problem.memory, *guards.tensors)
-                if _is_graded(problem, guards, lowered) and (_repeats(lowered) is not None or _swaps(lowered)):
-                    raise CannotExecute("gradients are wanted, of paths that are repeated or swapped")
-                kernel = _known(problem, guards, lowered, self._wanted)
-            if kernel is None or len(problem.x0) not in kernel.batches:
-                noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
-                check_noise_ahead(problem)
-                with _explained(), _disable_current_modes():  # what watches this call is not to see it
-                    kernel, guards = _tried(problem, guards, lowered, noises, kernel, self._wanted)
-            elif not kernel.proved and _span(problem) not in kernel.spans:
-                check_noise_ahead(problem)
-            if not kernel.proved:
-                if len(kernel.spans) == _SPANS_KEPT:
-                    kernel.spans.clear()
-                kernel.spans.add(_span(problem))
+        if problem.solver.controller is not None:
+            from sdesolve.integrate.fused_adaptive import run_adaptively  # which is made of what follows
+
+            return run_adaptively(problem, self._wanted)
+        kernel, guards = prepared(problem, lowered, self._wanted)
         kernel = _repeating(kernel, lowered)
         try:
             launch = _launch(problem, kernel, guards, lowered)
@@ -165,6 +152,34 @@ class Fused:
         if problem.check_finite and not all_finite(saved.x1):
             _report_divergence(problem, kernel.trajectory, lowered, launch)
         return saved
+
+
+def prepared(problem: Problem, lowered: Lowered, wanted: bool) -> tuple[_Kernel, Guards]:
+    """A kernel for an integration, known or made now, and what its functions hold.
+
+    Raises:
+        CannotExecute: there is none.
+    """
+    _check_fusible(problem, lowered, wanted)
+    with _uncounted(problem):
+        with _explained():
+            guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
+            _check_untransformed(problem.x0, *problem.memory, *guards.tensors)
+            if _is_graded(problem, guards, lowered) and _repeats(lowered) is not None:
+                raise CannotExecute("gradients are wanted, of paths that are repeated")
+            kernel = _known(problem, guards, lowered, wanted)
+        if kernel is None or len(problem.x0) not in kernel.batches:
+            noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
+            check_noise_ahead(problem)
+            with _explained(), _disable_current_modes():  # what watches this call is not to see it
+                kernel, guards = _tried(problem, guards, lowered, noises, kernel, wanted)
+        elif not kernel.proved and _span(problem) not in kernel.spans:
+            check_noise_ahead(problem)
+        if not kernel.proved:
+            if len(kernel.spans) == _SPANS_KEPT:
+                kernel.spans.clear()
+            kernel.spans.add(_span(problem))
+    return kernel, guards
 
 
 def _span(problem: Problem) -> tuple[float, float]:
@@ -255,8 +270,6 @@ def _is_graded(problem: Problem, guards: Guards, lowered: Lowered) -> bool:
 def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
     """Refuses what cannot be fused whatever the functions are."""
     solver, x0 = problem.solver, problem.x0
-    if solver.controller is not None:
-        raise CannotExecute(f"{type(solver).__name__} chooses its own steps and runs eagerly")
     if isinstance(solver, PredictorCorrector) and not solver.corrector.affine:
         raise CannotExecute(
             "the corrector's step size depends on the state: norms='level' and a fixed step_size= do not"
@@ -441,6 +454,7 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         problem.following and problem.following.key,
         _saves_all(problem),
         lowered.denoised,
+        lowered.rule,
         tuple(_made_of(source) for source in lowered.sources),
     )
 
@@ -489,7 +503,8 @@ def _build(
         if not wanted:
             _check_weights(weights)
         seconds = math.inf if wanted else _COMPILING
-        trajectory, adjoint = compile_trajectory(program, kinds, seconds), None
+        rule, adjoint = lowered.rule, None
+        trajectory = compile_adaptive(program, rule, seconds) if rule else compile_trajectory(program, kinds, seconds)
         if graded:
             adjoint = _adjoint(problem, lowered, trajectory, seconds)
     except Unsupported:
@@ -601,7 +616,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
 
     def launch(x: Tensor, k: int, end: int, saves: Sequence[int]) -> Launch:
         rows = None if table is None else table[k : k + 1]
-        offsets = _offsets(problem, kernel, lowered, k)
+        offsets = places_of(problem, kernel, lowered, k)
         return Launch(
             x.contiguous(), problem.times[[k, end]], rows, offsets, saves, False, captured,
             memory=together(lowered.start(x)[1:]),
@@ -652,7 +667,7 @@ def _compare_gradients(problem: Problem, kernel: _Kernel, adjoint: Adjoint, guar
     lowered = _undifferentiated(lowered)
     last = min(first + 2, problem.steps)
     captured = [guards.tensors[i] for i in kernel.where]
-    bare, offsets = [c.detach() for c in captured], _offsets(problem, kernel, lowered)
+    bare, offsets = [c.detach() for c in captured], places_of(problem, kernel, lowered)
     rows = None if lowered.table is None else lowered.table.detach()
 
     def launch(x: Tensor) -> Launch:
@@ -690,7 +705,7 @@ def _described(problem: Exception) -> str:
     return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
 
 
-def _offsets(problem: Problem, kernel: _Kernel, lowered: Lowered, step: int = 0) -> list[tuple[int, int, int, int]]:
+def places_of(problem: Problem, kernel: _Kernel, lowered: Lowered, step: int = 0) -> list[tuple[int, int, int, int]]:
     """Where the numbers of each source begin, ``step`` steps after the first."""
     found = []
     for source, m in zip(lowered.sources, map(math.prod, kernel.noises), strict=True):
@@ -722,7 +737,7 @@ _GRADED = f"{_REASON}, and its gradient another"
 def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Launch:
     """The integration from its first step to its last, with nothing saved."""
     captured = tuple(guards.tensors[i] for i in kernel.where)
-    offsets = _offsets(problem, kernel, lowered)
+    offsets = places_of(problem, kernel, lowered)
     memory = _memory(problem, lowered)
     return Launch(
         problem.x0, problem.times, lowered.table, offsets, (), False, captured, first_step=problem.first, memory=memory

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, per_samp
 from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
+
+if TYPE_CHECKING:
+    from sdesolve_kernels.trajectory import Rule
 
 States = tuple[Tensor, ...]
 
@@ -192,6 +195,7 @@ class Lowered:
         denoised: whether rows are of the denoised state in place of the score.
         extra: what is carried behind the solver's memory, as it is before the first step: ``(batch, ...)`` each.
         within: normals for what is drawn within a step given its ends.
+        rule: how steps are chosen, where each path chooses its own (`fused_adaptive`).
     """
 
     step: Callable[[StepContext, States], States]
@@ -204,6 +208,7 @@ class Lowered:
     denoised: bool = False
     extra: States = ()
     within: NoiseSource | None = None
+    rule: Rule | None = None
 
     @property
     def sources(self) -> tuple[NoiseSource, ...]:

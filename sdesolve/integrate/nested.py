@@ -93,7 +93,7 @@ class Nested:
         none = torch.zeros(batch, dtype=torch.int64, device=x0.device)
         zero = torch.zeros(batch, dtype=torch.float64, device=x0.device)
         self.root = functools.lru_cache(8)(lambda step: self.path.roots(step, batch, self.m, self.like))
-        self.waiting = x0.detach().new_zeros(solver.max_level + 1, batch, 3, self.m)  # second halves, by level
+        self.waiting = x0.new_empty(0)  # second halves, by level
         self.now = _Paths(x0, none, none, none, self.root(0), zero + math.inf, zero, none.bool(), none, none)
         save = problem.save
         self.inside = {slot: (x0, none) for places in save.inside.values() for slot, _ in places}
@@ -109,8 +109,9 @@ class Nested:
         check_noise_ahead(problem)
         structured = has_structure(problem)
         save.at_grid_point(0, problem.x0)
-        self._look()
+        self.look()
         attempts = 0
+        self.waiting = self.like.new_zeros(self.solver.max_level + 1, len(self.rows), 3, self.m)
         with progress_bar(problem.progress, unit="attempt", leave=False) as bar:
             while bool((going := self.now.root < problem.steps).any()):
                 self._halve(going)
@@ -136,11 +137,11 @@ class Nested:
             adaptive=AdaptiveCounts(now.accepted, now.rejected, evaluations),
         )
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Calls both functions once, checked, and chooses the length of the first steps."""
         x, solver = self.problem.x0.detach(), self.solver
         with torch.no_grad():
-            t = self.problem.clock(self.grid[0])
+            t = self.problem.clock(self.problem.times[0])
             f = self.sde.drift(x, t)
             ones = x.new_ones(self.problem.increment.shape)
             g = self.sde.diffusion(x, t) if self.sde.has_diffusion else self.sde.diffusion_product(x, t, ones)

@@ -39,7 +39,6 @@ from sdesolve.solvers.reversible_heun import ReversibleHeun
 Backend = Literal["auto", "fused", "kernel", "eager"]
 _BACKENDS = get_args(Backend)
 _SHARED_STEPS = 1 << 16  # of grids that are kept for other calls
-_PLAIN = ("auto", "eager")
 
 
 @runs_as_it_is
@@ -189,10 +188,10 @@ def solve(
             times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
     else:
         given = any(value is not None for value in (steps, grid, observable, carry, until, reduce))
-        if given or isinstance(save_at, str) or backend not in _PLAIN:
+        if given or isinstance(save_at, str) or backend == "kernel":
             raise ValueError(
-                f"{type(solver).__name__} chooses its own steps and runs eagerly: give t0 and t1, and save_at=[times] "
-                "for states between; no steps, grid, observable, carry, until, reduce or kernel backend"
+                f"{type(solver).__name__} chooses its own steps: give t0 and t1, and save_at=[times] for states "
+                "between; no steps, grid, observable, carry, until, reduce or kernel backend"
             )
         parts = solver.first_steps if isinstance(solver, Adaptive) and sde.noise is not Noise.NONE else 1
         times, rounding = _grid_of(t0, t1, parts, None, len(x0))

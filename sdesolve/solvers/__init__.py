@@ -35,6 +35,7 @@ from sdesolve.solvers.reverse_diffusion import ReverseDiffusion
 from sdesolve.solvers.reversible_heun import ReversibleHeun
 from sdesolve.solvers.ri import DRI1, RI6
 from sdesolve.solvers.rk4 import RK4
+from sdesolve.solvers.rosenbrock import Rodas4
 from sdesolve.solvers.sa_solver import SASolver
 from sdesolve.solvers.sea import SEA
 from sdesolve.solvers.shark import ShARK
@@ -48,6 +49,7 @@ from sdesolve.solvers.sri import SOSRI, SRIW1, SRIW2
 from sdesolve.solvers.stochastic_table import AbstractStochasticTable, StochasticTable
 from sdesolve.solvers.superlinear import Tamed, Truncated
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
+from sdesolve.solvers.tsitouras import Tsit5
 from sdesolve.solvers.unipc import UniPC
 from sdesolve.solvers.w2ito1 import W2Ito1
 from sdesolve.solvers.weak_table import AbstractWeakTable, WeakTable
@@ -59,7 +61,7 @@ __all__ = [
     "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "DPMSolver",
     "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun", "EulerMaruyama", "GeneralShARK",
     "Heun", "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE", "Midpoint", "Milstein",
-    "PredictorCorrector", "ReverseDiffusion", "ReversibleHeun", "Row", "SASolver", "SDEDPMSolverPP",
+    "PredictorCorrector", "ReverseDiffusion", "ReversibleHeun", "Rodas4", "Row", "SASolver", "SDEDPMSolverPP",
     "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SlowRK", "Span", "SplitStepEuler", "StepController",
-    "StochasticTable", "Table", "Tamed", "Truncated", "UniPC", "W2Ito1", "WeakTable", "supports",
+    "StochasticTable", "Table", "Tamed", "Truncated", "Tsit5", "UniPC", "W2Ito1", "WeakTable", "supports",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve.sde import Noise, per_sample
 from sdesolve.solvers.base import supports
-from sdesolve.solvers.embedded import AbstractEmbedded, Attempt, Slope
+from sdesolve.solvers.embedded import AbstractExplicitPair, Attempt, combination
 
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
@@ -33,7 +33,7 @@ _DENSE = (
 
 
 @final
-class DormandPrince(AbstractEmbedded):
+class DormandPrince(AbstractExplicitPair):
     """The 5(4) pair of Dormand and Prince with steps chosen for each sample alone: `solve` without ``steps``.
 
     Order 5, six drift evaluations an attempted step, for ODEs such as the probability flow. Every sample of a batch has
@@ -64,21 +64,10 @@ class DormandPrince(AbstractEmbedded):
     evaluations = 6
     error_order = 5
 
-    def attempt(self, drift: Slope, x: Tensor, slope: Tensor, t: Tensor, dt: Tensor) -> Attempt:
-        h = per_sample(dt.to(x.dtype), x)
-        k, y = [slope], x
-        for node, weights in zip(_NODES, _STAGES, strict=True):
-            y = x + h * _combination(weights, k)
-            k.append(drift(y, t + node * dt))
-        return Attempt(y, h * _combination(_ERROR, k), tuple(k))
+    nodes, stages, error = _NODES, _STAGES, _ERROR
 
     def between(self, x: Tensor, attempt: Attempt, dt: Tensor, theta: Tensor) -> Tensor:
         h, u = per_sample(dt.to(x.dtype), x), per_sample(theta.to(x.dtype), x)
         k, rise = attempt.slopes, attempt.x - x
         left, right = h * k[0] - rise, rise - h * k[-1]
-        return x + u * (rise + (1 - u) * (left + u * (right - left + (1 - u) * h * _combination(_DENSE, k))))
-
-
-def _combination(weights: tuple[float, ...], slopes: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    terms = [w * k for w, k in zip(weights, slopes, strict=True) if w]
-    return sum(terms[1:], terms[0])
+        return x + u * (rise + (1 - u) * (left + u * (right - left + (1 - u) * h * combination(_DENSE, k))))

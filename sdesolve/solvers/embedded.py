@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
 from sdesolve.brownian import Increment
-from sdesolve.sde import AbstractSDE
+from sdesolve.sde import AbstractSDE, per_sample
 from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.controller import StepController
 
@@ -74,3 +74,32 @@ class AbstractEmbedded(AbstractOneStep):
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:
         dt = span.t1 - span.t0
         return self.attempt(sde.drift, x, sde.drift(x, span.t0), span.t0, dt).x
+
+
+class AbstractExplicitPair(AbstractEmbedded):
+    """An explicit pair whose last stage is the state after the step, so that its slope is the first of the next one.
+
+    Attributes:
+        nodes: times of the stages after the first, as fractions of the step.
+        stages: weights of slopes in each of them.
+        error: weights of slopes in the estimate of the error.
+    """
+
+    nodes: tuple[float, ...]
+    stages: tuple[tuple[float, ...], ...]
+    error: tuple[float, ...]
+
+    @final
+    def attempt(self, drift: Slope, x: Tensor, slope: Tensor, t: Tensor, dt: Tensor) -> Attempt:
+        h = per_sample(dt.to(x.dtype), x)
+        k, y = [slope], x
+        for node, weights in zip(self.nodes, self.stages, strict=True):
+            y = x + h * combination(weights, k)
+            k.append(drift(y, t + node * dt))
+        return Attempt(y, h * combination(self.error, k), tuple(k))
+
+
+def combination(weights: tuple[float, ...], slopes: Sequence[Tensor]) -> Tensor:
+    """``sum_j weights_j slopes_j`` over the weights that are not 0."""
+    terms = [w * k for w, k in zip(weights, slopes, strict=True) if w]
+    return sum(terms[1:], terms[0])

@@ -128,8 +128,8 @@ def newton(function: Callable[[Tensor], Tensor], y: Tensor, known: Tensor, c: Te
     """
     move = y
     for _ in range(iterations):
-        value, columns = _jacobian(function, y)
-        move = _solved([c * column for column in columns], known + c * value - y)
+        value, columns = jacobian(function, y)
+        move = factorised([c * column for column in columns], y)(known + c * value - y)
         y = y + move
     if iterations == 1:
         return y
@@ -137,7 +137,7 @@ def newton(function: Callable[[Tensor], Tensor], y: Tensor, known: Tensor, c: Te
     return torch.where(settled, y, torch.full_like(y, torch.nan))
 
 
-def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """``function(x)``, and its derivatives along each component of the state, each shaped as ``x``."""
     shape = x.shape[1:]
     units = torch.eye(shape.numel(), dtype=x.dtype, device=x.device).unbind(0)
@@ -145,14 +145,20 @@ def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, 
     return value, [push(unit.reshape(shape).expand_as(x).clone()) for unit in units]
 
 
-def _solved(columns: list[Tensor], right: Tensor) -> Tensor:
-    """``z`` of ``z - sum_j columns_j z_j = right``, for each row; all are ``(batch, *state)``."""
-    n, batch = len(columns), right.shape[0]
-    b = list(right.reshape(batch, n).unbind(1))
+def factorised(columns: list[Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives ``z`` of ``z - sum_j columns_j z_j = right`` for each row; all are ``(batch, *state)`` as ``x``."""
+    n, batch = len(columns), x.shape[0]
     flat = [column.reshape(batch, n) for column in columns]
-    if n > _UNROLLED:
-        A = torch.eye(n, dtype=right.dtype, device=right.device) - torch.stack(flat, -1)
-        return torch.linalg.solve_ex(A, torch.stack(b, 1).unsqueeze(-1))[0].reshape(right.shape)
+    if n <= _UNROLLED:
+        return lambda right: _eliminated(flat, right)
+    A = torch.eye(n, dtype=x.dtype, device=x.device) - torch.stack(flat, -1)
+    LU, pivots, _ = torch.linalg.lu_factor_ex(A)
+    return lambda right: torch.linalg.lu_solve(LU, pivots, right.reshape(batch, n, 1)).reshape(right.shape)
+
+
+def _eliminated(flat: list[Tensor], right: Tensor) -> Tensor:
+    n, batch = len(flat), right.shape[0]
+    b = list(right.reshape(batch, n).unbind(1))
     rows = [[(1.0 if i == j else 0.0) - flat[j][:, i] for j in range(n)] + [b[i]] for i in range(n)]
     for k in range(n):
         for i in range(k + 1, n):

@@ -66,7 +66,7 @@ def test_a_tolerance_that_never_rejects_has_the_bits_of_the_grid(solver, calculu
         lambda x, t: x - x**3 + t, lambda x, t: (1 + 0.1 * t) * (1 if noise == "additive" else x), noise, calculus
     )
     x0 = torch.linspace(-1, 1, 6, dtype=dtype).reshape(3, 2)
-    loose = sds.solve(sde, x0, 0.3, 1.4, solver=sds.Adaptive(solver, 1e9, 1e9, first_steps=5), seed=7)
+    loose = sds.solve(sde, x0, 0.3, 1.4, solver=sds.Adaptive(solver, 1e9, 1e9, first_steps=5), seed=7, backend="eager")
     grid = sds.solve(sde, x0, 0.3, 1.4, 5, solver=solver, seed=7, backend="eager")
     assert torch.equal(loose.x1, grid.x1)
     assert loose.stats.accepted.tolist() == [5] * 3
@@ -81,7 +81,7 @@ def test_errors_follow_the_tolerance_along_the_very_path():
         for rtol in (1e-1, 5e-3):
             sol = sds.solve(
                 geometric(), torch.ones(n, 1, dtype=torch.float64), 0.0, 1.0, solver=sds.Adaptive(solver, rtol, 1e-9),
-                noise=noise, save_at=[0.3, 0.5, 1.0],
+                noise=noise, save_at=[0.3, 0.5, 1.0], backend="eager",
             )  # fmt: skip
             truth = torch.stack([exact(noise, t, n) for t in (0.3, 0.5, 1.0)])
             errors.append((sol.xs / truth - 1).square().mean((1, 2)).sqrt())
@@ -94,8 +94,9 @@ def test_errors_follow_the_tolerance_along_the_very_path():
 def test_a_path_depends_on_nobody_else_and_asking_for_states_changes_nothing():
     sde, solver, x0 = double_well(), sds.Adaptive(sds.ShARK(), 1e-1, 1e-2), torch.linspace(-1, 1, 6)[:, None]
     noise = sds.BrownianPath(5, first_path=3)
-    whole = sds.solve(sde, x0, 0.0, 1.0, solver=solver, noise=noise)
-    part = sds.solve(sde, x0[4:], 0.0, 1.0, solver=solver, noise=noise.rows(4), save_at=[0.0, 0.11, 0.7, 1.0])
+    whole = sds.solve(sde, x0, 0.0, 1.0, solver=solver, noise=noise, backend="eager")
+    rows = {"noise": noise.rows(4), "save_at": [0.0, 0.11, 0.7, 1.0], "backend": "eager"}
+    part = sds.solve(sde, x0[4:], 0.0, 1.0, solver=solver, **rows)
     assert torch.equal(whole.x1[4:], part.x1)
     assert torch.equal(whole.stats.accepted[4:], part.stats.accepted)
     assert torch.equal(whole.stats.rejected[4:], part.stats.rejected)
@@ -154,7 +155,9 @@ def test_a_limit_names_path_and_time_and_keeps_what_was_reached():
     sde, x0 = double_well(), torch.tensor([[8.0]])
     noise = sds.BrownianPath(0, first_path=22)
     with pytest.raises(sds.StepLimitError, match=r"equation of sample 22 .*max_steps=9 .*max_level") as caught:
-        sds.solve(sde, x0, 0.0, 1.0, solver=sds.Adaptive(sds.ShARK(), 1e-1, 1e-1, max_steps=9), noise=noise)
+        sds.solve(
+            sde, x0, 0.0, 1.0, solver=sds.Adaptive(sds.ShARK(), 1e-1, 1e-1, max_steps=9), noise=noise, backend="eager"
+        )
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.path, again.time) == (22, float(again.reached.t[0]))
     assert 0.0 < again.time < 1.0
@@ -162,14 +165,20 @@ def test_a_limit_names_path_and_time_and_keeps_what_was_reached():
     assert int(again.reached.accepted + again.reached.rejected) == 9
     root = sds.SDE(lambda x, t: (0.5 - t).sqrt() + 0 * x, lambda x, t: torch.ones_like(x), "additive")
     with pytest.raises(sds.StepLimitError, match="drift is not finite there"):
-        sds.solve(root, x0, 0.0, 1.0, solver=sds.Adaptive(sds.ShARK(), 1e-1, max_level=6), seed=0)
+        sds.solve(root, x0, 0.0, 1.0, solver=sds.Adaptive(sds.ShARK(), 1e-1, max_level=6), seed=0, backend="eager")
 
 
 def test_an_ode_by_any_scheme():
     x0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
     for solver in (sds.RK4(), sds.Heun(), sds.SlowRK(), sds.DormandPrince()):
         sol = sds.solve(
-            sds.ODE(lambda x, t: -x), x0, 0.0, 2.0, solver=sds.Adaptive(solver, 1e-6, 1e-9), save_at=[0.7, 2.0]
+            sds.ODE(lambda x, t: -x),
+            x0,
+            0.0,
+            2.0,
+            solver=sds.Adaptive(solver, 1e-6, 1e-9),
+            save_at=[0.7, 2.0],
+            backend="eager",
         )
         torch.testing.assert_close(sol.xs, torch.stack([x0 * math.exp(-0.7), x0 * math.exp(-2)]), rtol=1e-4, atol=0)
         assert sol.stats.accepted.min() > 4

@@ -10,6 +10,9 @@ from numba import types
 from .box_muller import normals32, normals64
 from .compile import inline
 from .functions import FUNCTIONS
+from .intrinsics import as_float64 as as_float64
+from .intrinsics import copysign as copysign
+from .intrinsics import fabs as fabs
 from .intrinsics import fma as fma
 from .intrinsics import pointer
 from .intrinsics import select as select
@@ -111,6 +114,67 @@ def _signs(kind: Any) -> Any:
 
 
 two_point_fill_float32, two_point_fill_float64 = _signs(F32), _signs(F64)
+
+
+# What halves a cell of a Brownian motion: sqrt 2 times the coefficients of (W, H, K) and of three normals of a node, by
+# the roots of the variances of W, H and K; a rotation of six standard normals.
+_HALVING = (
+    *(2**0.5 * 0.5, 2**0.5 * 1.5 / 12**0.5, 2**0.5 / 4),
+    *(2**0.5 * 0.25, 24**0.5 / 8, 24**0.5 * 3.75 / 720**0.5, 24**0.5 / 768**0.5),
+    *(2**0.5 * 0.125, 1440**0.5 * 0.5 / 768**0.5, 1440**0.5 / 2880**0.5),
+)
+
+
+def _tree_with(kind: Any, numbers: Any) -> tuple[Any, Any, Any]:
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = (kind(c) for c in _HALVING)
+
+    @inline
+    def halve(w: Any, eta: Any, kappa: Any, z: Any, x: Any, y: Any) -> Any:
+        """Unit numbers of both halves of a cell from those of the cell and of its node."""
+        a, b = c0 * w, fma(c1, eta, c2 * z)
+        d, e = fma(-c4, z, c3 * eta), fma(c5, kappa, c6 * x)
+        f, g = fma(-c8, x, c7 * kappa), c9 * y
+        return a + b, d + e, f + g, a - b, d - e, f - g
+
+    @inline
+    def nodes(
+        s: Any, base: Any, words: Any, noise: Any, w: Any, who: Any, at: Any, count: Any, blocks: Any, lanes: Any
+    ) -> Any:
+        """The normals of a list of nodes: of paths ``w[who]`` from number ``w[at]`` on, rounded down to a block."""
+        seed, stream, first = _U64(noise[12]), _U64(noise[13]), _U64(noise[14])
+        for b in range(blocks):
+            for l in range(count):  # noqa: E741
+                path, q = first + _U64(w[who + l]), (_U64(w[at + l]) >> _2) + _U64(b)
+                w0, w1, w2, w3 = philox(seed, stream, path, q)
+                words[l] = np.uint32(w0)
+                words[lanes + l] = np.uint32(w1)
+                words[2 * lanes + l] = np.uint32(w2)
+                words[3 * lanes + l] = np.uint32(w3)
+            row = base + 4 * b * lanes
+            for pair in range(2):
+                for l in range(count):  # noqa: E741
+                    z0, z1 = numbers(words[2 * pair * lanes + l], words[(2 * pair + 1) * lanes + l])
+                    s[row + 2 * pair * lanes + l] = z0
+                    s[row + (2 * pair + 1) * lanes + l] = z1
+
+    @inline
+    def roots(s: Any, base: Any, noise: Any, path: Any, root: Any, m: Any, lanes: Any) -> Any:
+        """``W``, ``H`` and ``K`` of a step of the grid, unit numbers in rows of one lane."""
+        for part in range(3):
+            seed, stream = _U64(noise[4 * part]), _U64(noise[4 * part + 1])
+            first = _U64(noise[4 * part + 2]) + _U64(path)
+            for j in range(m):
+                at = noise[4 * part + 3] + root * m + j
+                w0, w1, w2, w3 = philox(seed, stream, first, _U64(at) >> _2)
+                late = (at & 2) != 0
+                z0, z1 = numbers(np.uint32(select(late, w2, w0)), np.uint32(select(late, w3, w1)))
+                s[base + (part * m + j) * lanes] = select((at & 1) != 0, z1, z0)
+
+    return halve, nodes, roots
+
+
+halved_float32, node_normals_float32, root_normals_float32 = _tree_with(F32, normals32)
+halved_float64, node_normals_float64, root_normals_float64 = _tree_with(F64, normals64)
 
 
 @inline

@@ -1,5 +1,9 @@
 """Whole trajectories in one kernel, generated from a step written in torch."""
 
+from sdesolve_kernels.trajectory.adaptive import AbstractAdaptive as AbstractAdaptive
+from sdesolve_kernels.trajectory.adaptive import AdaptiveLaunch as AdaptiveLaunch
+from sdesolve_kernels.trajectory.adaptive import Rule as Rule
+from sdesolve_kernels.trajectory.adaptive import compile_adaptive as compile_adaptive
 from sdesolve_kernels.trajectory.agreement import agree as agree
 from sdesolve_kernels.trajectory.agreement import coarsest as coarsest
 from sdesolve_kernels.trajectory.agreement import distinct as distinct

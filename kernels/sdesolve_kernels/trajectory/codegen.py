@@ -52,10 +52,11 @@ class Writer:
     Args:
         dialect: spelling.
         leaf: the text of a leaf.
+        fusing: whether a product that a sum adds becomes a fused multiply-add.
     """
 
-    def __init__(self, dialect: AbstractDialect, leaf: Callable[[Expression], str]) -> None:
-        self._dialect, self._leaf = dialect, leaf
+    def __init__(self, dialect: AbstractDialect, leaf: Callable[[Expression], str], fusing: bool = True) -> None:
+        self._dialect, self._leaf, self._fusing = dialect, leaf, fusing
         self._count = 0
 
     def lines(self, roots: Sequence[tuple[str, Expression]], known: dict[int, str] | None = None) -> list[str]:
@@ -104,7 +105,7 @@ class Writer:
     def _fused(self, order: Sequence[Expression], uses: Counter[int]) -> set[int]:
         """Products that are used once, by a sum, and go into a fused multiply-add."""
         fused: set[int] = set()
-        for e in order:
+        for e in order if self._fusing else ():
             if e.op in ("add", "sub") and e.dtype != I64:
                 for a in e.args:
                     if a.op == "mul" and uses[a.id] == 1:

@@ -21,7 +21,7 @@ from sdesolve_kernels.trajectory.operations import BOOL, FLOATS, I64, OPERATIONS
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
-__all__ = ["ARGUMENTS", "AbstractPrinter", "NumbaKernel", "numba_kernel", "seconds_to_compile"]
+__all__ = ["ARGUMENTS", "AbstractPrinter", "Numba", "NumbaKernel", "numba_kernel", "seconds_to_compile"]
 
 # What a kernel is called with: the address of these, as int64; and which of them are addresses, of what.
 ARGUMENTS = {
@@ -80,7 +80,7 @@ def seconds_to_compile(source: str) -> float:
 
 
 @final
-class _Numba(AbstractDialect):
+class Numba(AbstractDialect):
     """Numba's language."""
 
     def constant(self, value: float | bool, dtype: str) -> str:
@@ -118,7 +118,7 @@ class AbstractPrinter(abc.ABC):
         self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
         self.itemsize = 4 if self.dtype == "float32" else 8
         self.read: set[Expression] = set()
-        self.writer = Writer(_Numba(), self._leaf)
+        self.writer = Writer(Numba(), self._leaf)
         self.rows = Lanes(plan.program.graph, self.dtype, self.lanes, len(plan.columns), self.writer, self.place)
 
     @abc.abstractmethod
