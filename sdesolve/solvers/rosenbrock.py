@@ -47,7 +47,13 @@ class Rodas4(AbstractEmbedded):
     A state of up to four entries is eliminated entry by entry, so that it fuses. Hairer and Wanner 1996, "Solving
     ordinary differential equations II", section VI.4 (RODAS).
 
-    Arguments and errors as `DormandPrince`.
+    Args:
+        rtol: relative tolerance of a step, at least 4 times the rounding error of the state's dtype.
+        atol: absolute tolerance of a step.
+        max_steps: attempts that a sample may take before `solve` gives up.
+
+    Raises:
+        ValueError, TypeError: as `DormandPrince`.
 
     Example:
         >>> sol = solve(ODE(drift), x0, 0.0, 1.0, solver=Rodas4(rtol=1e-4, atol=1e-7))

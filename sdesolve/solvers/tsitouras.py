@@ -38,11 +38,19 @@ _DENSE = (
 
 @final
 class Tsit5(AbstractExplicitPair):
-    """The 5(4) pair of Tsitouras with steps chosen for each sample alone; arguments and errors as `DormandPrince`.
+    """The 5(4) pair of Tsitouras with steps chosen for each sample alone.
 
     Order 5, six drift evaluations an attempted step, with smaller errors than `DormandPrince` at the same steps, and an
     interpolant of order 4. Tsitouras 2011, "Runge-Kutta pairs of order 5(4) satisfying only the first column
     simplifying assumption", Computers and Mathematics with Applications 62.
+
+    Args:
+        rtol: relative tolerance of a step, at least 4 times the rounding error of the state's dtype.
+        atol: absolute tolerance of a step.
+        max_steps: attempts that a sample may take before `solve` gives up.
+
+    Raises:
+        ValueError, TypeError: as `DormandPrince`.
 
     Example:
         >>> sol = solve(ODE(drift), x0, 0.0, 1.0, solver=Tsit5(rtol=1e-6, atol=1e-9), save_at=[0.5, 1.0])
