@@ -22,7 +22,17 @@ from torch import Tensor
 
 from benchmarks.registry import Call, Missing
 
-__all__ = ["EQUATIONS", "diffrax_flow", "diffrax_paths", "diffrax_scheme", "diffrax_sde", "normals", "scan"]
+__all__ = [
+    "EQUATIONS",
+    "diffrax_adaptive_well",
+    "diffrax_flow",
+    "diffrax_lorenz",
+    "diffrax_paths",
+    "diffrax_scheme",
+    "diffrax_sde",
+    "normals",
+    "scan",
+]
 
 
 class Equation(NamedTuple):
@@ -251,3 +261,45 @@ def diffrax_flow(x0: Tensor, t0: float, t1: float, steps: int | None, tolerance:
 
     run = jax.jit(lambda key, x: jax.vmap(one)(x))
     return _call(run, x)
+
+
+def diffrax_adaptive_well(x0: Tensor, rtol: float) -> Call:
+    """SPaRK on the double well from a virtual Brownian tree, nested steps by rejected end points that are stored."""
+    x = _array(x0, torch.device("cpu"))
+
+    def one(x: Any, key: Any) -> Any:
+        area = diffrax.SpaceTimeLevyArea
+        tree = diffrax.VirtualBrownianTree(0.0, 1.0, 2.0**-16, (1,), key, levy_area=area)
+        control = diffrax.PIDController(rtol=rtol, atol=rtol, pcoeff=0.1, icoeff=0.3, dtmin=2.0**-15, error_order=2.0)
+        control = diffrax.ClipStepSizeController(control, store_rejected_steps=64)
+        return diffrax.diffeqsolve(
+            _terms("double well", tree), diffrax.SPaRK(), 0.0, 1.0, 0.01, x, stepsize_controller=control,
+            saveat=diffrax.SaveAt(t1=True), max_steps=8192,
+        ).ys[0]  # fmt: skip
+
+    return _call(jax.jit(lambda key, x: jax.vmap(one)(x, jax.random.split(key, len(x)))), x)
+
+
+def diffrax_lorenz(x0: Tensor, rho: Tensor, end: float, tolerance: float) -> Call:
+    """Dormand-Prince on Lorenz' equations, steps of each parameter's own."""
+    with jax.enable_x64(True):
+        x, p = (jnp.asarray(v.numpy()) for v in (x0, rho))
+
+    def drift(t: Any, y: Any, r: Any) -> Any:
+        a, b, c = y
+        return jnp.stack([10 * (b - a), a * (r[0] - c) - b, a * b - 8 / 3 * c])
+
+    def one(x: Any, p: Any) -> Any:
+        control = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(drift), diffrax.Dopri5(), 0.0, end, None, x, args=p, stepsize_controller=control,
+            saveat=diffrax.SaveAt(t1=True),
+        ).ys[0]  # fmt: skip
+
+    run = jax.jit(jax.vmap(one))
+
+    def call() -> Any:
+        with jax.enable_x64(True):
+            return run(x, p).block_until_ready()
+
+    return call

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.adaptive import adaptive
 from benchmarks.ensembles import ensembles
 from benchmarks.figures import SAMPLERS_BESIDE_A_NETWORK
 from benchmarks.generative import generative
@@ -23,7 +24,7 @@ __all__ = ["GOALS", "Goal", "problems"]
 def problems(device: str = "cpu") -> Mapping[str, Problem]:
     """By name."""
     where = torch.device(device)
-    makers = (noise_problems, step_problems, ensembles, schemes, gradients, generative)
+    makers = (noise_problems, step_problems, ensembles, schemes, adaptive, gradients, generative)
     found = [problem for make in makers for problem in make(where)]
     by_name = {problem.name: problem for problem in found}
     if len(by_name) != len(found):

@@ -92,13 +92,16 @@ _HEAD = """\
 | expectations | any, Ito; Stratonovich | `W2Ito1()`; `NON()`, with `increments="three-point"` |
 | a first look | any, Ito; Stratonovich | `EulerMaruyama()`; `SPaRK()` |
 | steps longer than a stiff drift allows | additive; any, Ito | `SKenCarp()`; `ImplicitEuler()`, `SKSROCK(stages)` |
-| an ODE | none | `RK4()`, `DormandPrince()` |
+| an ODE | none | `RK4()`, `DormandPrince()`, `Tsit5()` |
+| a stiff ODE | none | `Rodas4()` |
+| steps that each path chooses by its own error | any that the scheme converges for | `Adaptive(solver, rtol, atol)` |
 
 `sds.to_stratonovich(sde)` and `sds.to_ito(sde)` are SDEs of the other calculus with the same solutions, so that every
 solver serves both. A solver that does not converge to what was asked for is refused: calculus and noise type are
 compared before the first step, and own components, noise that commutes and additive noise are tested in several states
-and at several times. `Tamed(solver)` and `Truncated(solver)` are for coefficients that grow faster than linearly;
-`QUICSORT`, `UBU`, `ALIGN` for `UnderdampedLangevin`, `QE` and `ImplicitSquareRoot` for `CIR` and `Heston`.
+and at several times. `Adaptive(solver)` refuses schemes that would not converge in such steps, `EulerMaruyama` with
+multiplicative noise among them. `Tamed(solver)` and `Truncated(solver)` are for coefficients that grow faster than
+linearly; `QUICSORT`, `UBU`, `ALIGN` for `UnderdampedLangevin`, `QE` and `ImplicitSquareRoot` for `CIR` and `Heston`.
 
 | solver | Ito | Stratonovich | strong | weak | ODE | f | g | random numbers | stable | when |
 |---|---|---|---|---|---|---|---|---|---|---|"""

@@ -60,6 +60,11 @@ def recording() -> Iterator[list[Launch]]:
         _recorder = previous
 
 
+def is_recording() -> bool:
+    """Whether launches are being collected, and none run."""
+    return _recorder is not None
+
+
 def record(item: Callable[[], Launch]) -> bool:
     """Whether launches are being collected; if so, this one is."""
     if _recorder is None:

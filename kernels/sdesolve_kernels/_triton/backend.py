@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..backend import Backend, Ops, installed
 
 if TYPE_CHECKING:
+    from ..trajectory.adaptive import AbstractAdaptive, Rule
     from ..trajectory.launch import AbstractTrajectory
     from ..trajectory.plan import Plan
 
@@ -35,3 +36,8 @@ class TritonBackend(Backend):
         from ..trajectory.triton_launch import TritonTrajectory
 
         return TritonTrajectory(plan, increments)
+
+    def adaptive(self, plan: Plan, rule: Rule, seconds: float = math.inf) -> AbstractAdaptive:
+        from ..trajectory.triton_adaptive import TritonAdaptive
+
+        return TritonAdaptive(plan, rule)

@@ -73,6 +73,18 @@ def pick(i, a0, a1, a2, a3):
 
 
 @triton.jit
+def halved(w, eta, kappa, z, x, y):
+    """Unit numbers of both halves of a cell of a Brownian motion from those of the cell and of its node.
+
+    `_numba.paths` has the same numbers: sqrt 2 times coefficients of W, H and K by the roots of their variances.
+    """
+    a, b = 0.7071067811865476 * w, 0.6123724356957946 * eta + 0.3535533905932738 * z
+    d, e = 0.3535533905932738 * eta - 0.6123724356957945 * z, 0.6846531968814575 * kappa + 0.17677669529663687 * x
+    f, g = 0.1767766952966369 * kappa - 0.6846531968814576 * x, 0.7071067811865475 * y
+    return a + b, d + e, f + g, a - b, d - e, f - g
+
+
+@triton.jit
 def spread(x, inside, paths):
     """Mean, and sum of squared distances to it, over the lanes inside, in float64."""
     count = tl.minimum(paths - tl.program_id(0).to(tl.int64) * x.shape[0], x.shape[0]).to(tl.float64)
