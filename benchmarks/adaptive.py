@@ -72,7 +72,7 @@ def _lorenz_drift(x: Tensor, t: Tensor, rho: Tensor) -> Tensor:
 
 
 def _lorenz() -> Problem:
-    rho = torch.linspace(0, 28, _PARAMETERS, dtype=torch.float64)[:, None]
+    rho = torch.linspace(0, 21, _PARAMETERS, dtype=torch.float64)[:, None]
     x0 = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(_PARAMETERS, 1)
     ode = sds.ODE(_lorenz_drift)  # type: ignore[arg-type]
 
