@@ -214,12 +214,12 @@ class StepLimitError(RuntimeError):
     """An adaptive solver cannot meet its tolerances: steps would be too many, or too short.
 
     Attributes:
-        reached: states and times of all samples; those that have arrived are at their end.
+        reached: states and times of all samples; those that have arrived are at their end. ``None`` if raised by hand.
         time: as far as the first of the samples that are stuck came.
         path: which one that is, counted from the noise's ``first_path``.
     """
 
-    def __init__(self, message: str, *, reached: Reached, time: float, path: int) -> None:
+    def __init__(self, message: str, *, reached: Reached | None = None, time: float = 0.0, path: int = 0) -> None:
         super().__init__(message)
         self.reached, self.time, self.path = reached, time, path
 
