@@ -140,6 +140,17 @@ def test_gradients_have_the_bits_of_plain_ones(make, kept):
     same_bits(make)
 
 
+def test_autocast_round_the_run_is_that_of_steps_taken_again():
+    """The backward run is outside of it, as torch wants it."""
+    w, made = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(), []
+    sde = sds.SDE(lambda x, t: torch.tanh(x @ w).float(), lambda x, t: 0.1 * x)
+    for gradients in ("auto", "checkpoint"):
+        with torch.autocast("cpu", torch.bfloat16):
+            sol = run(sde, X0, gradients)
+        made.append(torch.autograd.grad(loss_of(sol), w)[0])
+    assert torch.equal(*made)
+
+
 def test_whatever_is_saved_and_by_whichever_executor(kept):
     w = torch.ones(4, requires_grad=True)
 
