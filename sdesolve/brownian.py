@@ -782,7 +782,7 @@ class BrownianPath(AbstractStreams, AbstractPath):
         w = block_words(first, max(last - first + 1, 0))
         bits = (w[:, :, None] >> torch.arange(32, device=w.device)) & 1
         start = offset - 32 * first
-        return 2.0 * bits.reshape(batch, -1)[:, start : start + count].double() - 1.0
+        return 2.0 * bits.flatten(1)[:, start : start + count].double() - 1.0
 
 
 @final

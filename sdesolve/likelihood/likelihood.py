@@ -329,7 +329,7 @@ def _log_prob(prior: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _standard_error(each: Tensor) -> Tensor:
     count = each.shape[1]
-    return each.std(1) / math.sqrt(count) if count > 1 else torch.full_like(each[:, 0], math.nan)
+    return each.std(1) / math.sqrt(count) if count > 1 and len(each) else torch.full_like(each[:, 0], math.nan)
 
 
 def _check(process: AbstractDiffusion, score: Score, x: Tensor, name: str = "x") -> None:

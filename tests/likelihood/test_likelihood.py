@@ -301,6 +301,8 @@ def test_bad_input_is_refused(arguments, error, message):
 def test_a_state_without_numbers_has_probability_one(law):
     found = estimate_likelihood(VP, lambda x, t: -x, torch.ones(3, 0), divergence=law, steps=2)
     assert found.log_prob.tolist() == [0.0, 0.0, 0.0]
+    empty = estimate_likelihood(VP, SCORE, X[:0], divergence=law, steps=2)
+    assert empty.log_prob.shape == empty.standard_error.shape == (0,)
 
 
 def test_one_probe_tells_no_error():
