@@ -28,6 +28,7 @@ _STREAMS = {"H": Stream.LEVY, "K": Stream.LEVY_K, "S": Stream.SIGNS}
 _BRIDGE_DEPTH = 20
 _DEEPEST = 120  # levels: beyond, a cell moves a path by less than 2^-60 of what its step does
 _BLOCK_ELEMENTS = 1 << 22
+_DENSE = 8  # paths that are drawn at once for one of a list, at most
 # Of `halved`: sqrt 2 times coefficients of `BrownianPath._halves`, by the roots of the variances of W, H and K.
 HALVING = (
     *(2**0.5 * 0.5, 2**0.5 * 1.5 / 12**0.5, 2**0.5 / 4),
@@ -829,6 +830,21 @@ class BrownianRows(AbstractStreams, AbstractPath):
             else:
                 self._parts.append((BrownianPath(own, path, substeps=substeps, kind=kind), 1))
 
+    @classmethod
+    def of(cls, path: BrownianPath, numbers: Iterable[int]) -> BrownianRows:
+        """The paths of these numbers, counted from the first path of ``path``."""
+        made = cls(path.seed, [path.first_path + n for n in numbers])
+        return made._with(lambda own: dataclasses.replace(path, first_path=own.first_path))
+
+    @property
+    def listed(self) -> tuple[BrownianPath, Tensor] | None:
+        """One path, and the numbers of the rows' paths counted from it, where all have one seed."""
+        first = min((path for path, _ in self._parts), key=lambda path: path.first_path)
+        if any(dataclasses.replace(path, first_path=first.first_path) != first for path, _ in self._parts):
+            return None
+        numbers = [path.first_path - first.first_path + i for path, count in self._parts for i in range(count)]
+        return None if max(numbers) >> 62 else (first, torch.tensor(numbers, dtype=torch.int64, device="cpu"))
+
     @property
     def provides(self) -> frozenset[str]:
         return self._parts[0][0].provides
@@ -865,8 +881,13 @@ class BrownianRows(AbstractStreams, AbstractPath):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        made, first = [], 0
-        for path, count in self._of(shape[0]):
+        made, first, parts = [], 0, self._of(shape[0])
+        listed = self.listed if len(parts) > 1 and times.ndim == 1 else None
+        if listed is not None and int(listed[1].max()) < _DENSE * shape[0]:
+            whole = (int(listed[1].max()) + 1, *shape[1:])
+            dense = listed[0].increments(times, whole, step=step, of=of, dtype=dtype, device=device)
+            return dense.index_select(1, listed[1].to(dense.device))
+        for path, count in parts:
             own = times[:, first : first + count] if times.ndim == 2 else times
             made.append(path.increments(own, (count, *shape[1:]), step=step, of=of, dtype=dtype, device=device))
             first += count

@@ -26,7 +26,7 @@ from sdesolve.integrate.path_measure import between
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
-from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure
+from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure, step_treats_rows_alike
 from sdesolve.sde import AbstractSDE, Noise, is_matrix
 from sdesolve.solvers.base import AbstractOneStep, Span
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _CHUNK_NORMALS = 64
 _CHUNK_ELEMENTS = 1 << 20
 _SPANS = 64  # steps whose times are made tensors at once
+_LOOK, _FEW, _LEAST = 4, 0.9, 16  # paths that stop: steps between looks; as in `adaptive`
 
 
 TRANSFORMED = "it takes part in a torch.func transform or in forward-mode differentiation, which kernels are blind to"
@@ -73,6 +74,9 @@ class AbstractSteppedContext(StepContext):
         """Turns to step ``k``."""
         self._k, self.span = k, span
 
+    def narrow(self, rows: Tensor | None) -> None:
+        """Goes on with these rows alone; all of them for ``None``."""
+
     @final
     def number(self, column: int) -> Tensor:
         assert self._numbers is not None
@@ -97,6 +101,10 @@ class TorchContext(AbstractSteppedContext):
         self._problem, self._driving, self._within = problem, lowered.driving, lowered.within
         self._sources = [*lowered.driving, *([] if lowered.within is None else [lowered.within])]
         self._first, self._drawn = 0, [problem.x0.new_empty(0)] * len(self._sources)
+        self._rows: Tensor | None = None
+
+    def narrow(self, rows: Tensor | None) -> None:
+        self._rows, self._drawn = rows, [self._problem.x0.new_empty(0)] * len(self._sources)
 
     def begin(self, k: int, span: Span) -> None:
         super().begin(k, span)
@@ -105,7 +113,7 @@ class TorchContext(AbstractSteppedContext):
             first, steps = self._problem.first, min(map(self._drawn_at_once, self._sources))
             self._first = first + _whole(k - first, steps)
             steps = min(steps, self._problem.steps - self._first)
-            self._drawn = [self._draw(source, self._first, steps) for source in self._sources]
+            self._drawn = [self._of_rows(self._draw(s, self._first, steps), s) for s in self._sources]
 
     def row(self, columns: slice, draw: int | None) -> Row:
         assert self._numbers is not None
@@ -120,6 +128,10 @@ class TorchContext(AbstractSteppedContext):
 
     def within(self) -> Tensor:
         return self._drawn[-1][self._k - self._first].T
+
+    def _of_rows(self, drawn: Tensor, source: NoiseSource) -> Tensor:
+        axis = 2 if source.of is None else 1
+        return drawn if self._rows is None else drawn.index_select(axis, self._rows)
 
     def _drawn_at_once(self, source: NoiseSource) -> int:
         """For how many steps."""
@@ -210,6 +222,25 @@ class Steps:
         self.problem, self._lowered, self._context = problem, lowered, context
         self._spans: list[Span] = []
         self._spans_from = 0
+        self._whole: States = ()  # of all rows, where paths that have stopped have left the batch
+        self._rows = torch.zeros(0)  # that are left
+
+    def narrowed(self, states: States, rows: Tensor) -> States:
+        """States of these rows alone, with which steps go on."""
+        self._whole, kept = self.widened(states), self._rows[rows] if self._whole else rows
+        self._rows = kept
+        self._context.narrow(kept)
+        return tuple(s.index_select(0, rows) for s in states)
+
+    def widened(self, states: States, *, for_good: bool = False) -> States:
+        """States of all rows, with those that have left the batch; steps go on with them all if ``for_good``."""
+        whole = states
+        if self._whole:
+            whole = tuple(a.index_copy(0, self._rows, b) for a, b in zip(self._whole, states, strict=True))
+        if for_good:
+            self._whole = ()
+            self._context.narrow(None)
+        return whole
 
     def span(self, k: int) -> Span:
         """Step ``k`` in time."""
@@ -227,7 +258,8 @@ class Steps:
         """The same, and keeps in ``save`` what was asked for within the step and at its end."""
         after = self.after(k, states)
         save.within_step(k, functools.partial(between, self.problem, k, states, after, self.span(k)))
-        save.at_grid_point(k + 1, *after)
+        if save.on_grid.get(k + 1):
+            save.at_grid_point(k + 1, *self.widened(after))
         return after
 
     def again(self, k: int, states: States) -> States:
@@ -281,6 +313,8 @@ class Stepwise:
         self._structured = has_structure(problem)
         self._record = recorded(problem, lambda: Steps(problem, lowered, context()))
         problem.save.at_grid_point(self.k, *self.states)
+        self._work = 0
+        self._narrows = functools.cache(functools.partial(step_treats_rows_alike, problem, lowered))
 
     def advance(self) -> None:
         """Takes the next step, and keeps the states that were asked for."""
@@ -293,7 +327,25 @@ class Stepwise:
         if problem.watched.checking and problem.check_finite and on_host:
             refuse_nonfinite(problem, k, x, self.states[0], self._steps.span(k))
         problem.watched.checking = False
-        self.k = k + 1
+        self.k, self._work = k + 1, self._work + len(x)
+
+    def _leave(self) -> bool:
+        """Lets paths that have stopped leave the batch, if rows are alike; gives whether all have stopped."""
+        following = self.problem.following
+        if following is None or not following.stops or is_transformed() or self._record is not None:
+            return False
+        running = self.states[-3] == 0
+        count = int(running.sum())
+        if count and len(running) >= _LEAST and count <= _FEW * len(running) and self._narrows():
+            self.states = self._steps.narrowed(self.states, running.nonzero().squeeze(1))
+        return not count
+
+    def _stand_still(self) -> None:
+        """Keeps what was asked for of later steps, in which no path moves."""
+        whole = self._steps.widened(self.states)
+        for k in range(self.k + 1, self.problem.steps + 1):
+            self.problem.save.at_grid_point(k, *whole)
+        self.k = self.problem.steps
 
     def finish(self) -> Saved:
         """Takes the steps that are left.
@@ -304,9 +356,13 @@ class Stepwise:
         problem = self.problem
         left = problem.steps - self.k
         with progress_bar(problem.progress, total=left, unit="step", leave=False) as bar:
-            for _ in range(left):
+            for i in range(left):
+                if i % _LOOK == 0 and self._leave():
+                    self._stand_still()
+                    break
                 self.advance()
                 bar.update()
+        self.states = self._steps.widened(self.states, for_good=True)
         if problem.check_finite and not all_finite(self.states[0]):
             self.report_divergence()
         if self._record is not None:
@@ -323,6 +379,7 @@ class Stepwise:
             "; ".join(filter(None, self._reasons)),
             memory=self.states[1:],
             weights=save.weights(),
+            work=self._work,
         )
 
     def report_divergence(

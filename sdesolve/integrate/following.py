@@ -343,20 +343,24 @@ class Following:
     ) -> None:
         """Finds out which shape of times per row a function is right for: ``(batch,)`` or ``(batch, 1, ..., 1)``."""
         mask = torch.arange(len(x), device=x.device) % 2 == 0
-        wanted = _mixed(mask, function(x, low, *more), function(x, high, *more))
-        t = torch.where(mask, low, high)
+        failure: Exception | None = None
+        t, ends = torch.where(mask, low, high), (low, high)
+        observes = function is self._observable  # which is given times per row alone
+        alone = [] if observes else [function(x, end, *more) for end in ends]
         for wide in (False, True) if len(x) > 1 or x.ndim == 1 else (True, False):
             self._wide[id(function)] = wide
             try:
+                rows = [self._shaped(function, end.expand(len(x)), x) for end in ends] if observes else []
+                wanted = _mixed(mask, *(alone or (function(x, end, *more) for end in rows)))
                 if _alike(function(x, self._shaped(function, t, x), *more), wanted):
                     return
-            except Exception:  # a function may fail in any way on times of a shape that it does not know
-                continue
+            except Exception as met:  # in any way, on times of a shape that it does not know
+                failure = failure or met
         shape = ", ".join(["-1", *"1" * (x.ndim - 1)])
         raise ValueError(
             f"the {what} is not right for a time per path, t of shape ({len(x)},). Where t meets a tensor of more axes "
             f"write t.reshape({shape}), right for one time too"
-        )
+        ) from failure
 
     def _check_level(self, problem: Problem, i: int, b: AbstractBoundary, which: Tensor | None) -> None:
         """Refuses a level of the wrong shape, one that is nan, and paths on the wrong side of it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import sys
 import threading
@@ -43,7 +42,6 @@ from sdesolve_kernels.trajectory import (
 )
 from sdesolve_kernels.trajectory.expressions import topological
 from sdesolve_kernels.trajectory.launch import Saved as Run
-from sdesolve_kernels.trajectory.launch import pooled
 from sdesolve_kernels.trajectory.program import Program
 from sdesolve_kernels.trajectory.snapshots import random_states
 from sdesolve_kernels.transforms import is_transformed
@@ -51,16 +49,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sdesolve._internal.progress import progress_bar
-from sdesolve.brownian import AbstractNoise, BrownianPath, GivenNormals, Increment
+from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows, GivenNormals, Increment
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
 from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
-from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled, together
+from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled, lower, together
 from sdesolve.integrate.non_finite import refuse_overflow
 from sdesolve.integrate.path_measure import between
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
+from sdesolve.integrate.stopping import Stopping
 from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure, is_proved
 from sdesolve.solvers.base import Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -68,7 +67,7 @@ from sdesolve.solvers.tabulated import Row, torch_row
 
 _KERNELS_KEPT, _SPANS_KEPT, _ROWS_AT_ONCE = 128, 1024, 1 << 16
 # Sums over fine steps are written out: with 128 of them, increments and areas of one channel take 5 s to compile.
-_MOST_SUMMED, _MOST_SUMMED_UNASKED, _FEWEST_REPEATED = 512, 4, 64
+_MOST_SUMMED, _MOST_SUMMED_UNASKED = 512, 4
 # Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against
 # eager torch: `nn.MLP` of depth 2 and width 16, 32, 64 is 2.9, 2.0, 1.4 times as fast fused on 1024 paths and 3.4, 2.9,
 # 2.3 times on 65,536; two plain hidden layers of 16, 32, 64, 128 are 2.5, 2.0, 1.8, 1.4 and 2.4, 1.8, 1.7, 1.6 times.
@@ -140,8 +139,12 @@ class Fused:
             from sdesolve.integrate.fused_adaptive import run_adaptively  # which is made of what follows
 
             return run_adaptively(problem, self._wanted)
+        problem, lowered = _numbered(problem, lowered)
         kernel, guards = prepared(problem, lowered, self._wanted)
-        kernel = _repeating(kernel, lowered)
+        stopping: Stopping | None = None
+        if _leaves(problem, kernel.adjoint is not None):
+            stopping = Stopping(kernel.trajectory, sum(map(math.prod, lowered.shapes(problem.x0)[1:-3])))
+            kernel = dataclasses.replace(kernel, trajectory=stopping)
         try:
             launch = _launch(problem, kernel, guards, lowered)
             saved = _run(problem, kernel, lowered, launch, _start(problem, kernel, guards, lowered))
@@ -151,7 +154,12 @@ class Fused:
             check_noise(problem, saved.x1, problem.times[-1].to(saved.x1))
         if problem.check_finite and not all_finite(saved.x1):
             _report_divergence(problem, kernel.trajectory, lowered, launch)
-        return saved
+        return saved if stopping is None else dataclasses.replace(saved, work=stopping.work)
+
+
+def _leaves(problem: Problem, graded: bool) -> bool:
+    """Whether paths that stop leave the batch; where gradients are wanted, the way back needs them all."""
+    return problem.following is not None and problem.following.stops and not graded
 
 
 def prepared(problem: Problem, lowered: Lowered, wanted: bool) -> tuple[_Kernel, Guards]:
@@ -165,8 +173,6 @@ def prepared(problem: Problem, lowered: Lowered, wanted: bool) -> tuple[_Kernel,
         with _explained():
             guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
             _check_untransformed(problem.x0, *problem.memory, *guards.tensors)
-            if _is_graded(problem, guards, lowered) and _repeats(lowered) is not None:
-                raise CannotExecute("gradients are wanted, of paths that are repeated")
             kernel = _known(problem, guards, lowered, wanted)
         if kernel is None or len(problem.x0) not in kernel.batches:
             noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
@@ -300,55 +306,10 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
             raise CannotExecute("pairs of increments that change places lie in two steps")
         if path.swapped and path.substeps == 1 and source.path.kind == "two-point":
             raise CannotExecute("two-point numbers of two steps change places")
-        if path.repeat is not None and path.repeat < min(len(x0), _FEWEST_REPEATED):
-            raise CannotExecute(
-                f"fewer than {_FEWEST_REPEATED} paths are repeated, and each launch takes every path once"
-            )
     if len({s.noise.swapped and s.substeps == 1 for s in lowered.sources if isinstance(s.noise, BrownianPath)}) > 1:
         raise CannotExecute("increments of two steps change places, and what is drawn within steps does not")
     if not (backend_for("trajectory", x0.device).compiles or wanted or requested_backend() != "auto"):
         raise CannotExecute(f"no compiler of kernels for {x0.device.type} is installed")
-
-
-@final
-class _Repeating(AbstractTrajectory):
-    """A trajectory whose rows take the same paths again and again: a launch for each time."""
-
-    def __init__(self, trajectory: AbstractTrajectory, path: BrownianPath) -> None:
-        self._trajectory, self._path, self.plan = trajectory, path, trajectory.plan
-
-    @property
-    def source(self) -> str:  # type: ignore[override]  # it may depend on the launch
-        return self._trajectory.source
-
-    def run(self, launch: Launch) -> Run:
-        assert self._path.repeat is not None
-        batch, first = len(launch.x0), self._path.first_row
-        ends = [0, *range(self._path.repeat - first, batch, self._path.repeat), batch]
-        runs, counts = [], torch.tensor(ends, dtype=torch.float64, device="cpu").diff()
-        for start, end in itertools.pairwise(ends):
-            captured = [
-                c[start:end] if each else c for c, each in zip(launch.captured, self.plan.program.by_path, strict=True)
-            ]
-            places = [(seed, stream, path + (0 if start else first), n) for seed, stream, path, n in launch.places]
-            memory = None if launch.memory is None else launch.memory[start:end]
-            piece = dataclasses.replace(
-                launch, x0=launch.x0[start:end], captured=captured, places=places, memory=memory
-            )
-            runs.append(self._trajectory.run(piece))
-        x1, states, memory = torch.cat([r.x1 for r in runs]), None, None
-        if runs[0].states is not None:
-            states = torch.cat([r.states for r in runs if r.states is not None], 1)
-        if runs[0].memory is not None:
-            memory = torch.cat([r.memory for r in runs if r.memory is not None])
-        moments = [r.moments for r in runs if r.moments is not None]
-        return Run(x1, states, pooled(moments, counts) if moments else None, memory)
-
-
-def _repeats(lowered: Lowered) -> BrownianPath | None:
-    """The noise, if rows take its paths again and again."""
-    path = lowered.sources[0].noise if lowered.sources else None
-    return path if isinstance(path, BrownianPath) and path.repeat is not None else None
 
 
 def _swaps(lowered: Lowered) -> bool:
@@ -356,11 +317,18 @@ def _swaps(lowered: Lowered) -> bool:
     return any(isinstance(s.noise, BrownianPath) and s.noise.swapped and s.substeps == 1 for s in lowered.sources)
 
 
-def _repeating(kernel: _Kernel, lowered: Lowered) -> _Kernel:
-    path = _repeats(lowered)
-    if path is None:
-        return kernel
-    return dataclasses.replace(kernel, trajectory=_Repeating(kernel.trajectory, path))
+def _numbered(problem: Problem, lowered: Lowered) -> tuple[Problem, Lowered]:
+    """The integration with its paths numbered as kernels take them: in order, or by a list."""
+    noise = problem.noise
+    if isinstance(noise, BrownianRows) and noise.listed is not None:
+        path, numbers = noise.listed
+        problem = dataclasses.replace(problem, noise=path)
+        return problem, dataclasses.replace(lower(problem), rows=numbers.to(problem.x0.device))
+    driving = lowered.sources[0].noise if lowered.sources else None
+    if isinstance(driving, BrownianPath) and driving.repeat is not None:
+        rows = (driving.first_row + torch.arange(len(problem.x0), device=problem.x0.device)) % driving.repeat
+        return problem, dataclasses.replace(lowered, rows=rows)
+    return problem, lowered
 
 
 def _known(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> _Kernel | None:
@@ -451,6 +419,7 @@ def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
         lowered.columns,
         lowered.memory,
         tuple(lowered.shapes(x0)),
+        lowered.rows is not None,
         problem.following and problem.following.key,
         _saves_all(problem),
         lowered.denoised,
@@ -492,7 +461,9 @@ def _build(
             failure = met
         graded = _is_graded(problem, guards, lowered)
         clock, swapped = problem.time_dtype, _swaps(lowered)
-        signature = Signature(x0.dtype, x0.device, states, noises, lowered.columns, len(x0), clock, graded, swapped)
+        listed = lowered.rows is not None or _leaves(problem, graded)
+        shapes = states, noises, lowered.columns
+        signature = Signature(x0.dtype, x0.device, *shapes, len(x0), clock, graded, swapped, listed)
         with guards.preserved() as watch:
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
             proved = not has_structure(problem) or is_proved(problem)
@@ -592,7 +563,10 @@ def _inputs(
         with contextlib.nullcontext() if ready else use_backend("reference"):
             for first in range(0, batch, _ROWS_AT_ONCE):  # words in torch are 16 times what they make
                 some = z[first : first + _ROWS_AT_ONCE]
-                drawn = numbers.rows(first).increments(units, (len(some), 1), dtype=x.dtype, device=x.device)
+                own: AbstractNoise = numbers.rows(first)
+                if lowered.rows is not None and numbers.repeat is None:
+                    own = BrownianRows.of(numbers, lowered.rows[first : first + len(some)].tolist())
+                drawn = own.increments(units, (len(some), 1), dtype=x.dtype, device=x.device)
                 some.copy_(drawn.reshape(m, len(some)).T)
         normals.append(z.reshape(batch, *shape))
     row = x.new_zeros(0) if lowered.table is None else lowered.table[k].to(x)
@@ -610,7 +584,6 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
     begin, last, x0, table = problem.first, problem.steps, problem.x0.detach(), lowered.table
     step, lowered = _traced_step(lowered), _undifferentiated(lowered)
     observe, captured = _observe(problem), tuple(guards.tensors[i] for i in kernel.where)
-    kernel = _repeating(kernel, lowered)
     program = kernel.trajectory.plan.program
     eps = coarsest(program)
 
@@ -619,7 +592,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         offsets = places_of(problem, kernel, lowered, k)
         return Launch(
             x.contiguous(), problem.times[[k, end]], rows, offsets, saves, False, captured,
-            memory=together(lowered.start(x)[1:]),
+            memory=together(lowered.start(x)[1:]), paths=lowered.rows,
         )  # fmt: skip
 
     def at(k: int) -> None:
@@ -674,7 +647,17 @@ def _compare_gradients(problem: Problem, kernel: _Kernel, adjoint: Adjoint, guar
         saves = () if observe is None else (last,)
         times, memory = problem.times, together(lowered.start(x)[1:])
         return Launch(
-            x.contiguous(), times, rows, offsets, saves, False, bare, first_step=first, last_step=last, memory=memory
+            x.contiguous(),
+            times,
+            rows,
+            offsets,
+            saves,
+            False,
+            bare,
+            first_step=first,
+            last_step=last,
+            memory=memory,
+            paths=lowered.rows,
         )
 
     def eager(x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -740,7 +723,16 @@ def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered)
     offsets = places_of(problem, kernel, lowered)
     memory = _memory(problem, lowered)
     return Launch(
-        problem.x0, problem.times, lowered.table, offsets, (), False, captured, first_step=problem.first, memory=memory
+        problem.x0,
+        problem.times,
+        lowered.table,
+        offsets,
+        (),
+        False,
+        captured,
+        first_step=problem.first,
+        memory=memory,
+        paths=lowered.rows,
     )
 
 

@@ -196,6 +196,7 @@ class Lowered:
         extra: what is carried behind the solver's memory, as it is before the first step: ``(batch, ...)`` each.
         within: normals for what is drawn within a step given its ends.
         rule: how steps are chosen, where each path chooses its own (`fused_adaptive`).
+        rows: numbers of the rows' paths, counted from the first path, where a kernel is to read them from a list.
     """
 
     step: Callable[[StepContext, States], States]
@@ -209,6 +210,7 @@ class Lowered:
     extra: States = ()
     within: NoiseSource | None = None
     rule: Rule | None = None
+    rows: Tensor | None = None
 
     @property
     def sources(self) -> tuple[NoiseSource, ...]:

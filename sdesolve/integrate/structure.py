@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from sdesolve.integrate.probing import MOMENTS, agree, unnoticed
 from sdesolve.integrate.problem import Problem
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractLinearSDE, AbstractSDE, Noise, is_matrix
+
+if TYPE_CHECKING:
+    from sdesolve.integrate.lowering import Lowered
 
 _SECONDS, _MOST_WEIGHTS = 5.0, 1 << 12  # of a trace
 
@@ -123,6 +127,30 @@ def treats_rows_alike(problem: Problem) -> bool:
             t = problem.times[0].expand(len(x0)).to(x0).contiguous()
             return alike and agree(drift(x0, t)[1:], drift(x0[1:], t[1:]))
     except Exception:  # whatever a drift raises on a symbol, or on a batch of another size
+        return False
+
+
+def step_treats_rows_alike(problem: Problem, lowered: Lowered) -> bool:
+    """Whether a trace of a whole step, with all that follows paths, gives every row the same function of that row."""
+    from sdesolve_kernels.trajectory import Inputs, Signature, look_into, trace
+
+    from sdesolve.integrate.fused import TracedContext
+
+    x0, following = problem.x0, problem.following
+    if problem.times.ndim == 2:
+        return False
+    try:
+        held = look_into(problem.equation, *(following.roots if following else ()), most_weights=_MOST_WEIGHTS)
+        noises = tuple(source.numbers() for source in lowered.sources)
+        shapes = tuple(lowered.shapes(x0))
+        signature = Signature(x0.dtype, x0.device, shapes, noises, lowered.columns, len(x0), problem.time_dtype)
+
+        def step(inputs: Inputs) -> Sequence[Tensor]:
+            return lowered.step(TracedContext(lowered, inputs), inputs.states)
+
+        with torch.no_grad(), _disable_current_modes(), held.preserved():
+            return not any(trace(step, signature, seconds=_SECONDS).by_path)
+    except Exception:  # as above
         return False
 
 

@@ -37,21 +37,34 @@ pointer_int64, pointer_bool = _pointer(types.int64), _pointer(types.boolean)
 word = _pointer(types.uint32)
 
 
-def _fill_with(numbers: Any) -> Any:
-    """A function that makes numbers in pairs from words, for all lanes of a block, an entry of the sequence a row."""
+@inline
+def _in_order(rows: Any, row: Any) -> Any:
+    return _U64(row)
+
+
+@inline
+def _listed(rows: Any, row: Any) -> Any:
+    return _U64(rows[row])
+
+
+def _fill_with(numbers: Any, number_of: Any = _in_order) -> Any:
+    """A function that makes numbers in pairs from words, for all lanes of a block, an entry of the sequence a row.
+
+    ``number_of`` gives the number of a row's path, less that of the first path: the row, or an entry of a list.
+    """
 
     @inline
     def fill(
         s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, used: Any,
-        lanes: Any,
+        lanes: Any, rows: Any,
     ) -> Any:  # fmt: skip
         """Rows from ``base`` on, in `used` lanes; returns how many rows lie before the one for entry ``index``."""
         seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
-        path = _U64(noise[4 * source + 2]) + _U64(first)
+        path = _U64(noise[4 * source + 2])
         q, skip = _U64(index) >> _2, index & 3
         for b in range((skip + count + 3) // 4):
             for l in range(used):  # noqa: E741
-                w0, w1, w2, w3 = philox(seed, stream, path + _U64(l), q + _U64(b))
+                w0, w1, w2, w3 = philox(seed, stream, path + number_of(rows, first + l), q + _U64(b))
                 words[l] = np.uint32(w0)
                 words[lanes + l] = np.uint32(w1)
                 words[2 * lanes + l] = np.uint32(w2)
@@ -82,25 +95,29 @@ def _three_points(kind: Any) -> Any:
 
 normal_fill_float32, normal_fill_float64 = _fill_with(normals32), _fill_with(normals64)
 three_point_fill_float32, three_point_fill_float64 = _fill_with(_three_points(F32)), _fill_with(_three_points(F64))
+normal_fill_listed_float32, normal_fill_listed_float64 = (_fill_with(n, _listed) for n in (normals32, normals64))
+three_point_fill_listed_float32, three_point_fill_listed_float64 = (
+    _fill_with(_three_points(kind), _listed) for kind in (F32, F64)
+)
 
 
-def _signs(kind: Any) -> Any:
+def _signs(kind: Any, number_of: Any = _in_order) -> Any:
     one, two = kind(1.0), kind(2.0)
 
     @inline
     def fill(
         s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, fresh: Any,
-        used: Any, lanes: Any,
+        used: Any, lanes: Any, rows: Any,
     ) -> Any:  # fmt: skip
         """Rows of +-1, from one bit each; `words` is kept between calls, and made anew where 128 bits are used up."""
         seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
-        path = _U64(noise[4 * source + 2]) + _U64(first)
+        path = _U64(noise[4 * source + 2])
         for j in range(count):
             bit = (index + j) & 127
             if bit == 0 or (fresh and j == 0):
                 q = _U64((index + j) >> 7)
                 for l in range(used):  # noqa: E741
-                    w0, w1, w2, w3 = philox(seed, stream, path + _U64(l), q)
+                    w0, w1, w2, w3 = philox(seed, stream, path + number_of(rows, first + l), q)
                     words[l] = np.uint32(w0)
                     words[lanes + l] = np.uint32(w1)
                     words[2 * lanes + l] = np.uint32(w2)
@@ -114,6 +131,7 @@ def _signs(kind: Any) -> Any:
 
 
 two_point_fill_float32, two_point_fill_float64 = _signs(F32), _signs(F64)
+two_point_fill_listed_float32, two_point_fill_listed_float64 = _signs(F32, _listed), _signs(F64, _listed)
 
 
 # What halves a cell of a Brownian motion: sqrt 2 times the coefficients of (W, H, K) and of three normals of a node, by

@@ -31,6 +31,7 @@ __all__ = [
     "combined",
     "compile_trajectory",
     "contiguous",
+    "listed",
     "named",
     "on_host",
     "tables",
@@ -66,6 +67,8 @@ class Launch:
             are those of the whole integration whatever the first step and the last.
         last_step: the step to end before; ``None`` for the end of the times.
         memory: what the solver remembers before the first step, as `Saved.memory`; ``None`` for zeros.
+        paths: numbers of the rows' paths, less the first path of `places`, ``(batch,)``, int64; for a program that has
+            them listed (`Signature.listed`), and ``None`` there for 0, 1, ....
         progress: called now and then, in the caller's thread, with the number of path-steps (a path by a step) that
             were done since. What it raises stops the run, as KeyboardInterrupt does: within a fraction of a second, and
             when nothing is written any more.
@@ -81,6 +84,7 @@ class Launch:
     first_step: int = 0
     last_step: int | None = None
     memory: Tensor | None = None
+    paths: Tensor | None = None
     progress: Callable[[int], None] | None = None
 
     @property
@@ -276,18 +280,18 @@ def combined(parts: Tensor, lanes: int, batch: int) -> Moments:
     return _pooled(parts[:, :, 0], parts[:, :, 1], counts)
 
 
-def pooled(moments: Sequence[Moments], counts: Tensor) -> Moments:
-    """Mean and variance over several batches of these sizes from those of each."""
-    means, variances = (torch.stack([getattr(m, name) for m in moments], 1) for name in ("mean", "variance"))
-    freedom = (counts.to(means) - 1)[None, :, None]
-    return _pooled(means, torch.where(freedom > 0, variances * freedom, 0.0), counts.to(means))
-
-
 def _pooled(means: Tensor, squares: Tensor, counts: Tensor) -> Moments:
     weight, batch = counts[None, :, None], float(counts.sum())
     mean = (weight * means).sum(1) / batch
     between = (weight * (means - mean[:, None]).square()).sum(1)
     return Moments(mean, (squares.sum(1) + between) / (batch - 1 if batch > 1 else math.nan))
+
+
+def listed(launch: Launch, lanes: int = 1) -> Tensor:
+    """`Launch.paths` on the device of the state, in whole blocks of so many lanes."""
+    batch, device = len(launch.x0), launch.x0.device
+    paths = torch.arange(batch, device=device) if launch.paths is None else launch.paths.to(device, torch.int64)
+    return torch.nn.functional.pad(paths, (0, -batch % lanes)).contiguous()
 
 
 def on_host(c: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from sdesolve_kernels._numba.trajectory import is_kept, load
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job, scratch, split
 from sdesolve_kernels.trajectory.expressions import topological
-from sdesolve_kernels.trajectory.launch import AbstractReverse, Sweep, contiguous
+from sdesolve_kernels.trajectory.launch import AbstractReverse, Sweep, contiguous, listed
 from sdesolve_kernels.trajectory.numba_reverse import REVERSE_ARGUMENTS, reverse_kernel
 from sdesolve_kernels.trajectory.numba_source import seconds_to_compile
 from sdesolve_kernels.trajectory.reverse import Reverse
@@ -99,7 +99,8 @@ class _Run:
         noise = [int64_bits(number) for place in launch.places for number in place]
         lists = [_int64s(*launch.saves, -1), _int64s(*noise, 0), _int64s(*(c.data_ptr() for c in captured), 0)]
         saves, places, pointers = map(ctypes.addressof, lists)
-        self.memory = captured, lists
+        rows = listed(launch, kernel.lanes) if plan.program.signature.listed else None
+        self.memory = captured, lists, rows
         first, last = sweep.slots
         a = launch.first_step
         offset = a * len(plan.columns) * sweep.table.element_size()
@@ -110,6 +111,7 @@ class _Run:
             saved=_address(sweep.saved), moments=_address(sweep.moments), noise=places, pointers=pointers,
             each_step=sweep.each_step, path_sums=sweep.path_sums.data_ptr(), columns=self.columns.ctypes.data,
             sums=self.sums.ctypes.data, blocks=self.blocks, groups=self.groups, column_sums=sweep.columns.numel(),
+            rows=0 if rows is None else rows.data_ptr(),
         )  # fmt: skip
         self.cost = owner._cost * steps
 

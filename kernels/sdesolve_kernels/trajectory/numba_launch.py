@@ -29,6 +29,7 @@ from sdesolve_kernels.trajectory.launch import (
     Tables,
     combined,
     contiguous,
+    listed,
 )
 from sdesolve_kernels.trajectory.numba_backward import NumbaReverse
 from sdesolve_kernels.trajectory.numba_source import ARGUMENTS, numba_kernel, seconds_to_compile
@@ -108,11 +109,13 @@ class _Run:
         noise = [int64_bits(number) for place in launch.places for number in place]
         lists = [_int64s(*launch.saves, -1), _int64s(*noise, 0), _int64s(*(c.data_ptr() for c in captured), 0)]
         saves, noise_at, pointers = map(ctypes.addressof, lists)
-        self.memory = (start, captured, lists)
+        rows = listed(launch, kernel.lanes) if plan.program.signature.listed else None
+        self.memory = (start, captured, lists, rows)
         self.arguments = _Arguments(
             x_in=start.data_ptr(), in_width=start.numel() // max(self.batch, 1), paths=self.batch, blocks=self.blocks,
             saves=saves, saved=0 if self.states is None else self.states.data_ptr(),
             moments=0 if self.moments is None else self.moments.data_ptr(), noise=noise_at, pointers=pointers,
+            rows=0 if rows is None else rows.data_ptr(),
         )  # fmt: skip
 
     def _is_short(self) -> bool:

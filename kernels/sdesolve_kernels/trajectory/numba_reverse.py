@@ -38,6 +38,7 @@ REVERSE_ARGUMENTS = {
     "moments": "float64",  # `launch.Sweep.moments`, or 0
     "noise": "int64",
     "pointers": "int64",
+    "rows": "int64",
     "each_step": "",  # whether columns get a cotangent for each step, or one for all
     "columns": "float64",  # these three are added to, the first two of each group of blocks
     "sums": "float64",
@@ -200,10 +201,11 @@ class _Printer(AbstractPrinter):
             maker = self.increments[g].replace("-", "_")
             index, count = f"noise[{4 * g + 3}] + begin * {m}", f"(end - begin) * {m}"
             if maker == "two_point":
-                call = f"word({self.words_of(g)}), noise, {g}, first, {index}, {count}, True, used, LANES"
+                call = f"word({self.words_of(g)}), noise, {g}, first, {index}, {count}, True, "
             else:
-                call = f"words, noise, {g}, first, {index}, {count}, used, LANES"
-            lines.append(f"skip{g} = {maker}_fill_{self.dtype}(s, noise{g}, {call})")
+                call = f"words, noise, {g}, first, {index}, {count}, "
+            call += f"used, LANES, {self.numbered}"
+            lines.append(f"skip{g} = {self.fill(maker)}(s, noise{g}, {call})")
         targets = [(self.state + i, self._real(e)) for i, e in enumerate(plan.states)]
         computed = self.rows.compute(
             [t for t in targets if not isinstance(t[1].data, State) or self.state + t[1].data.i != t[0]]

@@ -41,6 +41,7 @@ ARGUMENTS = {
     "moments": "float64",  # saved moments, or 0
     "noise": "int64",  # seed, stream, first path and index of the first number of each source
     "pointers": "int64",  # addresses of captured tensors
+    "rows": "int64",  # numbers of the rows' paths, less that of the first path; only where they are listed
 }
 
 _SECONDS_A_LINE, _SECONDS_A_CALL = 0.009, 0.018
@@ -204,6 +205,16 @@ class AbstractPrinter(abc.ABC):
             noise -= count
         raise AssertionError("a noise leaf beyond the signature")
 
+    @property
+    def numbered(self) -> str:
+        """What the numbers of paths are read from, where they are listed."""
+        return "rows" if self.plan.program.signature.listed else "noise"
+
+    @final
+    def fill(self, maker: str) -> str:
+        """The function that makes numbers of a kind."""
+        return f"{maker}_fill_{'listed_' if self.plan.program.signature.listed else ''}{self.dtype}"
+
     @final
     def words_of(self, source: int) -> str:
         """Address of the words that a source of signs keeps."""
@@ -257,11 +268,11 @@ class _Printer(AbstractPrinter):
             maker = self.increments[g].replace("-", "_")
             if m == 0:
                 continue
-            fill, index = f"{maker}_fill_{self.dtype}", f"noise[{4 * g + 3}] + k * {m}"
+            fill, index = self.fill(maker), f"noise[{4 * g + 3}] + k * {m}"
             if maker == "two_point":
                 lines += [
                     f"{fill}(s, {base * self.lanes}, word({self.words_of(g)}), noise, {g}, first, {index}, {m}, "
-                    "k == first_step, used, LANES)",
+                    f"k == first_step, used, LANES, {self.numbered})",
                     f"n{g} = {base * self.lanes}",
                 ]
                 continue
@@ -273,7 +284,7 @@ class _Printer(AbstractPrinter):
             lines += [
                 f"if {i} % {n} == 0 or k == first_step:",
                 f"    skip{g} = {fill}(s, {base * self.lanes}, words, noise, {g}, first, {index}, {n * m}, "
-                "used, LANES)",
+                f"used, LANES, {self.numbered})",
                 f"n{g} = {base * self.lanes} + (skip{g} + {at} * {m}) * LANES",
             ]
         computed = self._compute(self.state, plan.states)

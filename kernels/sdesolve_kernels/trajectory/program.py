@@ -54,6 +54,7 @@ class Signature:
         clock: dtype of the times at the ends of a step; ``None`` for that of the state.
         graded: whether derivatives will be taken.
         swapped: whether steps ``2 k`` and ``2 k + 1`` of the sequences take each other's numbers.
+        listed: whether the numbers of the rows' paths are listed, and not those after the first path in order.
     """
 
     dtype: torch.dtype
@@ -65,6 +66,7 @@ class Signature:
     clock: torch.dtype | None = None
     graded: bool = False
     swapped: bool = False
+    listed: bool = False
 
 
 @final

@@ -6,6 +6,7 @@ run it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, final
@@ -24,6 +25,7 @@ from sdesolve_kernels.trajectory.launch import (
     Saved,
     Sweep,
     contiguous,
+    listed,
     tables,
 )
 from sdesolve_kernels.trajectory.leaves import (
@@ -62,7 +64,7 @@ class ReferenceTrajectory(AbstractTrajectory):
 
     def run(self, launch: Launch) -> Saved:
         plan, x0 = self.plan, launch.x0.detach()
-        batch, first, end = len(x0), launch.first_step, launch.end
+        batch, first = len(x0), launch.first_step
         columns, loop_invariants = (part.to(x0.device) for part in tables(plan, launch))
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
         leaves: Leaves = {LoopInvariant: loop_invariants, Shared: captured, PathEntry: captured}
@@ -75,7 +77,7 @@ class ReferenceTrajectory(AbstractTrajectory):
         wanted = set(launch.saves)
         if first in wanted:
             saved.append(self._saved(state, leaves, x0, launch.moments))
-        for k, noise in enumerate(self._noise(launch.places, first, end, x0), first):
+        for k, noise in enumerate(self._noise(launch, x0), first):
             column = columns[k - first] if len(columns) else ()
             leaves[State], leaves[NoiseLeaf], leaves[Column] = state, noise, column
             state = self._step(leaves, x0)
@@ -106,38 +108,53 @@ class ReferenceTrajectory(AbstractTrajectory):
         mean = kept.mean(0)
         return torch.stack([mean, (kept - mean).square().sum(0) / (len(kept) - 1 if len(kept) > 1 else math.nan)])
 
-    def _noise(
-        self, places: Sequence[tuple[int, int, int, int]], start: int, end: int, x0: Tensor
-    ) -> Iterable[tuple[Tensor, ...]]:
+    def _noise(self, launch: Launch, x0: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """The numbers of each step in turn, ``(batch,)`` each; made for many steps at a time."""
+        start, end, rows = launch.first_step, launch.end, None
+        if self.plan.program.signature.listed:
+            rows = listed(launch)
         chunk = max(1, _NUMBERS_AT_ONCE // max(1, len(x0) * sum(self.plan.noises)))
         of = _swapped if self.plan.program.signature.swapped else _in_order
         for k in range(start, end, chunk):
             n = min(chunk, end - k)
             made = [
-                of(kind, (*place[:3], place[3] + k * m), n, m, x0)
-                for m, kind, place in zip(self.plan.noises, self._increments, places, strict=True)
+                of(kind, (*place[:3], place[3] + k * m), n, m, x0, rows)
+                for m, kind, place in zip(self.plan.noises, self._increments, launch.places, strict=True)
             ]
             for j in range(n):
                 yield tuple(z for source in made for z in source[:, j].unbind(1))
 
 
-def _in_order(kind: str, place: tuple[int, int, int, int], steps: int, m: int, like: Tensor) -> Tensor:
+def _in_order(
+    kind: str, place: tuple[int, int, int, int], steps: int, m: int, like: Tensor, rows: Tensor | None
+) -> Tensor:
     """The numbers of steps, ``(batch, steps, m)``."""
-    return _numbers(kind, place, steps * m, like).reshape(len(like), steps, m)
+    return _numbers(kind, place, steps * m, like, rows).reshape(len(like), steps, m)
 
 
-def _swapped(kind: str, place: tuple[int, int, int, int], steps: int, m: int, like: Tensor) -> Tensor:
+def _swapped(
+    kind: str, place: tuple[int, int, int, int], steps: int, m: int, like: Tensor, rows: Tensor | None
+) -> Tensor:
     """Likewise, those of two steps in each other's place: the sequence begins with the first pair."""
     odd = place[3] // m % 2 if m else 0
     pairs = (odd + steps + 1) // 2
-    whole = _in_order(kind, (*place[:3], place[3] - odd * m), 2 * pairs, m, like)
+    whole = _in_order(kind, (*place[:3], place[3] - odd * m), 2 * pairs, m, like, rows)
     return whole.reshape(len(like), pairs, 2, m).flip(2).flatten(1, 2)[:, odd : odd + steps]
 
 
-def _numbers(kind: str, place: tuple[int, int, int, int], count: int, like: Tensor) -> Tensor:
-    """Entries of the paths' sequences from ``place`` on, ``(batch, count)``."""
+def _numbers(
+    kind: str, place: tuple[int, int, int, int], count: int, like: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """Entries of the paths' sequences from ``place`` on, ``(batch, count)``; ``rows``: numbers of their paths."""
     seed, stream, first_path, first = place
+    if rows is not None:
+        found, made = torch.unique(rows, return_inverse=True)
+        starts = [0, *(found.diff() != 1).nonzero().flatten().add(1).tolist(), len(found)]
+        parts = [
+            _numbers(kind, (seed, stream, first_path + int(found[a]), first), count, like.new_empty(b - a))
+            for a, b in itertools.pairwise(starts)
+        ]
+        return torch.cat(parts)[made]
     batch, device = len(like), like.device
     if kind == "normal":
         return normal(
@@ -182,7 +199,7 @@ class ReferenceReverse(AbstractReverse):
         leaves[PathInvariant] = self._first(leaves, x0)
         columns, n = sweep.table.to(x0.device), len(plan.states)
         tape = [sweep.starts.unbind(1)]
-        noises = list(self._trajectory._noise(launch.places, first, end, x0))
+        noises = list(self._trajectory._noise(launch, x0))
 
         def at(k: int) -> None:
             leaves[State], leaves[NoiseLeaf] = tape[k], noises[k]

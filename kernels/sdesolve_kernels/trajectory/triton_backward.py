@@ -17,7 +17,7 @@ from torch import Tensor
 from sdesolve_kernels._triton.arguments import launch
 from sdesolve_kernels._triton.paths import add_up_kernel
 from sdesolve_kernels.trajectory.expressions import topological
-from sdesolve_kernels.trajectory.launch import AbstractReverse, Sweep, contiguous
+from sdesolve_kernels.trajectory.launch import AbstractReverse, Sweep, contiguous, listed
 from sdesolve_kernels.trajectory.reverse import Reverse
 from sdesolve_kernels.trajectory.triton_generated import Generated, is_steady, moved, nanoseconds, shape_for
 from sdesolve_kernels.trajectory.triton_reverse import reverse_kernel
@@ -99,7 +99,8 @@ class TritonReverse(AbstractReverse):
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(run.captured)]
         normals = zip(run.places, plan.noises, strict=True)
         places = [(*place[:3], place[3] + run.first_step * m) for place, m in normals]
-        self._generated.launch(kernel, programs, pointers, integers, captured, places)
+        numbers = listed(run) if plan.program.signature.listed else None
+        self._generated.launch(kernel, programs, pointers, integers, captured, places, numbers)
         if by_step is not None:
             _add_up(by_step.flatten(1), sweep.columns)
         added, columns = parts.new_zeros(kernel.parts), 0 if each_step else len(reverse.columns)

@@ -67,7 +67,7 @@ class Generated:
 
     def launch(
         self, kernel: TritonKernel, programs: int, pointers: Sequence[Tensor], integers: Sequence[int],
-        captured: Sequence[Tensor], places: Sequence[tuple[int, ...]],
+        captured: Sequence[Tensor], places: Sequence[tuple[int, ...]], numbers: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launches a kernel on the current stream of the device of its first pointer.
 
@@ -78,9 +78,11 @@ class Generated:
             integers: that it takes before those of noise.
             captured: tensors the program reads, contiguous.
             places: seed, stream, first path and index of the first number of each source of noise.
+            numbers: of the rows' paths, where they are listed.
         """
+        listed = () if numbers is None else (numbers,)
         noise = [int64_bits(number) for g in kernel.sources for number in places[g]]
-        arguments = [*pointers, *(captured[i] for i in kernel.parameters), *integers, *noise]
+        arguments = [*pointers, *(captured[i] for i in kernel.parameters), *listed, *integers, *noise]
         grid, function, warps = (programs, 1, 1), load(kernel.source), kernel.shape.warps
 
         def recorded() -> triton.Launch:

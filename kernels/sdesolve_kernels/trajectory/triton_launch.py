@@ -22,6 +22,7 @@ from sdesolve_kernels.trajectory.launch import (
     Tables,
     combined,
     contiguous,
+    listed,
 )
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.reverse import Reverse
@@ -85,6 +86,7 @@ class TritonTrajectory(AbstractTrajectory):
             programs = -(-batch // kernel.shape.lanes)
             size, dtype = ((programs, 2), torch.float64) if moments else ((batch,), x0.dtype)
             saved = torch.empty(slots, *size, kernel.width, dtype=dtype, device=device)
+        numbers = listed(launch) if plan.program.signature.listed else None
         for k, stop in self._segments(launch, batch, job) if batch else ():
             begin = k - launch.first_step
             rows = table if steady or not plan.columns else table[begin:]
@@ -93,7 +95,7 @@ class TritonTrajectory(AbstractTrajectory):
                 chosen = _saves_between(launch, saves, saved, k, stop)
             normals = [math.prod(shape) for shape in plan.program.signature.noises]
             places = [(*place[:3], place[3] + k * m) for place, m in zip(launch.places, normals, strict=True)]
-            self._launch(kernel, x_in, x_out, rows, uniforms, captured, places, stop - k, chosen)
+            self._launch(kernel, x_in, x_out, rows, uniforms, captured, places, stop - k, chosen, numbers)
             x_in = x_out
         x1, remembered = x_out, None
         if full > width:
@@ -130,7 +132,7 @@ class TritonTrajectory(AbstractTrajectory):
     def _launch(
         self, kernel: TritonKernel, x_in: Tensor, x_out: Tensor, table: Tensor, uniforms: Tensor,
         captured: Sequence[Tensor], places: Sequence[tuple[int, ...]], steps: int,
-        saves: tuple[Tensor, Tensor, int] | None,
+        saves: tuple[Tensor, Tensor, int] | None, numbers: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launches a kernel on the current stream.
 
@@ -146,11 +148,12 @@ class TritonTrajectory(AbstractTrajectory):
             saves: steps after which to save, increasing, int64; where to, ``(saves, paths, width)``, or for moments
                 float64 ``(saves, programs, 2, width)``: mean, then sum of squared deviations; and how many. ``None`` if
                 the kernel does not save.
+            numbers: of the rows' paths, where they are listed.
         """
         paths = len(x_in)
         chosen = () if saves is None else saves
         pointers, integers = [x_in, x_out, table, uniforms, *chosen[:2]], [paths, steps, *chosen[2:]]
-        self._generated.launch(kernel, -(-paths // kernel.shape.lanes), pointers, integers, captured, places)
+        self._generated.launch(kernel, -(-paths // kernel.shape.lanes), pointers, integers, captured, places, numbers)
 
 
 def _saves_between(launch: Launch, saves: Tensor, saved: Tensor, k: int, stop: int) -> tuple[Tensor, Tensor, int]:

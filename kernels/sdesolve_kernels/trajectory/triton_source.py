@@ -281,7 +281,10 @@ class AbstractPrinter(abc.ABC):
         body = [f"x{i} = tl.load({plus(f'{x_in} + row * {len(self.states)}', i)})" for i in range(len(self.states))]
         if self.path_invariants:
             body += Writer(Triton(), self.leaf).lines([(f"i{j}", e) for j, e in enumerate(self.path_invariants)])
-        return [*body, *(f"path{s.index} = first_path{s.index} + row" for s in self.sources)]
+        number = "row"
+        if self.plan.program.signature.listed:
+            body, number = [*body, "number = tl.load(numbers + row)"], "number"
+        return [*body, *(f"path{s.index} = first_path{s.index} + {number}" for s in self.sources)]
 
     @final
     def constants(self) -> list[str]:
@@ -296,6 +299,7 @@ class AbstractPrinter(abc.ABC):
     def define(self, pointers: Sequence[str], integers: Sequence[str], body: Sequence[str]) -> list[str]:
         """The kernel, from what it takes and does; it takes parameters and places of noise besides."""
         pointers = [*pointers, *(f"p{i}" for i in self.parameters)]
+        pointers += ["numbers"] if self.plan.program.signature.listed else []
         integers = list(integers)
         for s in self.sources:
             integers += [f"seed{s.index}", f"stream{s.index}", f"first_path{s.index}", f"first{s.index}"]
