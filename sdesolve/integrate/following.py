@@ -90,6 +90,7 @@ class Following:
         self._wide: dict[int, bool] = {}  # by function, the shape of times that it is right for
         self._spec: Any = None
         self._leaves = 0
+        self._padded = False  # whether rows have steps of no length, in which nothing happens
 
     @property
     def roots(self) -> tuple[object, ...]:
@@ -119,6 +120,7 @@ class Following:
                 wrong side of a boundary.
         """
         x0, t0 = problem.x0, problem.clock(problem.times[problem.first])
+        self._padded = problem.padded
         held, earlier = list(problem.memory[memory:]), problem.earlier
         self._check_observable()
         made: list[Tensor] = []
@@ -196,8 +198,7 @@ class Following:
                 assert ended is not None
                 running = stops.which == 0
                 hit = running & (ended.which != 0)
-                # Steps of no length are padding, in which nothing happens.
-                life = stops.life + (running & (dt != 0)).to(x.dtype)
+                life = stops.life + (running & (dt != 0) if self._padded else running).to(x.dtype)
                 met = Stops(*(torch.where(hit, a, b) for a, b in zip((ended.which, life, ended.share),
                             (stops.which, stops.life, stops.share), strict=True)))  # fmt: skip
                 stops = met._replace(life=life)

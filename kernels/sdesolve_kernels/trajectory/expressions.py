@@ -262,6 +262,18 @@ def _where(g: Graph, dtype: str, condition: Expression, a: Expression, b: Expres
     return a if a is b else None
 
 
+def _truth(absorbing: bool) -> Callable[..., Expression | None]:
+    """Of ``and`` (``or``), which one argument that is false (true) decides."""
+
+    def simplified(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
+        for known, other in ((a, b), (b, a)):
+            if known.op == "const":
+                return known if known.data is absorbing else other
+        return a if a is b else None
+
+    return simplified
+
+
 def _same(g: Graph, dtype: str, a: Expression, b: Expression) -> Expression | None:
     return a if a is b else None
 
@@ -295,6 +307,8 @@ _SIMPLIFIED: dict[str, Callable[..., Expression | None]] = {
     "neg": _inverse("neg"),
     "not": _inverse("not"),
     "where": _where,
+    "and": _truth(False),
+    "or": _truth(True),
     "pow": _pow,
     "detach": lambda g, dtype, a: a if dtype not in FLOATS or a.op == "detach" else None,
     "wrap32": lambda g, dtype, a: a if g.is_int32(a) else None,

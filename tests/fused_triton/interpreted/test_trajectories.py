@@ -326,3 +326,24 @@ def test_a_divergence_beside_the_state():
     ours, eager = (run(sde, start(), 0.0, 1.0, 6, **options) for run in (triton, sds.solve))
     for a, b in ((ours.kl, eager.kl), (ours.kls, eager.kls), (ours.log_weights, eager.log_weights)):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_paths_that_stop_leave_the_batch_with_what_they_carry(programs_of_four):
+    sde = sds.SDE(lambda x, t: x - x**3, lambda x, t: 0.7, noise="additive")
+    until = [sds.Crossing(lambda x, t: x[:, 0]), sds.Crossing(lambda x, t: x[:, 0] + 1.0, -1)]
+    options = {
+        "solver": sds.EulerMaruyama(), "seed": 4, "until": until, "save_at": [0.5, 2.0],
+        "carry": sds.RunningMaximum(lambda x, t: x[:, 0]), "observable": lambda x, t, c: torch.stack([t, c], 1),
+    }  # fmt: skip
+    ours = assert_same(sde, torch.full((18, 1), -0.5), 0.0, 2.0, 12, **options)
+    eager = sds.solve(sde, torch.full((18, 1), -0.5), 0.0, 2.0, 12, backend="eager", **options)
+    assert torch.equal(ours.boundary, eager.boundary)
+    assert torch.allclose(ours.stop_time, eager.stop_time, atol=1e-5)
+    assert torch.allclose(ours.carry, eager.carry, atol=1e-5)
+    assert int(ours.stopped.sum()) > 9
+
+
+def test_rows_that_take_paths_again(programs_of_four):
+    assert_same(
+        SDES["additive"], start(7), 0.0, 1.0, 5, solver=sds.EulerMaruyama(), noise=sds.BrownianPath(3, repeat=3)
+    )
