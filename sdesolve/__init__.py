@@ -136,6 +136,7 @@ from sdesolve.solvers import (
     supports,
 )
 from sdesolve.solvers.correctors import LangevinCorrector
+from sdesolve.sums import Sums
 from sdesolve.training.chain_objectives import ChainBound, SimpleChainLoss
 from sdesolve.training.checkpoints import load, save
 from sdesolve.training.losses import DenoisingScoreMatching, Objective
@@ -150,30 +151,30 @@ from sdesolve.training.train import train
 
 __all__ = [
     "ALIGN", "BAOAB", "CIR", "DDIM", "DDPM", "DEIS", "DPM2", "DRI1", "EDM", "NON", "OBABO", "ODE", "OU", "QE",
-    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2",
-    "SRIW1", "SRIW2", "UBU", "VE", "VP", "AbstractCarry", "AbstractDiffusion", "AbstractEstimating",
-    "AbstractNoise", "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE",
-    "AbstractSemilinear", "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive",
-    "Ancestral", "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound",
-    "ChainScore", "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "Crossing", "DPMSolver",
-    "DPMSolverPP", "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError",
-    "DormandPrince", "DoubleWell", "EDMHeun", "EnergyScore", "EulerHeun", "EulerLaw", "EulerMaruyama",
-    "ExactTrace", "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "GeneralShARK",
-    "GeometricBrownianMotion", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson", "ImplicitEuler",
-    "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "LangevinCorrector",
-    "LevyArea", "Likelihood", "LinearBeta", "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE",
-    "LotkaVolterra", "Midpoint", "Milstein", "MultilevelEstimate", "NetworkScore", "Noise", "NoiseLadder",
-    "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector", "ProbabilityFlow",
-    "Quantisation", "QuasiEstimate", "Rates", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
-    "ReversibleHeun", "Rodas4", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP",
-    "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "Sensitivity", "ShARK", "SimpleChainLoss", "SlicedScoreMatching",
-    "SlowRK", "Solution", "Span", "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP",
-    "Table", "TableBeta", "Tamed", "TimeAverage", "TrainingTimes", "Truncated", "Tsit5",
-    "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "W2Ito1", "WeakTable", "adapters",
-    "correlated", "decode", "drop_labels", "encode", "estimate_likelihood", "euler_law", "grids", "inverse",
-    "load", "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn", "noised_cross_entropy",
-    "operators", "oracle", "pseudo_log_likelihood", "quasi_monte_carlo", "run_chain", "sample", "save",
-    "sensitivity", "solve", "supports", "to_ito", "to_stratonovich", "train", "tweedie", "variational_bound",
+    "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1",
+    "SRIW2", "UBU", "VE", "VP", "AbstractCarry", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
+    "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE", "AbstractSemilinear",
+    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral",
+    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore",
+    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP",
+    "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince",
+    "DoubleWell", "EDMHeun", "EnergyScore", "EulerHeun", "EulerLaw", "EulerMaruyama", "ExactTrace",
+    "ExplicitScoreMatching", "Gaussian", "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion", "Heston",
+    "Heun", "Histogram", "HutchPP", "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot",
+    "Increment", "Integral", "Jacobi", "LangevinCorrector", "LevyArea", "Likelihood", "LinearBeta",
+    "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "Midpoint", "Milstein",
+    "MultilevelEstimate", "NetworkScore", "Noise", "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck",
+    "PlainScore", "PredictorCorrector", "ProbabilityFlow", "Quantisation", "QuasiEstimate", "Rates", "Rectified",
+    "Reflection", "ReverseDiffusion", "ReverseSDE", "ReversibleHeun", "Rodas4", "Row", "RunningMaximum",
+    "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "Sensitivity", "ShARK",
+    "SimpleChainLoss", "SlicedScoreMatching", "SlowRK", "Solution", "Span", "SplitStepEuler", "Stats",
+    "StepLimitError", "StochasticTable", "SubVP", "Sums", "Table", "TableBeta", "Tamed", "TimeAverage",
+    "TrainingTimes", "Truncated", "Tsit5", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "W2Ito1",
+    "WeakTable", "adapters", "correlated", "decode", "drop_labels", "encode", "estimate_likelihood", "euler_law",
+    "grids", "inverse", "load", "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn",
+    "noised_cross_entropy", "operators", "oracle", "pseudo_log_likelihood", "quasi_monte_carlo", "run_chain",
+    "sample", "save", "sensitivity", "solve", "supports", "to_ito", "to_stratonovich", "train", "tweedie",
+    "variational_bound",
 ]  # fmt: skip
 
 

@@ -905,10 +905,14 @@ class BrownianRows(AbstractStreams, AbstractPath):
         parts = self._of(shape[0])
         return torch.cat([p.bridge(step, theta, (n, *shape[1:]), dtype=dtype, device=device) for p, n in parts])
 
-    def _of(self, batch: int) -> list[tuple[BrownianPath, int]]:
+    def check_rows(self, batch: int) -> None:
+        """Refuses a batch of another size."""
         rows = sum(count for _, count in self._parts)
         if batch != rows:
             raise ValueError(f"noise has seeds or path numbers for {rows} rows, and the batch has {batch}")
+
+    def _of(self, batch: int) -> list[tuple[BrownianPath, int]]:
+        self.check_rows(batch)
         return self._parts
 
     def _with(self, change: Callable[[BrownianPath], BrownianPath]) -> BrownianRows:

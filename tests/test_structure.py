@@ -29,7 +29,14 @@ PUBLIC = [
 # drift and diffusion.
 LAYERS = [
     {"sdesolve_kernels", "sdesolve._internal", "sdesolve.grids", "sdesolve.sde"},
-    {"sdesolve.reverse", "sdesolve.brownian", "sdesolve.conversions", "sdesolve.carry", "sdesolve.crossing"},
+    {
+        "sdesolve.reverse",
+        "sdesolve.brownian",
+        "sdesolve.conversions",
+        "sdesolve.carry",
+        "sdesolve.crossing",
+        "sdesolve.sums",
+    },
     {"sdesolve.diffusions", "sdesolve.models", "sdesolve.nn", "sdesolve.inverse.operators"},
     {"sdesolve.scores", "sdesolve.solvers", "sdesolve.inverse"},
     {"sdesolve.chains", "sdesolve.likelihood.trace_estimators", "sdesolve.likelihood.quantisation"},

@@ -13,6 +13,7 @@ from sdesolve.brownian import AbstractNoise
 from sdesolve.carry import AbstractCarry
 from sdesolve.crossing import AbstractBoundary
 from sdesolve.solvers.base import AbstractSolver
+from sdesolve.sums import Sums
 
 
 @final
@@ -150,6 +151,7 @@ class Solution:
         stats: how it was made.
         mean: of what ``xs`` would hold over the batch, ``(times, *state)``, float64, if ``reduce="moments"``.
         variance: likewise, unbiased.
+        sums: likewise, exact sums that add up over batches, if ``reduce="sums"``.
         state: what `solve` goes on with; ``None`` if a run cannot be cut: steps are adaptive, or depend on how many the
             whole grid has (`AbstractSolver.divisible`).
         carry: what ``carry=`` has become at the end, ``(batch, ...)``.
@@ -178,6 +180,7 @@ class Solution:
     stopped: Tensor | None = None
     stop_time: Tensor | None = None
     boundary: Tensor | None = None
+    sums: Sums | None = None
     kl: Tensor | None = None
     log_weight: Tensor | None = None
     kls: Tensor | None = None

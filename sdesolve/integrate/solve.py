@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +17,7 @@ from sdesolve._internal.arguments import flag, kind_of, short, whole_number
 from sdesolve._internal.copies import remembered
 from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
-from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, Increments, drawn_seed
+from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, BrownianRows, Increments, drawn_seed
 from sdesolve.carry import as_carry
 from sdesolve.crossing import as_boundaries
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
@@ -35,6 +36,7 @@ from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractRemembering, AbstractSolver
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.reversible_heun import ReversibleHeun
+from sdesolve.sums import Sums
 
 Backend = Literal["auto", "fused", "kernel", "eager"]
 _BACKENDS = get_args(Backend)
@@ -54,12 +56,13 @@ def solve(
     start: Continuation | None = None,
     seed: int | None = None,
     noise: AbstractNoise | None = None,
+    paths: Iterable[int] | Tensor | None = None,
     save_at: SaveAt = None,
     params: Any = None,
     observable: Observable | None = None,
     carry: Any = None,
     until: Any = None,
-    reduce: Literal["moments"] | None = None,
+    reduce: Literal["moments", "sums"] | None = None,
     increments: Increments | None = None,
     kl_to: Prior | None = None,
     backend: Backend = "auto",
@@ -94,6 +97,8 @@ def solve(
         seed: short for ``noise=BrownianPath(seed)``. Without either, a seed is drawn from torch's default generator; it
             is in ``stats.seed``, so the run can be repeated.
         noise: the driving Brownian motion; its step 0 is the first step of this grid.
+        paths: short for ``noise=BrownianRows(seed, paths)``: the number of each row's path, ``(batch,)``, for those who
+            take chosen rows of a run again, or leave rows out on the way.
         save_at: times whose states to keep, ``"grid"`` for every grid point, or ``None`` for the last. A time between
             grid points is reached by a Brownian bridge of the same path (`SavePlan`), and asking for it changes nothing
             else.
@@ -107,7 +112,8 @@ def solve(
         until: where paths stop, a `Crossing`, or are turned back, a `Reflection`; or a list of them. A path that has
             stopped stands still, with all that it carries: ``sol.x1`` is its state there, ``sol.stopped``,
             ``sol.stop_time`` and ``sol.boundary`` say which, when and where. Steps are taken for those that still run.
-        reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path.
+        reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path; ``"sums"``
+            exact `Sums` of them, which add up over batches to the same bits however paths are split.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
             for weak convergence at a fraction of the cost, ``sobol`` points for quasi-Monte Carlo.
         kl_to: a prior whose law the paths are compared with, and whose diffusion ``g`` is that of the SDE: its drift
@@ -148,7 +154,7 @@ def solve(
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
-    _check_choice("reduce", reduce, (None, "moments"))
+    _check_choice("reduce", reduce, (None, "moments", "sums"))
     check_finite, progress = flag(check_finite, "check_finite"), flag(progress, "progress")
     if start is not None:
         check_start(
@@ -195,6 +201,13 @@ def solve(
             )
         parts = solver.first_steps if isinstance(solver, Adaptive) and sde.noise is not Noise.NONE else 1
         times, rounding = _grid_of(t0, t1, parts, None, len(x0))
+    if paths is not None:
+        if noise is not None:
+            raise ValueError("paths is short for noise=BrownianRows(seed, paths); give one of them")
+        noise = BrownianRows(drawn_seed() if seed is None else seed, paths, kind=increments or "normal")
+        seed = increments = None
+    if isinstance(noise, BrownianRows):
+        noise.check_rows(len(x0))
     noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
     if isinstance(noise, BrownianPath) and noise.first_path + len(x0) > 1 << 64:
         raise ValueError(
@@ -205,7 +218,7 @@ def solve(
     first = 0 if start is None else start.steps
     direction = _direction(times, x0.dtype, x0.device)
     sde = sde.directed(direction)
-    save = SavePlan(times[first:], save_at, observable, moments=reduce is not None, rounding=rounding, first=first)
+    save = SavePlan(times[first:], save_at, observable, moments=reduce == "moments", rounding=rounding, first=first)
     problem = Problem(
         solver,
         sde,
@@ -227,7 +240,10 @@ def solve(
     if prior is not None:
         check_at_start(problem)
     with torch.no_grad() if gradients == "none" else contextlib.nullcontext():
-        return _solution(problem, backend)
+        made = _solution(problem, backend)
+    if reduce == "sums":
+        return dataclasses.replace(made, xs=x0.new_empty(0, *x0.shape), sums=Sums.of(made.xs))
+    return made
 
 
 def integrate(

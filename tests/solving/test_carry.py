@@ -1,5 +1,6 @@
 """Functionals that are carried along paths: laws, executors, gradients, continuation, what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -181,3 +182,27 @@ def test_observables_that_ask_for_what_is_not_there():
     )
     close(sol.xs[-1], sol.x1)
     close(sol.xs[0], torch.zeros(8, 1, dtype=torch.float64))
+
+
+def test_sums_add_up_to_the_same_bits_however_paths_are_split():
+    options = {"solver": SOLVER, "backend": "eager", "reduce": "sums", "save_at": [1.0, 1.5]}
+    x0, values = start(700), lambda x: torch.cat([x, x.exp() * 1e6], 1)
+    whole = sds.solve(WELL, x0, 0.5, 1.5, 4, seed=3, observable=values, **options)
+    cuts = [0, 1, 130, 131, 700]
+    parts = [
+        sds.solve(WELL, x0[a:b], 0.5, 1.5, 4, seed=3, paths=range(a, b), observable=values, **options).sums
+        for a, b in itertools.pairwise(cuts)
+    ]
+    assert parts[2] + parts[0] + (parts[3] + parts[1]) == whole.sums
+    plain = sds.solve(
+        WELL, x0, 0.5, 1.5, 4, seed=3, solver=SOLVER, backend="eager", save_at=[1.0, 1.5], observable=values
+    ).xs
+    exact = [[math.fsum(plain[k, :, j].tolist()) for j in range(2)] for k in range(2)]
+    assert whole.sums.total.tolist() == exact
+    close(whole.sums.mean, plain.mean(1))
+    close(whole.sums.variance, plain.var(1))
+    assert whole.xs.shape == (0, 700, 1)
+    with pytest.raises(ValueError, match="do not add up"):
+        whole.sums + sds.Sums.of(plain[:1])
+    with pytest.raises(ValueError, match="for 3 rows, and the batch has 700"):
+        sds.solve(WELL, x0, 0.5, 1.5, 4, seed=3, paths=[1, 2, 3], solver=SOLVER)
