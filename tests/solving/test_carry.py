@@ -78,22 +78,6 @@ def test_rows_are_those_of_any_batch_and_cut(backend):
         sds.solve(WELL, start=half.state, grid=grid[5:], carry=carry, **end)
 
 
-def test_gradients_of_kernels_are_those_of_torch():
-    found = {}
-    for backend in ("eager", "fused"):
-        x, scale = start(200).requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-        sde = sds.SDE(lambda x, t: x - x**3, lambda x, t, s=scale: s + 0.0 * x, noise="diagonal")
-        sol = sds.solve(
-            sde, x, 0.5, 1.5, 12, solver=SOLVER, seed=3, backend=backend,
-            carry=sds.RunningMaximum(first),
-        )  # fmt: skip
-        assert sol.stats.execution == backend
-        found[backend] = torch.autograd.grad(sol.carry.sin().mean(), [x, scale])
-    for a, b in zip(found["eager"], found["fused"], strict=True):
-        close(a, b)
-    assert all(float(g.abs().sum()) > 0.1 for g in found["eager"])
-
-
 def test_the_maximum_of_brownian_motion_has_its_law_at_any_step():
     """``P(max < m) = erf(m / sqrt 2)``; Kolmogorov's 1% point is ``1.628 / sqrt n``."""
     n = 40_000

@@ -165,7 +165,7 @@ def test_other_equations_solvers_and_directions(backend):
 
 def test_noise_of_all_kinds_meets_a_sphere():
     """The exit of a Brownian motion from the unit ball in three dimensions takes 1/3 on average."""
-    n, x0 = 10_000, torch.zeros(10_000, 3, dtype=torch.float64) + 1e-3
+    n, x0 = 6_000, torch.zeros(6_000, 3, dtype=torch.float64) + 1e-3
     eye = torch.eye(3, dtype=torch.float64)
     sphere = sds.Crossing(lambda x, t: x.norm(dim=1) - 1.0)
     equations = {
@@ -175,28 +175,42 @@ def test_noise_of_all_kinds_meets_a_sphere():
     }
     found = {}
     for name, sde in equations.items():
-        sol = sds.solve(sde, x0, 0.0, 3.0, 120, solver=sds.EulerMaruyama(), seed=8, until=sphere, backend="eager")
+        sol = sds.solve(
+            sde,
+            x0 if name == "additive" else x0[:40],
+            0.0,
+            3.0,
+            120,
+            solver=sds.EulerMaruyama(),
+            seed=8,
+            until=sphere,
+            backend="eager",
+        )
         found[name] = sol.stop_time.clamp(max=3.0)
         assert float((sol.x1[sol.stopped].norm(dim=1) - 1).abs().max()) < 0.1
-    close(found["general"], found["additive"])
-    close(found["product"], found["additive"])
+    close(found["general"], found["additive"][:40])
+    close(found["product"], found["additive"][:40])
     error = float(found["additive"].std()) / math.sqrt(n)
     assert abs(float(found["additive"].mean()) - 1 / 3) < 4 * error + 0.01
 
 
 def test_gradients_go_along_paths_to_where_they_stop():
+    """Those of kernels are those of torch, through extremes and their bridges too; when a path stops has none."""
     found = {}
     for backend in ("eager", "fused"):
         x0 = torch.linspace(-1.2, -0.8, 64, dtype=torch.float64)[:, None].requires_grad_()
+        scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        sde = sds.SDE(lambda x, t: x - x**3, lambda x, t, s=scale: s + 0.0 * x, noise="diagonal")
         sol = sds.solve(
-            WELL, x0, grid=GRID[:21], solver=sds.EulerMaruyama(), seed=4, backend=backend, until=EXITS[0],
-            carry=sds.Integral(first),
+            sde, x0, grid=GRID[:21], solver=sds.EulerMaruyama(), seed=4, backend=backend, until=EXITS[0],
+            carry=sds.RunningMaximum(lambda x, t: x[:, 0] * (1.0 + t)),
         )  # fmt: skip
         assert sol.stats.execution == backend
         assert not sol.stop_time.requires_grad
-        found[backend] = torch.autograd.grad((sol.carry + sol.x1[:, 0]).sum(), x0)[0]
-    close(found["fused"], found["eager"])
-    assert float(found["eager"].abs().sum()) > 1
+        found[backend] = torch.autograd.grad((sol.carry + sol.x1[:, 0]).sin().sum(), [x0, scale])
+    for a, b in zip(found["fused"], found["eager"], strict=True):
+        close(a, b)
+        assert float(a.abs().sum()) > 1
 
 
 def test_rows_that_are_not_alike_stay_in_the_batch():
