@@ -13,6 +13,7 @@ from benchmarks.ensembles import ensembles
 from benchmarks.figures import SAMPLERS_BESIDE_A_NETWORK
 from benchmarks.generative import generative
 from benchmarks.gradients import gradients
+from benchmarks.matrix_noise import matrix_problems
 from benchmarks.ops import noise_problems, step_problems
 from benchmarks.registry import Problem
 from benchmarks.schemes import schemes
@@ -24,7 +25,7 @@ __all__ = ["GOALS", "Goal", "problems"]
 def problems(device: str = "cpu") -> Mapping[str, Problem]:
     """By name."""
     where = torch.device(device)
-    makers = (noise_problems, step_problems, ensembles, schemes, adaptive, gradients, generative)
+    makers = (noise_problems, step_problems, matrix_problems, ensembles, schemes, adaptive, gradients, generative)
     found = [problem for make in makers for problem in make(where)]
     by_name = {problem.name: problem for problem in found}
     if len(by_name) != len(found):
