@@ -25,6 +25,7 @@ from sdesolve_kernels.report import Found, add_options, figures, finish
 import sdesolve as sds
 from benchmarks.gradients import HESTON, LOTKA_VOLTERRA, equation
 from benchmarks.models import MODELS
+from benchmarks.schemes import CASES, T1, WIDTH
 
 __all__ = ["TABLE", "launches", "on_the_host", "report"]
 
@@ -61,6 +62,11 @@ def launches() -> dict[str, tuple[int, Launch]]:
             MODELS[name].solve(paths, 8, backend="fused", check_finite=False, **options)
         (launch,) = made
         found[f"{label} float32"] = 4, launch
+    for scheme in ("SRIW1", "ShARK", "SPaRK"):
+        case, x0 = CASES[scheme], torch.full((_MANY, WIDTH), CASES[scheme].x0)
+        with on_the_host(), recording() as made:
+            sds.solve(case.sde, x0, 0.0, T1, 8, solver=case.solver, seed=0, backend="fused", check_finite=False)
+        found[f"{scheme} float32"] = 4, made[0]
     for label, (sde, x0) in _fitted().items():
         with on_the_host(), recording() as made:
             sol = sds.solve(
