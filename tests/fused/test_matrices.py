@@ -61,7 +61,7 @@ def test_against_float64(dtype, shared):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_bits_depend_on_the_row_alone(data):
     """Neither on the batch, nor on whether rows share their matrix, nor on layout, threads, or where it is written."""
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
@@ -144,8 +144,7 @@ def test_bad_input(change, error, message):
         k.matrix_step(**arguments)
 
 
-@pytest.mark.parametrize("batch", [0, 1, 3, 40])
-@pytest.mark.parametrize("shape", [(3, 3), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize(("batch", "shape"), [(0, (3, 3)), (3, (3, 3)), (1, (1, 4)), (40, (4, 1))], ids=str)
 def test_solves_by_row_kernel_are_those_in_torch(batch, shape):
     d, m = shape
     x0 = torch.linspace(0.4, 1.2, batch * d, dtype=torch.float64).reshape(batch, d)
