@@ -97,7 +97,6 @@ def _goals() -> tuple[Goal, ...]:
         found.append(Goal(f"{label}: 5 x the eager loop", name, "sdesolve eager", least=5.0))
     for scheme, theirs, peer, least in (
         ("SRIW2", "srk", "torchsde", 15.0), ("ShARK", "ShARK", "diffrax", 10.0), ("SPaRK", "SPaRK", "diffrax", 10.0),
-        ("SlowRK", "SlowRK", "diffrax", 10.0),
     ):  # fmt: skip
         found.append(Goal(f"{scheme}: {least:g} x {peer}", f"{scheme} beside {theirs}, 8192 x 64", peer, least))
     lotka, heston = "lotka-volterra gradient, 4096 x 500", "heston gradient, 4096 x 100"
