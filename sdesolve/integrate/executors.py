@@ -410,8 +410,7 @@ def recorded(problem: Problem, steps: Callable[[], Steps]) -> AbstractRecord | N
     from sdesolve.integrate.checkpointing import Checkpoints, Reconstruction
 
     again, which = steps(), range(problem.first, problem.steps)
-    following = () if problem.following is None else problem.following.roots
-    held = (problem.equation, problem.save.observable, problem.prior, *following)
+    held = (problem.equation, problem.save.observable, problem.prior, *problem.roots)
     if problem.gradients == "checkpoint":
         return Checkpoints(again.again, which, held, problem.x0.device)
     return Reconstruction(again.before, again.again, which, held, problem.x0.device)

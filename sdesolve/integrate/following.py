@@ -213,6 +213,17 @@ class Following:
             made = [torch.where(_rows(running, b), a, b) for a, b in zip(made, old, strict=True)]
         return (*made, *(stops or ()))
 
+    def taken_across(self, before: Tensor, states: States, t: Tensor) -> States:
+        """States in which paths have stopped that a change of the state has taken across a boundary."""
+        x, which = states[0], states[-3]
+        for i, b in enumerate(self.boundaries):
+            if isinstance(b, Crossing):
+                old, new = (self._at(b.level, (y,), (t,)) for y in (before, x))
+                side = torch.where(old < 0, -1.0, 1.0) if b.direction == 0 else -float(b.direction)
+                met = torch.where(new.isnan(), math.nan, i + 1.0)
+                which = torch.where((which == 0) & ((side * new <= 0) | new.isnan()), met, which)
+        return (*states[:-3], which, *states[-2:])
+
     def _bounded(self, passage: Passage, used: int) -> tuple[Passage, Stops | None]:
         """The step as boundaries leave it: reflected, and ended where it meets one; and where that is."""
         x = passage.x
@@ -497,7 +508,7 @@ def first_passage(a: Tensor, b: Tensor, v: Tensor, z: Tensor) -> tuple[Tensor, T
     hit = (b <= 0) | (0.5 * length * v > limit)
     left = (length - 2.0 * limit / v.clamp_min(tiny)).clamp_min(0.0)
     share = squares[:, 0] / length.clamp_min(tiny)
-    P, T = a * b.abs(), 0.5 * v * left * share
+    P, T = (a * b.abs()).clamp_min(0.0), 0.5 * v * left * share  # a path that has stopped may be beyond
     R = P + T + (T * (T + 2.0 * P)).sqrt()
     other = (left * (1.0 - share)).clamp_min(0.0).sqrt() * torch.where(z[:, 1] < 0, -1.0, 1.0)
     uniform = 0.5 * (1.0 + (other * 0.5**0.5).erf())

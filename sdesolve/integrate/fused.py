@@ -193,9 +193,7 @@ def _span(problem: Problem) -> tuple[float, float]:
 
 
 def _roots(problem: Problem) -> tuple[object, ...]:
-    following = problem.following
-    own = problem.solver, problem.equation, problem.save.observable, problem.prior
-    return *own, *(following.roots if following else ())
+    return problem.solver, problem.equation, problem.save.observable, problem.prior, *problem.roots
 
 
 @contextlib.contextmanager
@@ -615,7 +613,8 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         agree(eager, fused, x0, eps)
 
     try:
-        for k in sorted({begin} if kernel.batches else {begin, (begin + last - 1) // 2, last - 1}):
+        changed = problem.changes.one_each if problem.changes else set[int]()
+        for k in sorted({begin} if kernel.batches else {begin, (begin + last - 1) // 2, last - 1} | changed):
             at(k)
         if observe is not None:
             shape = program.observed_shape or ()

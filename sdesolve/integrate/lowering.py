@@ -255,7 +255,9 @@ def lower(problem: Problem) -> Lowered:
         lowered = _weighted(problem, lowered)
     if problem.following is not None:
         lowered = problem.following.follow(problem, lowered)
-    return dataclasses.replace(lowered, step=_held(lowered.step)) if problem.padded else lowered
+    if problem.padded:
+        lowered = dataclasses.replace(lowered, step=_held(lowered.step))
+    return lowered if problem.changes is None else problem.changes.follow(problem, lowered)
 
 
 def _weighted(problem: Problem, lowered: Lowered) -> Lowered:

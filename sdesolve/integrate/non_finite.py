@@ -23,7 +23,7 @@ def refuse_nonfinite(problem: Problem, k: int, x_before: Tensor, x: Tensor, span
     """
     if not all_finite(x):
         row = int(bad_rows(x).nonzero()[0])
-        _refuse(problem, k, x, _culprit(problem, x_before, span, row))
+        _refuse(problem, k, x, _culprit(problem, k, x_before, span, row))
 
 
 def refuse_overflow(problem: Problem, k: int, x: Tensor) -> None:
@@ -49,7 +49,7 @@ def _refuse(problem: Problem, k: int, x: Tensor, culprit: str) -> None:
     raise DivergenceError(message, step=k, time=time, path=path)
 
 
-def _culprit(problem: Problem, x: Tensor, span: Span, row: int) -> str:
+def _culprit(problem: Problem, k: int, x: Tensor, span: Span, row: int) -> str:
     size = f"{_largest(x[row]):.3g}"
     sde = problem.watched
     with torch.no_grad():
@@ -69,6 +69,8 @@ def _culprit(problem: Problem, x: Tensor, span: Span, row: int) -> str:
     scales = {"drift": dt, "diffusion": math.sqrt(dt)}
     reach = sum(_largest(value) * scales[name] for name, value in values.items())
     if _largest(x) + reach < torch.finfo(x.dtype).max ** 0.25:
+        if problem.changes is not None and k + 1 in problem.changes.points:
+            return f"drift and diffusion are finite for a state of size {size}, and at= changes the end of this step"
         return problem.solver.failure or (
             f"drift and diffusion are finite for a state of size {size}, and far from an overflow; the solver uses "
             "them elsewhere in the step too, or (Milstein) the derivative of the diffusion, which have no value"

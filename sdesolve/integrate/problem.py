@@ -24,6 +24,7 @@ from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import AbstractTabulated
 
 if TYPE_CHECKING:
+    from sdesolve.integrate.changes import Changes
     from sdesolve.integrate.following import Following
     from sdesolve.integrate.solution import Continuation
 
@@ -194,6 +195,7 @@ class Problem:
         gradients: how gradients of a run that goes step by step are made.
         prior: whose law the paths are compared with, if they are.
         other_diffusion: whether the prior came with a diffusion of its own.
+        changes: of the state at grid points.
     """
 
     solver: AbstractSolver
@@ -212,6 +214,13 @@ class Problem:
     gradients: Gradients = "auto"
     prior: AbstractSDE | None = None
     other_diffusion: bool = False
+    changes: Changes | None = None
+
+    @property
+    def roots(self) -> tuple[object, ...]:
+        """What a step calls besides solver, equation and prior."""
+        following = () if self.following is None else self.following.roots
+        return *following, *(() if self.changes is None else self.changes.maps)
 
     @property
     def taken(self) -> int:

@@ -113,27 +113,8 @@ class SavePlan:
             raise ValueError(
                 f"save_at must follow the direction of integration, from {first} to {last}, without repeats"
             )
-        k = torch.searchsorted(points, times, right=True).clamp(1, len(grid) - 1) - 1
-        k += times - points[k] > points[k + 1] - times
-        off = (times - points[k]).abs()  # from the nearest grid point
-        gaps = points.diff()
-        gaps = torch.nn.functional.pad(gaps.where(gaps > 0, math.inf), (1, 1), value=math.inf)  # a repeat is padding
-        near = torch.minimum(gaps[k], gaps[k + 1])
-        exact = off <= _SAME_TIME * float(points.abs().max())
-        loose = torch.full_like(off, max(given.rounding, rounding))
-        alike = off <= loose
-        outside = ~(exact | alike) & ~((times >= points[0]) & (times <= points[-1]))
-        if bool(outside.any()):
-            time = float(given.values[outside][0])
-            raise ValueError(f"save_at holds {time}, which is outside the grid from {first} to {last}")
-        blurred = alike & ~exact & (near < 2.0 * loose)
-        if bool(blurred.any()):
-            time = float(given.values[blurred][0])
-            raise ValueError(
-                f"save_at holds {time} to within {float(loose[blurred][0]):.2g}, and the grid has points "
-                f"{float(near[blurred][0]):.2g} apart there: give grid and save_at in float64"
-            )
-        on = (exact | alike).tolist()
+        k, is_on = located(grid, given.values, max(given.rounding, rounding), "save_at")
+        on = is_on.tolist()
         same = [k[i] == k[i + 1] and on[i] and on[i + 1] for i in range(len(on) - 1)]
         if any(same):
             i = same.index(True)
@@ -141,7 +122,7 @@ class SavePlan:
                 f"save_at holds {float(given.values[i])!r} and {float(given.values[i + 1])!r}, which are one point "
                 "in the precision that they came in; leave one of them out, or put both on the grid"
             )
-        self.ts = torch.where(exact | alike, grid[k], given.values)
+        self.ts = torch.where(is_on, grid[k], given.values)
         for slot, (here, is_point) in enumerate(zip(k.tolist(), on, strict=True)):
             if is_point:
                 self.on_grid[offset + here].append(slot)
@@ -188,6 +169,41 @@ class SavePlan:
     def variances(self) -> Tensor:
         """Variances over the batch, ``(times, *values)``."""
         return torch.stack([x for x in self._variances if x is not None])
+
+
+def located(grid: Tensor, values: Tensor, rounding: float, name: str) -> tuple[Tensor, Tensor]:
+    """The nearest grid point of each time, and whether it is that point up to the precision that it was given in.
+
+    Args:
+        grid: ``(steps + 1,)``, in either direction.
+        values: ``(times,)``.
+        rounding: how far either may be from what was meant.
+        name: of the times.
+
+    Raises:
+        ValueError: a time outside the grid, or in a precision that does not tell grid points apart.
+    """
+    first, last = float(grid[0]), float(grid[-1])
+    sign = 1.0 if last > first else -1.0
+    times, points = sign * values, sign * grid
+    k = torch.searchsorted(points, times, right=True).clamp(1, len(grid) - 1) - 1
+    k += times - points[k] > points[k + 1] - times
+    off = (times - points[k]).abs()
+    gaps = points.diff()
+    gaps = torch.nn.functional.pad(gaps.where(gaps > 0, math.inf), (1, 1), value=math.inf)  # a repeat is padding
+    near = torch.minimum(gaps[k], gaps[k + 1])
+    exact = off <= _SAME_TIME * float(points.abs().max())
+    alike = off <= rounding
+    outside = ~(exact | alike) & ~((times >= points[0]) & (times <= points[-1]))
+    if bool(outside.any()):
+        raise ValueError(f"{name} holds {float(values[outside][0])}, which is outside the grid from {first} to {last}")
+    blurred = alike & ~exact & (near < 2.0 * rounding)
+    if bool(blurred.any()):
+        raise ValueError(
+            f"{name} holds {float(values[blurred][0])} to within {rounding:.2g}, and the grid has points "
+            f"{float(near[blurred][0]):.2g} apart there: give grid and {name} in float64"
+        )
+    return k, exact | alike
 
 
 def observed(observable: Observable, x: Tensor, *others: Any) -> Tensor:

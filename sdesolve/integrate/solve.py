@@ -20,6 +20,7 @@ from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, BrownianRows, Increments, drawn_seed
 from sdesolve.carry import as_carry
 from sdesolve.crossing import as_boundaries
+from sdesolve.integrate.changes import At, Changes, check_restarts
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels, Stepwise
@@ -62,6 +63,7 @@ def solve(
     observable: Observable | None = None,
     carry: Any = None,
     until: Any = None,
+    at: At | None = None,
     reduce: Literal["moments", "sums"] | None = None,
     increments: Increments | None = None,
     kl_to: Prior | None = None,
@@ -112,6 +114,16 @@ def solve(
         until: where paths stop, a `Crossing`, or are turned back, a `Reflection`; or a list of them. A path that has
             stopped stands still, with all that it carries: ``sol.x1`` is its state there, ``sol.stopped``,
             ``sol.stop_time`` and ``sol.boundary`` say which, when and where. Steps are taken for those that still run.
+        at: changes of the state at given times, such as doses and resets: a list of pairs ``(times, map)``. The times,
+            one or several, are points of the grid; the map is ``map(x)`` or ``map(x, t)``, a function of each row alone
+            that keeps shape and dtype. Maps at one time apply in the order of the list: at ``t0`` before the first
+            step, at ``t1`` after the last. A state that is saved there is the changed one, as is the one that a run
+            ends with; a run that goes on from it (``start``) takes an ``at`` of its own. ``carry``, ``until`` and
+            ``kl_to`` see the step end at the state before the change, and the next begin at the one after it. A path
+            that is taken across a `Crossing` stops there and then (at ``t0`` it is refused), and one that has stopped
+            is not changed. Other times are put on the grid by ``grid=torch.cat([grid, missing]).unique()`` (in
+            float64; backwards with ``.flip(0)``): such steps are others, and take other increments. Solvers that go by
+            earlier steps, as multistep ones do, and those that choose their own steps take no ``at``.
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path; ``"sums"``
             exact `Sums` of them, which add up over batches to the same bits however paths are split.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
@@ -184,20 +196,21 @@ def solve(
     if start is not None:
         functional, boundaries = start.carry or functional, start.until or boundaries
     follows = bool(functional or boundaries) or (observable is not None and positional(observable) > 1)
-    if (follows or prior is not None) and gradients == "reversible":
+    changes = None if at is None or (isinstance(at, list | tuple) and not at) else Changes(at, positional)
+    if (follows or prior is not None or changes is not None) and gradients == "reversible":
         raise ValueError(
             "gradients='reversible' undoes the solver's steps, and not what follows paths (carry=, until=, kl_to=, an "
-            "observable of time); take gradients='checkpoint'"
+            "observable of time) or changes them (at=); take gradients='checkpoint'"
         )
     if solver.controller is None:
         with outside_transforms():  # grids are kept for later calls
             times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
     else:
-        given = any(value is not None for value in (steps, grid, observable, carry, until, reduce))
+        given = any(value is not None for value in (steps, grid, observable, carry, until, at, reduce))
         if given or isinstance(save_at, str) or backend == "kernel":
             raise ValueError(
                 f"{type(solver).__name__} chooses its own steps: give t0 and t1, and save_at=[times] for states "
-                "between; no steps, grid, observable, carry, until, reduce or kernel backend"
+                "between; no steps, grid, observable, carry, until, at, reduce or kernel backend"
             )
         parts = solver.first_steps if isinstance(solver, Adaptive) and sde.noise is not Noise.NONE else 1
         times, rounding = _grid_of(t0, t1, parts, None, len(x0))
@@ -218,6 +231,9 @@ def solve(
     first = 0 if start is None else start.steps
     direction = _direction(times, x0.dtype, x0.device)
     sde = sde.directed(direction)
+    if changes is not None:
+        check_restarts(solver)
+        changes.place(times, rounding, first)
     save = SavePlan(times[first:], save_at, observable, moments=reduce == "moments", rounding=rounding, first=first)
     problem = Problem(
         solver,
@@ -236,10 +252,13 @@ def solve(
         gradients,
         prior and prior.directed(direction),
         isinstance(kl_to, AbstractSDE),
+        changes,
     )
-    if prior is not None:
-        check_at_start(problem)
     with torch.no_grad() if gradients == "none" else contextlib.nullcontext():
+        if changes is not None:
+            problem = changes.at_start(problem)
+        if prior is not None:
+            check_at_start(problem)
         made = _solution(problem, backend)
     if reduce == "sums":
         return dataclasses.replace(made, xs=x0.new_empty(0, *x0.shape), sums=Sums.of(made.xs))
@@ -463,6 +482,11 @@ def _check_plan(problem: Problem) -> None:
     if not problem.save.inside or problem.solver.controller is not None:
         return
     following = problem.following
+    if problem.changes is not None and any(k + 1 in problem.changes.points for k in problem.save.inside):
+        raise ValueError(
+            "save_at holds a time inside a step whose end at= changes, where the state is known at grid points alone; "
+            "put every time of save_at on the grid"
+        )
     if following is not None and (following.boundaries or following.takes > 1):
         what = "paths that stop or are reflected" if following.boundaries else "an observable of time or of a carry"
         raise ValueError(f"{what} have values at grid points alone; put every time of save_at on the grid")

@@ -136,11 +136,11 @@ def step_treats_rows_alike(problem: Problem, lowered: Lowered) -> bool:
 
     from sdesolve.integrate.fused import TracedContext
 
-    x0, following = problem.x0, problem.following
+    x0 = problem.x0
     if problem.times.ndim == 2:
         return False
     try:
-        held = look_into(problem.equation, *(following.roots if following else ()), most_weights=_MOST_WEIGHTS)
+        held = look_into(problem.equation, *problem.roots, most_weights=_MOST_WEIGHTS)
         noises = tuple(source.numbers() for source in lowered.sources)
         shapes = tuple(lowered.shapes(x0))
         signature = Signature(x0.dtype, x0.device, shapes, noises, lowered.columns, len(x0), problem.time_dtype)

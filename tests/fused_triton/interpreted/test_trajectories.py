@@ -334,6 +334,7 @@ def test_paths_that_stop_leave_the_batch_with_what_they_carry(programs_of_four):
     options = {
         "solver": sds.EulerMaruyama(), "seed": 4, "until": until, "save_at": [0.5, 2.0],
         "carry": sds.RunningMaximum(lambda x, t: x[:, 0]), "observable": lambda x, t, c: torch.stack([t, c], 1),
+        "at": [(0.5, lambda x, t: x - 0.5 * t), (1.0, lambda x: 0.9 * x)],
     }  # fmt: skip
     ours = assert_same(sde, torch.full((18, 1), -0.5), 0.0, 2.0, 12, **options)
     eager = sds.solve(sde, torch.full((18, 1), -0.5), 0.0, 2.0, 12, backend="eager", **options)
