@@ -124,4 +124,8 @@ def latent(device: torch.device) -> list[Problem]:
     }
     name = f"latent SDE, {_PATHS} x {_STEPS}"
     work = _PATHS * _STEPS
-    return [Problem(name, "gradients", "path-step", work, contenders, check, release=reference.cache_clear)]
+    return [
+        Problem(
+            name, "gradients", "path-step", work, contenders, check, quick=("torchsde",), release=reference.cache_clear
+        )
+    ]  # fmt: skip

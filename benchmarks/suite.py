@@ -13,6 +13,7 @@ from benchmarks.ensembles import ensembles
 from benchmarks.figures import SAMPLERS_BESIDE_A_NETWORK
 from benchmarks.generative import generative
 from benchmarks.gradients import gradients
+from benchmarks.latent import latent
 from benchmarks.matrix_noise import matrix_problems
 from benchmarks.ops import noise_problems, step_problems
 from benchmarks.registry import Problem
@@ -25,7 +26,10 @@ __all__ = ["GOALS", "Goal", "problems"]
 def problems(device: str = "cpu") -> Mapping[str, Problem]:
     """By name."""
     where = torch.device(device)
-    makers = (noise_problems, step_problems, matrix_problems, ensembles, schemes, adaptive, gradients, generative)
+    makers = (
+        *(noise_problems, step_problems, matrix_problems, ensembles, schemes, adaptive),
+        *(gradients, latent, generative),
+    )
     found = [problem for make in makers for problem in make(where)]
     by_name = {problem.name: problem for problem in found}
     if len(by_name) != len(found):
@@ -57,7 +61,7 @@ _IN_PLACE = "of 8 us, 1.5 are the kernel and its call; the rest is Python that c
 _CHECKS = "a call spends most of its time on checks of its arguments, in Python, whatever the size"
 _SCAN = "XLA fuses the scan's body and draws its noise on all cores; what is left between us is the cost of a normal"
 _TRAINING = "eager keeps the noise of its perturbation, ours makes it twice; the gain is memory, 1 tensor instead of 6"
-_NETWORK = "matrix products and tanh of the network alone are three quarters of torchsde's time, in any loop"
+_NETWORK = "matrix products and tanh of the network alone are two thirds of torchsde's time, in any loop"
 _CACHES = "Python that runs right after a network finds the caches full"
 _NOISE = "our time is that of drawing the normals, the limit beside it"
 _FEW = f"{_NOISE}; with few paths the states of peers fit into a cache"

@@ -151,6 +151,11 @@ def _multiplied(g: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+# A trace keeps a larger shared matrix whole: 32 x 32 products written out take 6 s to compile, and 2 s so. In a batch of
+# one nothing tells a shared matrix from a row's own, which must be traced as in other batches: small ones are alike.
+_WRITTEN_OUT = 256
+
+
 def matrix_product(g: Tensor, v: Tensor) -> Tensor:
     r"""$g v$ of each row, added up channel by channel: the bits of a row depend on that row alone.
 
@@ -169,6 +174,6 @@ def matrix_product(g: Tensor, v: Tensor) -> Tensor:
     if kernel and g.numel() and rows and g.device == v.device and call_context(g, v) is CallContext.PLAIN:
         product: Tensor = _Product.apply(g, v) if recording(g, v) else _multiplied(g, v)
         return product
-    if g.shape[0] == 1:  # which a trace keeps whole: 32 x 32 products written out take 6 s to compile, and 2 s so
+    if g.shape[0] == 1 and g.numel() > _WRITTEN_OUT:
         return (v @ g.reshape(-1, g.shape[-1]).T).reshape(rows, *g.shape[1:-1])
     return (g * v.reshape(rows, *(1,) * (g.dim() - 2), v.shape[1])).sum(-1)

@@ -448,11 +448,14 @@ class RowKernels:
             reason = "each row of a step is one linear_step kernel, with coefficients tabulated in float64"
         elif isinstance(solver, EulerMaruyama) and problem.increment.elementwise:
             reason = "each step is one euler_maruyama_step kernel"
-        elif isinstance(solver, EulerMaruyama) and sde.noise is not Noise.SCALAR and sde.channels(problem.x0) is None:
+        elif isinstance(solver, EulerMaruyama) and sde.noise in _MATRICES and sde.channels(problem.x0) is None:
             reason = "each step is one matrix_step kernel"
         else:
             raise CannotExecute(f"no kernel does {type(solver).__name__} on {sde.noise} noise; its step runs in torch")
         return Stepwise(problem, lowered, lambda: _PathContext(problem, lowered), "kernel", reason)
+
+
+_MATRICES = (Noise.ADDITIVE, Noise.GENERAL)
 
 
 @final

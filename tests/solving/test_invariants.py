@@ -57,7 +57,7 @@ def start(batch, dtype):
 
 
 @given(pair=pairs, seed=seeds, dtype=dtypes, grid=grids, backwards=st.booleans(), data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_splitting_at_a_grid_point_changes_nothing(pair, seed, dtype, grid, backwards, data):
     name, solver = pair
     grid = grid.flip(0) if backwards else grid
@@ -73,7 +73,7 @@ def test_splitting_at_a_grid_point_changes_nothing(pair, seed, dtype, grid, back
 
 
 @given(pair=pairs, seed=seeds, dtype=dtypes, order=st.permutations(range(5)))
-@settings(max_examples=15)
+@settings(max_examples=7)
 def test_a_permuted_or_split_batch_gives_the_permuted_or_split_result(pair, seed, dtype, order):
     name, solver = pair
     x0, path = start(5, dtype), sds.BrownianPath(seed)
@@ -89,7 +89,7 @@ def test_a_permuted_or_split_batch_gives_the_permuted_or_split_result(pair, seed
 
 
 @given(pair=pairs, seed=seeds, steps=st.integers(1, 9), data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=7)
 def test_saving_changes_nothing_else(pair, seed, steps, data):
     name, solver = pair
     x0 = start(3, torch.float64)
@@ -108,7 +108,7 @@ def test_saving_changes_nothing_else(pair, seed, steps, data):
 
 
 @given(pair=pairs, seed=seeds)
-@settings(max_examples=12)
+@settings(max_examples=7)
 def test_a_time_per_sample_is_as_solving_each_sample_alone(pair, seed):
     name, solver = pair
     x0, path = start(4, torch.float64), sds.BrownianPath(seed)

@@ -56,7 +56,9 @@ def matrix_kernel(
         else:
             v_mask = there[:, None] & inside[None, :]
             z = tl.load(v_ptr + row[:, None] * m + k[None, :], mask=v_mask, other=0.0).to(dtype)
-        mask = there[:, None, None] & some[None, :, None] & inside[None, None, :]
+        mask = some[None, :, None] & inside[None, None, :]
+        if not ONE_MATRIX:
+            mask = mask & there[:, None, None]
         g = tl.load(g_ptr + matrix + k[None, None, :], mask=mask, other=0.0).to(dtype)
         total += tl.sum(g * tl.expand_dims(z, 1), 2)
     element, mask = row[:, None] * d + output[None, :], there[:, None] & some[None, :]

