@@ -151,8 +151,8 @@ def _multiplied(g: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-# A trace keeps a larger shared matrix whole: 32 x 32 products written out take 6 s to compile, and 2 s so. In a batch of
-# one nothing tells a shared matrix from a row's own, which must be traced as in other batches: small ones are alike.
+# A trace keeps a larger shared matrix whole: 32 x 32 products written out take 6 s to compile, and 2 s so. In a batch
+# of one nothing tells a shared matrix from a row's own, which must be traced as in other batches: small ones are alike.
 _WRITTEN_OUT = 256
 
 
