@@ -26,6 +26,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("HYPOTHESIS_PROFILE") != "thorough":
+        longer = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if item not in longer]
+        config.hook.pytest_deselected(items=longer)
     if config.getoption("--device") != "cpu":
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
@@ -55,6 +59,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     skipped = {report.longrepr[2] for report in terminalreporter.getreports("skipped")}
     for reason in sorted(skipped):
         terminalreporter.write_line(reason)
+    if os.environ.get("HYPOTHESIS_PROFILE") != "thorough":
+        terminalreporter.write_line("left for HYPOTHESIS_PROFILE=thorough: tests marked so, and most random programs")
     if config.getoption("--device") == "cpu":
         names = ", ".join(config.stash.get(NOT_RUN, [])) or "none of those chosen"
         terminalreporter.write_line(f"not run, as they need a GPU (--device cuda): {names}")

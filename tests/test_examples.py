@@ -180,6 +180,7 @@ def test_digits(run):
     assert 0.3 < change.median() < 3.0  # of 16 levels
 
 
+@pytest.mark.thorough
 def test_digits_inpainting(run):
     row, scope = run("digits_inpainting")
     for name in ("Replacement", "DPS, scale 0.1", "PiGDM", "MMPS"):
@@ -195,6 +196,7 @@ def test_digits_inpainting(run):
     assert spread == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.thorough
 def test_digits_likelihood(run):
     row, scope = run("digits_likelihood")
     assert row("uniform")[0] == pytest.approx(math.log2(17), abs=1e-3)

@@ -40,6 +40,7 @@ def harness():
     return SimpleNamespace(checks=gpu_checks, device=gpu_device, ops=gpu_ops, targets=gpu_targets, worker=gpu_worker)
 
 
+@pytest.mark.thorough
 def test_the_report_is_whole(run):
     report, output = run
     assert report["complete"]

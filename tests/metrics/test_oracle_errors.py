@@ -173,7 +173,6 @@ def test_densities_followed_on_the_line_are_those_of_samples():
         (sds.SDEDPMSolverPP(2), sds.Gaussian(torch.zeros(2), 0.3), 2),
         (sds.DDIM(0.0), TWO_MODES, 1),
         (sds.DPMSolverPP(2), TWO_MODES, 2),
-        (sds.Ancestral(), TWO_MODES, 1),
         (sds.EulerMaruyama(), TWO_MODES, 1),
         (sds.Ancestral(), THREE_MODES, 1),
     ],

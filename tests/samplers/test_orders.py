@@ -12,7 +12,7 @@ import torch
 import sdesolve as sds
 
 DATA = sds.Gaussian(torch.tensor([0.5, -0.5, 1.0, 0.2]), torch.tensor([1.0, 0.3, 0.05, 2.0]))
-PROCESSES = [sds.VP(), sds.VE(), sds.EDM()]
+PROCESSES = [sds.VP(), sds.EDM()]
 # On the flow: sampler and order.
 DETERMINISTIC = [
     (sds.EulerMaruyama(), 1),

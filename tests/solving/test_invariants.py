@@ -57,7 +57,7 @@ def start(batch, dtype):
 
 
 @given(pair=pairs, seed=seeds, dtype=dtypes, grid=grids, backwards=st.booleans(), data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_splitting_at_a_grid_point_changes_nothing(pair, seed, dtype, grid, backwards, data):
     name, solver = pair
     grid = grid.flip(0) if backwards else grid
@@ -73,7 +73,7 @@ def test_splitting_at_a_grid_point_changes_nothing(pair, seed, dtype, grid, back
 
 
 @given(pair=pairs, seed=seeds, dtype=dtypes, order=st.permutations(range(5)))
-@settings(max_examples=7)
+@settings(max_examples=4)
 def test_a_permuted_or_split_batch_gives_the_permuted_or_split_result(pair, seed, dtype, order):
     name, solver = pair
     x0, path = start(5, dtype), sds.BrownianPath(seed)

@@ -78,6 +78,7 @@ def test_a_later_process_needs_no_numba(written, tmp_path):
     assert trajectory._read(damaged) is not None
 
 
+@pytest.mark.thorough
 def test_processes_print_the_same_source_for_a_network(tmp_path):
     """Or its kernel would be compiled in each: Python's hashes of strings, types and None differ between them."""
     processes = (start(tmp_path, SOURCE), start(tmp_path, SOURCE))
@@ -158,6 +159,7 @@ def test_the_folder_may_be_given_relative_to_the_home(monkeypatch):
     assert trajectory.cache_folder() == Path.home() / "kernels"
 
 
+@pytest.mark.thorough
 def test_a_debugger_that_disables_numba_breaks_nothing(written, tmp_path):
     """``NUMBA_DISABLE_JIT=1``, as coverage tools have it: kernels work on addresses and are compiled all the same."""
     variables = {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path / "numba")}

@@ -54,6 +54,7 @@ def test_plans(f, both, difference, interpreted, normals):
     assert difference(fused.x1, eager.x1) < 1e3 * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.thorough
 def test_kernels(difference, normals):
     """All of them observed in one kernel, twice with other weights."""
     x0 = normals(70, 20)

