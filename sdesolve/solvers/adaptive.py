@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, short, whole_number
-from sdesolve.brownian import Increment, Part, named
+from sdesolve.brownian import Increment, named
 from sdesolve.sde import AbstractODE, AbstractSDE, Noise
 from sdesolve.solvers.base import (
     AbstractEstimating,
@@ -20,10 +20,11 @@ from sdesolve.solvers.base import (
 from sdesolve.solvers.controller import StepController
 from sdesolve.solvers.embedded import AbstractEmbedded, Attempt, Slope
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.wrapping import AbstractWrapping
 
 
 @final
-class Adaptive(AbstractOneStep):
+class Adaptive(AbstractWrapping):
     """The steps of ``solver``, their lengths chosen for each path by its own error: `solve` without ``steps``.
 
     **With noise** a step is a cell of the dyadic tree over each of ``first_steps`` equal parts of ``[t0, t1]``. A cell
@@ -102,20 +103,8 @@ class Adaptive(AbstractOneStep):
         )
 
     @property
-    def strong_order(self) -> float | None:
-        return self.solver.strong_order
-
-    @property
     def strong_orders(self) -> tuple[float | None, float | None, float | None]:
         return self.solver.strong_orders
-
-    @property
-    def weak_order(self) -> float | None:
-        return self.solver.weak_order
-
-    @property
-    def ode_order(self) -> int | None:
-        return self.solver.ode_order
 
     @property
     def evaluations(self) -> int:
@@ -124,26 +113,6 @@ class Adaptive(AbstractOneStep):
     @property
     def diffusion_evaluations(self) -> int:
         return self.solver.diffusion_evaluations * (1 if self.estimates else 3)
-
-    @property
-    def own_component_diffusion(self) -> bool:
-        return self.solver.own_component_diffusion
-
-    @property
-    def commutative_noise(self) -> bool:
-        return self.solver.commutative_noise
-
-    @property
-    def by_products(self) -> bool:
-        return self.solver.by_products
-
-    @property
-    def failure(self) -> str | None:
-        return self.solver.failure
-
-    @property
-    def needs(self) -> tuple[Part, ...]:
-        return self.solver.needs
 
     @property
     def controller(self) -> StepController:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, number
-from sdesolve.brownian import Increment, Part
+from sdesolve.brownian import Increment
 from sdesolve.sde import AbstractSDE
-from sdesolve.solvers.base import AbstractOneStep, Span, Supported
+from sdesolve.solvers.base import AbstractOneStep, Span
+from sdesolve.solvers.wrapping import AbstractWrapping
 
 
-class AbstractModified(AbstractOneStep):
+class AbstractModified(AbstractWrapping):
     """The step of another solver on the equation with other coefficients, which differ less the shorter the step.
 
     Args:
@@ -37,14 +38,6 @@ class AbstractModified(AbstractOneStep):
         """The equation that a step of length ``h`` solves instead; ``h`` is positive, and broadcasts to the state."""
 
     @property
-    def supported(self) -> Supported:
-        return self.solver.supported
-
-    @property
-    def equations(self) -> tuple[type[AbstractSDE], ...]:
-        return self.solver.equations
-
-    @property
     def strong_order(self) -> float | None:
         return None if self.solver.strong_order is None else min(self.solver.strong_order, 1.0)
 
@@ -55,37 +48,6 @@ class AbstractModified(AbstractOneStep):
     @property
     def ode_order(self) -> int | None:
         return None if self.solver.ode_order is None else min(self.solver.ode_order, 1)
-
-    @property
-    def evaluations(self) -> int:
-        return self.solver.evaluations
-
-    @property
-    def diffusion_evaluations(self) -> int:
-        return self.solver.diffusion_evaluations
-
-    @property
-    def own_component_diffusion(self) -> bool:
-        return self.solver.own_component_diffusion
-
-    @property
-    def commutative_noise(self) -> bool:
-        return self.solver.commutative_noise
-
-    @property
-    def by_products(self) -> bool:
-        return self.solver.by_products
-
-    @property
-    def failure(self) -> str | None:
-        return self.solver.failure
-
-    @property
-    def needs(self) -> tuple[Part, ...]:
-        return self.solver.needs
-
-    def numbers(self, sde: AbstractSDE, times: Tensor) -> Tensor | None:
-        return self.solver.numbers(sde, times)
 
     @final
     def step(self, sde: AbstractSDE, x: Tensor, span: Span, noise: Increment | None) -> Tensor:

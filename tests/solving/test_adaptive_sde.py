@@ -182,3 +182,18 @@ def test_an_ode_by_any_scheme():
         )
         torch.testing.assert_close(sol.xs, torch.stack([x0 * math.exp(-0.7), x0 * math.exp(-2)]), rtol=1e-4, atol=0)
         assert sol.stats.accepted.min() > 4
+
+
+def test_a_scheme_for_one_equation_is_for_that_equation_alone():
+    class ForCIR(sds.AbstractOneStep):
+        supported = sds.supports(ito=("scalar", "diagonal"))
+        equations = (sds.CIR,)
+        strong_order, weak_order, ode_order = 1.0, 1.0, 1
+        evaluations = 1
+
+        def step(self, sde, x, span, noise):
+            return x + sde.drift(x, span.t0) * span.dt + sde.diffusion(x, span.t0) * noise.W
+
+    sde = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * x)
+    with pytest.raises(ValueError, match="Adaptive integrates CIR alone, got SDE"):
+        sds.solve(sde, torch.ones(3, 2), 0.0, 1.0, solver=sds.Adaptive(ForCIR()), seed=0)
