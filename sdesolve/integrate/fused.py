@@ -714,6 +714,7 @@ def _observe(problem: Problem) -> Callable[[tuple[Tensor, ...]], Tensor] | None:
 
 _REASON = "the whole trajectory is one generated kernel"
 _GRADED = f"{_REASON}, and its gradient another"
+_AT_ONCE = "the whole trajectory and the gradient of its mean are one generated kernel"
 
 
 def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Launch:
@@ -772,10 +773,12 @@ def _start(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) 
     return lambda launch: differentiated(adjoint, launch, again)
 
 
-def _told(kernel: _Kernel) -> tuple[str, str]:
+def _told(kernel: _Kernel, launch: Launch) -> tuple[str, str]:
     """What `Saved` says of a kernel, and its source."""
-    source = kernel.trajectory.source  # which may depend on the launch
-    return (_REASON, source) if kernel.adjoint is None else (_GRADED, f"{source}\n\n{kernel.adjoint.source}")
+    source, adjoint = kernel.trajectory.source, kernel.adjoint  # which may depend on the launch
+    if adjoint is None:
+        return _REASON, source
+    return _AT_ONCE if adjoint.at_once(launch) else _GRADED, f"{source}\n\n{adjoint.source}"
 
 
 def _run(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
@@ -794,8 +797,9 @@ def _on_grid(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch
     saves = sorted(k for k, slots in save.on_grid.items() if slots)
     # The end alone needs no saving if it is wanted as it is.
     plain = saves == [problem.steps] and save.observable is None and not save.moments
-    saved = start(dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments))
-    (reason, source), (_, *memory) = _told(kernel), lowered.apart(x0, saved.memory)
+    launch = dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments)
+    saved = start(launch)
+    (reason, source), (_, *memory) = _told(kernel, launch), lowered.apart(x0, saved.memory)
     # Two times at one grid point are two entries of what is returned.
     entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
     order = [entry[slot] for slot in range(len(save.ts))]
@@ -847,7 +851,7 @@ def _between(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch
             save.within_step(k, functools.partial(between, problem, k, carried, states[k + 1], span))
     variances = save.variances() if save.moments else None
     evaluations = kernel.evaluations * problem.taken + watched.evaluations - before
-    reason, source = _told(kernel)
+    reason, source = _told(kernel, launch)
     (_, *memory), xs = lowered.apart(problem.x0, saved.memory), save.states()
     made = saved.x1, xs, variances, problem.taken, evaluations, "fused", reason, source
     return Saved(*made, memory=tuple(memory), weights=save.weights())

@@ -125,7 +125,9 @@ def solve(
             float64; backwards with ``.flip(0)``): such steps are others, and take other increments. Solvers that go by
             earlier steps, as multistep ones do, and those that choose their own steps take no ``at``.
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path; ``"sums"``
-            exact `Sums` of them, which add up over batches to the same bits however paths are split.
+            exact `Sums` of them, which add up over batches to the same bits however paths are split. Where gradients
+            are wanted of moments of one number at one time, as of a loss that is an ``observable``, a fused run makes
+            the gradient of the mean on its way, and ``backward`` only scales it.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
             for weak convergence at a fraction of the cost, ``sobol`` points for quasi-Monte Carlo.
         kl_to: a prior whose law the paths are compared with, and whose diffusion ``g`` is that of the SDE: its drift

@@ -6,8 +6,10 @@ compiled.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import types
 
 import pytest
 import torch
@@ -371,6 +373,73 @@ def test_sums_over_paths_have_the_same_bits_for_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert stats.execution == "fused"
+    assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
+
+
+def at_once(run, wanted, tolerance=1e-10, why="the gradient of its mean are one generated kernel"):
+    """The gradient of a mean that comes with it, and of all else that the same run gives."""
+    sol, eager = run("fused"), run("eager")
+    assert why in sol.stats.reason
+    with torch.no_grad():
+        plain = run("fused")
+    assert all(torch.equal(a, b) for a, b in ((sol.x1, plain.x1), (sol.mean, plain.mean)))
+    torch.testing.assert_close(sol.variance, plain.variance, rtol=0, atol=0, equal_nan=True)
+    for of in (
+        lambda s: (3 * s.mean - s.mean**2).sum(),
+        lambda s: s.mean.sum() + (s.x1.double() ** 2).mean() + (s.variance.sum() if len(s.x1) > 1 else 0),
+    ):
+        made, expected = (torch.autograd.grad(of(s), wanted, retain_graph=True) for s in (sol, eager))
+        for a, b in zip(made, expected, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert (a - b).abs().max() <= tolerance * b.abs().max()
+    return made
+
+
+def cases_at_once():
+    """An observable of a solver's memory and of the start, a state of one number, rows of each path, one path."""
+    sde, wanted = with_theta()
+    x0, w, rows = leaf(70, 2), leaf(2, seed=2), leaf(70, 2, seed=1)
+    paid = {"reduce": "moments", "observable": lambda x: torch.relu(x @ w) + x[:, 0]}
+    yield "mean", solver_of(sde, x0, 9, **paid), [x0, w, *wanted]
+    yield "backwards", solver_of(sde, x0, 9, 1.0, 0.0, solver=sds.SRIW1(), **paid), [x0, w, *wanted]
+    yield "at the start", solver_of(sde, x0, 9, save_at=[0.0], **paid), [x0, w]
+    of_rows = sds.SDE(lambda x, t, p: torch.exp(p) * torch.sin(x), lambda x, t, p: 0.2 * p * x)
+    for batch in (1, 70):
+        single = {"params": rows[:batch, :1], "reduce": "moments", "save_at": [5 / 9], "solver": sds.SEA()}
+        single |= {"increments": "two-point", "solver": sds.EulerMaruyama()}
+        yield f"{batch} rows", solver_of(of_rows, x0[:batch, :1], 9, **single), [x0, rows]
+
+
+@pytest.mark.parametrize(("run", "wanted"), [pytest.param(*c, id=name) for name, *c in cases_at_once()])
+def test_a_mean_comes_with_its_gradient(run, wanted, interpreted):
+    at_once(run, wanted)
+
+
+def test_a_mean_comes_with_its_gradient_from_a_kernel(monkeypatch):
+    """On tapes of one segment and of several; by any number of threads; where it cannot, it says so."""
+    _, run, wanted = next(cases_at_once())
+    made = at_once(run, wanted)
+    monkeypatch.setattr(numba_backward, "_TAPE", 1)
+    for a, b in zip(made, at_once(run, wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    monkeypatch.setattr(numba_backward, "_SEGMENTS", 2)
+    at_once(run, wanted, why="its gradient another")
+    done, threads, found = [], torch.get_num_threads(), []
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        fused, "progress_bar", lambda *_, **__: contextlib.nullcontext(types.SimpleNamespace(update=done.append))
+    )
+    x0, theta = leaf(3000, 2, dtype=torch.float32), leaf(2, seed=1, dtype=torch.float32)
+    sde = sds.SDE(lambda x, t: theta * x.tanh(), lambda x, t: 0.2 * theta * x * (1 + t))
+    run = solver_of(sde, x0, 60, observable=lambda x: x.square().sum(1), reduce="moments", progress=True)
+    try:
+        for n in (1, 2, 8):
+            torch.set_num_threads(n)
+            sol = run("fused")
+            found.append([sol.mean, *torch.autograd.grad(sol.mean.sum(), [x0, theta])])
+    finally:
+        torch.set_num_threads(threads)
+    assert sum(done) == 3 * 60 * 3000
     assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
 
 

@@ -85,9 +85,8 @@ def halved(w, eta, kappa, z, x, y):
 
 
 @triton.jit
-def spread(x, inside, paths):
+def spread(x, inside, count):
     """Mean, and sum of squared distances to it, over the lanes inside, in float64."""
-    count = tl.minimum(paths - tl.program_id(0).to(tl.int64) * x.shape[0], x.shape[0]).to(tl.float64)
     mean = tl.sum(tl.where(inside, x.to(tl.float64), 0.0)) / count
     d = tl.where(inside, x.to(tl.float64) - mean, 0.0)
     return mean, tl.sum(d * d)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Kept:
         states: ``(batch, numbers carried)`` before the first step of some stretches, by number of the stretch.
         moments: of what it saved.
         each_step: whether columns need a cotangent for each step, as steps differ.
+        of_mean: gradients of the one mean that the run saved, if it made them.
     """
 
     launch: Launch
@@ -61,6 +62,7 @@ class Kept:
     states: dict[int, Tensor]
     moments: Moments | None
     each_step: bool
+    of_mean: Gradients | None = None
 
     @property
     def stretches(self) -> int:
@@ -101,6 +103,14 @@ class Gradients:
     rows: Tensor | None
     captured: list[Tensor | None]
 
+    def scaled(self, factor: Tensor) -> Gradients:
+        """A number times these."""
+
+        def times(t: Tensor | None) -> Any:
+            return None if t is None else (t * factor.to(t.device)).to(t.dtype)
+
+        return Gradients(times(self.x0), times(self.memory), times(self.rows), list(map(times, self.captured)))
+
 
 @final
 class Adjoint:
@@ -136,9 +146,20 @@ class Adjoint:
         self._scalars = scalars(reverse, self._wanted)
         self._start = Walk([reverse.plan.path_invariants[i] for i in reverse.path_invariants])
 
+    def at_once(self, launch: Launch) -> bool:
+        """Whether the run forward makes gradients too, as it does of the mean of one number at one time.
+
+        A path's cotangent is then known before the others are there, so that each block of paths goes forward and back
+        over states and noise in a core's cache. All steps have to fit into one stretch for that.
+        """
+        one = launch.moments and len(launch.saves) * self.reverse.plan.width == 1
+        return one and launch.end - launch.first_step <= self._limits(launch, self._each_step(launch))[1]
+
     def run(self, launch: Launch) -> tuple[Saved, Kept]:
         """A run forward, and what is needed to go back."""
-        each_step = bool(self.reverse.columns) and not (self.reverse.steady and _are_even(launch))
+        each_step = self._each_step(launch)
+        if self.at_once(launch):
+            return self._there_and_back(Kept(launch, launch.end - launch.first_step, {}, None, each_step))
         kept = Kept(launch, self._steps(launch, each_step), {}, None, each_step)
         x0, every = launch.x0, self._kept_every(kept)
         parts: list[Saved] = []
@@ -159,28 +180,49 @@ class Adjoint:
         return saved, dataclasses.replace(kept, moments=moments)
 
     @survives_forks
+    def _there_and_back(self, kept: Kept) -> tuple[Saved, Kept]:
+        """A run that makes gradients of the sum over paths on its way."""
+        launch, numbers = kept.launch, self.reverse.plan.numbers
+        start = kept.states[0] = _carried(launch, len(self.reverse.plan.states))
+        ends, one = torch.empty_like(start), torch.ones(1, 1, dtype=torch.float64, device=start.device)
+        still = torch.stack([one, 0 * one, 0 * one], 2)
+        gradients, moments = self._back(kept, torch.zeros_like(start), None, still, ends)
+        x1 = ends[:, :numbers].reshape(launch.x0.shape)
+        memory = ends[:, numbers:] if ends.shape[1] > numbers else None
+        return Saved(x1, None, moments, memory), dataclasses.replace(kept, moments=moments, of_mean=gradients)
+
+    @survives_forks
     def backward(self, kept: Kept, cotangents: Cotangents) -> Gradients:
         """The way back."""
-        launch, reverse = kept.launch, self.reverse
-        batch, numbers = len(launch.x0), reverse.plan.numbers
-        after = launch.x0.new_zeros(batch, len(reverse.plan.states))
+        launch, numbers = kept.launch, self.reverse.plan.numbers
+        batch, mean = len(launch.x0), cotangents.mean
+        others = cotangents.x1, cotangents.memory, cotangents.variance
+        if kept.of_mean is not None and mean is not None and all(g is None for g in others):
+            return kept.of_mean.scaled(mean.reshape(()) / batch)
+        after = launch.x0.new_zeros(batch, len(self.reverse.plan.states))
         if cotangents.x1 is not None:
             after[:, :numbers] = cotangents.x1.reshape(batch, numbers)
         if cotangents.memory is not None:
             after[:, numbers:] = cotangents.memory
-        each_step, columns = kept.each_step, len(reverse.columns)
-        sums, path_sums = _zeros(after, reverse.totals), _zeros(after, batch, len(reverse.path_invariants))
-        moments, total = _of_moments(kept.moments, cotangents, batch), _zeros(after, 1, columns)
         saved = None if cotangents.states is None else cotangents.states.to(after).contiguous()
-        pulled = _Pulled(self, launch)
+        return self._back(kept, after, saved, _of_moments(kept.moments, cotangents, batch))[0]
+
+    def _back(
+        self, kept: Kept, after: Tensor, saved: Tensor | None, moments: Tensor | None, ends: Tensor | None = None
+    ) -> tuple[Gradients, Moments | None]:
+        """All stretches, from the last to the first: `Sweep` says what they take and give."""
+        launch, reverse = kept.launch, self.reverse
+        batch, numbers, each_step, columns = len(after), reverse.plan.numbers, kept.each_step, len(reverse.columns)
+        sums, path_sums = _zeros(after, reverse.totals), _zeros(after, batch, len(reverse.path_invariants))
+        pulled, total, made = _Pulled(self, launch), _zeros(after, 1, columns), None
         for i, start in self._starts_reversed(kept):
             first, last = kept.stretch(i)
             by_step = _zeros(after, last - first, columns) if each_step else total
             part = dataclasses.replace(launch, first_step=first, last_step=last)
             table, uniforms = self._tables(launch, first, last)
-            self._kernel.run(
-                Sweep(part, start, saved, moments, table, uniforms, each_step, i == 0, after, by_step, sums, path_sums)
-            )
+            totals = by_step, sums, path_sums, ends
+            sweep = Sweep(part, start, saved, moments, table, uniforms, each_step, i == 0, after, *totals)
+            made = self._kernel.run(sweep)
             if each_step:
                 pulled.columns(by_step.cpu(), first, last)
         sums = sums.cpu()
@@ -190,12 +232,20 @@ class Adjoint:
         pulled.matrices(sums[len(loops) :])
         pulled.shared(loops, None if each_step else total[0].cpu())
         memory = None if launch.memory is None else after[:, numbers:]
-        return Gradients(after[:, :numbers].reshape(launch.x0.shape), memory, pulled.rows, pulled.captured())
+        x0 = after[:, :numbers].reshape(launch.x0.shape)
+        return Gradients(x0, memory, pulled.rows, pulled.captured()), made
+
+    def _each_step(self, launch: Launch) -> bool:
+        return bool(self.reverse.columns) and not (self.reverse.steady and _are_even(launch))
+
+    def _limits(self, launch: Launch, each_step: bool) -> tuple[int, int]:
+        """Steps of a stretch, at least and at most."""
+        return self._kernel.steps(len(launch.x0), len(self.reverse.columns) if each_step else 0)
 
     def _steps(self, launch: Launch, each_step: bool) -> int:
         """Steps of a stretch: few, while states that begin stretches are few enough to be kept."""
         steps = launch.end - launch.first_step
-        least, most = self._kernel.steps(len(launch.x0), len(self.reverse.columns) if each_step else 0)
+        least, most = self._limits(launch, each_step)
         states = max(1, _KEPT // self._bytes(launch))
         return min(max(least, -(-steps // states)), most)
 

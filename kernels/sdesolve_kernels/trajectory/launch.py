@@ -114,7 +114,7 @@ class Saved:
 @final
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One way back through some steps.
+    """One way back through some steps, with the way there if that is wanted too.
 
     Attributes:
         launch: the run that is gone back through, with these steps alone; its `x0` and `memory` are what it began with.
@@ -129,6 +129,7 @@ class Sweep:
             state before the first.
         columns, sums, path_sums: what is added to, float64: ``(steps or 1, columns)``, ``(Reverse.totals,)``,
             ``(batch, path invariants)``.
+        ends: ``(batch, numbers carried)``, where to put the states after the last of these steps; or `None`.
     """
 
     launch: Launch
@@ -143,6 +144,7 @@ class Sweep:
     columns: Tensor
     sums: Tensor
     path_sums: Tensor
+    ends: Tensor | None = None
 
     @property
     def slots(self) -> tuple[int, int]:
@@ -171,8 +173,12 @@ class AbstractReverse(abc.ABC):
         """
 
     @abc.abstractmethod
-    def run(self, sweep: Sweep) -> None:
-        """Goes back through some steps."""
+    def run(self, sweep: Sweep) -> Moments | None:
+        """Goes back through some steps.
+
+        Returns:
+            Moments of what the launch saves, where ends and cotangents of moments are given.
+        """
 
 
 class AbstractTrajectory(abc.ABC):

@@ -36,6 +36,8 @@ REVERSE_ARGUMENTS = {
     "saves": "int64",
     "saved": "real",  # cotangents of saved states, or 0
     "moments": "float64",  # `launch.Sweep.moments`, or 0
+    "ends": "real",  # where states after the last step go, or 0
+    "values": "float64",  # as `numba_source.ARGUMENTS` has moments; only with those cotangents
     "noise": "int64",
     "pointers": "int64",
     "rows": "int64",
@@ -48,6 +50,7 @@ REVERSE_ARGUMENTS = {
     "column_sums": "",  # of a group
 }
 
+_ARGUMENT = {name: i for i, name in enumerate(REVERSE_ARGUMENTS)}
 _BLOCKS_CUT = 8  # rows for what the generator makes beyond the numbers of a segment, before and behind them
 
 
@@ -218,6 +221,8 @@ class _Printer(AbstractPrinter):
             "if turn < count - 1:",
             f"    copy(s, {self.state * self.lanes}, STARTS + (g + 1) * CARRIED * LANES, CARRIED * LANES)",
             "    continue",
+            f"if turn == count - 1 and a[{_ARGUMENT['ends']}] != 0:",
+            f"    keep(ends, first * CARRIED, s, {self.state * self.lanes}, CARRIED, lanes, LANES)",
         ]
 
     def _backwards(self) -> list[str]:
@@ -265,24 +270,30 @@ class _Printer(AbstractPrinter):
 
     def _observed(self) -> list[str]:
         """What the cotangent of what was saved of a state adds to that of the state."""
-        plan, width, names = self.plan, self.plan.width, list(REVERSE_ARGUMENTS)
+        plan, width = self.plan, self.plan.width
         first = self.cotangent + len(plan.states)
         at = [(self.state + i) * self.lanes for i in range(plan.numbers)]
         observe: list[str] = []
         if plan.program.observed_shape is not None:
             observe = self.rows.compute([(self.observed + i, self._real(e)) for i, e in enumerate(plan.observed)])
             at = [(self.observed + i) * self.lanes for i in range(width)]
-        lines = [f"if a[{names.index('saved')}] != 0:", "    for l in range(used):"]
+        lines = [f"if a[{_ARGUMENT['saved']}] != 0:", "    for l in range(used):"]
         lines.append(f"        from_ = (slot * paths + min(first + l, paths - 1)) * {width}")
         lines += [
             f"        {self.rows.at(first + j)} = saved[from_ + {j}] if l < lanes else REAL(0)" for j in range(width)
         ]
-        lines += [f"if a[{names.index('moments')}] != 0:", *indented(observe, 1)]
+        lines += [
+            f"if a[{_ARGUMENT['moments']}] != 0:",
+            *indented(observe, 1),
+            f"    if a[{_ARGUMENT['values']}] != 0:",
+            f"        accumulate(values, (slot * blocks + block) * {2 * width}, s, {at[0]}, {width}, lanes, LANES)",
+        ]
         for j in range(width):
             lines += [
                 f"    m = (slot * {width} + {j}) * 3",
+                "    slope = moments[m + 1]",
                 "    for l in range(used):",
-                f"        value = moments[m] + moments[m + 1] * (F64(s[{at[j]} + l]) - moments[m + 2])",
+                f"        value = moments[m] + (slope * (F64(s[{at[j]} + l]) - moments[m + 2]) if slope != 0 else 0.0)",
                 f"        {self.rows.at(first + j)} = REAL(value) if l < lanes else REAL(0)",
             ]
         return [*lines, *self._pulled(self.reverse.observed, added=True), "slot -= 1"]

@@ -191,7 +191,7 @@ class ReferenceReverse(AbstractReverse):
     def steps(self, batch: int, columns: int) -> tuple[int, int]:
         return 8, 64
 
-    def run(self, sweep: Sweep) -> None:
+    def run(self, sweep: Sweep) -> Moments | None:
         launch, reverse, plan = sweep.launch, self._reverse, self._reverse.plan
         x0, first, end = launch.x0.detach(), launch.first_step, launch.end
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(launch.captured)]
@@ -208,10 +208,16 @@ class ReferenceReverse(AbstractReverse):
         for k in range(end - first):
             at(k)
             tape.append(self._step(leaves, x0))
-        after = list(sweep.cotangents.unbind(1))
+            if sweep.ends is not None and launch.progress is not None:
+                launch.progress(len(x0))
+        if sweep.ends is not None:
+            sweep.ends.copy_(torch.stack(tape[-1], 1))
+        after, parts = list(sweep.cotangents.unbind(1)), list[Tensor]()
         low, slot = sweep.slots
         for k in range(end - first, -1, -1):
             if slot >= low and launch.saves[slot] == first + k:
+                if sweep.ends is not None:
+                    parts.append(self._trajectory._saved(tape[k], leaves, x0, moments=True))
                 leaves[State] = tape[k]
                 seen = self._observe(leaves, x0) if plan.observed else tape[k]
                 leaves[Cotangent] = (*after, *self._of_save(sweep, slot, seen))
@@ -223,6 +229,7 @@ class ReferenceReverse(AbstractReverse):
                 row = k - 1 if sweep.each_step else 0
                 after = list(self._added(sweep, reverse.step, self._pull(leaves, x0), leaves, row))
         sweep.cotangents.copy_(torch.stack(after, 1) if n else sweep.cotangents)
+        return Moments(*torch.stack(parts[::-1]).unbind(1)) if parts else None
 
     def _of_save(self, sweep: Sweep, slot: int, seen: Sequence[Tensor]) -> list[Tensor]:
         """Cotangents of what was saved of a state."""
@@ -232,7 +239,8 @@ class ReferenceReverse(AbstractReverse):
             made = made + sweep.saved[slot]
         if sweep.moments is not None:
             level, slope, mean = sweep.moments[slot].unbind(1)
-            made = made + (level + slope * (torch.stack(tuple(seen[:width]), 1).double() - mean)).to(made)
+            off = torch.stack(tuple(seen[:width]), 1).double() - mean
+            made = made + (level + torch.where(slope == 0, 0.0, slope * off)).to(made)
         return list(made.unbind(1))
 
     def _added(

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sdesolve_kernels._triton.arguments import launch
 from sdesolve_kernels._triton.paths import add_up_kernel
+from sdesolve_kernels.threads import Job
 from sdesolve_kernels.trajectory.expressions import topological
-from sdesolve_kernels.trajectory.launch import AbstractReverse, Sweep, contiguous, listed
+from sdesolve_kernels.trajectory.launch import AbstractReverse, Moments, Sweep, combined, contiguous, listed
 from sdesolve_kernels.trajectory.reverse import Reverse
 from sdesolve_kernels.trajectory.triton_generated import Generated, is_steady, moved, nanoseconds, shape_for
 from sdesolve_kernels.trajectory.triton_reverse import reverse_kernel
@@ -69,16 +70,18 @@ class TritonReverse(AbstractReverse):
         most = max(1, min(_SEGMENTS * segment, by_time, by_sums))
         return min(segment, most), most
 
-    def run(self, sweep: Sweep) -> None:
+    def run(self, sweep: Sweep) -> Moments | None:
         run, plan, reverse = sweep.launch, self._reverse.plan, self._reverse
         batch, steps, device = len(sweep.starts), run.end - run.first_step, sweep.starts.device
         if not batch:
-            return
+            return None
         first, last = sweep.slots
         keep, moments = (last >= first and t is not None for t in (sweep.saved, sweep.moments))
         steady = is_steady(plan, sweep.table)
         each_step = sweep.each_step and bool(reverse.columns)
-        kernel = self._kernel(_shape(batch, keep=keep, moments=moments, steady=steady, each_step=each_step))
+        ends = sweep.ends if moments else None
+        kind = {"keep": keep, "moments": moments, "steady": steady, "each_step": each_step, "ends": ends is not None}
+        kernel = self._kernel(_shape(batch, **kind))
         self.source = kernel.source
         tiles, programs, segment = self._cut(kernel.shape.lanes, batch)
         segment = min(segment, steps)
@@ -96,6 +99,10 @@ class TritonReverse(AbstractReverse):
             on_host = torch.tensor(saves, dtype=torch.int64, device="cpu")
             pointers += [on_host.to(device, non_blocking=True), seen[first:]]
             integers.append(last + 1 - first)
+        values: Tensor | None = None
+        if ends is not None:
+            values = parts.new_empty(last + 1 - first, tiles, 2, kernel.width)
+            pointers += [ends, values]
         captured = [contiguous(c, plan.program.captured[i].dtype) for i, c in enumerate(run.captured)]
         normals = zip(run.places, plan.noises, strict=True)
         places = [(*place[:3], place[3] + run.first_step * m) for place, m in normals]
@@ -111,6 +118,10 @@ class TritonReverse(AbstractReverse):
         if columns:
             sweep.columns[0] += sums[:columns]
         sweep.sums.add_(sums[columns:])
+        if values is None:
+            return None
+        Job(run.progress).advance(batch * steps)
+        return combined(values, kernel.shape.lanes, batch)
 
 
 @functools.lru_cache(maxsize=64)

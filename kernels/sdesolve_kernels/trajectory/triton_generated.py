@@ -30,7 +30,7 @@ _LATENCY, _THROUGHPUT = 4.0, 1e-4  # nanoseconds, at most, of an operation: of o
 
 
 def shape_for(
-    paths: int, operations: int, *, keep: bool, moments: bool, steady: bool, each_step: bool = False
+    paths: int, operations: int, *, keep: bool, moments: bool, steady: bool, each_step: bool = False, ends: bool = False
 ) -> Shape:
     """How to cut a batch into programs.
 
@@ -38,9 +38,9 @@ def shape_for(
     the step is small: what all paths share is then read once for both.
     """
     if paths < _WIDE_FROM:
-        return Shape(32, 1, keep, moments, steady, each_step)
+        return Shape(32, 1, keep, moments, steady, each_step, ends)
     each = 2 if operations <= _SMALL_STEP else 1
-    return Shape(128 * each, 4, keep, moments, steady, each_step)
+    return Shape(128 * each, 4, keep, moments, steady, each_step, ends)
 
 
 def nanoseconds(operations: int, paths: int) -> float:

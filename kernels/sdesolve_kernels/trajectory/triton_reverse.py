@@ -25,7 +25,15 @@ from sdesolve_kernels.trajectory.reverse import Pulled, Reverse
 from sdesolve_kernels.trajectory.tracing import Unsupported
 from sdesolve_kernels.trajectory.triton_dialect import plus
 from sdesolve_kernels.trajectory.triton_noise import Place
-from sdesolve_kernels.trajectory.triton_source import AbstractPrinter, Results, Shape, Stores, TritonKernel, written_out
+from sdesolve_kernels.trajectory.triton_source import (
+    AbstractPrinter,
+    Results,
+    Shape,
+    Stores,
+    TritonKernel,
+    stored_moments,
+    written_out,
+)
 
 __all__ = ["reverse_kernel"]
 
@@ -198,6 +206,8 @@ class _Printer(AbstractPrinter):
             pointers.append("path_sums")
         if self.saving:
             pointers += ["saves", "saved" if self.shape.keep else "moments"]
+        if self.shape.ends:
+            pointers += ["ends", "values"]
         integers = ["paths", "steps", "segment", *(["slots"] if self.saving else [])]
         tile = [
             "path = (lane + tile * LANES).to(tl.int64)",
@@ -254,10 +264,13 @@ class _Printer(AbstractPrinter):
             *self.advance(),
             "if turn >= segments - 1:",
         ]
+        ends = [f"tl.store({plus(f'ends + path * {states}', i)}, x{i}, mask=inside)" for i in range(states)]
         back = ["stop = begin", *self._retreat()]
         if self.saving:
             seen = ["if due == k:", *indented(self._unseen(), 1), "stop = tl.maximum(due, begin)", *self._retreat()]
             back = ["while (k > begin) | ((due == k) & (part == 0)):", *indented(seen, 1)]
+        if self.shape.ends:
+            back = ["if turn == segments - 1:", *indented(ends, 1), *back]
         return [*lines, *indented([*back, *self._flushed()], 1)]
 
     def enter(self) -> list[str]:
@@ -317,9 +330,14 @@ class _Printer(AbstractPrinter):
                 lines.append(f"g{first + j} = tl.load({place}, mask=inside, other=0.0)")
         else:
             lines, names = self.see()
+            if self.shape.ends:
+                tiles = "(paths + LANES - 1) // LANES"
+                place = f"values + ((slot - 1) * ({tiles}) + tile) * {2 * width}"
+                lines += stored_moments(names, place, "inside")
             for j, name in enumerate(names):
                 at = f"moments + ((slot - 1) * {width} + {j}) * 3"
-                value = f"tl.load({at}) + tl.load({at} + 1) * ({name}.to(tl.float64) - tl.load({at} + 2))"
+                off = f"tl.load({at} + 1) * ({name}.to(tl.float64) - tl.load({at} + 2))"
+                value = f"tl.load({at}) + tl.where(tl.load({at} + 1) == 0, 0.0, {off})"
                 lines.append(f"g{first + j} = tl.where(inside, {value}, 0.0).to(tl.{self.dtype})")
         return [*lines, *self._pulled("unsee", self.unsee, {}), "slot -= 1", "due = tl.load(saves + slot)"]
 

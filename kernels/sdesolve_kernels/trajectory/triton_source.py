@@ -41,6 +41,7 @@ class Shape:
         moments: store their mean and sum of squared deviations over the paths of a program; likewise.
         steady: all steps have the same row of the table, which is read once.
         each_step: of a reverse, add up cotangents of the table for each step, not for all.
+        ends: of a reverse with moments, store those as well, and the state at the end.
     """
 
     lanes: int
@@ -49,6 +50,7 @@ class Shape:
     moments: bool = False
     steady: bool = False
     each_step: bool = False
+    ends: bool = False
 
 
 @final
@@ -423,14 +425,21 @@ class _Printer(AbstractPrinter):
                 place = plus(f"saved + (slot * paths + path) * {width}", j)
                 lines.append(f"tl.store({place}, {name}, mask=path < paths)")
             return lines
-        lines.append(f"part = moments + (slot * tl.num_programs(0) + tl.program_id(0)) * {2 * width}")
-        for j, name in enumerate(names):
-            lines += [
-                f"mean, squares = spread({name}, path < paths, paths)",
-                f"tl.store({plus('part', j)}, mean)",
-                f"tl.store({plus('part', width + j)}, squares)",
-            ]
-        return lines
+        lines.append("count = tl.minimum(paths - tl.program_id(0).to(tl.int64) * LANES, LANES)")
+        place = f"moments + (slot * tl.num_programs(0) + tl.program_id(0)) * {2 * width}"
+        return [*lines, *stored_moments(names, place, "path < paths")]
+
+
+def stored_moments(names: Sequence[str], place: str, inside: str) -> list[str]:
+    """Lines that store means and sums of squared deviations over the ``count`` lanes of a tile that are inside."""
+    lines = [f"seen = {place}"]
+    for j, name in enumerate(names):
+        lines += [
+            f"mean, squares = spread({name}, {inside}, count)",
+            f"tl.store({plus('seen', j)}, mean)",
+            f"tl.store({plus('seen', len(names) + j)}, squares)",
+        ]
+    return lines
 
 
 def _is_own(e: Expression, i: int) -> bool:

@@ -129,6 +129,26 @@ def test_runs(options, segments, monkeypatch):
     check(solver_of(sde, x0, **options), [x0, theta], numba="seed" in options)
 
 
+def test_a_mean_comes_with_its_gradient(segments):
+    """In one launch, on several tiles and segments; the same run also gives gradients of all else."""
+    theta, x0 = leaf(2), leaf(5, 2, seed=1)
+    sde = sds.SDE(lambda x, t: theta * torch.sin(x.flip(-1)), lambda x, t: 0.3 * theta * x, noise="diagonal")
+    run = solver_of(sde, x0, reduce="moments", save_at=[4 / 7], observable=lambda x: torch.relu(x.sum(1)) + x[:, 0])
+    with use_backend(OnTheHost.name):
+        sol = run("fused")
+        with torch.no_grad():
+            plain = run("fused")
+    assert "the gradient of its mean are one generated kernel" in sol.stats.reason
+    assert torch.equal(sol.x1, plain.x1)
+    for a, b in ((sol.mean, plain.mean), (sol.variance, plain.variance)):  # of tiles of other sizes
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+    eager = run("eager")
+    for of in (lambda s: (s.mean - s.mean**3).sum(), lambda s: s.mean.sum() + s.variance.sum()):
+        expected = torch.autograd.grad(of(eager), [x0, theta], retain_graph=True)
+        for a, b in zip(torch.autograd.grad(of(sol), [x0, theta], retain_graph=True), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_parameters_of_each_path(segments):
     rate, scale, x0 = leaf(5, 2), leaf(), leaf(5, 2, seed=2)
     sde = sds.SDE(lambda x, t, p: torch.exp(p * scale) * torch.sin(x), lambda x, t, p: 0.2 * p * x, noise="diagonal")
