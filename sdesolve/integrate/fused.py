@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from sdesolve_kernels.dispatch import backend_for, requested_backend, use_backend
@@ -22,6 +22,7 @@ from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
     Adjoint,
+    Bindings,
     Guards,
     Inputs,
     Launch,
@@ -53,9 +54,10 @@ from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows, GivenNo
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
 from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
-from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, assembled, lower, together
+from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, apart, assembled, lower, together
 from sdesolve.integrate.non_finite import refuse_overflow
 from sdesolve.integrate.path_measure import between
+from sdesolve.integrate.plans import Plan
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import Saved
@@ -65,7 +67,7 @@ from sdesolve.solvers.base import Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import Row, torch_row
 
-_KERNELS_KEPT, _SPANS_KEPT, _ROWS_AT_ONCE = 128, 1024, 1 << 16
+_KERNELS_KEPT, _SPANS_KEPT, _ROWS_AT_ONCE = 256, 1024, 1 << 16
 # Sums over fine steps are written out: with 128 of them, increments and areas of one channel take 5 s to compile.
 _MOST_SUMMED, _MOST_SUMMED_UNASKED = 512, 4
 # Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against
@@ -85,7 +87,7 @@ _SECONDS, _COMPILING = 5.0, 10.0
 
 @final
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
+class Kernel:
     """A compiled step, and where its arguments come from.
 
     Attributes:
@@ -108,19 +110,61 @@ class _Kernel:
     evaluations: int
     noises: tuple[tuple[int, ...], ...]
     read: tuple[tuple[int, Tensor], ...]
-    bindings: list[Any]
+    bindings: Bindings
     proved: bool
     adjoint: Adjoint | None
     spans: set[tuple[float, float]] = dataclasses.field(default_factory=set)
     batches: dict[int, Unsupported | None] = dataclasses.field(default_factory=dict)
+
+    def told(self, launch: Launch) -> tuple[str, str]:
+        """What `Saved` says of a run, and its source."""
+        source, adjoint = self.trajectory.source, self.adjoint  # which may depend on the launch
+        if adjoint is None:
+            return _REASON, source
+        return _AT_ONCE if adjoint.at_once(launch) else _GRADED, f"{source}\n\n{adjoint.source}"
 
     def fits(self, guards: Guards) -> bool:
         """Whether nothing beyond the key of the guards has changed."""
         return unchanged(self.bindings) and all(torch.equal(guards.tensors[i], value) for i, value in self.read)
 
 
-_kernels: OrderedDict[Hashable, _Kernel | Unsupported] = OrderedDict()
+# By what they depend on; among them plans of calls, and the kinds of calls that have one.
+_kernels: OrderedDict[Hashable, Kernel | Plan | Unsupported | None] = OrderedDict()
 _lock = threading.Lock()
+
+
+def is_planned(call: Hashable) -> bool:
+    """Whether there is a plan for any call of a kind (`Call.key`)."""
+    return call in _kernels
+
+
+def planned(call: Hashable, *roots: object) -> tuple[Plan, Guards] | None:
+    """The plan of a call whose functions hold what they did then, and what that is."""
+    try:
+        guards = look_into(*roots, most_weights=_MOST_WEIGHTS)
+        plan = _found((call, guards.key))
+        if isinstance(plan, Plan) and plan.kernel.fits(guards):
+            return plan, guards
+    except Exception:  # which the call in full tells of
+        pass
+    return None
+
+
+def _found(key: Hashable) -> Kernel | Plan | Unsupported | None:
+    with _lock:
+        found = _kernels.get(key)
+        if found is not None:
+            _kernels.move_to_end(key)
+    return found
+
+
+def _plan(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered) -> None:
+    """Has the next call of this kind know what this one became."""
+    call = problem.call
+    plan = None if call is None else Plan.of(problem, lowered, kernel)
+    if call is not None and plan is not None:
+        _keep(call.key, None)
+        _keep((call.key, guards.key), plan)
 
 
 @final
@@ -154,6 +198,8 @@ class Fused:
             check_noise(problem, saved.x1, problem.times[-1].to(saved.x1))
         if problem.check_finite and not all_finite(saved.x1):
             _report_divergence(problem, kernel.trajectory, lowered, launch)
+        if stopping is None:
+            _plan(problem, kernel, guards, lowered)
         return saved if stopping is None else dataclasses.replace(saved, work=stopping.work)
 
 
@@ -162,7 +208,7 @@ def _leaves(problem: Problem, graded: bool) -> bool:
     return problem.following is not None and problem.following.stops and not graded
 
 
-def prepared(problem: Problem, lowered: Lowered, wanted: bool) -> tuple[_Kernel, Guards]:
+def prepared(problem: Problem, lowered: Lowered, wanted: bool) -> tuple[Kernel, Guards]:
     """A kernel for an integration, known or made now, and what its functions hold.
 
     Raises:
@@ -329,22 +375,18 @@ def _numbered(problem: Problem, lowered: Lowered) -> tuple[Problem, Lowered]:
     return problem, lowered
 
 
-def _known(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> _Kernel | None:
+def _known(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> Kernel | None:
     """The kernel of an integration from an earlier call, if there is one.
 
     Raises:
         Unsupported: there can be none, or it is not right for a batch of this size.
     """
-    key = _key(problem, guards, lowered)
-    with _lock:
-        found = _kernels.get(key)
-        if found is not None:
-            _kernels.move_to_end(key)
+    found = _found(_key(problem, guards, lowered))
     if isinstance(found, Unsupported):
         if wanted and isinstance(found, TooCostly):
             return None
         raise found
-    if found is None or not found.fits(guards):
+    if not isinstance(found, Kernel) or not found.fits(guards):
         return None
     refusal = found.batches.get(len(problem.x0))
     if refusal is not None:
@@ -364,9 +406,9 @@ def _tried(
     guards: Guards,
     lowered: Lowered,
     noises: tuple[tuple[int, ...], ...],
-    kernel: _Kernel | None,
+    kernel: Kernel | None,
     wanted: bool,
-) -> tuple[_Kernel, Guards]:
+) -> tuple[Kernel, Guards]:
     """A kernel, made now if there is none, that was compared with torch for the batch of this integration."""
     batch = len(problem.x0)
     try:
@@ -389,7 +431,7 @@ def _tried(
     return kernel, guards
 
 
-def _keep(key: Hashable, made: _Kernel | Unsupported) -> None:
+def _keep(key: Hashable, made: Kernel | Plan | Unsupported | None) -> None:
     with _lock:
         _kernels[key] = made
         while len(_kernels) > _KERNELS_KEPT:
@@ -435,7 +477,7 @@ def _made_of(source: NoiseSource) -> Hashable:
 
 def _build(
     problem: Problem, guards: Guards, lowered: Lowered, noises: tuple[tuple[int, ...], ...], wanted: bool
-) -> tuple[_Kernel, Guards]:
+) -> tuple[Kernel, Guards]:
     x0, watched = problem.x0, problem.watched
     evaluations = 0
     step = _traced_step(lowered)
@@ -485,7 +527,7 @@ def _build(
         raise Unsupported("it uses a tensor that it makes outside torch, or that could not be found beforehand")
     where = tuple(places[id(c)] for c in program.captured)
     read = tuple((where[i], program.captured[i].detach().clone()) for i in program.read)
-    return _Kernel(trajectory, where, weights, evaluations, noises, read, watch.bindings(), proved, adjoint), guards
+    return Kernel(trajectory, where, weights, evaluations, noises, read, watch.bindings(), proved, adjoint), guards
 
 
 def _adjoint(problem: Problem, lowered: Lowered, trajectory: AbstractTrajectory, seconds: float) -> Adjoint:
@@ -571,7 +613,7 @@ def _inputs(
     return Inputs(lowered.start(x), tuple(normals), t[0], t[1], dt[0].to(x), dt[0].abs().sqrt().to(x), row)
 
 
-def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> None:
+def _compare(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered) -> None:
     """Compares a kernel with the step in torch on all rows of the batch.
 
     At the first, middle and last grid times when it is new, and at the first for other sizes of the batch.
@@ -633,7 +675,7 @@ def _compare(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered
         raise Unsupported(f"comparing it with torch fails ({_described(met)})") from met
 
 
-def _compare_gradients(problem: Problem, kernel: _Kernel, adjoint: Adjoint, guards: Guards, lowered: Lowered) -> None:
+def _compare_gradients(problem: Problem, kernel: Kernel, adjoint: Adjoint, guards: Guards, lowered: Lowered) -> None:
     """Compares gradients of the first two steps with autograd's."""
     observe, step, first = _observe(problem), _traced_step(lowered), problem.first
     lowered = _undifferentiated(lowered)
@@ -687,7 +729,7 @@ def _described(problem: Exception) -> str:
     return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
 
 
-def places_of(problem: Problem, kernel: _Kernel, lowered: Lowered, step: int = 0) -> list[tuple[int, int, int, int]]:
+def places_of(problem: Problem, kernel: Kernel, lowered: Lowered, step: int = 0) -> list[tuple[int, int, int, int]]:
     """Where the numbers of each source begin, ``step`` steps after the first."""
     found = []
     for source, m in zip(lowered.sources, map(math.prod, kernel.noises), strict=True):
@@ -717,7 +759,7 @@ _GRADED = f"{_REASON}, and its gradient another"
 _AT_ONCE = "the whole trajectory and the gradient of its mean are one generated kernel"
 
 
-def _launch(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Launch:
+def _launch(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered) -> Launch:
     """The integration from its first step to its last, with nothing saved."""
     captured = tuple(guards.tensors[i] for i in kernel.where)
     offsets = places_of(problem, kernel, lowered)
@@ -760,7 +802,7 @@ def _report_divergence(problem: Problem, trajectory: AbstractTrajectory, lowered
 Start = Callable[[Launch], Run]
 
 
-def _start(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) -> Start:
+def _start(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered) -> Start:
     """How a launch is run: as a part of torch's graph if gradients are wanted."""
     adjoint = kernel.adjoint
     if adjoint is None:
@@ -773,15 +815,7 @@ def _start(problem: Problem, kernel: _Kernel, guards: Guards, lowered: Lowered) 
     return lambda launch: differentiated(adjoint, launch, again)
 
 
-def _told(kernel: _Kernel, launch: Launch) -> tuple[str, str]:
-    """What `Saved` says of a kernel, and its source."""
-    source, adjoint = kernel.trajectory.source, kernel.adjoint  # which may depend on the launch
-    if adjoint is None:
-        return _REASON, source
-    return _AT_ONCE if adjoint.at_once(launch) else _GRADED, f"{source}\n\n{adjoint.source}"
-
-
-def _run(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
+def _run(problem: Problem, kernel: Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
     work = problem.taken * len(problem.x0)
     with progress_bar(problem.progress, total=work, unit="path-step", leave=False) as bar:
         launch = dataclasses.replace(launch, progress=bar.update if problem.progress else None)
@@ -789,31 +823,68 @@ def _run(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, st
         return (_between if after_it else _on_grid)(problem, kernel, lowered, launch, start)
 
 
-def _on_grid(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
-    """A run whose plan has times on the grid alone."""
-    save, x0 = problem.save, problem.x0
-    trajectory = kernel.trajectory
-    evaluations = kernel.evaluations * problem.taken
-    saves = sorted(k for k, slots in save.on_grid.items() if slots)
-    # The end alone needs no saving if it is wanted as it is.
-    plain = saves == [problem.steps] and save.observable is None and not save.moments
-    launch = dataclasses.replace(launch, saves=() if plain else saves, moments=save.moments)
-    saved = start(launch)
-    (reason, source), (_, *memory) = _told(kernel, launch), lowered.apart(x0, saved.memory)
-    # Two times at one grid point are two entries of what is returned.
-    entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
-    order = [entry[slot] for slot in range(len(save.ts))]
-    shape = trajectory.plan.program.observed_shape
-    shape = tuple(x0.shape[1:]) if shape is None else shape
-    if saved.moments is not None:
-        mean, variance = (m.reshape(len(saves), *shape) for m in (saved.moments.mean, saved.moments.variance))
-        mean, variance = (m if order == list(range(len(m))) else m[order] for m in (mean, variance))
-        return Saved(
-            saved.x1, mean, variance, problem.taken, evaluations, "fused", reason, source, memory=tuple(memory)
+@final
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What of a run is kept, where times of the plan are on the grid alone.
+
+    Attributes:
+        saves: steps after which the kernel saves; none, if the end alone is wanted as it is.
+        order: of what is returned among what was saved; `None` if that is the same.
+        shape: of what is kept of a path.
+        memory: shapes of what is carried beside the state, for a path.
+        moments: whether mean and variance are kept instead of paths.
+        steps: that are taken.
+        evaluations: in all of them.
+    """
+
+    saves: tuple[int, ...]
+    order: list[int] | None
+    shape: tuple[int, ...]
+    memory: tuple[tuple[int, ...], ...]
+    moments: bool
+    steps: int
+    evaluations: int
+
+    @classmethod
+    def of(cls, problem: Problem, kernel: Kernel, lowered: Lowered) -> Layout:
+        save, x0 = problem.save, problem.x0
+        saves = sorted(k for k, slots in save.on_grid.items() if slots)
+        # Two times at one grid point are two entries of what is returned.
+        entry = {slot: i for i, k in enumerate(saves) for slot in save.on_grid[k]}
+        order = [entry[slot] for slot in range(len(save.ts))]
+        as_it_is = saves == [problem.steps] and save.observable is None and not save.moments
+        shape = kernel.trajectory.plan.program.observed_shape
+        return cls(
+            () if as_it_is else tuple(saves),
+            None if order == list(range(len(saves))) else order,
+            tuple(x0.shape[1:]) if shape is None else shape,
+            tuple(lowered.shapes(x0)[1:]),
+            save.moments,
+            problem.taken,
+            kernel.evaluations * problem.taken,
         )
-    xs = saved.x1[None].clone() if saved.states is None else saved.states.reshape(len(saves), len(x0), *shape)
-    xs = xs if order == list(range(len(xs))) else xs[order]
-    return Saved(saved.x1, xs, None, problem.taken, evaluations, "fused", reason, source, memory=tuple(memory))
+
+    def saved(self, run: Run, reason: str, source: str) -> Saved:
+        """What a run leaves, as an executor does."""
+        xs, variances, order = run.x1[None], None, self.order
+        if run.moments is not None:
+            xs, variances = (m.reshape(len(self.saves), *self.shape) for m in (run.moments.mean, run.moments.variance))
+        elif run.states is not None:
+            xs = run.states.reshape(len(self.saves), len(run.x1), *self.shape)
+        if order is not None:
+            xs, variances = xs[order], None if variances is None else variances[order]
+        elif not self.saves:
+            xs = xs.clone()
+        memory = apart(run.x1, run.memory, self.memory)
+        return Saved(run.x1, xs, variances, self.steps, self.evaluations, "fused", reason, source, memory=memory)
+
+
+def _on_grid(problem: Problem, kernel: Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
+    """A run whose plan has times on the grid alone."""
+    layout = Layout.of(problem, kernel, lowered)
+    launch = dataclasses.replace(launch, saves=layout.saves, moments=layout.moments)
+    return layout.saved(start(launch), *kernel.told(launch))
 
 
 def _offset(path: BrownianPath, numbers: int, count: int) -> tuple[int, int, int, int]:
@@ -836,7 +907,7 @@ def _around(save: SavePlan) -> list[int]:
     return sorted({k for k, slots in save.on_grid.items() if slots} | {k + i for k in save.inside for i in (0, 1)})
 
 
-def _between(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
+def _between(problem: Problem, kernel: Kernel, lowered: Lowered, launch: Launch, start: Start) -> Saved:
     """A run of whose states more is made afterwards: those between grid points follow from those on both sides."""
     save, watched = problem.save, problem.watched
     launch = dataclasses.replace(launch, saves=_around(save))
@@ -851,7 +922,7 @@ def _between(problem: Problem, kernel: _Kernel, lowered: Lowered, launch: Launch
             save.within_step(k, functools.partial(between, problem, k, carried, states[k + 1], span))
     variances = save.variances() if save.moments else None
     evaluations = kernel.evaluations * problem.taken + watched.evaluations - before
-    reason, source = _told(kernel, launch)
+    reason, source = kernel.told(launch)
     (_, *memory), xs = lowered.apart(problem.x0, saved.memory), save.states()
     made = saved.x1, xs, variances, problem.taken, evaluations, "fused", reason, source
     return Saved(*made, memory=tuple(memory), weights=save.weights())

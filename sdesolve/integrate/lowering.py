@@ -236,11 +236,15 @@ class Lowered:
 
     def apart(self, x: Tensor, memory: Tensor | None) -> States:
         """What is carried, of a state and ``(batch, numbers)`` of the rest."""
-        if memory is None:
-            return (x,)
-        shapes = self.shapes(x)[1:]
-        parts = memory.split([math.prod(shape) for shape in shapes], 1)
-        return (x, *(part.reshape(len(x), *shape) for part, shape in zip(parts, shapes, strict=True)))
+        return (x, *apart(x, memory, self.shapes(x)[1:]))
+
+
+def apart(x: Tensor, memory: Tensor | None, shapes: Sequence[tuple[int, ...]]) -> States:
+    """What is carried beside a state, of ``(batch, numbers)``, with these shapes for a path."""
+    if memory is None:
+        return ()
+    parts = memory.split([math.prod(shape) for shape in shapes], 1)
+    return tuple(part.reshape(len(x), *shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def lower(problem: Problem) -> Lowered:

@@ -26,6 +26,7 @@ from sdesolve.solvers.tabulated import AbstractTabulated
 if TYPE_CHECKING:
     from sdesolve.integrate.changes import Changes
     from sdesolve.integrate.following import Following
+    from sdesolve.integrate.plans import Call
     from sdesolve.integrate.solution import Continuation
 
 
@@ -196,6 +197,7 @@ class Problem:
         prior: whose law the paths are compared with, if they are.
         other_diffusion: whether the prior came with a diffusion of its own.
         changes: of the state at grid points.
+        call: the call that it is of, if later ones of its kind may be made by a plan.
     """
 
     solver: AbstractSolver
@@ -215,6 +217,7 @@ class Problem:
     prior: AbstractSDE | None = None
     other_diffusion: bool = False
     changes: Changes | None = None
+    call: Call | None = None
 
     @property
     def roots(self) -> tuple[object, ...]:

@@ -187,6 +187,35 @@ class Solution:
     log_weights: Tensor | None = None
 
 
+def finished(
+    saved: Saved,
+    reason: str,
+    solver: AbstractSolver,
+    noise: AbstractNoise,
+    seed: int | None,
+    times: Tensor,
+    ts: Tensor,
+    memory: tuple[Tensor, ...],
+    carried: tuple[AbstractCarry | None, tuple[AbstractBoundary, ...]] = (None, ()),
+    weights: tuple[Tensor, ...] = (),
+    accepted: Tensor | None = None,
+    work: int | None = None,
+    **outcome: Any,
+) -> Solution:
+    """What `solve` returns of what an executor left."""
+    adaptive = saved.adaptive
+    stats = Stats(
+        type(solver).__name__, saved.steps, saved.evaluations, saved.execution, reason, seed, saved.source, accepted,
+        adaptive and adaptive.rejected, adaptive and adaptive.evaluations, saved.work if work is None else work,
+    )  # fmt: skip
+    if solver.divisible:
+        outcome["state"] = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried, weights)
+    if saved.variances is None:
+        return Solution(saved.x1, ts, saved.xs, stats, **outcome)
+    nothing = saved.x1.new_empty(0, *saved.x1.shape)
+    return Solution(saved.x1, ts, nothing, stats, saved.xs, saved.variances, **outcome)
+
+
 class DivergenceError(FloatingPointError):
     """The state, the drift or the diffusion stopped being finite.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -27,9 +28,10 @@ from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKern
 from sdesolve.integrate.following import Following, positional
 from sdesolve.integrate.lowering import lower
 from sdesolve.integrate.path_measure import Prior, check_at_end, check_at_start, prior_of
+from sdesolve.integrate.plans import PLANNED, Call
 from sdesolve.integrate.problem import Gradients, Problem, Watched
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
-from sdesolve.integrate.solution import Continuation, Saved, Solution, Stats
+from sdesolve.integrate.solution import Continuation, Saved, Solution, finished
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
@@ -168,6 +170,12 @@ def solve(
         DivergenceError: a value became nan or inf; says at which step, time and path, and in which function.
         RuntimeError: an adaptive solver cannot meet its tolerances.
     """
+    call = Call.of(locals(), _LEFT_OUT)
+    if call is not None:
+        known = call.again()
+        if known is not None:
+            return known
+        seed = call.seed
     _check_choice("reduce", reduce, (None, "moments", "sums"))
     check_finite, progress = flag(check_finite, "check_finite"), flag(progress, "progress")
     if start is not None:
@@ -255,6 +263,7 @@ def solve(
         prior and prior.directed(direction),
         isinstance(kl_to, AbstractSDE),
         changes,
+        call,
     )
     with torch.no_grad() if gradients == "none" else contextlib.nullcontext():
         if changes is not None:
@@ -265,6 +274,10 @@ def solve(
     if reduce == "sums":
         return dataclasses.replace(made, xs=x0.new_empty(0, *x0.shape), sums=Sums.of(made.xs))
     return made
+
+
+# What arguments have that no plan is for, where they are left out.
+_LEFT_OUT = {name: p.default for name, p in inspect.signature(solve).parameters.items() if name not in PLANNED}
 
 
 def integrate(
@@ -293,18 +306,18 @@ def integrate(
     Raises:
         ValueError, TypeError: as `solve`.
     """
-    _check_arguments(sde, x0, solver, backend)
     times = grids.check_grid(times)
     noise = noise_of(None, noise, random=_reads_noise(sde, solver))
+    call = None if start is not None or progress else Call.on(sde, x0, times, solver, noise, backend)
+    known = None if call is None else call.again()
+    if known is not None:
+        return known
+    _check_arguments(sde, x0, solver, backend)
     times, first, memory = _continued(start, times), *((start.steps, start.memory) if start else (0, ()))
     noise = noise.over(len(times) - 1)
     save, sde = SavePlan(times[first:], None, first=first), sde.directed(_direction(times, x0.dtype, x0.device))
-    return _solution(
-        Problem(
-            solver, sde, Watched(sde, times), noise, times, x0, save, progress=progress, first=first, memory=memory
-        ),
-        backend,
-    )
+    problem = Problem(solver, sde, Watched(sde, times), noise, times, x0, save, progress=progress, call=call)
+    return _solution(dataclasses.replace(problem, first=first, memory=memory) if first else problem, backend)
 
 
 def _reads_noise(sde: AbstractSDE, solver: AbstractSolver) -> bool:
@@ -383,27 +396,12 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
             outcome["stopped"], outcome["stop_time"], outcome["boundary"], accepted = following.stopped(
                 problem, parts.stops
             )
-    stats = Stats(
-        solver=type(solver).__name__,
-        steps=saved.steps,
-        nfe=saved.evaluations,
-        execution=saved.execution,
-        reason=reason,
-        seed=noise.seed if isinstance(noise, BrownianPath) and problem.random else None,
-        source=saved.source,
-        accepted=accepted,
-        rejected=adaptive and adaptive.rejected,
-        evaluations=adaptive and adaptive.evaluations,
-        work=saved.work if following is None or not following.stops else saved.work or problem.taken * len(x0),
+    seed = noise.seed if isinstance(noise, BrownianPath) and problem.random else None
+    carried = (None, ()) if following is None else (following.carry, following.boundaries)
+    work = None if following is None or not following.stops else saved.work or problem.taken * len(x0)
+    return finished(
+        saved, reason, solver, noise, seed, times, save.ts, memory, carried, weights, accepted, work, **outcome
     )
-    state = None
-    if solver.divisible:
-        carried = (None, ()) if following is None else (following.carry, following.boundaries)
-        state = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried, weights)
-    if saved.variances is None:
-        return Solution(saved.x1, save.ts, saved.xs, stats, state=state, **outcome)
-    nothing = x0.new_empty(0, *x0.shape)
-    return Solution(saved.x1, save.ts, nothing, stats, mean=saved.xs, variance=saved.variances, state=state, **outcome)
 
 
 def _again(problem: Problem) -> Stepwise:

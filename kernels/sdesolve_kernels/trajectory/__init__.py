@@ -34,4 +34,5 @@ from sdesolve_kernels.trajectory.reference import Walk as Walk
 from sdesolve_kernels.trajectory.reverse import reverse as reverse
 from sdesolve_kernels.trajectory.tracing import TooCostly as TooCostly
 from sdesolve_kernels.trajectory.tracing import Unsupported as Unsupported
+from sdesolve_kernels.trajectory.watching import Bindings as Bindings
 from sdesolve_kernels.trajectory.watching import unchanged as unchanged

@@ -396,8 +396,7 @@ class _Walk:
         self.key.append(kind)
         module = isinstance(value, torch.nn.Module)
         if module and self._most_weights is not None and self._weights == 0:
-            for weights in itertools.accumulate(p.numel() for p in value.parameters()):
-                self._limit_weights(weights)  # before a search through all its modules
+            self._limit_weights(_weights(value, self._most_weights))  # before a search through all its modules
         if module:
             for name in _MODULE_HOOKS:
                 if getattr(torch.nn.modules.module, name):
@@ -592,16 +591,34 @@ def _open(kind: type) -> bool:
     return all(written_in_python(base) for base in kind.__mro__ if base not in _PLAIN_BASES)
 
 
+def _weights(module: torch.nn.Module, most: int) -> int:
+    """How many a network has; once they are more than `most`, how many were found by then."""
+    weights, modules, seen = 0, [module], set[int]()
+    for inner in modules:  # which grows meanwhile
+        for part in inner._parameters.values():
+            if part is not None and id(part) not in seen:
+                seen.add(id(part))
+                weights += part.numel()
+        if weights > most:
+            break
+        modules += [m for m in inner._modules.values() if m is not None and id(m) not in seen]
+        seen.update(map(id, inner._modules.values()))
+    return weights
+
+
 _versions: dict[Any, tuple[list[object], str]] = {}
 
 
 def version(space: Any) -> str:
     """A name that changes when an attribute of a class or module of a library does."""
     now = [*vars(space).values()]
-    before, number = _versions.get(space, (None, ""))
-    with contextlib.suppress(Exception):  # what is compared may be anything, an array for one
-        if now == before:
-            return number
+    known = _versions.get(space)
+    if known is not None:
+        try:
+            if now == known[0]:
+                return known[1]
+        except Exception:  # what is compared may be anything, an array for one
+            pass
     number = f"{space.__name__} {len(_versions)} {time.monotonic_ns()}"
     _versions[space] = now, number
     return number

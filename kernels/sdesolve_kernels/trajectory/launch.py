@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdesolve_kernels.dispatch import backend_for
 from sdesolve_kernels.trajectory.evaluate import evaluate
+from sdesolve_kernels.trajectory.expressions import topological
 from sdesolve_kernels.trajectory.plan import Plan, plan
 from sdesolve_kernels.trajectory.program import Program
 from sdesolve_kernels.trajectory.reverse import Reverse
@@ -226,49 +227,47 @@ class Tables:
     """Makes the tables of a plan, and keeps the last that it made: calls often differ in their start and seed alone."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan, self._roots = plan, [*plan.columns, *plan.loop_invariants]
+        reads = (e for e in topological(self._roots) if e.op in ("shared", "product"))
+        self._read = frozenset(e.data.parameter for e in reads)
+        self._empty = torch.empty(0, dtype=plan.program.signature.dtype, device="cpu")
         self._last: tuple[tuple[bytes, ...], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, launch: Launch, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Columns of steps `first` to `last`, ``(steps, columns)``, and uniforms, in the state's dtype on the host."""
-        plan = self._plan
-        if not (plan.columns or plan.loop_invariants):
-            empty = torch.empty(0, dtype=plan.program.signature.dtype, device="cpu")
-            return empty, empty
-        # A run that goes in stretches, and back, has one table.
-        begin, end = (first, last) if len(launch.times) > _MOST_AT_ONCE else (0, len(launch.times) - 1)
-        times = launch.times[begin : end + 1]
-        rows = None if launch.rows is None else launch.rows[begin:end].detach()
-        by_path = plan.program.by_path
-        shared = [None if each else on_host(c) for c, each in zip(launch.captured, by_path, strict=True)]
+        if not self._roots:
+            return self._empty, self._empty
+        times, rows, begin, end = launch.times, launch.rows, 0, launch.times.shape[0] - 1
+        rows = None if rows is None else rows.detach()
+        if end >= _MOST_AT_ONCE:  # else a run that goes in stretches, and back, has one table
+            begin, end, times = first, last, times[first : last + 1]
+            rows = None if rows is None else rows[first:last]
+        shared: list[Tensor | None] = [None] * len(launch.captured)
+        for i in self._read:
+            shared[i] = on_host(launch.captured[i])
         inputs = [t for t in (times, rows, *shared) if t is not None]
-        key = tuple(t.numpy().tobytes() for t in inputs) if sum(t.nbytes for t in inputs) <= _LARGEST_KEY else None
+        key = tuple([t.numpy().tobytes() for t in inputs]) if sum(t.nbytes for t in inputs) <= _LARGEST_KEY else None
         last_made = self._last
         if key is None or last_made is None or last_made[0] != key:
-            last_made = key or (), _evaluated(plan, times, rows, shared)
+            last_made = key or (), self._made(times, rows, shared)
             self._last = last_made if key is not None else self._last
         table, uniforms = last_made[1]
-        return table[first - begin : last - begin] if plan.columns else table, uniforms
+        return table[first - begin : last - begin] if (first, last) != (begin, end) else table, uniforms
+
+    def _made(self, times: Tensor, rows: Tensor | None, shared: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        dtype, n = self._empty.dtype, len(self._plan.columns)
+        values = evaluate(self._roots, named(times), rows, shared)
+        largest = torch.finfo(dtype).max
+        if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
+            # Torch might multiply in an order in which nothing overflows.
+            raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
+        table = torch.stack(values[:n], 1).to(dtype) if n else self._empty
+        return table, torch.stack(values[n:]).to(dtype) if len(values) > n else self._empty
 
 
 def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:
     """Columns for every step, ``(steps, columns)``, and uniforms, in the dtype of the state, on the host."""
     return Tables(plan)(launch, launch.first_step, launch.end)
-
-
-def _evaluated(
-    plan: Plan, times: Tensor, rows: Tensor | None, shared: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    dtype = plan.program.signature.dtype
-    values = evaluate([*plan.columns, *plan.loop_invariants], named(times), rows, shared)
-    largest = torch.finfo(dtype).max
-    if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
-        # Torch might multiply in an order in which nothing overflows.
-        raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
-    n = len(plan.columns)
-    table = torch.stack(values[:n], 1).to(dtype) if n else torch.empty(0, dtype=dtype, device="cpu")
-    uniforms = torch.stack(values[n:]).to(dtype) if plan.loop_invariants else torch.empty(0, dtype=dtype, device="cpu")
-    return table, uniforms
 
 
 def named(times: Tensor) -> dict[str, Tensor]:

@@ -7,13 +7,16 @@ import gc
 import operator
 import sys
 import types
+from collections.abc import Callable
 from typing import Any, final
 
 from torch import Tensor
 
 from sdesolve_kernels.trajectory.tracing import Traced, Unsupported, user_line
 
-__all__ = ["DENIED", "Watch", "is_library", "is_pure", "refusal", "unchanged"]
+__all__ = ["DENIED", "Bindings", "Watch", "is_library", "is_pure", "refusal", "unchanged"]
+
+Bindings = tuple[tuple[Callable[[str], object], ...], tuple[str, ...], tuple[object, ...]]
 
 # What code of these does depends on its arguments alone, or on what `Tracer` and the key of `Guards` see.
 _PURE = frozenset(
@@ -96,9 +99,11 @@ class Watch:
         if self.problem is not None:
             raise self.problem
 
-    def bindings(self) -> list[tuple[dict[str, Any], tuple[str, ...], tuple[object, ...]]]:
+    def bindings(self) -> Bindings:
         """What names in the libraries' code that ran stand for; see `unchanged`."""
-        return [(space, tuple(names), tuple(names.values())) for space, names in self._spaces.values()]
+        found = [(space.get, name, value) for space, names in self._spaces.values() for name, value in names.items()]
+        look_ups, names, values = zip(*found, strict=True) if found else ((), (), ())
+        return look_ups, names, values
 
     def _refuse(self, reason: str, now: bool = True) -> None:
         problem = Unsupported(reason, user_line())
@@ -159,9 +164,10 @@ def _finalizing(frame: types.FrameType | None) -> bool:
     return False
 
 
-def unchanged(bindings: list[tuple[dict[str, Any], tuple[str, ...], tuple[object, ...]]]) -> bool:
+def unchanged(bindings: Bindings) -> bool:
     """Whether the names of `Watch.bindings` stand for the same things."""
-    return all(all(map(operator.is_, map(space.get, names), values)) for space, names, values in bindings)
+    look_ups, names, values = bindings
+    return all(map(operator.is_, map(operator.call, look_ups, names), values))
 
 
 def refusal(deed: str) -> str:
