@@ -1,186 +1,19 @@
-"""Bridges to other packages: networks of diffusers, and SDEs and noise of torchsde in both directions.
-
-Neither package is imported here: what comes from them is known by its calls.
-"""
+"""SDEs and noise of torchsde, in both directions. The package is not imported: what is its is known by its calls."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from sdesolve._internal.arguments import short, whole_number
+from sdesolve._internal.arguments import short
 from sdesolve.brownian import AbstractNoise, Part
-from sdesolve.diffusions.table import TableBeta
-from sdesolve.diffusions.vp import VP
-from sdesolve.grids import timesteps
 from sdesolve.integrate.checks import check_diffusion, check_drift, check_state
-from sdesolve.nn.labels import LabelledNetwork
-from sdesolve.scores.network import NetworkScore, Prediction
 from sdesolve.sde import AbstractSDE, Calculus, Noise, is_matrix
-
-
-@final
-class DiffusersNet(LabelledNetwork):
-    """A ``UNet2DModel`` of diffusers, or a module called alike, as ``net(x, t, label)``.
-
-    The model is called as ``model(x, k).sample``, with class labels as ``model(x, k, class_labels=label).sample``. Its
-    step count ``k`` is ``steps t - 1``: step ``k`` of a DDPM chain of ``steps`` steps has the noise level of `VP` at
-    ``t = (k + 1) / steps``, up to the order of one step (Song et al. 2021, appendix B).
-
-    Args:
-        model: as above; states are ``(batch, channels, height, width)``.
-        steps: of the chain that the model was or will be trained on.
-        classes: number of classes, 0 for none. The model needs an embedding more, ``num_class_embeds=classes + 1``,
-            whose last entry is the null class.
-        timestep: ``t`` to ``k`` by another rule, on tensors.
-        learned_variance: the model has twice the channels, of which the second half is a variance (Nichol and Dhariwal
-            2021); the first half is the output here.
-
-    A model whose scheduler is at hand goes by that scheduler's own table: `DiffusersSchedule`.
-
-    Raises:
-        TypeError: ``model`` is not a module, or a count is not an integer.
-        ValueError: a count out of range, or more classes than the model has embeddings for.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        steps: int = 1000,
-        classes: int = 0,
-        timestep: Callable[[Tensor], Tensor] | None = None,
-        learned_variance: bool = False,
-    ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a module, such as a UNet2DModel; got {type(model).__name__}")
-        self.model, self.steps = model, whole_number(steps, "steps", 1)
-        self.classes = whole_number(classes, "classes", 0)
-        embedding = getattr(model, "class_embedding", None)
-        if classes and isinstance(embedding, nn.Embedding) and embedding.num_embeddings <= classes:
-            raise ValueError(
-                f"classes={classes} and the null class need {classes + 1} embeddings, and this model has "
-                f"{embedding.num_embeddings}: make it with num_class_embeds={classes + 1}"
-            )
-        self._timestep, self._learned_variance = timestep, bool(learned_variance)
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """``model(x, k).sample``, shape of ``x: (batch, channels, height, width)``.
-
-        Raises:
-            TypeError: the model returns something without a tensor called ``sample``.
-            ValueError: a label for a network without classes.
-        """
-        k = (self.steps * t - 1 if self._timestep is None else self._timestep(t)).expand(len(x))
-        if self.classes:
-            null = torch.full((len(x),), self.classes, dtype=torch.int64, device=x.device)
-            output = self.model(x, k, class_labels=null if label is None else label)
-        elif label is not None:
-            raise ValueError("this network was wrapped without classes and takes no label; give DiffusersNet classes=n")
-        else:
-            output = self.model(x, k)
-        sample = getattr(output, "sample", None)
-        if not isinstance(sample, Tensor):
-            raise TypeError(
-                f"the model must return an object with a tensor called sample, got {type(output).__name__}; a module "
-                "that returns a tensor needs no adapter: NetworkScore(net, process)"
-            )
-        if self._learned_variance:
-            if sample.shape[1] != 2 * x.shape[1]:
-                raise ValueError(
-                    f"learned_variance is for a model of {2 * x.shape[1]} channels on states of {x.shape[1]}; this one "
-                    f"returns {sample.shape[1]}"
-                )
-            sample = sample[:, : x.shape[1]]
-        return sample
-
-
-@final
-class DiffusersSchedule:
-    """Process, grids and scores from a scheduler of diffusers, by its own table of ``alphas_cumprod``.
-
-    `DDIM` on these is their DDIM to rounding; the continuous `VP` of the same rates is off by the order of one step.
-    Time counts steps: ``t = k + 1`` for their timestep ``k``, and 0 for clean data.
-
-    Args:
-        scheduler: an object with ``alphas_cumprod`` and ``config``, such as a ``DDIMScheduler``.
-
-    Attributes:
-        process: ``VP(TableBeta(scheduler.alphas_cumprod))``.
-        predicts: what the scheduler's networks predict.
-
-    Raises:
-        TypeError: it has no table, as schedulers of flow matching.
-        ValueError: a prediction type that is unknown here.
-
-    Example:
-        >>> schedule = DiffusersSchedule(DDIMScheduler(clip_sample=False))
-        >>> score = schedule.score(unet)
-        >>> x = sample(schedule.process, score, (16, 3, 32, 32), grid=schedule.grid(50), solver=DDIM(), seed=0)
-    """
-
-    def __init__(self, scheduler: Any) -> None:
-        table, config = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "config", None)
-        if not isinstance(table, Tensor) or config is None:
-            raise TypeError(
-                f"a scheduler has alphas_cumprod and config, and this {type(scheduler).__name__} lacks them. One of "
-                "flow matching has no table: its networks go into NetworkScore(net, Rectified(), 'flow')"
-            )
-        self._config = {name: getattr(config, name, default) for name, default in _SCHEDULER.items()}
-        told = self._config["prediction_type"]
-        if told not in _PREDICTIONS:
-            raise ValueError(
-                f"prediction_type={told!r} is unknown here; it is one of {', '.join(map(repr, _PREDICTIONS))}"
-            )
-        self.process, self.predicts = VP(TableBeta(table)), _PREDICTIONS[told]
-        changes = [name for name in ("clip_sample", "thresholding") if self._config[name]]
-        if changes:
-            warnings.warn(
-                f"{' and '.join(changes)} of this scheduler changes its denoised states, and is not done here; make it "
-                f"with {'=False, '.join(changes)}=False to compare",
-                stacklevel=2,
-            )
-
-    def grid(self, steps: int, spacing: str | None = None) -> Tensor:
-        """Their timesteps for a number of steps as times, and where the last ends (`grids.timesteps`), float64.
-
-        Args:
-            steps: evaluations.
-            spacing: ``"leading"``, ``"trailing"`` or ``"linspace"``; the scheduler's own by default.
-        """
-        c = self._config
-        total = int(self.process.t_max)
-        spacing = c["timestep_spacing"] if spacing is None else spacing
-        return timesteps(total, steps, spacing, offset=c["steps_offset"], to_zero=c["set_alpha_to_one"])
-
-    def score(self, model: nn.Module, *, classes: int = 0, learned_variance: bool = False) -> NetworkScore:
-        """The score of a model that was trained with this scheduler; arguments as for `DiffusersNet`."""
-        net = DiffusersNet(
-            model,
-            steps=int(self.process.t_max),
-            classes=classes,
-            timestep=_from_zero,
-            learned_variance=learned_variance,
-        )
-        return NetworkScore(net, self.process, self.predicts)
-
-
-_SCHEDULER: dict[str, Any] = {
-    "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True,
-    "clip_sample": False, "thresholding": False,
-}  # fmt: skip
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
-
-
-def _from_zero(t: Tensor) -> Tensor:
-    return t - 1
 
 
 class TorchSDEEquation(Protocol):
