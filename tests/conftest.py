@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -38,7 +39,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[NOT_RUN] = [item.name for item in left_out]
 
 
+def pytest_collection_finish() -> None:
+    """A full collection of garbage goes through what is imported and collected by now, and takes half a second."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # or what Triton holds is still there when the process ends, and it says so
     output = getattr(session.config, "workeroutput", None)  # where this is a worker of pytest-xdist
     if output is not None:
         output["not_run"] = session.config.stash.get(NOT_RUN, [])
