@@ -51,6 +51,7 @@ LAYERS = [
         "sdesolve.montecarlo",
     },
     {"sdesolve.training"},
+    {"sdesolve.ensembles"},
 ]
 
 

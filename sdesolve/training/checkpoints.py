@@ -22,7 +22,7 @@ from sdesolve._internal.modes import modules_within
 from sdesolve.scores.network import NetworkScore
 
 VERSION = 2
-WEIGHTS, TRAINING = "weights", "training"
+WEIGHTS, TRAINING, BLOCK = "weights", "training", "block"
 TRAINING_FILE = "checkpoint.safetensors"
 
 
@@ -272,7 +272,7 @@ def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         complete = is_count(version) and isinstance(header["fingerprint"], dict) and "checksum" in header
     except (KeyError, TypeError, ValueError, RecursionError):
         complete, version, kind = False, 0, ""
-    if not complete or (version <= VERSION and kind not in (WEIGHTS, TRAINING)):
+    if not complete or (version <= VERSION and kind not in (WEIGHTS, TRAINING, BLOCK)):
         raise ValueError(f"{path} is a safetensors file, but not one that sdesolve wrote")
     if version != VERSION:
         hint = (
