@@ -1,4 +1,4 @@
-"""Bridges to other packages: models and schedulers of diffusers, and SDEs and noise of torchsde in both directions.
+"""Bridges to other packages: diffusers, torchsde, k-diffusion, deepinv, and checkpoints of EDM and score_sde.
 
 None of them is needed: what comes from them is known by its calls. `DiffusersScheduler` is imported when it is first
 asked for, with diffusers where that is installed.
@@ -6,15 +6,18 @@ asked for, with diffusers where that is installed.
 
 from typing import TYPE_CHECKING, Any
 
+from sdesolve.adapters.deepinv import DeepinvOperator
 from sdesolve.adapters.diffusers import DiffusersNet, DiffusersSchedule
+from sdesolve.adapters.k_diffusion import NoiseSampler
 from sdesolve.adapters.torchsde import FromTorchSDE, TorchSDEEquation, TorchSDENoise, ToTorchSDE
+from sdesolve.adapters.weights import EDMNet, ScoreSDENet, load_weights, read_weights
 
 if TYPE_CHECKING:
     from sdesolve.adapters.scheduler import DiffusersScheduler
 
 __all__ = [
-    "DiffusersNet", "DiffusersSchedule", "DiffusersScheduler", "FromTorchSDE", "ToTorchSDE", "TorchSDEEquation",
-    "TorchSDENoise",
+    "DeepinvOperator", "DiffusersNet", "DiffusersSchedule", "DiffusersScheduler", "EDMNet", "FromTorchSDE",
+    "NoiseSampler", "ScoreSDENet", "ToTorchSDE", "TorchSDEEquation", "TorchSDENoise", "load_weights", "read_weights",
 ]  # fmt: skip
 
 

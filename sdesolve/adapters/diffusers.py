@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, final
@@ -12,26 +13,37 @@ from torch import Tensor, nn
 from sdesolve._internal.arguments import whole_number
 from sdesolve.adapters._levels import changed, levels, prediction_of, process_of, setting
 from sdesolve.grids import timesteps
-from sdesolve.nn.labels import LabelledNetwork
+from sdesolve.nn.labels import LabelledNetwork, Takes
 from sdesolve.scores.network import NetworkScore
 
 
 @final
 class DiffusersNet(LabelledNetwork):
-    """A ``UNet2DModel`` of diffusers, or a module called alike, as ``net(x, t, label)``.
+    """A denoising model of diffusers, or a module called alike, as ``net(x, t, label, **conditions)``.
 
-    The model is called as ``model(x, k).sample``, with class labels as ``model(x, k, class_labels=label).sample``. Its
-    step count ``k`` is ``steps t - 1``: step ``k`` of a DDPM chain of ``steps`` steps has the noise level of `VP` at
-    ``t = (k + 1) / steps``, up to the order of one step (Song et al. 2021, appendix B).
+    A `UNet2DModel`, `UNet2DConditionModel`, `DiTTransformer2DModel`, or another whose first inputs are the state
+    (``sample`` or ``hidden_states``) and ``timestep``, and whose output has a tensor called ``sample``. Class labels go
+    to ``class_labels``; what else it takes goes by its own names: ``score.given(encoder_hidden_states=texts)``.
+
+    The step count ``k`` that it is called with is ``steps t - 1``: step ``k`` of a DDPM chain of ``steps`` steps has
+    the noise level of `VP` at ``t = (k + 1) / steps``, up to the order of one step (Song et al. 2021, appendix B).
+
+    A model of flow matching goes into ``NetworkScore(DiffusersNet(model, timestep=lambda t: 1000 * t), Rectified(),
+    "flow")``. One that counts time from noise to data and predicts ``x_0 - z``, as SiT (Ma et al. 2024), needs
+    ``towards_data=True`` as well, and is called at ``timestep(1 - t)``.
 
     Args:
         model: as above; states are ``(batch, channels, height, width)``.
         steps: of the chain that the model was or will be trained on.
         classes: number of classes, 0 for none. The model needs an embedding more, ``num_class_embeds=classes + 1``,
-            whose last entry is the null class.
+            whose last entry is the null class; a DiT has it.
         timestep: ``t`` to ``k`` by another rule, on tensors.
         learned_variance: the model has twice the channels, of which the second half is a variance (Nichol and Dhariwal
             2021); the first half is the output here.
+        towards_data: time and velocity of the model run from noise to data.
+
+    Attributes:
+        takes: names of what the model takes besides state and time.
 
     A model whose scheduler is at hand goes by that scheduler's own table: `DiffusersSchedule`.
 
@@ -48,35 +60,48 @@ class DiffusersNet(LabelledNetwork):
         classes: int = 0,
         timestep: Callable[[Tensor], Tensor] | None = None,
         learned_variance: bool = False,
+        towards_data: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, such as a UNet2DModel; got {type(model).__name__}")
         self.model, self.steps = model, whole_number(steps, "steps", 1)
         self.classes = whole_number(classes, "classes", 0)
-        embedding = getattr(model, "class_embedding", None)
-        if classes and isinstance(embedding, nn.Embedding) and embedding.num_embeddings <= classes:
+        self._inputs, self.takes = _inputs_of(model)
+        embedding, most = getattr(model, "class_embedding", None), None
+        if isinstance(embedding, nn.Embedding):
+            most = embedding.num_embeddings
+        elif isinstance(of_dit := getattr(getattr(model, "config", None), "num_embeds_ada_norm", None), int):
+            most = of_dit + 1
+        if classes and most is not None and most <= classes:
             raise ValueError(
                 f"classes={classes} and the null class need {classes + 1} embeddings, and this model has "
-                f"{embedding.num_embeddings}: make it with num_class_embeds={classes + 1}"
+                f"{most}: make it with num_class_embeds={classes + 1}"
             )
         self._timestep, self._learned_variance = timestep, bool(learned_variance)
+        self._towards_data = bool(towards_data)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """``model(x, k).sample``, shape of ``x: (batch, channels, height, width)``.
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        """The model's ``sample``, shape of ``x: (batch, channels, height, width)``.
 
         Raises:
-            TypeError: the model returns something without a tensor called ``sample``.
+            TypeError: the model returns something without a tensor called ``sample``, or lacks an input.
             ValueError: a label for a network without classes.
         """
+        missing = [name for name in self.takes.needed if name not in conditions and name != "label"]
+        if missing:
+            raise TypeError(f"a {type(self.model).__name__} needs {missing[0]}: give score.given({missing[0]}=...)")
+        t = 1.0 - t if self._towards_data else t
         k = (self.steps * t - 1 if self._timestep is None else self._timestep(t)).expand(len(x))
         if self.classes:
             null = torch.full((len(x),), self.classes, dtype=torch.int64, device=x.device)
-            output = self.model(x, k, class_labels=null if label is None else label)
+            conditions["class_labels"] = null if label is None else label
         elif label is not None:
             raise ValueError("this network was wrapped without classes and takes no label; give DiffusersNet classes=n")
+        if self._inputs is None:
+            output = self.model(x, k, **conditions)
         else:
-            output = self.model(x, k)
+            output = self.model(**dict(zip(self._inputs, (x, k), strict=True)), **conditions)
         sample = getattr(output, "sample", None)
         if not isinstance(sample, Tensor):
             raise TypeError(
@@ -90,7 +115,19 @@ class DiffusersNet(LabelledNetwork):
                     f"returns {sample.shape[1]}"
                 )
             sample = sample[:, : x.shape[1]]
-        return sample
+        return -sample if self._towards_data else sample
+
+
+def _inputs_of(model: nn.Module) -> tuple[tuple[str, str] | None, Takes]:
+    """By which names a model takes state and time, where it has those; and what it takes besides."""
+    own = inspect.signature(model.forward).parameters
+    state = next((name for name in ("sample", "hidden_states") if name in own), None)
+    inputs = (state, "timestep") if state is not None and "timestep" in own else None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    used = {*(inputs or list(own)[:2]), "return_dict"}
+    more = [p for name, p in own.items() if p.kind in kinds and name not in used]
+    names = (p.name for p in more if p.name != "class_labels")
+    return inputs, Takes(("label", *names), tuple(p.name for p in more if p.default is p.empty))
 
 
 @final

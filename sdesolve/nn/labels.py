@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,23 @@ class Given(nn.Module):
         return self.net(x, t, **{name: rows_for(name, value, x) for name, value in self.conditions.items()})
 
 
+class Takes(NamedTuple):
+    """What a network that wraps another one takes besides state and time, as its attribute ``takes``.
+
+    Attributes:
+        names: all of it.
+        needed: what it cannot do without.
+    """
+
+    names: tuple[str, ...]
+    needed: tuple[str, ...] = ()
+
+
 def inputs_of(net: Callable[..., Any]) -> tuple[list[str], list[str]] | None:
     """Names of what ``net(x, t, ...)`` takes besides, and those of them that it needs; None if it takes any."""
     net = getattr(net, "_orig_mod", net)  # of torch.compile
+    if isinstance(own := getattr(net, "takes", None), Takes):
+        return list(own.names), list(own.needed)
     function = net.forward if isinstance(net, nn.Module) else net
     if isinstance(function, types.MethodType):
         return _inputs(function.__func__, 3)
