@@ -119,12 +119,13 @@ class DiffusersNet(LabelledNetwork):
 
 
 def _inputs_of(model: nn.Module) -> tuple[tuple[str, str] | None, Takes]:
-    """By which names a model takes state and time, where it has those; and what it takes besides."""
+    """By which names a model takes state and time, where they are not its first inputs; and what it takes besides."""
     own = inspect.signature(model.forward).parameters
     state = next((name for name in ("sample", "hidden_states") if name in own), None)
     inputs = (state, "timestep") if state is not None and "timestep" in own else None
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     used = {*(inputs or list(own)[:2]), "return_dict"}
+    inputs = None if inputs == tuple(own)[:2] else inputs
     more = [p for name, p in own.items() if p.kind in kinds and name not in used]
     names = (p.name for p in more if p.name != "class_labels")
     return inputs, Takes(("label", *names), tuple(p.name for p in more if p.default is p.empty))

@@ -160,9 +160,7 @@ def test_a_pickle_of_edm_gives_its_weights_and_runs_nothing(tmp_path, monkeypatc
     fresh = Block()
     load_weights(fresh, path, "ema")
     assert torch.equal(fresh.inner.weight, net.inner.weight)
-    with pytest.raises(
-        ValueError, match=r"is for another network: seen is .*; inner\.weight is .* Is there another part"
-    ):
+    with pytest.raises(ValueError, match=r"is for another network: seen is .*; inner\.weight .* another part"):
         load_weights(Block(4), path, "ema")
     with pytest.raises(ValueError, match="has no part 'net'; it has dataset_kwargs, ema, loss"):
         read_weights(path, "net")
