@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -24,6 +25,7 @@ from sdesolve.sde import per_sample
 from sdesolve.training import checkpoints
 from sdesolve.training.batches import AbstractBatches, Batch, Position, TensorBatches
 from sdesolve.training.losses import AbstractObjective
+from sdesolve.training.ranks import Ranks, Reduction
 from sdesolve.training.scale import warn_of_scale
 
 _ROWS_CHECKED = (0, 8, 64, 512, 4096)  # steps before which it is checked that the network keeps rows apart
@@ -53,6 +55,7 @@ class Run:
         autocast: 16-bit type of the network's forward pass, or None.
         dropout: share of samples that lose a condition, by its name; under ``""`` that of all of them at once.
         nulls: what stands for no condition, by its name; the null class for a label of a `LabelledNetwork`.
+        reduction: how ranks add their gradients.
 
     Raises:
         TypeError: an argument of another kind.
@@ -71,6 +74,7 @@ class Run:
         autocast: torch.dtype | None = None,
         dropout: Mapping[str, float] | None = None,
         nulls: Mapping[str, Tensor | float] | None = None,
+        reduction: Reduction = "exact",
     ) -> None:
         if not isinstance(score, nn.Module):
             raise TypeError(f"score must be a module, such as a NetworkScore; got {kind_of(score)}")
@@ -95,6 +99,9 @@ class Run:
         self.accumulate = whole_number(accumulate, "accumulate", 1)
         self.autocast, self.dropout, self.nulls = autocast, dict(dropout or {}), dict(nulls or {})
         self.device = next(iter(self.parameters.values())).device
+        self.ranks = Ranks(self.device, reduction)
+        self.ranks.check_parts(self.accumulate)
+        self.ranks.share(score)
         matrices = [p for p in self.parameters.values() if p.ndim > 1]
         vectors = [p for p in self.parameters.values() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -146,13 +153,22 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with seeded("network", self.seed, self.step, device=self.device):
-            for score, part, first in self._parts(x0, told):
-                with self._precision():
-                    loss = self.loss(score, part, seed=self.seed, first_sample=first) * (len(part) / len(x0))
-                loss.backward()
-                total += loss.detach()
+        losses = torch.zeros(self.accumulate, dtype=torch.float64, device=self.device)
+        parts = dict(self._parts(x0, told))
+
+        def differentiate(k: int) -> None:
+            if k in parts:
+                score, part, first = parts[k]
+                with self._drawing(k):
+                    with self._precision():
+                        loss = self.loss(score, part, seed=self.seed, first_sample=first) * (len(part) / len(x0))
+                    loss.backward()
+                losses[k] = loss.detach()
+
+        self.ranks.differentiate(tuple(self.parameters.values()), losses, differentiate)
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
         # One transfer from the device per step. It must come before the update, or a bad step would spoil the weights.
         value, size = torch.stack([total, norm.double()]).tolist()
@@ -174,7 +190,7 @@ class Run:
         compiled = getattr(getattr(self.score, "net", None), "_compiled_call_impl", None)
         if not isinstance(self.score, NetworkScore) or compiled is not None:
             return
-        score, x, first = next(self._parts(x0, told))
+        score, x, first = next(self._parts(x0, told))[1]
         t = self.loss.times(score, x, seed=self.seed, first_sample=first)
         if isinstance(score, NetworkScore) and x.ndim > 1 and t.is_floating_point():
             with evaluation_mode(score), self._precision():
@@ -182,11 +198,15 @@ class Run:
 
     def measure(self, metrics: Metrics) -> None:
         """Calls ``metrics`` on the score with averaged weights and notes what it says; nothing else changes."""
-        with (
-            evaluation_mode(self.score), self.average.swap(), torch.no_grad(),
-            seeded("metrics", self.seed, self.step, device=self.device),
-        ):  # fmt: skip
-            found = metrics(self.score)
+
+        def measured() -> Mapping[str, float]:
+            with (
+                evaluation_mode(self.score), self.average.swap(), torch.no_grad(),
+                seeded("metrics", self.seed, self.step, device=self.device),
+            ):  # fmt: skip
+                return metrics(self.score)
+
+        found = self.ranks.once(measured)
         if not isinstance(found, Mapping):
             raise TypeError(f"metrics must return numbers by name, a dict; got {type(found).__name__}")
         self.metrics.append((self.step, {name: float(value) for name, value in found.items()}))
@@ -339,15 +359,20 @@ class Run:
                 kept[name] = torch.where(per_sample(lost, value), self._null(name, value), value)
         return kept
 
-    def _parts(self, x0: Tensor, told: dict[str, Tensor]) -> Iterator[Part]:
-        """A batch in parts, each with the score that its loss is to see."""
+    def _drawing(self, k: int) -> AbstractContextManager[None]:
+        """What the network draws for part ``k`` depends on no other part."""
+        parts = () if self.accumulate == 1 else (k,)
+        return seeded("network", self.seed, self.step, *parts, device=self.device)
+
+    def _parts(self, x0: Tensor, told: dict[str, Tensor]) -> Iterator[tuple[int, Part]]:
+        """A batch in parts by number, each with the score that its loss is to see."""
         first = self.position.samples
         split = {name: value.tensor_split(self.accumulate) for name, value in told.items()}
         for k, x in enumerate(x0.tensor_split(self.accumulate)):
             if len(x):
                 # given() exists: conditions are there for a NetworkScore only
                 score = self.score.given(**{n: v[k] for n, v in split.items()}) if told else self.score  # type: ignore[operator]
-                yield Part(score, x, first)
+                yield k, Part(score, x, first)
                 first += len(x)
 
     def _precision(self) -> torch.autocast:
@@ -377,8 +402,8 @@ class Run:
 
     def _failure(self, x0: Tensor, told: dict[str, Tensor], value: float, size: float, file: Path | None) -> str:
         each_part, t_part = [], []
-        with torch.no_grad(), self._precision(), seeded("network", self.seed, self.step, device=self.device):
-            for score, part, first in self._parts(x0, told):
+        for k, (score, part, first) in self._parts(x0, told):
+            with torch.no_grad(), self._precision(), self._drawing(k):
                 each_part.append(self.loss.per_sample(score, part, seed=self.seed, first_sample=first))
                 t_part.append(self.loss.times(score, part, seed=self.seed, first_sample=first))
         each, t = torch.cat(each_part), torch.cat(t_part)

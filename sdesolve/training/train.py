@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from sdesolve.training import checkpoints
 from sdesolve.training.batches import Fields, batches_of
 from sdesolve.training.identity import identity
 from sdesolve.training.losses import AbstractObjective
+from sdesolve.training.ranks import Reduction
 from sdesolve.training.state import Metrics, Run
 
 Decay = Literal["constant", "cosine"]
@@ -94,6 +96,7 @@ def train(
     callback: Callable[[StepReport], object] | None = None,
     metrics: Metrics | None = None,
     metrics_every: int = 1000,
+    reduction: Reduction = "exact",
 ) -> TrainingResult:
     """Trains ``score`` in place by AdamW and leaves it in evaluation mode with the averaged weights.
 
@@ -102,10 +105,16 @@ def train(
     normalisation. Gradients are clipped by their global norm.
 
     Everything random in step ``k`` is a function of ``seed`` and ``k``: the order of the data, the times and noise of
-    the loss, and what the network draws for itself. With ``checkpoint`` given, a run that was stopped anywhere goes on
-    from its last checkpoint when `train` is called again with the same arguments. On a CPU, with the same number of
-    threads, it ends with bitwise the weights of a run that never stopped. Asking for more ``steps`` later extends a
-    finished run (not with ``decay="cosine"``, whose learning rates depend on the number of steps).
+    the loss, and what the network draws for itself, in each part. With ``checkpoint`` given, a run that was stopped
+    anywhere goes on from its last checkpoint when `train` is called again with the same arguments. On a CPU, with the
+    same number of threads, it ends with bitwise the weights of a run that never stopped. Asking for more ``steps``
+    later extends a finished run (not with ``decay="cosine"``, whose learning rates depend on the number of steps).
+
+    Under ``torchrun`` (or any initialised ``torch.distributed``) the ranks share the parts of each batch, which
+    ``accumulate`` makes: nothing is wrapped, all ranks call `train` with the same arguments, and the first rank's
+    weights are everybody's. Gradients of parts are added along one tree, so on machines of one kind the run has the
+    same bits for any number of ranks, one included, and can be taken up by another number. Every rank reads all data
+    and takes its rows. Metrics are measured, and checkpoints written, by the first rank; a callback hears on all.
 
     Data go through the score's `Normalizer` first, if it has one. Where the data hold more than ``x``, each entry has
     the name of an input of the network, ``net(x, t, label=..., context=..., mask=...)``, and the loss sees
@@ -153,12 +162,15 @@ def train(
             in evaluation mode and without gradients; the numbers it returns by name are in the result. What it draws
             from torch's generators is a function of seed and step, and does not disturb the training.
         metrics_every: steps between them.
+        reduction: under ``torchrun``, ``"exact"`` for those bits, by ``world - 1`` gradients that each rank receives;
+            ``"fast"`` for one all-reduce, equal to rounding.
 
     Raises:
         TypeError: ``score`` is no module, ``loss`` no `Objective`; integer data; labels that are not integers;
             conditions that the network does not take; a count that is not an integer, or a number that is none.
-        ValueError: an argument out of range, empty data, entries of the data without a name or with another number of
-            rows, data outside the range of the normalizer, labels outside the classes, nothing to train, or a
+        ValueError: an argument out of range, more ranks than parts of a batch, ranks with other arguments, a module
+            with batch statistics under several ranks, empty data, entries of the data without a name or with another
+            number of rows, data outside the range of the normalizer, labels outside the classes, nothing to train, or a
             checkpoint that is damaged or belongs to another run.
         FloatingPointError: the loss or its gradient is not finite. The message says at which step, sample and time;
             the weights in ``score`` are those before the step.
@@ -175,8 +187,11 @@ def train(
     for name, share in shares.items():
         what = "label_dropout" if name == "label" and dropped else f"condition_dropout {name}".strip()
         _check_range(what, share, lambda v: 0 <= v <= 1, "a share in [0, 1]")
+    if reduction not in ("exact", "fast"):
+        raise ValueError(f"reduction must be 'exact' or 'fast', got {short(reduction)}")
     run = Run(
-        score, loss, ema, weight_decay, seed, accumulate=accumulate, autocast=autocast, dropout=shares, nulls=null
+        score, loss, ema, weight_decay, seed, accumulate=accumulate, autocast=autocast, dropout=shares, nulls=null,
+        reduction=reduction,
     )  # fmt: skip
     steps, warmup = whole_number(steps, "steps", 1), whole_number(warmup, "warmup", 0)
     whole_number(checkpoint_every, "checkpoint_every", 1)
@@ -194,7 +209,8 @@ def train(
     run.take(batches)
     file = _checkpoint_file(checkpoint)
     config: dict[str, Any] = {  # numbers of Python alone: those of numpy are no JSON
-        "loss": repr(loss), "data": "" if file is None else batches.identity(), "batch_size": batches.size,
+        "loss": repr(loss), "data": "" if file is None and run.ranks.world == 1 else batches.identity(),
+        "batch_size": batches.size,
         "lr": float(lr), "warmup": warmup, "decay": decay, "weight_decay": float(weight_decay),
         "ema": list(run.averages) if isinstance(ema, Sequence) else float(ema),
         "clip": None if clip is None else float(clip), "label_dropout": None if label_dropout is None else dropped,
@@ -205,7 +221,10 @@ def train(
         config |= {"condition_dropout": {k: float(v) for k, v in shares.items()}, "null": identity(null)}
     if fields is not None:
         config["fields"] = repr(fields)
-    if file is not None and file.exists():
+    if run.accumulate > 1:
+        config["parts"] = "a tree, and a stream of the network's own for each"
+    run.ranks.check_same(config | {"steps": steps, "reduction": reduction})
+    if file is not None and run.ranks.once(file.exists):
         run.restore(file, config, steps)
     first = run.step
     if flag(compile, "compile"):
@@ -213,7 +232,10 @@ def train(
 
     rate = _DECAYS[decay]
     stream = batches.after(run.position)
-    with training_mode(score), progress_bar(progress, total=steps, initial=first, unit="step", desc="train") as bar:
+    with (
+        training_mode(score),
+        progress_bar(progress and run.ranks.rank == 0, total=steps, initial=first, unit="step", desc="train") as bar,
+    ):
         while run.step < steps:
             warm = min(1.0, (run.step + 1) / warmup) if warmup else 1.0
             rate_now = lr * warm * rate(run.step / steps)
@@ -221,7 +243,7 @@ def train(
             if metrics is not None and (run.step % metrics_every == 0 or run.step == steps):
                 run.measure(metrics)
             if file is not None and (run.step % checkpoint_every == 0 or run.step == steps):
-                run.save(file, config)
+                run.ranks.once(functools.partial(run.save, file, config))
             found = {k: f"{v:.4g}" for k, v in run.metrics[-1][1].items()} if run.metrics else {}
             recent = run.losses[-100:]
             bar.set_postfix({"loss": f"{sum(recent) / len(recent):.4f}"} | found, refresh=False)
