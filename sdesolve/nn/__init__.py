@@ -6,6 +6,7 @@ from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.labels import Given, LabelledNetwork
 from sdesolve.nn.mlp import MLP
 from sdesolve.nn.normalizer import Normalizer
+from sdesolve.nn.rebuilding import rebuildable
 from sdesolve.nn.unet import UNet
 
-__all__ = ["EMA", "MLP", "ConvNet", "FourierFeatures", "Given", "LabelledNetwork", "Normalizer", "UNet"]
+__all__ = ["EMA", "MLP", "ConvNet", "FourierFeatures", "Given", "LabelledNetwork", "Normalizer", "UNet", "rebuildable"]

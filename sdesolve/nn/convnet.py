@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from sdesolve._internal.arguments import short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.layers import ModulatedBlock, zeroed
+from sdesolve.nn.rebuilding import rebuildable
 
 
 @final
+@rebuildable
 class ConvNet(nn.Module):
     """``net(x, t)`` on small images: residual 3x3 convolutions at full resolution, and one dense look at the whole.
 

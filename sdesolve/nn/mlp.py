@@ -12,9 +12,11 @@ from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork
 from sdesolve.nn.layers import ModulatedBlock, zeroed
+from sdesolve.nn.rebuilding import rebuildable
 
 
 @final
+@rebuildable
 class MLP(LabelledNetwork):
     """``net(x, t)`` or ``net(x, t, label)`` on states of any shape, flattened inside.
 

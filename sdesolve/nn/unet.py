@@ -13,9 +13,11 @@ from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
 from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork
 from sdesolve.nn.layers import zeroed
+from sdesolve.nn.rebuilding import rebuildable
 
 
 @final
+@rebuildable
 class UNet(LabelledNetwork):
     """``net(x, t, label)`` on images: residual blocks at several resolutions, with attention at the coarse ones.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sdesolve._internal.arguments import kind_of, number, short
 from sdesolve._internal.modes import modules_within
 from sdesolve.scores.network import NetworkScore
+from sdesolve.training import recipes
 
 VERSION = 2
 WEIGHTS, TRAINING, BLOCK = "weights", "training", "block"
@@ -100,9 +101,10 @@ def hidden_modules(score: nn.Module) -> str:
 
 
 def record_of(score: nn.Module) -> dict[str, Any]:
-    """What a header says of the trainings of a score."""
+    """What a header says of the trainings of a score, and how to make it again."""
     always = score.always_given if isinstance(score, NetworkScore) else None
-    return {} if always is None else {"always_given": sorted(always)}
+    made = recipes.described(score)
+    return ({} if always is None else {"always_given": sorted(always)}) | ({} if made is None else {"recipe": made})
 
 
 def restore_record(score: nn.Module, header: Mapping[str, Any]) -> None:
