@@ -17,6 +17,9 @@ def rebuildable(network: C) -> C:
     these, and rebuildable networks. Networks of `sdesolve.nn` are so already; of one's own classes `load_score` is told
     by ``networks=[MyNetwork]``, for a file cannot name what is to be imported.
 
+    Args:
+        network: the class, which is returned.
+
     Example:
         >>> @sds.nn.rebuildable
         ... class MyNetwork(nn.Module): ...
