@@ -43,9 +43,10 @@ from sdesolve.ensembles import (
     ValueHistogram,
     ensemble,
 )
-from sdesolve.integrate.solution import DivergenceError, Solution, Stats, StepLimitError
+from sdesolve.integrate.solution import DivergenceError, RateError, Solution, Stats, StepLimitError
 from sdesolve.integrate.solve import solve
 from sdesolve.inverse import operators
+from sdesolve.jumps import JumpSDE, Reactions
 from sdesolve.likelihood.likelihood import Likelihood, decode, encode, estimate_likelihood, log_likelihood
 from sdesolve.likelihood.quantisation import Quantisation
 from sdesolve.likelihood.trace_estimators import ExactTrace, Hutchinson, HutchPP
@@ -116,6 +117,7 @@ from sdesolve.solvers import (
     EulerHeun,
     EulerMaruyama,
     GeneralShARK,
+    Gillespie,
     Heun,
     ImplicitEuler,
     ImplicitSquareRoot,
@@ -140,6 +142,7 @@ from sdesolve.solvers import (
     StochasticTable,
     Table,
     Tamed,
+    TauLeap,
     Truncated,
     Tsit5,
     UniPC,
@@ -167,28 +170,29 @@ __all__ = [
     "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1",
     "SRIW2", "UBU", "VE", "VP", "AbstractCarry", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
     "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE", "AbstractSemilinear",
-    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "AnnealedLangevin",
-    "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "Chains",
+    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral",
+    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "Chains",
     "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP",
     "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince",
     "DoubleWell", "Draws", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun", "EulerLaw", "EulerMaruyama",
     "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "Gaussian", "GaussianMixture", "GeneralShARK",
-    "GeometricBrownianMotion", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson", "ImplicitEuler",
-    "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "LangevinCorrector", "LevyArea",
-    "Likelihood", "Likelihoods", "LinearBeta", "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE",
-    "LotkaVolterra", "MergedMoments", "Midpoint", "Milstein", "Moments", "MultilevelEstimate", "NetworkScore",
-    "Noise", "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
-    "ProbabilityFlow", "QuantileSketch", "Quantisation", "QuasiEstimate", "Rates", "Rectified", "Reflection",
-    "ReverseDiffusion", "ReverseSDE", "ReversibleHeun", "Rodas4", "Row", "RunningMaximum", "RunningMinimum",
-    "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "Sensitivity", "ShARK", "SimpleChainLoss",
-    "SlicedScoreMatching", "SlowRK", "Solution", "Span", "SplitStepEuler", "Stats", "StepLimitError",
-    "StochasticTable", "SubVP", "Sums", "Table", "TableBeta", "Tamed", "TimeAverage", "TrainingTimes", "Truncated",
-    "Tsit5", "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "ValueHistogram", "W2Ito1", "WeakTable",
+    "GeometricBrownianMotion", "Gillespie", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson", "ImplicitEuler",
+    "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "JumpSDE",
+    "LangevinCorrector", "LevyArea", "Likelihood", "Likelihoods", "LinearBeta", "LinearDiffusion",
+    "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "MergedMoments", "Midpoint", "Milstein",
+    "Moments", "MultilevelEstimate", "NetworkScore", "Noise", "NoiseLadder", "Objective", "Occupation",
+    "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "QuantileSketch", "Quantisation",
+    "QuasiEstimate", "RateError", "Rates", "Reactions", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
+    "ReversibleHeun", "Rodas4", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP",
+    "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "Sensitivity", "ShARK", "SimpleChainLoss", "SlicedScoreMatching",
+    "SlowRK", "Solution", "Span", "SplitStepEuler", "Stats", "StepLimitError", "StochasticTable", "SubVP", "Sums",
+    "Table", "TableBeta", "Tamed", "TauLeap", "TimeAverage", "TrainingTimes", "Truncated", "Tsit5",
+    "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "ValueHistogram", "W2Ito1", "WeakTable",
     "adapters", "correlated", "decode", "drop_labels", "encode", "ensemble", "estimate_likelihood", "euler_law",
     "grids", "inverse", "load", "load_score", "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn",
     "noised_cross_entropy", "operators", "oracle", "pseudo_log_likelihood", "push_to_hub", "quasi_monte_carlo",
-    "run_chain", "sample", "save", "save_pretrained", "sensitivity", "solve", "supports", "to_ito", "to_stratonovich",
-    "train", "tweedie", "variational_bound",
+    "run_chain", "sample", "save", "save_pretrained", "sensitivity", "solve", "supports", "to_ito",
+    "to_stratonovich", "train", "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

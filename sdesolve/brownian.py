@@ -194,8 +194,8 @@ def halved(cell: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return halves[0], halves[1]
 
 
-def _joined(
-    first: tuple[Tensor, ...], a: Tensor, second: tuple[Tensor, ...], b: float
+def joined(
+    first: tuple[Tensor, ...], a: Tensor, second: tuple[Tensor, ...], b: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``W, H, K`` of a piece of length ``a`` followed by one of length ``b``: Chen's relation."""
     (W1, H1, K1), (W2, H2, K2), h = first, second, a + b
@@ -693,8 +693,8 @@ class BrownianPath(AbstractStreams, AbstractPath):
             if theta < low + width:
                 continue
             low, within = low + width, (levels <= level)[:, None]
-            joined = _joined(total, length, first, width)
-            total = tuple(torch.where(within, new, old) for new, old in zip(joined, total, strict=True))
+            longer = joined(total, length, first, width)
+            total = tuple(torch.where(within, new, old) for new, old in zip(longer, total, strict=True))
             length = torch.where(within, length + width, length)
             if theta == low:
                 break
@@ -881,7 +881,7 @@ class BrownianRows(AbstractStreams, AbstractPath):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        made, first, parts = [], 0, self._of(shape[0])
+        made, first, parts = [], 0, self.parts(shape[0])
         listed = self.listed if len(parts) > 1 and times.ndim == 1 else None
         if listed is not None and int(listed[1].max()) < _DENSE * shape[0]:
             whole = (int(listed[1].max()) + 1, *shape[1:])
@@ -902,7 +902,7 @@ class BrownianRows(AbstractStreams, AbstractPath):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        parts = self._of(shape[0])
+        parts = self.parts(shape[0])
         return torch.cat([p.bridge(step, theta, (n, *shape[1:]), dtype=dtype, device=device) for p, n in parts])
 
     def check_rows(self, batch: int) -> None:
@@ -911,7 +911,8 @@ class BrownianRows(AbstractStreams, AbstractPath):
         if batch != rows:
             raise ValueError(f"noise has seeds or path numbers for {rows} rows, and the batch has {batch}")
 
-    def _of(self, batch: int) -> list[tuple[BrownianPath, int]]:
+    def parts(self, batch: int) -> list[tuple[BrownianPath, int]]:
+        """Paths of rows one after another, and how many rows each has."""
         self.check_rows(batch)
         return self._parts
 

@@ -35,6 +35,7 @@ LAYERS = [
         "sdesolve.conversions",
         "sdesolve.carry",
         "sdesolve.crossing",
+        "sdesolve.jumps",
         "sdesolve.sums",
     },
     {"sdesolve.diffusions", "sdesolve.models", "sdesolve.nn", "sdesolve.inverse.operators"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import numbers
 import operator
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,17 @@ def whole_number(value: Any, name: str, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def positional(function: Callable[..., Any]) -> int:
+    """How many arguments a function has to be given; 1 where that cannot be told."""
+    target = function.forward if isinstance(function, torch.nn.Module) else function
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    wanted = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return max(1, len(wanted))
 
 
 def name_of(function: Any) -> str:

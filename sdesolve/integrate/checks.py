@@ -14,10 +14,12 @@ from torch import Tensor
 from sdesolve._internal.arguments import kind_of, short
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.probing import agree, unnoticed
+from sdesolve.jumps import JumpSDE, Reactions
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise
 from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
+from sdesolve.solvers.reactions import AbstractReacting
 
 STATE_DTYPES = (torch.float32, torch.float64)
 
@@ -82,7 +84,17 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
         hint = "; wrap drift and diffusion in sds.SDE(drift, diffusion)" if not isinstance(sde, type) else ""
         raise TypeError(f"sde must be an SDE, ODE or process of sdesolve, got {kind_of(sde)}{hint}")
     name = type(solver).__name__
-    if not isinstance(solver, AbstractOneStep) and not isinstance(sde, AbstractSemilinear):
+    if isinstance(sde, Reactions) and not isinstance(solver, AbstractReacting):
+        raise ValueError(
+            f"reactions change counts, and {name} integrates differential equations: take TauLeap() or Gillespie(); or "
+            "integrate reactions.langevin(), the chemical Langevin equation, or reactions.mean_field(), an ODE"
+        )
+    if isinstance(sde, JumpSDE) and solver.controller is not None:
+        raise ValueError(
+            f"{name} chooses its own steps, and those of an equation that jumps end at its jumps; take a solver of "
+            "fixed steps"
+        )
+    if not (isinstance(solver, AbstractOneStep | AbstractReacting) or isinstance(sde, AbstractSemilinear)):
         raise ValueError(
             f"{name} integrates the reverse SDE or probability flow of a linear diffusion, process.reverse(score) or "
             f"process.probability_flow(score), got {type(sde).__name__}. For other equations take a solver such as "

@@ -70,6 +70,11 @@ class AbstractSteppedContext(StepContext):
         self._numbers = None if numbers is None else numbers.unbind(0)
         self._skipped = None if lowered.skipped is None else lowered.skipped.tolist()
 
+    @property
+    def k(self) -> int:
+        """The number of the step."""
+        return self._k
+
     def begin(self, k: int, span: Span) -> None:
         """Turns to step ``k``."""
         self._k, self.span = k, span
@@ -334,6 +339,8 @@ class Stepwise:
         following = self.problem.following
         if following is None or not following.stops or is_transformed() or self._record is not None:
             return False
+        if self._lowered.eager:
+            return not bool((self.states[-3] == 0).any())
         running = self.states[-3] == 0
         count = int(running.sum())
         if count and len(running) >= _LEAST and count <= _FEW * len(running) and self._narrows():
@@ -431,6 +438,8 @@ class RowKernels:
     def begin(self, problem: Problem, lowered: Lowered) -> Stepwise:
         """Gets ready for the first step; raises what `Executor.run` does."""
         sde, path = problem.watched, problem.noise
+        if lowered.eager:
+            raise CannotExecute(lowered.eager)
         if problem.solver.controller is not None:
             raise CannotExecute(f"{type(problem.solver).__name__} chooses its own steps and runs eagerly")
         if sde.noise is not Noise.NONE and not (isinstance(path, BrownianPath) and path.plain):

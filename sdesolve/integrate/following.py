@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast, final
@@ -18,7 +17,7 @@ from sdesolve_kernels.transforms import is_transformed, plain
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from sdesolve._internal.arguments import short
+from sdesolve._internal.arguments import positional, short
 from sdesolve._internal.derivatives import gradient
 from sdesolve.brownian import BrownianPath, BrownianRows
 from sdesolve.carry import AbstractCarry, Passage, Tree, exponential, pushed, summit
@@ -30,17 +29,6 @@ from sdesolve.integrate.solution import DivergenceError
 from sdesolve.sde import AbstractSDE, per_sample
 
 States = tuple[Tensor, ...]
-
-
-def positional(function: Callable[..., Any]) -> int:
-    """How many arguments a function has to be given; 1 where that cannot be told."""
-    target = function.forward if isinstance(function, torch.nn.Module) else function
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return 1
-    wanted = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return max(1, len(wanted))
 
 
 class Stops(NamedTuple):

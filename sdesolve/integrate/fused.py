@@ -179,6 +179,8 @@ class Fused:
         self._wanted = wanted
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
+        if lowered.eager:
+            raise CannotExecute(lowered.eager)
         if problem.solver.controller is not None:
             from sdesolve.integrate.fused_adaptive import run_adaptively  # which is made of what follows
 

@@ -23,6 +23,7 @@ from sdesolve.integrate import pure_noise
 from sdesolve.integrate.clock import check_clock
 from sdesolve.integrate.path_measure import PathMeasure, lengths
 from sdesolve.integrate.problem import Problem
+from sdesolve.jumps import AbstractJumping
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
@@ -197,6 +198,7 @@ class Lowered:
         within: normals for what is drawn within a step given its ends.
         rule: how steps are chosen, where each path chooses its own (`fused_adaptive`).
         rows: numbers of the rows' paths, counted from the first path, where a kernel is to read them from a list.
+        eager: why no kernel does the step, for one that none does.
     """
 
     step: Callable[[StepContext, States], States]
@@ -211,6 +213,7 @@ class Lowered:
     within: NoiseSource | None = None
     rule: Rule | None = None
     rows: Tensor | None = None
+    eager: str = ""
 
     @property
     def sources(self) -> tuple[NoiseSource, ...]:
@@ -304,12 +307,16 @@ def _lowered(problem: Problem) -> Lowered:
     solver = problem.solver
     if isinstance(solver, PredictorCorrector):
         return _corrected(problem, solver, _lowered(dataclasses.replace(problem, solver=solver.predictor)))
+    if isinstance(problem.equation, AbstractJumping):
+        from sdesolve.integrate.jumps import jumping  # made of what follows
+
+        return jumping(problem)
     pure_noise.refuse(problem)
-    noise, one_step = problem.noise, isinstance(solver, AbstractOneStep)
+    noise, by_steps = problem.noise, isinstance(solver, AbstractOneStep)
     if isinstance(solver, AbstractTabulated) and isinstance(problem.equation, AbstractSemilinear):
         denoise = pure_noise.denoiser(problem)
         table = (solver.denoised_table if denoise else solver.table)(problem.equation, problem.times)
-        if table is not None and (noise.timeless or not (table.draws and one_step)):
+        if table is not None and (noise.timeless or not (table.draws and by_steps)):
             if table.draws and not noise.timeless:
                 raise ValueError(
                     f"{type(solver).__name__} takes standard normals one after another, and {type(noise).__name__} has "
@@ -318,10 +325,11 @@ def _lowered(problem: Problem) -> Lowered:
             return _tabulated(problem, solver, table, denoise)
     if not isinstance(solver, AbstractOneStep):
         raise TypeError(f"{type(solver).__name__} has no step for {type(problem.equation).__name__}")
-    return _one_step(problem, solver)
+    return one_step(problem, solver)
 
 
-def _one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
+def one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:
+    """The step of a one-step solver."""
     sde, noise = problem.watched, problem.noise
 
     table = solver.numbers(problem.equation, problem.times)

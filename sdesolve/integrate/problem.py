@@ -18,6 +18,7 @@ from sdesolve.integrate.checks import check_diffusion, check_drift, check_produc
 from sdesolve.integrate.clock import keeping_clock, time_dtype
 from sdesolve.integrate.probing import ByRow, unnoticed
 from sdesolve.integrate.save_at import SavePlan
+from sdesolve.jumps import AbstractJumping
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, is_matrix, noise_shape
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -172,6 +173,11 @@ def _padded(times: Tensor) -> bool:
     return bool((times[-1] == times[-2]).any())
 
 
+def reads_noise(sde: AbstractSDE, solver: AbstractSolver) -> bool:
+    """Whether an integration draws any numbers."""
+    return sde.noise is not Noise.NONE or isinstance(sde, AbstractJumping) or isinstance(solver, PredictorCorrector)
+
+
 @final
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -237,7 +243,7 @@ class Problem:
     @property
     def random(self) -> bool:
         """Whether it reads any noise."""
-        return self.equation.noise is not Noise.NONE or isinstance(self.solver, PredictorCorrector)
+        return reads_noise(self.equation, self.solver)
 
     @property
     def first_path(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
@@ -113,6 +114,7 @@ class Continuation:
         carry: functionals that go on.
         until: boundaries that go on to stop or reflect paths.
         weights: with ``kl_to``, the divergence and the log-weight of each path so far.
+        jumps: of an equation that jumps, what each path waits for, its candidates and its jumps so far.
     """
 
     x: Tensor
@@ -123,6 +125,7 @@ class Continuation:
     carry: AbstractCarry | None = None
     until: tuple[AbstractBoundary, ...] = ()
     weights: tuple[Tensor, ...] = ()
+    jumps: tuple[Tensor, ...] = ()
 
     @property
     def t(self) -> Tensor:
@@ -165,6 +168,7 @@ class Solution:
         kls: the divergence up to each of ``ts``, ``(times, batch)``; ``kls.diff(dim=0)`` is that of each interval.
             ``None`` with ``reduce``.
         log_weights: likewise.
+        jumps: of a `JumpSDE` or of `Reactions`, how many jumps or reactions each path had from its start, ``(batch,)``.
 
     No two of ``x1``, ``xs`` and ``x0`` share memory, whatever ran.
     """
@@ -185,6 +189,7 @@ class Solution:
     log_weight: Tensor | None = None
     kls: Tensor | None = None
     log_weights: Tensor | None = None
+    jumps: Tensor | None = None
 
 
 def finished(
@@ -200,6 +205,7 @@ def finished(
     weights: tuple[Tensor, ...] = (),
     accepted: Tensor | None = None,
     work: int | None = None,
+    waiting: tuple[Tensor, ...] = (),
     **outcome: Any,
 ) -> Solution:
     """What `solve` returns of what an executor left."""
@@ -209,7 +215,7 @@ def finished(
         adaptive and adaptive.rejected, adaptive and adaptive.evaluations, saved.work if work is None else work,
     )  # fmt: skip
     if solver.divisible:
-        outcome["state"] = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried, weights)
+        outcome["state"] = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried, weights, waiting)
     if saved.variances is None:
         return Solution(saved.x1, ts, saved.xs, stats, **outcome)
     nothing = saved.x1.new_empty(0, *saved.x1.shape)
@@ -258,3 +264,32 @@ class StepLimitError(RuntimeError):
     def __reduce__(self) -> tuple[Callable[..., StepLimitError], tuple[object, ...]]:
         make = functools.partial(type(self), reached=self.reached, time=self.time, path=self.path)
         return make, self.args
+
+
+class RateError(ValueError):
+    """A rate of jumps is none: it exceeds its bound, is negative or not finite, or makes a count negative.
+
+    Attributes:
+        path: the first path that it happened to, counted from the noise's ``first_path``.
+        time: when.
+        rate: its value.
+        bound: what it exceeds, if that is the matter.
+        reached: states and times of all paths then, with the jumps that each has had; ``None`` if raised by hand.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: int = 0,
+        time: float = 0.0,
+        rate: float = math.nan,
+        bound: float | None = None,
+        reached: Reached | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.path, self.time, self.rate, self.bound, self.reached = path, time, rate, bound, reached
+
+    def __reduce__(self) -> tuple[Callable[..., RateError], tuple[object, ...]]:
+        kept = {"path": self.path, "time": self.time, "rate": self.rate, "bound": self.bound, "reached": self.reached}
+        return functools.partial(type(self), **kept), self.args  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from sdesolve_kernels.transforms import outside_transforms
 from torch import Tensor
 
 from sdesolve import grids
-from sdesolve._internal.arguments import flag, kind_of, short, whole_number
+from sdesolve._internal.arguments import flag, kind_of, positional, short, whole_number
 from sdesolve._internal.copies import remembered
 from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
@@ -25,13 +25,14 @@ from sdesolve.integrate.changes import At, Changes, check_restarts
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels, Stepwise
-from sdesolve.integrate.following import Following, positional
+from sdesolve.integrate.following import Following
 from sdesolve.integrate.lowering import lower
 from sdesolve.integrate.path_measure import Prior, check_at_end, check_at_start, prior_of
 from sdesolve.integrate.plans import PLANNED, Call
-from sdesolve.integrate.problem import Gradients, Problem, Watched
+from sdesolve.integrate.problem import Gradients, Problem, Watched, reads_noise
 from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
 from sdesolve.integrate.solution import Continuation, Saved, Solution, finished
+from sdesolve.jumps import AbstractJumping, JumpSDE, Reactions
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
@@ -194,13 +195,13 @@ def solve(
         )
     if not ((torch.is_grad_enabled() and gradients != "none") or isinstance(sde, ReverseSDE | ProbabilityFlow)):
         warn_of_training(sde)
-    if params is not None and not isinstance(sde, SDE | ODE):
+    if params is not None and not isinstance(sde, SDE | ODE | AbstractJumping):
         raise TypeError(
             f"params go to the functions of an SDE or ODE, and {type(sde).__name__} is neither; let its functions "
             "hold their parameters"
         )
     prior = None if kl_to is None else prior_of(kl_to, sde, params, solver)
-    if isinstance(sde, SDE | ODE) and params is not None:
+    if isinstance(sde, SDE | ODE | JumpSDE | Reactions) and params is not None:
         sde = sde.with_params(params)
     functional, boundaries = as_carry(carry), as_boundaries(until)
     if start is not None:
@@ -231,7 +232,7 @@ def solve(
         seed = increments = None
     if isinstance(noise, BrownianRows):
         noise.check_rows(len(x0))
-    noise = noise_of(seed, noise, increments, random=_reads_noise(sde, solver))
+    noise = noise_of(seed, noise, increments, random=reads_noise(sde, solver))
     if isinstance(noise, BrownianPath) and noise.first_path + len(x0) > 1 << 64:
         raise ValueError(
             f"first_path + batch must be at most 2^64, got {noise.first_path} + {len(x0)}; paths would repeat noise"
@@ -307,7 +308,7 @@ def integrate(
         ValueError, TypeError: as `solve`.
     """
     times = grids.check_grid(times)
-    noise = noise_of(None, noise, random=_reads_noise(sde, solver))
+    noise = noise_of(None, noise, random=reads_noise(sde, solver))
     call = None if start is not None or progress else Call.on(sde, x0, times, solver, noise, backend)
     known = None if call is None else call.again()
     if known is not None:
@@ -318,10 +319,6 @@ def integrate(
     save, sde = SavePlan(times[first:], None, first=first), sde.directed(_direction(times, x0.dtype, x0.device))
     problem = Problem(solver, sde, Watched(sde, times), noise, times, x0, save, progress=progress, call=call)
     return _solution(dataclasses.replace(problem, first=first, memory=memory) if first else problem, backend)
-
-
-def _reads_noise(sde: AbstractSDE, solver: AbstractSolver) -> bool:
-    return sde.noise is not Noise.NONE or isinstance(solver, PredictorCorrector)
 
 
 def _check_arguments(sde: AbstractSDE, x0: State, solver: AbstractSolver, backend: Backend) -> None:
@@ -378,6 +375,11 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     outcome: dict[str, Any] = {}
     memory, accepted = saved.memory, adaptive and adaptive.accepted
     weights: tuple[Tensor, ...] = ()
+    jumps: tuple[Tensor, ...] = ()
+    if isinstance(equation, AbstractJumping):
+        own = solver.memory if isinstance(solver, AbstractRemembering) else 0
+        jumps, memory = memory[own : own + 3], memory[:own] + memory[own + 3 :]
+        outcome["jumps"] = jumps[2].round().long()
     if problem.prior is not None:
         own = solver.memory if isinstance(solver, AbstractRemembering) else 0
         weights, memory = memory[own : own + 2], memory[:own] + memory[own + 2 :]
@@ -400,7 +402,20 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     carried = (None, ()) if following is None else (following.carry, following.boundaries)
     work = None if following is None or not following.stops else saved.work or problem.taken * len(x0)
     return finished(
-        saved, reason, solver, noise, seed, times, save.ts, memory, carried, weights, accepted, work, **outcome
+        saved,
+        reason,
+        solver,
+        noise,
+        seed,
+        times,
+        save.ts,
+        memory,
+        carried,
+        weights,
+        accepted,
+        work,
+        waiting=jumps,
+        **outcome,
     )
 
 
@@ -482,6 +497,8 @@ def _check_plan(problem: Problem) -> None:
     if not problem.save.inside or problem.solver.controller is not None:
         return
     following = problem.following
+    if isinstance(problem.equation, AbstractJumping):
+        raise ValueError("paths that jump have values at grid points alone; put every time of save_at on the grid")
     if problem.changes is not None and any(k + 1 in problem.changes.points for k in problem.save.inside):
         raise ValueError(
             "save_at holds a time inside a step whose end at= changes, where the state is known at grid points alone; "

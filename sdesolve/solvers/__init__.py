@@ -31,6 +31,7 @@ from sdesolve.solvers.midpoint import Midpoint
 from sdesolve.solvers.milstein import Milstein
 from sdesolve.solvers.non import NON
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.reactions import AbstractReacting, Gillespie, TauLeap
 from sdesolve.solvers.reverse_diffusion import ReverseDiffusion
 from sdesolve.solvers.reversible_heun import ReversibleHeun
 from sdesolve.solvers.ri import DRI1, RI6
@@ -57,11 +58,12 @@ from sdesolve.solvers.weak_table import AbstractWeakTable, WeakTable
 __all__ = [
     "ALIGN", "BAOAB", "DDIM", "DEIS", "DPM2", "DRI1", "NON", "OBABO", "QE", "QUICSORT", "RI6", "RK4", "SEA",
     "SKSROCK", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1", "SRIW2", "UBU", "AbstractEmbedded",
-    "AbstractEstimating", "AbstractOneStep", "AbstractRemembering", "AbstractSolver",
+    "AbstractEstimating", "AbstractOneStep", "AbstractReacting", "AbstractRemembering", "AbstractSolver",
     "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "DPMSolver",
     "DPMSolverPP", "DPMSolverPP2S", "DormandPrince", "EDMHeun", "EulerHeun", "EulerMaruyama", "GeneralShARK",
-    "Heun", "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE", "Midpoint", "Milstein",
+    "Gillespie", "Heun", "ImplicitEuler", "ImplicitSquareRoot", "LinearMultistep", "LogODE", "Midpoint", "Milstein",
     "PredictorCorrector", "ReverseDiffusion", "ReversibleHeun", "Rodas4", "Row", "SASolver", "SDEDPMSolverPP",
     "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "ShARK", "SlowRK", "Span", "SplitStepEuler", "StepController",
-    "StochasticTable", "Table", "Tamed", "Truncated", "Tsit5", "UniPC", "W2Ito1", "WeakTable", "supports",
+    "StochasticTable", "Table", "Tamed", "TauLeap", "Truncated", "Tsit5", "UniPC", "W2Ito1", "WeakTable",
+    "supports",
 ]  # fmt: skip
