@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
@@ -104,6 +105,19 @@ def gradient(function: Function, x: Tensor) -> Tensor:
     return slope if keep else slope.detach()
 
 
+_beside = threading.local()
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """Inside the ``with`` block autograd may be switched off: what is computed there is no part of any function."""
+    before, _beside.inside = getattr(_beside, "inside", False), True
+    try:
+        yield
+    finally:
+        _beside.inside = before
+
+
 @final
 class _Switches(TorchFunctionMode):
     """Sees whether autograd is switched off."""
@@ -111,7 +125,7 @@ class _Switches(TorchFunctionMode):
     off = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled and not args[0]:
+        if func is torch._C._set_grad_enabled and not args[0] and not getattr(_beside, "inside", False):
             self.off = True
         return func(*args, **(kwargs or {}))
 

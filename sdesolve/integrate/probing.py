@@ -11,6 +11,7 @@ import torch
 from sdesolve_kernels.transforms import plain
 from torch import Tensor
 
+from sdesolve._internal.derivatives import beside
 from sdesolve.sde import is_matrix
 
 _MOST_WEIGHTS = 1 << 16
@@ -71,7 +72,7 @@ class ByRow:
         if t.ndim == 0 or x.ndim < 2 or not len(x):
             return self._function(x, t, *others)
         if self._calls == 0:
-            with torch.no_grad(), unnoticed(self._function):
+            with beside(), torch.no_grad(), unnoticed(self._function):
                 self._choose(x.detach(), *others)
         value = self.given(x, t, *others)
         if self._calls & (self._calls - 1) == 0:
@@ -81,7 +82,7 @@ class ByRow:
 
     def check(self, x: Tensor, t: Tensor, *others: Tensor) -> None:
         """Refuses the function if the rows of the least and the greatest of ``t: (batch,)`` are not right."""
-        with torch.no_grad(), unnoticed(self._function):
+        with beside(), torch.no_grad(), unnoticed(self._function):
             ends = {int(t.argmin()), int(t.argmax())}
             rows = [(t[i], torch.tensor([i], device=x.device)) for i in ends]
             if not self._is_right(x.detach(), t, rows, *others):
