@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from sdesolve._internal.modes import evaluation_mode, warn_of_training
 from sdesolve.brownian import AbstractNoise, BrownianPath, drawn_seed
-from sdesolve.integrate.checks import all_finite, check_pair, check_state
+from sdesolve.integrate.checks import STATE_DTYPES, all_finite, check_pair, check_state
 from sdesolve.integrate.solution import Solution, finished
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE
@@ -99,7 +99,7 @@ class Call:
         cls, sde: AbstractSDE, x0: Tensor, times: Tensor, solver: AbstractSolver, noise: AbstractNoise, backend: str
     ) -> Call | None:
         """The call of `integrate` on a grid, ``(steps + 1,)``, from ``x0`` alone."""
-        if len(times) > _MOST_TIMES or times.ndim != 1 or not isinstance(noise, BrownianPath):
+        if is_transformed() or times.ndim != 1 or len(times) > _MOST_TIMES or not isinstance(noise, BrownianPath):
             return None
         sign = 1.0 if float(times[-1]) > float(times[0]) else -1.0
         return cls._plain(sde, x0, solver, noise, None, None, True, sign, times.numpy().tobytes(), backend)
@@ -107,7 +107,11 @@ class Call:
     @classmethod
     def _plain(cls, sde: object, x0: object, solver: object, noise: object, *others: Any) -> Call | None:
         """A call of plain tensors, and outside all modes that see what is done with them."""
-        if type(x0) is not Tensor or not isinstance(sde, AbstractSDE) or not isinstance(solver, AbstractSolver):
+        if not isinstance(sde, AbstractSDE) or not isinstance(solver, AbstractSolver):
+            return None
+        if type(x0) is not Tensor or x0.dtype not in STATE_DTYPES or x0.layout != torch.strided:
+            return None
+        if x0.is_nested or x0.is_meta:
             return None
         if noise is not None and (type(noise) is not BrownianPath or others[0] is not None):
             return None
