@@ -14,6 +14,7 @@ noised digits.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, final
@@ -137,10 +138,12 @@ def train_noised_classifier(half: Half, steps: int) -> NoisedClassifier:
     return net.eval()
 
 
-def draw(score: Callable[[Tensor, Tensor], Tensor], count: int, *, seed: int = 0) -> Tensor:
+def draw(
+    score: Callable[[Tensor, Tensor], Tensor], count: int, *, seed: int = 0, evaluations: int = EVALUATIONS
+) -> Tensor:
     """Digits by the probability flow, rounded to 17 levels."""
     x = sds.sample(
-        PROCESS, score, (count, 8, 8), solver=sds.DPMSolverPP(2), grid=sds.grids.karras_sigma(PROCESS, EVALUATIONS - 1),
+        PROCESS, score, (count, 8, 8), solver=sds.DPMSolverPP(2), grid=sds.grids.karras_sigma(PROCESS, evaluations - 1),
         stochasticity=0, seed=seed,
     )  # fmt: skip
     return rounded(x)
@@ -181,7 +184,7 @@ def sweep(score: sds.NetworkScore, learned: Half, held: Half, quick: bool) -> di
     """The table, and a digit of each class for some of its rows."""
     judge, noised = Judge(learned, held), train_noised_classifier(learned, 10 if quick else 2000)
     # As many samples as held-out digits and of the same classes, unless a row says otherwise.
-    labels = held.labels
+    labels, taken = held.labels, functools.partial(draw, evaluations=8 if quick else EVALUATIONS)
     again = torch.randint(len(learned.labels), (len(labels),), generator=torch.Generator().manual_seed(0))
     print(f"\n{'':44s}{'Frechet':>10s}{'over real':>12s}{'recognised':>14s}{'nearest':>12s}")
     print(judge.row("real: the half learned from", learned.images, learned.labels))
@@ -192,9 +195,9 @@ def sweep(score: sds.NetworkScore, learned: Half, held: Half, quick: bool) -> di
         for w in CLASSIFIER_SCALES[:: 4 if quick else 1]
     }
     for name, guided in rows.items():
-        print(judge.row(name, draw(guided, len(labels)), labels))
+        print(judge.row(name, taken(guided, len(labels)), labels))
     many = labels.repeat(1 if quick else 4)
-    print(judge.row("no guidance, four times as many samples", draw(score.given(many), len(many)), many))
+    print(judge.row("no guidance, four times as many samples", taken(score.given(many), len(many)), many))
     print(
         "Frechet: distance to the held-out digits; over real: its ratio to that of the half learned from. Digits\n"
         "drawn from that half with replacement are the same digits, and further off by chance alone. Recognised: by a\n"
@@ -204,8 +207,8 @@ def sweep(score: sds.NetworkScore, learned: Half, held: Half, quick: bool) -> di
     each = torch.arange(10)
     return {
         "real": torch.stack([held.images[held.labels == k][0] for k in each]),
-        **{f"scale {w:g}": draw(_free(score, each, w), 10, seed=3) for w in (1.0, 1.5, 3.0)},
-        "classifier, scale 2": draw(sds.ClassifierGuidance(score.given(ANY), noised, each, 2.0), 10, seed=3),
+        **{f"scale {w:g}": taken(_free(score, each, w), 10, seed=3) for w in (1.0, 1.5, 3.0)},
+        "classifier, scale 2": taken(sds.ClassifierGuidance(score.given(ANY), noised, each, 2.0), 10, seed=3),
     }
 
 

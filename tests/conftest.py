@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from sdesolve_kernels import use_backend
 
 # Derandomised: a failure seen once is seen by everybody. No deadline: no test asserts a time.
 settings.register_profile(
@@ -37,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
     config.stash[NOT_RUN] = [item.name for item in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    if item.get_closest_marker("uncompiled") is None or os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
+        return (yield)
+    with use_backend("reference"):
+        return (yield)
 
 
 def pytest_collection_finish() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -309,25 +310,26 @@ def test_fits_find_cost_slope_and_knee():
     assert scaling.fit(n, [3e-7 * v**1.5 for v in n]).slope == pytest.approx(1.5)
 
 
-def test_the_suite_runs_and_leaves_a_file(tmp_path):
-    """Rounds shared by contenders, times told to pytest-benchmark, what is missing or wrong in the file."""
-    out = tmp_path / "out.json"
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """The command that runs a little of the suite, what that printed, and its file."""
+    out = tmp_path_factory.mktemp("suite") / "out.json"
     # pytest-benchmark times nothing in what it takes for a worker of pytest-xdist
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "benchmarks/test_suite.py", "--hasty", "-q", "-p", "no:cacheprovider",
                "-k", "(normal and 1024 and x and 2 and float32 and not 4096)", f"--benchmark-json={out}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    start = functools.partial(subprocess.run, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = start(command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return command, start, done, out
+
+
+def test_the_suite_runs_and_leaves_a_file(suite):
+    """Rounds shared by contenders, times told to pytest-benchmark, what is missing or wrong in the file."""
+    *_, done, out = suite
     found = json.loads(out.read_text())
     assert "load_before" not in found["machine_info"]  # or pytest-benchmark takes any two runs for two machines
-    # Its own comparison warns of another one, and goes on.
-    another = tmp_path / "another.json"
-    another.write_text(json.dumps({**found, "machine_info": {**found["machine_info"], "processor": "another"}}))
-    command[-1:] = [f"--benchmark-compare={another}", "--collect-only"]
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert "machine_info is different" in again.stdout + again.stderr
     assert report.load(out).machine["load_before"] >= 0
     assert "node" not in found["machine_info"]
     assert found["machine_info"]["versions"]["torch"]
@@ -339,3 +341,15 @@ def test_the_suite_runs_and_leaves_a_file(tmp_path):
         assert entry["stats"]["median"] == pytest.approx(made.rows[name, contender]["seconds"][1], rel=1e-3)
     assert made.rows[name, "sdesolve"]["ratio"] == [1.0, 1.0, 1.0]
     assert "how many times as long as sdesolve" in done.stdout
+
+
+@pytest.mark.thorough
+def test_a_comparison_by_pytest_benchmark_warns_of_another_machine(suite, tmp_path):
+    """And goes on."""
+    command, start, _, out = suite
+    found = json.loads(out.read_text())
+    another = tmp_path / "another.json"
+    another.write_text(json.dumps({**found, "machine_info": {**found["machine_info"], "processor": "another"}}))
+    again = start([*command[:-1], f"--benchmark-compare={another}", "--collect-only"])
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert "machine_info is different" in again.stdout + again.stderr

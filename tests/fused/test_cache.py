@@ -10,12 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CODE = """
 import torch
-from sdesolve_kernels import dsm_loss, langevin_step, perturb
-for dtype in (torch.float32, torch.bfloat16):
-    x = torch.ones(4, 6, dtype=dtype)
-    perturb(x, torch.ones(4), 0.5, seed=0)
-    dsm_loss(x, x, 1.0, 1.0, 1.0, seed=0)
-langevin_step(torch.ones(4, 6), torch.ones(4, 6), mode="batch", size=0.1, seed=0)
+from sdesolve_kernels import dsm_loss, perturb
+x = torch.ones(4, 6)
+perturb(x, torch.ones(4), 0.5, seed=0)
+perturb(x.bfloat16(), torch.ones(4), 0.5, seed=0)
+dsm_loss(x, x, 1.0, 1.0, 1.0, seed=0)
 """
 
 

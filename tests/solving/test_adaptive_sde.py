@@ -137,6 +137,7 @@ def test_what_cannot_choose_its_steps(make, kind, why):
         make()
 
 
+@pytest.mark.uncompiled
 def test_what_cannot_be_solved():
     sde, x0 = double_well(), torch.ones(3, 1)
     with pytest.raises(ValueError, match=r"rtol=1e-08 is below what torch.float32 resolves"):

@@ -237,6 +237,7 @@ def test_values_at_any_time_are_those_of_the_increments(times):
         path.value(float(grid[0]) - 1e-3 * float(grid[-1] - grid[0]), shape, times=times)
 
 
+@pytest.mark.uncompiled
 def test_a_solution_is_that_of_the_path_whichever_part_its_solver_reads():
     """``X = W``, at grid points and between them, by solvers that read ``W``, and ``W`` and ``H``."""
     motion = sds.SDE(lambda x, t: torch.zeros_like(x), lambda x, t: 1.0, noise="additive")

@@ -78,6 +78,7 @@ def test_rows_are_those_of_any_batch_and_cut(backend):
         sds.solve(WELL, start=half.state, grid=grid[5:], carry=carry, **end)
 
 
+@pytest.mark.uncompiled
 def test_the_maximum_of_brownian_motion_has_its_law_at_any_step():
     """``P(max < m) = erf(m / sqrt 2)``; Kolmogorov's 1% point is ``1.628 / sqrt n``."""
     n = 40_000
@@ -111,6 +112,7 @@ def test_discounting_and_quantiles_have_known_values():
     assert float((bins.quantiles(sol.carry.sum(0), levels) - wanted).abs().max()) < 0.05
 
 
+@pytest.mark.uncompiled
 def test_times_run_either_way_and_differ_by_row():
     carry = (sds.Integral(lambda x, t: t + 0.0 * x[:, 0]), sds.Carry(0.0, lambda c, x, y, t, u: c + (u - t)))
     ode = sds.ODE(lambda x, t: torch.ones_like(x))

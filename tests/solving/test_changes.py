@@ -75,6 +75,7 @@ def test_a_run_is_shorter_runs_with_the_maps_between_them(sde, solver, backend, 
     assert torch.equal(sds.solve(sde, start(), **options).x1, sol.x1)
 
 
+@pytest.mark.uncompiled
 def test_doses_of_an_ornstein_uhlenbeck_process_add_up_as_they_decay():
     dose, times = 2.0, torch.tensor([0.4, 0.8, 1.2])  # in float32, as the grid is not
     x0 = torch.zeros(4000, 1, dtype=F64)
@@ -86,6 +87,7 @@ def test_doses_of_an_ornstein_uhlenbeck_process_add_up_as_they_decay():
     assert abs(float(sol.x1.var()) / variance - 1.0) < 4.0 * math.sqrt(2.0 / 4000)
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize("options", [{"backend": "fused"}, {"backend": "eager"}, {"gradients": "checkpoint"}])
 def test_gradients_of_what_maps_are_made_of(options):
     dose = torch.tensor(2.0, dtype=F64, requires_grad=True)

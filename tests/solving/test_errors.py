@@ -306,6 +306,7 @@ def test_nan_in_the_first_step_is_told_at_once():
     assert len(calls) < 5
 
 
+@pytest.mark.uncompiled
 def test_overflow_is_told_from_nan():
     stiff = sds.ODE(lambda x, t: -1e6 * x)
     with pytest.raises(sds.DivergenceError, match="overflowed; take smaller steps"):
@@ -313,6 +314,7 @@ def test_overflow_is_told_from_nan():
     assert not bool(sds.solve(stiff, X0, 0.0, 1.0, 20, solver=EM, check_finite=False).x1.isfinite().all())
 
 
+@pytest.mark.uncompiled
 def test_a_derivative_that_is_infinite_is_no_overflow():
     """Milstein on a square root, from its zero: smaller steps would not help."""
     root = sds.SDE(lambda x, t: 1 - x, lambda x, t: x.clamp(min=0).sqrt())

@@ -88,6 +88,7 @@ def test_a_permuted_or_split_batch_gives_the_permuted_or_split_result(pair, seed
     assert torch.equal(whole, torch.cat(halves))
 
 
+@pytest.mark.uncompiled
 @given(pair=pairs, seed=seeds, steps=st.integers(1, 9), data=st.data())
 @settings(max_examples=7)
 def test_saving_changes_nothing_else(pair, seed, steps, data):
@@ -107,6 +108,7 @@ def test_saving_changes_nothing_else(pair, seed, steps, data):
     assert plain.ts.tolist() == [1.0]
 
 
+@pytest.mark.uncompiled
 @given(pair=pairs, seed=seeds)
 @settings(max_examples=7)
 def test_a_time_per_sample_is_as_solving_each_sample_alone(pair, seed):
@@ -136,6 +138,7 @@ def test_states_of_any_rank_are_the_flat_state(rank):
     assert torch.equal(a.reshape(4, -1), b)
 
 
+@pytest.mark.uncompiled
 def test_backwards_on_the_mirrored_equation_is_forwards():
     """``dX = f dt + g dW`` from 1 to 0 is ``dX = -f(X, 1 - s) ds + g(X, 1 - s) dW`` from 0 to 1."""
     forwards = sds.SDE(lambda x, t: -(1.0 - x) * (1 - t), lambda x, t: 0.2 * x * (1 + (1 - t)))
@@ -198,6 +201,7 @@ def test_without_a_seed_torch_s_generator_decides_and_the_run_can_be_repeated():
     assert torch.equal(run(seed=second.stats.seed).x1, second.x1)
 
 
+@pytest.mark.uncompiled
 def test_gradients_flow_through_the_steps():
     rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     x0 = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)

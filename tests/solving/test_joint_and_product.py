@@ -67,6 +67,7 @@ def test_a_joint_function_gives_the_bits_of_two_and_is_evaluated_once_at_a_point
     assert longer - (body.calls - before) <= (once + looks) * 32
 
 
+@pytest.mark.uncompiled
 def test_joint_functions_fuse_convert_and_have_gradients():
     joint, apart, _ = pair("general", body=lambda x, t: Body(True)(x, t))
     one, two = (
@@ -155,6 +156,7 @@ def test_additive_noise_by_products(solver):
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.uncompiled
 def test_products_fuse_and_have_gradients():
     s = torch.tensor(0.4, dtype=F64, requires_grad=True)
     sde = sds.SDE(lambda x, t: -x, diffusion_product=lambda x, t, v: s * x * (v @ M.T), channels=3)

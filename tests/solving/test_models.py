@@ -96,6 +96,7 @@ def test_moments_of_a_step_of_qe_are_exact(x0, h):
     assert float(x.var()) == pytest.approx(float(CIR.variance(full(x0), h)), rel=2e-3)
 
 
+@pytest.mark.uncompiled
 def test_square_root_processes_reach_their_laws():
     """P16 by both schemes, fused; weak order 1 allows a few percent of ``h`` = 1/32."""
     for solver in (sds.QE(), sds.ImplicitSquareRoot()):

@@ -100,12 +100,14 @@ STRONG = [
 ]
 
 
-# Backwards once a calculus: one step's errors are tested in both directions for all (test_local_errors.py).
-DIRECTED = [(*case, False) for case in STRONG]
-DIRECTED += [
+# One step's errors are tested in both directions for all (test_local_errors.py): here backwards once a calculus, and
+# where time is no matter.
+BACK = [
     (sds.Milstein("foster"), "ito", "general", 1.0, True),
     (sds.SlowRK(), "stratonovich", "general", 0.5, True),
 ]
+DIRECTED = [(*case, False) for case in STRONG]
+DIRECTED += [pytest.param(*case, marks=pytest.mark.thorough) for case in BACK]
 
 
 @pytest.mark.parametrize(("solver", "calculus", "name", "order", "back"), DIRECTED, ids=str)

@@ -93,6 +93,7 @@ def test_weights_have_mean_one_whatever_the_steps(noise, g, solver):
         assert abs(float(ours.mean() - plain.mean())) < 4.5 * float(ours.var() + plain.var()) ** 0.5 / 8000**0.5
 
 
+@pytest.mark.uncompiled
 def test_a_rare_event():
     """``P(W_1 > 4)`` from paths that drift there, to 3% from 4000 of them; 126,000 plain ones would hold 4."""
     tilted = sds.SDE(lambda x, t: torch.full_like(x, 4.0), lambda x, t: torch.ones_like(x), "additive")
@@ -122,6 +123,7 @@ class Latent(torch.nn.Module):
         return {"scalar": g[..., None], "general": MATRIX * g[..., None]}.get(self.noise_type, g)
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize(("noise", "calculus", "method", "solver"), [
     ("diagonal", "ito", "euler", EM),
     ("general", "ito", "euler", EM),

@@ -74,6 +74,7 @@ def test_tweedie_is_the_posterior_mean(process):
         torch.testing.assert_close(sds.tweedie(process, score, x, t), score.denoise(x, t), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.uncompiled
 def test_denoising_takes_the_last_noise_away():
     process = sds.EDM(sigma_min=0.5)
     sharp = Gaussian(torch.zeros(2), torch.tensor(1e-4))
@@ -122,6 +123,7 @@ def test_a_grid_of_the_process_that_is_none_is_refused(monkeypatch):
         sds.sample(process, DATA.score(process), (4, 2), steps=3)
 
 
+@pytest.mark.uncompiled
 def test_a_score_of_the_wrong_shape_or_that_fails_is_named():
     process = sds.VP()
     with pytest.raises(ValueError, match=r"score must return the shape of the state, \(4, 2\), got \(4, 1\)"):
@@ -132,6 +134,7 @@ def test_a_score_of_the_wrong_shape_or_that_fails_is_named():
         sds.sample(sds.SDE(lambda x, t: x, lambda x, t: x), DATA.score(process), (4, 2), steps=3)
 
 
+@pytest.mark.uncompiled
 def test_process_and_score_that_do_not_go_together():
     process, other = sds.VP(), sds.VP(sds.CosineBeta())
     network = sds.NetworkScore(sds.nn.MLP((2,), width=4, depth=0), other)

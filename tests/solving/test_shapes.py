@@ -18,6 +18,7 @@ def after(g, n, *, noise, backend="eager", state=(3,), solver=None):
     return sds.solve(sde, x0, 0.0, 1.0, 2, solver=solver or sds.EulerMaruyama(), seed=3, backend=backend).x1 - x0
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize("backend", ["auto", "kernel", "eager"])
 @pytest.mark.parametrize("n", BATCHES)
 def test_one_number_per_column_whatever_the_batch(n, backend):
@@ -84,6 +85,7 @@ def test_other_solvers_and_reversals_read_the_same(n):
     torch.testing.assert_close(sds.ProbabilityFlow(forward, lambda x, t: -x).drift(x, t), 0.5 * COLUMNS.square() * x)
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize("n", BATCHES)
 def test_a_diffusion_of_a_time_per_row(n):
     """Rows run at times of their own; each ends as it does alone."""

@@ -103,6 +103,7 @@ def test_stability_in_mean_square(solver, expected):
     assert float(plain.square().mean()) == pytest.approx(99.0**2 + 100.0)
 
 
+@pytest.mark.uncompiled
 def test_stability_functions_on_an_ode():
     """``T_s(w0 + w1 z) / T_s(w0)`` of SK-SROCK by NumPy's Chebyshev polynomials; L-stability of the implicit ones."""
     z = -torch.tensor([[0.1], [1.0], [30.0], [100.0], [1e6]], dtype=F64)
@@ -197,6 +198,7 @@ def test_superlinear_and_stiff_quadratic():
         sds.solve(quadratic, x0, 0.0, 3.0, 30, solver=sds.EulerMaruyama(), seed=1, backend="eager")
 
 
+@pytest.mark.uncompiled
 def test_gradients_go_through_an_implicit_step():
     x0 = torch.tensor([[0.4, -0.3]], dtype=F64, requires_grad=True)
     sde = sds.SDE(lambda x, t: -x * x.flip(1) - x**3, lambda x, t: 0.2 * x)

@@ -17,6 +17,7 @@ def zero(x, t):
     return 0 * x
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize(
     ("g", "x0", "drift"),
     [
@@ -86,6 +87,7 @@ class Commuting(AbstractOneStep):
 TURN = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize(
     ("g", "commutes"),
     [

@@ -63,6 +63,7 @@ def test_a_time_of_its_own_is_no_grid_point():
         assert dict(plan.inside) == {5: [(1, pytest.approx(theta, rel=1e-3))]}
 
 
+@pytest.mark.uncompiled
 def test_neighbouring_saved_times_have_their_joint_law():
     n, dt = 20_000, 0.1
     motion = sds.SDE(lambda x, t: 0 * x, lambda x, t: 1.0, noise="additive")
@@ -118,6 +119,7 @@ def test_functions_get_the_time_with_the_digits_that_the_steps_have(t0, backend)
         torch.testing.assert_close(single.x1, double.x1.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize("t0", [0.0, 86_400.0, 1.7e9])
 @pytest.mark.parametrize("backend", ["eager", "fused"])
 def test_a_bridge_arrives_wherever_the_origin_of_time_is(t0, backend):

@@ -45,6 +45,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.uncompiled
 @pytest.mark.filterwarnings("ignore:create_graph=True")  # of autograd, which second derivatives are compared with
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_transform_is_the_derivative(name):

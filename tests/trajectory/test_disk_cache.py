@@ -64,17 +64,35 @@ def written(tmp_path_factory):
     return folder, first
 
 
-def test_a_later_process_needs_no_numba(written, tmp_path):
-    """It finds what an earlier one left, if that is whole."""
+@pytest.fixture
+def here(monkeypatch):
+    """What `RUN` does, in this process."""
+
+    def run(folder):
+        monkeypatch.setenv("SDESOLVE_CACHE", str(folder))
+        trajectory.load.cache_clear()
+        sde = sds.SDE(lambda x, t: torch.sin(x), lambda x, t: 0.25 * x)
+        x0 = torch.ones(5, 2)
+        return sds.solve(sde, x0, 0.0, 1.0, 7, solver=sds.EulerMaruyama(), seed=3, backend="fused").x1.double().sum()
+
+    yield run
+    trajectory.load.cache_clear()
+
+
+def test_a_later_process_needs_no_numba(written):
+    """It finds what an earlier one left."""
     folder, first = written
     assert [p.suffix for p in sorted(folder.iterdir())] == [".o", ".py"]
     (code,) = folder.glob("*.o")
     assert "def trajectory" in code.with_suffix(".py").read_text()
+    assert finish(start(folder)) == (first, False)
+
+
+def test_code_that_is_damaged_is_made_anew(written, here, tmp_path):
+    (code,) = written[0].glob("*.o")
     damaged = tmp_path / code.name
     damaged.write_bytes(code.read_bytes()[:-40] + b"\0" * 40)
-    later, again = start(folder), start(tmp_path)
-    assert finish(later) == (first, False)
-    assert finish(again) == (first, True)
+    assert here(tmp_path) == written[1]
     assert trajectory._read(damaged) is not None
 
 
@@ -132,7 +150,7 @@ def test_code_that_others_could_have_written_is_not_loaded(tmp_path, monkeypatch
         assert trajectory._read(folder / "x.o") is None
 
 
-def test_a_planted_folder_is_done_without(written, tmp_path):
+def test_a_planted_folder_is_done_without(written, here, tmp_path):
     """A solve compiles its own, leaves nothing, and gives what it gives elsewhere."""
     folder, expected = written
     planted = tmp_path / "planted"
@@ -140,7 +158,7 @@ def test_a_planted_folder_is_done_without(written, tmp_path):
     for file in folder.iterdir():
         (planted / file.name).write_bytes(b"planted")
     planted.chmod(0o777)
-    assert finish(start(planted)) == (expected, True)
+    assert here(planted) == expected
     assert all(file.read_bytes() == b"planted" for file in planted.iterdir())
 
 

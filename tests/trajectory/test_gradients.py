@@ -338,7 +338,7 @@ def compiled_cases():
     rows = leaf(150, 2, seed=1)
     paths = sds.SDE(lambda x, t, p: -p.exp() * x, lambda x, t, p: 0.1 * x * p, calculus="stratonovich")
     yield "a row for each path", x0, paths, [rows], {"solver": sds.Heun(), "save_at": "grid", "params": rows}
-    drift, net = network(12, time=True)
+    drift, net = network(8, time=True)
     yield "a network", x0, sds.SDE(drift, lambda x, t: 0.1 * x), list(net.parameters()), {"save_at": "grid"}
 
 

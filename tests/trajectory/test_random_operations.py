@@ -129,7 +129,11 @@ def compare(seed, difference):
     return difference(fused, eager) / (2e-4 if narrow else 1e-10)
 
 
-@pytest.mark.parametrize("first", range(0, 160, 20))
+# All of them take as long as everything else in this folder: half are left for the thorough profile.
+TRIED = [pytest.param(first, marks=pytest.mark.thorough if first >= 80 else ()) for first in range(0, 160, 20)]
+
+
+@pytest.mark.parametrize("first", TRIED)
 def test_random_programs(first, interpreted, difference):
     """Results are at most about 1 in size; errors grow by a factor of a few a line."""
     ran = 0

@@ -26,7 +26,7 @@ import sdesolve as sds
 
 PROGRAMS, PROGRAMS_A_RUN, PARTS, COMPILED, GRADED = 2040, 5, 8, 3, 6
 # All of them take more than a minute: HYPOTHESIS_PROFILE=thorough.
-TRIED = range(PARTS) if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else (1, 5)
+TRIED = range(PARTS) if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else (1,)
 
 NAMES = {
     "torch": torch, "nn": torch.nn, "F": torch.nn.functional, "np": np, "math": math, "functools": functools,
