@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sdesolve_kernels.transforms import plain
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sdesolve.integrate.checks import all_finite, bad_rows
 from sdesolve.integrate.problem import Problem
-from sdesolve.integrate.solution import DivergenceError
+from sdesolve.integrate.save_at import SavePlan
+from sdesolve.integrate.solution import DivergenceError, Saved
 from sdesolve.sde import Noise
 from sdesolve.solvers.base import Span
+
+if TYPE_CHECKING:
+    from sdesolve.integrate.executors import Stepwise
 
 
 def refuse_nonfinite(problem: Problem, k: int, x_before: Tensor, x: Tensor, span: Span) -> None:
@@ -36,6 +44,83 @@ def refuse_overflow(problem: Problem, k: int, x: Tensor) -> None:
         "the same step in torch, which rounds differently, gives a finite one, near an overflow; take smaller steps"
     )
     _refuse(problem, k, x, culprit)
+
+
+def watch_loss(problem: Problem, saved: Saved, carry: Any, again: Callable[[SavePlan], Stepwise]) -> None:
+    """Has ``backward`` refuse a loss that is made of values that are not finite, where the state itself is.
+
+    An observable or a functional of the path may overflow or be nan, and torch's gradient of that is often finite. What
+    the loss leaves out, so that its cotangent is 0, may be what it is.
+
+    Args:
+        problem: the integration.
+        saved: what it left.
+        carry: functionals along the paths.
+        again: begins it once more, step by step, with such a plan.
+    """
+    save, moments = problem.save, saved.variances is not None
+    what = "the state" if save.observable is None else "observable="
+
+    def of_saves(run: Stepwise) -> list[Tensor]:
+        return run.problem.save.kept
+
+    seen = [saved.xs] if save.observable is not None or len(save.ts) > 1 else []
+    seen += [saved.variances] if saved.variances is not None and len(problem.x0) > 1 else []
+    for values in seen:
+        _watch(values, functools.partial(_refuse_loss, problem, what, of_saves, again, None if moments else 1))
+    for leaf in () if carry is None else tree_leaves(carry):
+        _watch(leaf, functools.partial(_refuse_loss, problem, "carry=", _carried, again, 0))
+
+
+def _watch(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
+    """Has `refuse` called with the places of those that are not finite and have a cotangent."""
+    if not values.requires_grad or all_finite(values):
+        return
+    bad = ~values.detach().isfinite()
+
+    def look(cotangent: Tensor) -> None:
+        used = bad & (cotangent.detach() != 0)
+        if bool(used.any()):
+            refuse(used)
+
+    values.register_hook(look)
+
+
+def _carried(run: Stepwise) -> Sequence[Tensor]:
+    following = run.problem.following
+    return () if following is None else following.parts(run.states).carried
+
+
+def _refuse_loss(
+    problem: Problem,
+    what: str,
+    values: Callable[[Stepwise], Sequence[Tensor]],
+    again: Callable[[SavePlan], Stepwise],
+    axis: int | None,
+    bad: Tensor,
+) -> None:
+    """Refuses a loss at the first step and path of those in question whose values are not finite."""
+    batch = len(problem.x0)
+    rows = torch.ones(batch, dtype=torch.bool) if axis is None else bad.movedim(axis, 0).reshape(batch, -1).any(1).cpu()
+    with torch.no_grad():
+        run = again(problem.save.every_path())
+        while not bool((found := _bad(values(run), rows)).any()) and run.k < problem.steps:
+            run.advance()
+    k, row = max(run.k - 1, problem.first), int((found if bool(found.any()) else rows).nonzero()[0])
+    time, path = float(problem.times[k].flatten()[row if problem.times.ndim == 2 else 0]), row + problem.first_path
+    raise DivergenceError(
+        f"the loss takes values of {what} that are not finite, first for path {path} in step {k} of {problem.steps}, "
+        f"which starts at t = {time:.6g}, and has no gradient. Leave such paths out of the loss, or mend what is "
+        "undefined or overflows there; check_finite=False lets it pass",
+        step=k,
+        time=time,
+        path=path,
+    )
+
+
+def _bad(values: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Which of some rows hold nan or inf."""
+    return functools.reduce(torch.logical_or, (bad_rows(v).cpu() for v in values), torch.zeros_like(rows)) & rows
 
 
 def _refuse(problem: Problem, k: int, x: Tensor, culprit: str) -> None:

@@ -142,6 +142,17 @@ class SavePlan:
         made._beside = [None] * len(self.ts)
         return made
 
+    def every_path(self) -> SavePlan:
+        """The same times with all paths, and nothing kept yet."""
+        made = self.blank()
+        made.moments = False
+        return made
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What was kept so far."""
+        return [x for x in self._states if x is not None]
+
     def at_grid_point(self, k: int, *states: Tensor) -> None:
         """Keeps the state at grid point ``k``, the first of what a step carries, if it was asked for."""
         for slot in self.on_grid.get(k, ()):
@@ -159,7 +170,7 @@ class SavePlan:
 
     def states(self) -> Tensor:
         """All that was kept, ``(times, batch, *values)``, or means ``(times, *values)``."""
-        return torch.stack([x for x in self._states if x is not None])
+        return torch.stack(self.kept)
 
     def weights(self) -> Tensor | None:
         """What was kept beside the states of all paths, ``(times, numbers, batch)``, if there was anything."""

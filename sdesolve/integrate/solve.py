@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
-from sdesolve_kernels.transforms import outside_transforms
+from sdesolve_kernels.transforms import is_transformed, outside_transforms
 from torch import Tensor
 
 from sdesolve import grids
@@ -27,6 +27,7 @@ from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels, Stepwise
 from sdesolve.integrate.following import Following
 from sdesolve.integrate.lowering import lower
+from sdesolve.integrate.non_finite import watch_loss
 from sdesolve.integrate.path_measure import Prior, check_at_end, check_at_start, prior_of
 from sdesolve.integrate.plans import PLANNED, Call
 from sdesolve.integrate.problem import Gradients, Problem, Watched, reads_noise
@@ -128,9 +129,9 @@ def solve(
             float64; backwards with ``.flip(0)``): such steps are others, and take other increments. Solvers that go by
             earlier steps, as multistep ones do, and those that choose their own steps take no ``at``.
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path; ``"sums"``
-            exact `Sums` of them, which add up over batches to the same bits however paths are split. Where gradients
-            are wanted of moments of one number at one time, as of a loss that is an ``observable``, a fused run makes
-            the gradient of the mean on its way, and ``backward`` only scales it.
+            exact `Sums` of them, without gradients, which add up over batches to the same bits however paths are split.
+            Where gradients are wanted of moments of one number at one time, as of a loss that is an ``observable``, a
+            fused run makes the gradient of the mean on its way, and ``backward`` only scales it.
         increments: short for ``noise=BrownianPath(seed, kind=increments)``: ``two-point`` and ``three-point`` numbers
             for weak convergence at a fraction of the cost, ``sobol`` points for quasi-Monte Carlo.
         kl_to: a prior whose law the paths are compared with, and whose diffusion ``g`` is that of the SDE: its drift
@@ -153,7 +154,8 @@ def solve(
             states are kept. ``reversible`` undoes the steps of `ReversibleHeun` instead, and raises a RuntimeError in
             ``backward`` if that drifts away from states that were kept. ``none`` records nothing.
         progress: show a progress bar.
-        check_finite: raise `DivergenceError` if the final state is not finite.
+        check_finite: raise `DivergenceError` if the final state is not finite, and in ``backward`` if the loss takes
+            values that are not: of an observable, a carry, or a state that was saved.
 
     Returns:
         A `Solution`. Gradients flow to ``x0`` and to whatever drift and diffusion are made of; a fused run has a fused
@@ -398,6 +400,8 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
             outcome["stopped"], outcome["stop_time"], outcome["boundary"], accepted = following.stopped(
                 problem, parts.stops
             )
+    if problem.check_finite and torch.is_grad_enabled() and not is_transformed():
+        watch_loss(problem, saved, outcome.get("carry"), functools.partial(_again, problem))
     seed = noise.seed if isinstance(noise, BrownianPath) and problem.random else None
     carried = (None, ()) if following is None else (following.carry, following.boundaries)
     work = None if following is None or not following.stops else saved.work or problem.taken * len(x0)
@@ -419,9 +423,10 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
     )
 
 
-def _again(problem: Problem) -> Stepwise:
-    """The same integration step by step in torch, of which nothing is kept."""
-    bare = dataclasses.replace(problem, save=SavePlan(problem.times, None), check_finite=False, progress=False)
+def _again(problem: Problem, save: SavePlan | None = None) -> Stepwise:
+    """The same integration step by step in torch, of which nothing is kept, or what another plan says."""
+    save = SavePlan(problem.times, None) if save is None else save
+    bare = dataclasses.replace(problem, save=save, check_finite=False, progress=False)
     return Eager().begin(bare, lower(bare))
 
 

@@ -307,6 +307,38 @@ def test_nan_in_the_first_step_is_told_at_once():
 
 
 @pytest.mark.uncompiled
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_loss_that_is_not_finite_has_no_gradient(backend):
+    """An observable or a carry that is undefined on some paths, whose states are finite."""
+    theta = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    x0 = torch.tensor([[0.9], [0.2], [-0.8], [-0.35]], dtype=torch.float64)
+    sde = sds.SDE(lambda x, t: theta * x, lambda x, t: 0.0 * x)
+    log = lambda x: (x[:, 0] + 1).log()  # noqa: E731
+
+    def run(**options):
+        options = {"observable": log, "noise": sds.BrownianPath(0, first_path=10), **options}
+        return sds.solve(sde, x0, 0.0, 1.0, 8, solver=sds.EulerMaruyama(), backend=backend, **options)
+
+    # -0.8 (1 + 1.5 / 8)^n passes -1 at n = 2, the first path to do so; -0.35 at n = 7
+    for options, of, step, path in (
+        ({"save_at": "grid"}, lambda s: s.xs[-1].sum(), 1, 12), ({}, lambda s: s.xs[0, 2:].sum(), 7, 12),
+        ({"save_at": [0.22, 0.5]}, lambda s: s.xs.sum(), 1, 12),
+        ({"save_at": "grid"}, lambda s: s.xs[:, 3].sum(), 6, 13),
+        ({"reduce": "moments"}, lambda s: s.mean.sum(), 7, 12), ({"reduce": "moments"}, lambda s: s.variance, 7, 12),
+        ({"observable": None, "carry": {"a": sds.Integral(lambda x, t: log(x))}}, lambda s: s.carry["a"].sum(), 1, 12),
+    ):  # fmt: skip
+        loss = of(run(**options))
+        assert not loss.isfinite().all()
+        with pytest.raises(sds.DivergenceError, match=r"the loss takes values of (observable|carry)=") as error:
+            loss.sum().backward()
+        assert (error.value.step, error.value.time, error.value.path) == (step, step / 8, path)
+    sol = run(save_at="grid")
+    torch.where(sol.xs.isfinite(), sol.xs, 0.0).sum().backward()  # which leaves them out
+    assert theta.grad.isfinite()
+    run(check_finite=False).xs.sum().backward()
+
+
+@pytest.mark.uncompiled
 def test_overflow_is_told_from_nan():
     stiff = sds.ODE(lambda x, t: -1e6 * x)
     with pytest.raises(sds.DivergenceError, match="overflowed; take smaller steps"):
