@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint resolve wheel-smoke bench bench-twice bench-record peers clean
+.PHONY: demo test test-fast lint resolve wheel-smoke bench bench-twice bench-record peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -12,6 +12,10 @@ demo: $(STAMP)
 # Two processes of one thread each: a parallel loop of two threads waits for whichever core is busy with something else.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The first case of each test, and none that starts a process: while one works on something. CI runs `make test`.
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --fast
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
+import types
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sdesolve"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device that tensors of the tests live on: cpu or cuda")
+    parser.addoption("--fast", action="store_true", help="the first case of each test, if it starts no process")
 
 
 @pytest.fixture
@@ -27,11 +30,40 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+def starts_programs(item: pytest.Item) -> bool:
+    """Whether a test starts a process or runs a script: itself, in what it calls of its module, or in a fixture."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    waiting, seen = [item.function, *(found[-1].func for found in fixtures)], set()
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        codes = [function.__code__]
+        for code in codes:
+            codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+            if {"subprocess", "runpy"} & {*code.co_names}:
+                return True
+            called = (function.__globals__.get(name) for name in code.co_names)
+            for other in called:
+                if getattr(other, "__globals__", None) is function.__globals__ and other.__code__ not in seen:
+                    seen.add(other.__code__)
+                    waiting.append(other)
+    return False
+
+
+def keep_fast(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    kept = [item for item in reversed(first.values()) if not starts_programs(item)]
+    chosen = {id(item) for item in kept}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = kept
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("HYPOTHESIS_PROFILE") != "thorough":
         longer = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in longer]
         config.hook.pytest_deselected(items=longer)
+    if config.getoption("--fast"):
+        keep_fast(config, items)
     if config.getoption("--device") != "cpu":
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
@@ -77,6 +109,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for reason in sorted(skipped):
         terminalreporter.write_line(reason)
     if os.environ.get("HYPOTHESIS_PROFILE") != "thorough":
+        if config.getoption("--fast"):
+            terminalreporter.write_line("left for make test: all cases but the first of a test, what starts processes")
         terminalreporter.write_line("left for HYPOTHESIS_PROFILE=thorough: tests marked so, and most random programs")
     if config.getoption("--device") == "cpu":
         names = ", ".join(config.stash.get(NOT_RUN, [])) or "none of those chosen"
