@@ -183,12 +183,12 @@ def noise_offset(
         read: Whether tensors on the CPU are read now; what is not read is not checked either.
         count: Normals of a step for a row, where they are not the elements of the state.
     """
-    rows = x.shape[0]
-    if type(seed) is type(first_path) is type(step) is int and 0 <= seed < 1 << 63:
-        # The usual case, in a third of the time: numbers so small that no bound can be met.
-        small = 0 <= first_path < 1 << 62 and 0 <= step < 1 << 15 and max(x.numel(), count or 0) < 1 << 42
-        if small and type(stream) in (int, Stream) and 0 <= stream < 256:
+    # The usual case, in a third of the time: numbers so small that no bound can be met.
+    if type(seed) is type(first_path) is type(step) is int and 0 <= first_path < 1 << 62 and 0 <= step < 1 << 15:
+        small = 0 <= seed < 1 << 63 and x.numel() < 1 << 42 and (count is None or count < 1 << 42)
+        if small and (type(stream) is Stream or (type(stream) is int and 0 <= stream < 256)):
             return NoiseOffset(seed, stream + 0, first_path, step)
+    rows = x.shape[0]
     m = math.prod(x.shape[1:]) if count is None else count
     seed = index("seed", seed, 1 << 64, "2^64", read)
     stream = integer("stream", stream, 0, 256, "256")

@@ -13,7 +13,7 @@ from .backend import NoiseOffset, Residual
 from .checks import coefficient, no_gradient, noise_offset, same_as_state, state
 from .dispatch import implementation
 from .gradients import reduced, scaled
-from .library import NOISE, CallContext, call_context, define, keep, kept, recording
+from .library import NOISE, CallContext, call_context, define, keep, kept, recording, usual
 from .reference_steps import compute_dtype
 from .steps import Index, empty_like
 from .streams import Stream
@@ -164,16 +164,18 @@ def dsm_loss(
 
     Source: Vincent, 2011; Song et al., ICLR 2021, equation 7; Karras et al., NeurIPS 2022, appendix B.6.
     """
-    state("output", output)
-    if x0 is not None:
-        same_as_state("x0", x0, output, "output")
-    p, q = coefficient("p", p, output), coefficient("q", q, output)
-    weight = coefficient("weight", weight, output)
+    plain = usual(output, () if x0 is None else (x0,), (p, q, weight))
+    if not plain:
+        state("output", output)
+        if x0 is not None:
+            same_as_state("x0", x0, output, "output")
+        p, q = coefficient("p", p, output), coefficient("q", q, output)
+        weight = coefficient("weight", weight, output)
     if x0 is None and not isinstance(p, Tensor) and p != 0.0:
         raise ValueError(f"x0 is None, which stands for p = 0, but p is {p}; pass the clean data as x0")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-    context = call_context(output, x0, p, q, weight)
+    context = CallContext.PLAIN if plain else call_context(output, x0, p, q, weight)
     noise = noise_offset(output, seed, stream, first_path, step, context is CallContext.PLAIN)
     if recording(p, q, weight):
         no_gradient("dsm_loss", "it is a given of the training step", p=p, q=q, weight=weight)

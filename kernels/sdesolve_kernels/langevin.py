@@ -10,7 +10,7 @@ from .backend import NoiseOffset
 from .checks import check_output, coefficient, no_gradient, noise_offset, same_as_state, state
 from .dispatch import implementation
 from .gradients import noise_product, reduced, scaled
-from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, recording
+from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, recording, usual
 from .reference_steps import compute_dtype
 from .steps import Index, empty_like
 from .streams import Stream
@@ -116,11 +116,14 @@ def langevin_step(
 
     Source: Song et al., ICLR 2021, algorithms 4 and 5.
     """
-    state("x", x)
-    same_as_state("score", score, x)
+    plain = usual(x, (score,), (size, alpha), out)
+    if not plain:
+        state("x", x)
+        same_as_state("score", score, x)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-    size, alpha = coefficient("size", size, x), coefficient("alpha", alpha, x)
+    if not plain:
+        size, alpha = coefficient("size", size, x), coefficient("alpha", alpha, x)
     for name, c in (("size", size), ("alpha", alpha)):
         if not isinstance(c, Tensor) and c < 0.0:
             raise ValueError(f"{name} must not be negative, got {c}: noise of variance 2 delta has no real scale then")
@@ -132,11 +135,12 @@ def langevin_step(
             )
         why = f"its step size in mode {mode!r} depends on norms; use mode='fixed'"
         no_gradient("langevin_step", why, x=x, score=score, size=size, alpha=alpha)
-    context = call_context(x, score, size, alpha)
+    context = CallContext.PLAIN if plain else call_context(x, score, size, alpha)
     noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
     if out is None:
         return _op.call(context, recording(x, score, size, alpha), x, score, mode, size, alpha, noise)
-    check_output(out, x)
+    if not plain:
+        check_output(out, x)
     no_gradient(
         "langevin_step with out=", "out is overwritten unseen by autograd", x=x, score=score, size=size, alpha=alpha
     )

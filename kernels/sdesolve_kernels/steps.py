@@ -12,7 +12,7 @@ from .backend import NoiseOffset
 from .checks import FLOATS, alike, check_output, coefficient, index, no_gradient, noise_offset, same_as_state, state
 from .dispatch import implementation
 from .gradients import noise_product, reduced, root, scaled
-from .library import NOISE, CallContext, call_context, define, define_out, has_tangent, keep, kept, read, recording
+from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, read, recording, usual
 from .streams import Stream
 
 __all__ = ["empty_like", "euler_maruyama_step", "linear_step", "perturb"]
@@ -101,21 +101,26 @@ def euler_maruyama_step(
 
     Source: Maruyama, 1955; Kloeden and Platen, 1992, section 10.2.
     """
-    state("x", x)
-    same_as_state("f", f, x)
-    if not alike(g, x):
-        if isinstance(g, Tensor) and g.dim() > 1 and g.shape == x.shape:
-            same_as_state("g", g, x)  # which says what does not fit
-        g = coefficient("g", g, x, or_like="x")
-    dt = coefficient("dt", dt, x)
-    context = call_context(x, f, g, dt)
+    if type(dt) is float and usual(x, (f,) if type(g) is float else (f, g), (), out):
+        context = CallContext.PLAIN
+    else:
+        state("x", x)
+        same_as_state("f", f, x)
+        if not alike(g, x):
+            if isinstance(g, Tensor) and g.dim() > 1 and g.shape == x.shape:
+                same_as_state("g", g, x)  # which says what does not fit
+            g = coefficient("g", g, x, or_like="x")
+        dt = coefficient("dt", dt, x)
+        context = call_context(x, f, g, dt)
+        if isinstance(dt, Tensor):
+            no_gradient("euler_maruyama_step", "it is a number of the time grid", dt=dt)
+        if out is not None:
+            check_output(out, x)
     noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
-    if isinstance(dt, Tensor):
-        no_gradient("euler_maruyama_step", "it is a number of the time grid", dt=dt)
+    record = recording(x, f, g)
     if out is None:
-        return _euler_op.call(context, recording(x, f, g), x, f, g, dt, noise)
-    check_output(out, x)
-    if recording(x, f, g):
+        return _euler_op.call(context, record, x, f, g, dt, noise)
+    if record:
         no_gradient("euler_maruyama_step with out=", "out is overwritten unseen by autograd", x=x, f=f, g=g)
     _euler_out(context, out, x, f, g, dt, noise)
     return out
@@ -175,23 +180,12 @@ def _check_table(table: Tensor, x: Tensor, terms: int) -> None:
         raise ValueError(f"table must be on {x.device} like x, got {table.device}; move it once, before the loop")
 
 
-def _usual(x: Tensor, table: Tensor, row: int, history: Sequence[Tensor]) -> bool:
-    """Whether no check could refuse these, and nothing but eager torch that records nothing is going on.
-
-    It takes a third of the time of the checks one by one, half of that of a step on a thousand elements.
-    """
-    if type(x) is not Tensor or not x.is_contiguous() or x.dtype not in FLOATS or x.dim() == 0:
+def _usual_table(table: Any, x: Tensor, terms: int, row: Any) -> bool:
+    """Whether no check could refuse a table and a row of it."""
+    if type(table) is not Tensor or table.dtype not in FLOATS or table.device != x.device or table.requires_grad:
         return False
-    shape, dtype, device = x.shape, x.dtype, x.device
-    for s in history:
-        if type(s) is not Tensor or s.shape != shape or s.dtype is not dtype or s.device != device:
-            return False
-    if type(table) is not Tensor or table.dtype not in FLOATS or table.device != device:
-        return False
-    if table.dim() != 2 or table.shape[1] != len(history) + 2 or len(history) > 4 or not 0 <= row < table.shape[0]:
-        return False
-    plain = call_context() is CallContext.PLAIN and not has_tangent(x, *history)
-    return plain and not recording(x, table, *history)
+    shape = table.shape
+    return len(shape) == 2 and shape[1] == terms + 2 <= 6 and type(row) is int and 0 <= row < shape[0]
 
 
 def linear_step(
@@ -231,29 +225,37 @@ def linear_step(
     Source: the coefficients are what papers differ in; see the solvers that make the tables.
     """
     terms = len(history)
-    if out is None and type(row) is type(step) is int and _usual(x, table, row, history):
-        noise = noise_offset(x, seed, stream, first_path, step, True) if stochastic else _NO_NOISE
-        out = torch.empty_like(x)
+    if usual(x, history, (), out) and _usual_table(table, x, terms, row):
+        context = CallContext.PLAIN
+    else:
+        state("x", x)
+        if terms > 4:
+            raise ValueError(f"history must have at most 4 terms, got {terms}; add two of them up first")
+        for i, s in enumerate(history):
+            same_as_state(f"history[{i}]", s, x)
+        _check_table(table, x, terms)
+        context = call_context(x, table, *history)
+        row = index("row", row, table.shape[0], f"{table.shape[0]}", context is CallContext.PLAIN)
+        if recording(table):
+            no_gradient("linear_step", "it holds the numbers of a scheme", table=table)
+        if out is not None:
+            check_output(out, x)
+    plain = context is CallContext.PLAIN
+    noise = noise_offset(x, seed, stream, first_path, step, plain) if stochastic or not plain else _NO_NOISE
+    record = recording(x, *history)
+    if plain and not record and not isinstance(row, Tensor):
+        if out is None:
+            out = empty_like(x)
+        else:
+            torch.autograd.graph.increment_version(out)
         if x.numel():
             implementation("linear_step", x.device)(x, history, table, row, stochastic=stochastic, out=out, noise=noise)
         return out
-    state("x", x)
-    if terms > 4:
-        raise ValueError(f"history must have at most 4 terms, got {terms}; add two of them up first")
-    for i, s in enumerate(history):
-        same_as_state(f"history[{i}]", s, x)
-    _check_table(table, x, terms)
-    context = call_context(x, table, *history)
-    noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
-    at = index("row", row, table.shape[0], f"{table.shape[0]}", context is CallContext.PLAIN)
-    chosen = (0, at) if isinstance(at, Tensor) else (at, None)
-    if recording(table):
-        no_gradient("linear_step", "it holds the numbers of a scheme", table=table)
+    chosen = (0, row) if isinstance(row, Tensor) else (row, None)
     arguments = (x, table, *chosen, stochastic, *history, *(None,) * (4 - terms), noise)
     if out is None:
-        return _linear_op.call(context, recording(x, *history), *arguments)
-    check_output(out, x)
-    if recording(x, *history):
+        return _linear_op.call(context, record, *arguments)
+    if record:
         named = {f"history[{i}]": s for i, s in enumerate(history)}
         no_gradient("linear_step with out=", "out is overwritten unseen by autograd", x=x, **named)
     _linear_out(context, out, *arguments)
@@ -318,13 +320,17 @@ def perturb(
     Raises:
         TypeError, ValueError: As for `euler_maruyama_step`.
     """
-    state("x0", x0)
-    alpha, sigma = coefficient("alpha", alpha, x0), coefficient("sigma", sigma, x0)
-    context = call_context(x0, alpha, sigma)
+    if usual(x0, (), (alpha, sigma), out):
+        context = CallContext.PLAIN
+    else:
+        state("x0", x0)
+        alpha, sigma = coefficient("alpha", alpha, x0), coefficient("sigma", sigma, x0)
+        context = call_context(x0, alpha, sigma)
+        if out is not None:
+            check_output(out, x0, "x0")
     noise = noise_offset(x0, seed, stream, first_path, step, context is CallContext.PLAIN)
     if out is None:
         return _perturb_op.call(context, recording(x0, alpha, sigma), x0, alpha, sigma, noise)
-    check_output(out, x0, "x0")
     no_gradient("perturb with out=", "out is overwritten unseen by autograd", x0=x0, alpha=alpha, sigma=sigma)
     _perturb_out(context, out, x0, alpha, sigma, noise)
     return out

@@ -6,6 +6,7 @@ Python's, states have one shape and dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,11 @@ from ..reference_steps import compute_dtype
 from ..threads import scratch, split
 from .tile import SCRATCH, unit_count
 
-__all__ = ["ALONE", "NAMES", "Operands", "entries", "keep_entry", "noise_numbers", "number_or_rows", "rows_of", "run"]
+__all__ = [
+    "ALONE", "NAMES", "Operands", "entries", "keep_entry", "noise_numbers", "number_or_rows", "rows_of", "run", "units",
+]  # fmt: skip
+
+units = functools.lru_cache(1024)(unit_count)
 
 _GRAIN = 1 << 17  # elements a thread takes at least: 60 us of work, a little more than the handing over
 ALONE = 2 * _GRAIN  # fewer elements than these are one call of a kernel
@@ -48,10 +53,10 @@ def run(kernel: Callable[..., None], arguments: tuple[Any, ...], rows: int, m: i
 
     `memory` owns what the kernel's addresses point to, and lives as long as a thread works on it.
     """
-    units = unit_count(rows, m)
+    count = units(rows, m)
     if rows * m < ALONE:
         entry = entries.get(kernel, kernel)
-        entry(*arguments, rows, m, 0, units, scratch(SCRATCH)[1])
+        entry(*arguments, rows, m, 0, count, scratch(SCRATCH)[1])
         if entry is kernel:
             keep_entry(kernel)
         return
@@ -59,7 +64,7 @@ def run(kernel: Callable[..., None], arguments: tuple[Any, ...], rows: int, m: i
     def work(start: int, stop: int, memory: tuple[Any, ...] = memory) -> None:
         kernel(*arguments, rows, m, start, stop, scratch(SCRATCH)[1])
 
-    split(work, units, -(-_GRAIN * units // (rows * m)))
+    split(work, count, -(-_GRAIN * count // (rows * m)))
 
 
 def number_or_rows(c: Any) -> Any:
@@ -109,7 +114,7 @@ class Operands:
 
     def coefficient(self, c: Any) -> tuple[int, float]:
         """Address and value of a number, with an address of 0, or of a tensor ``(batch,)``."""
-        c = number_or_rows(c)
+        c = c if type(c) is float else number_or_rows(c)
         if not isinstance(c, Tensor):
             return 0, c
         if _fits(c, self.out, self.begin, self.size):

@@ -13,13 +13,15 @@ from torch import Tensor
 from ..backend import NoiseOffset
 from ..reference_steps import compute_dtype
 from ..threads import scratch
-from .arguments import ALONE, NAMES, Operands, entries, noise_numbers, number_or_rows, rows_of, run
+from .arguments import ALONE, NAMES, Operands, entries, noise_numbers, number_or_rows, rows_of, run, units
 from .steps import combine
-from .tile import SCRATCH, unit_count
+from .tile import SCRATCH
 
 __all__ = ["combined", "euler_maruyama_step", "linear_step", "noise_product", "perturb", "scaled"]
 
 _ABSENT, _NO_NUMBERS = (0,) * 5, (0.0,) * 5
+_PADDING = [(0,) * (10 - n) for n in range(6)]  # of addresses of up to five states, and of no coefficients
+_entries: dict[torch.dtype, Any] = {}  # of `combine`
 # Rows of tables, read in a third of the time of tolist.
 _ROWS = {
     dtype: [kind * n for n in range(7)]
@@ -32,22 +34,29 @@ def _with_numbers(
     noise: NoiseOffset,
 ) -> Tensor:  # fmt: skip
     """`combined` where all coefficients are numbers, at half the cost for a call on a thousand elements."""
-    entry, size, begin = entries.get(combine(NAMES[out.dtype])), out.nbytes, out.data_ptr()
+    entry, size, begin, count = _entries.get(out.dtype), out.nbytes, out.data_ptr(), out.numel()
+    plain = count < ALONE and out.is_contiguous() and not out.is_neg()
     addresses = []
     for s in states if gain is None else (*states, gain):
         at = s.data_ptr()
-        if not s.is_contiguous() or s.is_neg() or (at != begin and -size < at - begin < size):
-            entry = None
+        if at != begin and (-size < at - begin < size):
+            plain = False
+        if s is not out and not (s.is_contiguous() and not s.is_neg()):
+            plain = False
         addresses.append(at)
-    count, rows = out.numel(), out.shape[0]
-    if entry is None or count >= ALONE or not out.is_contiguous() or out.is_neg():
-        return combined(out, list(zip(numbers, states, strict=True)), scale, gain, noise)
+    if entry is None or not plain:
+        combined(out, list(zip(numbers, states, strict=True)), scale, gain, noise)
+        if count < ALONE:
+            _entries[out.dtype] = entries.get(combine(NAMES[out.dtype]))
+        return out
+    rows = out.shape[0]
+    m = count // rows
     gain_at = 0 if gain is None else addresses.pop()
-    rest, m = 5 - len(addresses), count // rows
+    seed, stream, first_path, step = noise
     entry(
-        begin, *addresses, *_ABSENT[:rest], *_ABSENT, *numbers, *_NO_NUMBERS[:rest],
-        gain_at, 0, scale or 0.0, scale is not None, *noise_numbers(noise, m),
-        rows, m, 0, unit_count(rows, m), scratch(SCRATCH)[1],
+        begin, *addresses, *_PADDING[len(addresses)], *numbers, *_NO_NUMBERS[len(addresses) :],
+        gain_at, 0, scale or 0.0, scale is not None, seed, stream, first_path, step * m, rows, m, 0,
+        units(rows, m), scratch(SCRATCH)[1],
     )  # fmt: skip
     return out
 
@@ -83,8 +92,11 @@ def combined(
 
 def euler_maruyama_step(x: Tensor, f: Tensor, g: Any, dt: Any, *, out: Tensor, noise: NoiseOffset) -> Tensor:
     """See `reference_steps.euler_maruyama_step`."""
-    if type(dt) is not float:
-        dt = number_or_rows(dt)
+    if type(dt) is float and type(g) is float:
+        return _with_numbers(out, (x, f), (1.0, dt), math.sqrt(abs(dt)) * g, None, noise)
+    if type(dt) is float and g.dim() > 1:
+        return _with_numbers(out, (x, f), (1.0, dt), math.sqrt(abs(dt)), g, noise)
+    dt = number_or_rows(dt)
     root = rows_of(dt, x).abs().sqrt() if isinstance(dt, Tensor) else math.sqrt(abs(dt))
     full = isinstance(g, Tensor) and g.dim() > 1  # a coefficient has no more than one
     gain = g if full else None

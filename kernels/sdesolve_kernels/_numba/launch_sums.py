@@ -11,11 +11,11 @@ from torch import Tensor
 from ..backend import Coefficient, NoiseOffset, Residual
 from ..reference_steps import chi_mean, compute_dtype
 from ..threads import scratch
-from .arguments import ALONE, NAMES, Operands, noise_numbers, number_or_rows, rows_of, run
+from .arguments import ALONE, NAMES, Operands, noise_numbers, number_or_rows, rows_of, run, units
 from .launch import combined, scaled
 from .memory import COMPUTE
-from .sums import denoising, finish_loss, finish_norms, norms
-from .tile import SCRATCH, SUMS, TILE, unit_count
+from .sums import denoising, finish_loss, finish_norms, finish_sizes, norms
+from .tile import SCRATCH, SUMS, TILE
 
 __all__ = ["dsm_gradient", "dsm_loss", "langevin_step"]
 
@@ -35,10 +35,10 @@ def langevin_step(
         return combined(out, ((1.0, x), (delta, score)), _noise_scale(delta), None, noise)
     # The output holds the noise between the two passes where it can: to make it again takes twice the time.
     kept = out if mode != "dimension" and _can_hold_noise(out, x, score, alpha) else None
-    delta = _size(score, mode, float(size), alpha, kept, noise)
+    delta, scale = _sizes(score, mode, float(size), alpha, kept, noise)
     if kept is None:
-        return combined(out, ((1.0, x), (delta, score)), _noise_scale(delta), None, noise)
-    return combined(out, ((1.0, x), (delta, score), (_noise_scale(delta), kept)))
+        return combined(out, ((1.0, x), (delta, score)), scale, None, noise)
+    return combined(out, ((1.0, x), (delta, score), (scale, kept)))
 
 
 def _noise_scale(delta: Any) -> Any:
@@ -59,29 +59,36 @@ def _can_hold_noise(out: Tensor, *inputs: Any) -> bool:
     )
 
 
-def _size(score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None, noise: NoiseOffset) -> Any:
-    """Step size from norms in float64: a number, or ``(batch,)`` in the compute dtype; the noise is left in `kept`."""
+def _sizes(
+    score: Tensor, mode: str, snr: float, alpha: Any, kept: Tensor | None, noise: NoiseOffset
+) -> tuple[Any, Any]:
+    """Step size from norms in float64 and the scale of its noise: numbers, or ``(batch,)`` in the compute dtype.
+
+    The noise is left in `kept`.
+    """
     score = score.resolve_neg().contiguous()
     rows = score.shape[0]
     m = score.numel() // rows
     each = int(mode == "sample")
-    partial = torch.empty(2, rows if each and m <= TILE else unit_count(rows, m), dtype=torch.float64, device="cpu")
-    score_at, noise_at = partial.data_ptr(), 0 if mode == "dimension" else partial[1].data_ptr()
+    count = rows if each and m <= TILE else units(rows, m)
+    partial = torch.empty(2 * count, dtype=torch.float64, device="cpu")
+    score_at, noise_at = partial.data_ptr(), 0 if mode == "dimension" else partial.data_ptr() + 8 * count
     addresses = score.data_ptr(), 0 if kept is None else kept.data_ptr(), score_at, noise_at
     run(norms(NAMES[score.dtype]), (*addresses, each, *noise_numbers(noise, m)), rows, m, score, kept, partial)
-    s: Any = finish_norms(score_at, each, rows, m)
-    n: Any = chi_mean(m) if noise_at == 0 else finish_norms(noise_at, each, rows, m)
     if each:
-        s, n = partial[:, :rows].unbind(0)
-    elif s == 0.0:  # what IEEE division gives, which Python's refuses
-        return _scaled(math.inf if n > 0.0 else math.nan, snr, alpha, score)
-    return _scaled(n / s, snr, alpha, score)
-
-
-def _scaled(ratio: Any, snr: float, alpha: Any, x: Tensor) -> Any:
-    alpha = float(alpha) if _scalar(alpha) else alpha.to(torch.float64)
-    delta = 2.0 * alpha * (snr * ratio) ** 2
-    return delta.to(compute_dtype(x.dtype)) if isinstance(delta, Tensor) else delta
+        wide = compute_dtype(score.dtype)
+        sizes = torch.empty(2, rows, dtype=wide, device="cpu")
+        factors = None if _scalar(alpha) else alpha.double().contiguous()
+        alpha_at, number = (0, float(alpha)) if factors is None else (factors.data_ptr(), 0.0)
+        finish_sizes(COMPUTE[NAMES[wide]])(score_at, noise_at, snr, alpha_at, number, sizes.data_ptr(), rows, m)
+        return sizes[0], sizes[1]
+    s = finish_norms(score_at, rows, m)
+    n = chi_mean(m) if noise_at == 0 else finish_norms(noise_at, rows, m)
+    # Where the score vanishes, what IEEE division gives, which Python's refuses.
+    ratio = n / s if s else math.inf if n > 0.0 else math.nan
+    delta: Any = 2.0 * (float(alpha) if _scalar(alpha) else alpha.double()) * (snr * ratio) ** 2
+    delta = delta.to(compute_dtype(score.dtype)) if isinstance(delta, Tensor) else delta
+    return delta, _noise_scale(delta)
 
 
 def dsm_loss(r: Residual, *, mean: bool, out: Tensor, gradient: Tensor | None, noise: NoiseOffset) -> Tensor:

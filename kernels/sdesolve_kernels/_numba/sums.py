@@ -249,17 +249,35 @@ def norms(dtype: str) -> Callable[..., None]:
 
 
 @kernel
-def finish_norms(partial_at: Any, each: Any, rows: Any, m: Any) -> Any:
-    """The mean of the norms of all rows; or, with `each`, the norm of row i in place of partial sum i, and 0."""
-    if m <= TILE and not each:
+def finish_norms(partial_at: Any, rows: Any, m: Any) -> Any:
+    """The mean of the norms of all rows."""
+    if m <= TILE:
         units = (rows + TILE // m - 1) // (TILE // m)
         return _total(_float64(partial_at, units), 0, units) / rows
     pieces = (m + TILE - 1) // TILE
     partial, total = _float64(partial_at, rows * pieces), 0.0
     for i in range(rows):
-        norm = np.sqrt(_total(partial, i, pieces))
-        if each:
-            partial[i] = norm
-        else:
-            total += norm
+        total += np.sqrt(_total(partial, i, pieces))
     return total / rows
+
+
+@functools.cache
+def finish_sizes(compute: Any) -> Callable[..., None]:
+    """Kernel for the step sizes ``2 alpha (snr n / s)^2`` of rows, and the scales of their noise."""
+    view = at[compute]
+
+    def finish_rows(
+        score_at: Any, noise_at: Any, snr: Any, alpha_at: Any, alpha_value: Any, sizes_at: Any, rows: Any, m: Any
+    ) -> None:
+        """Writes both, ``(2, rows)``; alpha is `alpha_value`, or a number for each row at `alpha_at`."""
+        pieces = (m + TILE - 1) // TILE
+        score, noise = _float64(score_at, rows * pieces), _float64(noise_at, rows * pieces)
+        alphas, sizes = _float64(alpha_at, rows), view(sizes_at, 2 * rows)
+        for i in range(rows):
+            ratio = snr * (np.sqrt(_total(noise, i, pieces)) / np.sqrt(_total(score, i, pieces)))
+            alpha = alphas[i] if alpha_at != 0 else alpha_value
+            size = compute(2.0 * alpha * (ratio * ratio))
+            sizes[i] = size
+            sizes[rows + i] = np.sqrt(compute(2.0) * size)
+
+    return kernel(finish_rows, f"sizes-{compute.__name__}")
