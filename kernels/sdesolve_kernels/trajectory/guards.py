@@ -143,7 +143,7 @@ class _Walk:
         self.namespaces: dict[int, dict[str, Any]] = {}
         self.codes: set[types.CodeType] = set()
         self.cached: set[types.CodeType] = set()
-        self._most_weights, self._weights, self._depth = most_weights, 0, 0
+        self._most_weights, self._weights, self._depth, self._modular = most_weights, 0, 0, False
         self._seen: dict[int, int] = {}
         self._classes: set[type] = set()
         self._passed: set[int] = set()  # modules that are used otherwise than for an attribute
@@ -395,9 +395,10 @@ class _Walk:
             self.refuse(value, kind)
         self.key.append(kind)
         module = isinstance(value, torch.nn.Module)
-        if module and self._most_weights is not None and self._weights == 0:
-            self._limit_weights(_weights(value, self._most_weights))  # before a search through all its modules
-        if module:
+        if module and not self._modular:
+            self._modular = True
+            if self._most_weights is not None:
+                self._limit_weights(_weights(value, self._most_weights))  # before a search through all its modules
             for name in _MODULE_HOOKS:
                 if getattr(torch.nn.modules.module, name):
                     self._named(name, getattr(torch.nn.modules.module, name))
