@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
 
 import torch
 from sdesolve_kernels.transforms import is_transformed
@@ -14,11 +16,13 @@ from sdesolve import grids
 from sdesolve._internal.arguments import device_of, flag, kind_of, number, short, whole_number
 from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import in_evaluation
+from sdesolve._internal.precision import NARROW, networks_in_their_own
 from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
 from sdesolve.integrate.cuda_graph import StraightSampler, captured
+from sdesolve.integrate.narrow import function_in, is_narrow, narrowed
 from sdesolve.integrate.solution import Continuation
 from sdesolve.integrate.solve import Backend, check_start, integrate, noise_of
 from sdesolve.inverse.base import AbstractPosteriorScore
@@ -32,9 +36,37 @@ from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import AbstractTabulated
 
+P = ParamSpec("P")
 _FINEST = 1 << 20  # steps of a grid of which the last are taken
 
 
+def _flows_in_16_bits(sample: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """`sample`, with probability flows in 16 bits as flows in float32 by networks in the precision of their weights."""
+
+    @functools.wraps(sample)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        x0, dtype = kwargs.get("x0"), kwargs.get("dtype")
+        if not is_narrow(x0) and dtype not in NARROW:
+            return sample(*args, **kwargs)
+        told, solver = kwargs.get("stochasticity"), kwargs.get("solver")
+        if told is None:
+            told = solver.sampling_stochasticity if isinstance(solver, AbstractSolver) else 1.0
+        narrow = x0.dtype if isinstance(x0, Tensor) and x0.dtype in NARROW else dtype
+        apart = isinstance(x0, Tensor) and x0.dtype is not narrow
+        if told != 0 or apart or dtype not in (None, narrow) or len(args) < 2:
+            return sample(*args, **kwargs)
+        assert isinstance(narrow, torch.dtype)
+        more: dict[str, Any] = kwargs | {"dtype": torch.float32}
+        if isinstance(x0, Tensor):
+            more |= {"x0": x0.float(), "dtype": None}
+        of_any: Callable[..., Tensor] = sample
+        with networks_in_their_own():
+            return narrowed(of_any(args[0], function_in(args[1], narrow), *args[2:], **more), narrow)
+
+    return call
+
+
+@_flows_in_16_bits
 @runs_as_it_is
 @in_evaluation
 def sample(
@@ -87,7 +119,8 @@ def sample(
             default what the solver is made for; 1 if that is any SDE with additive noise, 0 if it takes ODEs only.
         denoise: finish with Tweedie's formula ``(x + sigma^2 score) / alpha`` at the last time, which removes the noise
             that is left there at the cost of one score evaluation.
-        dtype: float32 (the default) or float64; that of ``x0`` where it is given.
+        dtype: float32 (the default) or float64; that of ``x0`` where it is given. Flows have float16 and bfloat16
+            too: networks and functions of the score compute in the 16 bits of their weights, steps are made in float32.
         device: where to sample; likewise.
         backend: as for `solve`.
         progress: show a progress bar.
@@ -119,7 +152,13 @@ def sample(
     denoise, cuda_graph = flag(denoise, "denoise"), flag(cuda_graph, "cuda_graph")
     progress, dropout = flag(progress, "progress"), flag(dropout, "dropout")
     if dtype is not None and dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {short(dtype)}")
+        hint = ""
+        if dtype in NARROW:
+            hint = (
+                ": noise of small steps vanishes in 16 bits. Flows have them, stochasticity=0 or a solver such as "
+                "DDIM(); else sample in float32, and let the network compute in 16 bits under torch.autocast"
+            )
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {short(dtype)}{hint}")
     shape, dtype, device = _like(x0, shape, dtype, device)
     times = _times(process, solver, steps, grid, from_time)
     if bool((process.sigma(times[-1]) == 0).any()):

@@ -44,6 +44,7 @@ class DiffusersNet(LabelledNetwork):
 
     Attributes:
         takes: names of what the model takes besides state and time.
+        wide_time: times are given in float32 where states have 16 bits, for ``k`` has up to four digits.
 
     A model whose scheduler is at hand goes by that scheduler's own table: `DiffusersSchedule`.
 
@@ -51,6 +52,8 @@ class DiffusersNet(LabelledNetwork):
         TypeError: ``model`` is not a module, or a count is not an integer.
         ValueError: a count out of range, or more classes than the model has embeddings for.
     """
+
+    wide_time = True
 
     def __init__(
         self,

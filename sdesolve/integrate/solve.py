@@ -27,6 +27,7 @@ from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels, Stepwise
 from sdesolve.integrate.following import Following
 from sdesolve.integrate.lowering import lower
+from sdesolve.integrate.narrow import flows_in_16_bits
 from sdesolve.integrate.non_finite import watch_loss
 from sdesolve.integrate.path_measure import Prior, check_at_end, check_at_start, prior_of
 from sdesolve.integrate.plans import PLANNED, Call
@@ -48,6 +49,7 @@ _BACKENDS = get_args(Backend)
 _SHARED_STEPS = 1 << 16  # of grids that are kept for other calls
 
 
+@flows_in_16_bits
 @runs_as_it_is
 def solve(
     sde: AbstractSDE,
@@ -89,7 +91,8 @@ def solve(
 
     Args:
         sde: what to integrate: an `SDE`, an `ODE`, a forward process, a `ReverseSDE` or a `ProbabilityFlow`.
-        x0: ``(batch, *state)``, float32 or float64; an empty batch gives an empty result.
+        x0: ``(batch, *state)``, float32 or float64; an empty batch gives an empty result. For an ODE also float16 or
+            bfloat16: its functions compute in 16 bits, steps are made in float32, and ``x1`` and ``xs`` have 16 bits.
         t0: start time; a number, or ``(batch,)`` for a start per sample. Times are read in the precision that they come
             in, as tensors, arrays, or collections of numbers.
         t1: end time, on either side of ``t0``; likewise.

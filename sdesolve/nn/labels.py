@@ -96,6 +96,11 @@ class Given(nn.Module):
         return {name: self._buffers[f"given_{name}"] for name in self._names}  # type: ignore[misc]
 
     @property
+    def wide_time(self) -> bool:
+        """Whether the network wants times in float32 where its states have 16 bits."""
+        return bool(getattr(self.net, "wide_time", False))
+
+    @property
     def label(self) -> Tensor | None:
         """The label, if one is given."""
         return self.conditions.get("label")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import short
+from sdesolve._internal.precision import NARROW, are_networks_in_their_own
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.nn.labels import Given, LabelledNetwork, check_rows
 from sdesolve.nn.normalizer import Normalizer
@@ -423,9 +424,18 @@ class NetworkScore(nn.Module):
                 f".to({x.dtype}){', and' if not wide else ', or'} {other}"
             ) from problem
 
+    def _narrow(self) -> torch.dtype | None:
+        """The 16-bit type of the network's weights, if that is what they have."""
+        weight = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
+        return None if weight is None or weight.dtype not in NARROW else weight.dtype
+
     def _call(self, x: Tensor, t: Tensor, c: Coefficients) -> Tensor:
+        state, time = self._parameterization.inputs(x, t.to(x).expand(len(x)), c)
+        narrow = self._narrow() if are_networks_in_their_own() else None
+        if narrow is not None:
+            state, time = state.to(narrow), time if getattr(self.net, "wide_time", False) else time.to(narrow)
         try:
-            F = self.net(*self._parameterization.inputs(x, t.to(x).expand(len(x)), c))
+            F = self.net(state, time)
         except RuntimeError as problem:
             self._check_weights(x, problem)
             raise
@@ -438,6 +448,8 @@ class NetworkScore(nn.Module):
             raise ValueError(
                 f"the network must return the shape of its state, {tuple(x.shape)}, got {tuple(F.shape)}; {hint}"
             )
+        if narrow is not None:
+            F = F.to(x.dtype)
         if F.dtype != x.dtype:
             if not torch.is_autocast_enabled(x.device.type):
                 raise TypeError(
