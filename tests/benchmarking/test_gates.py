@@ -193,7 +193,9 @@ def test_stored_moments_are_those_of_the_models(name, steps):
     assert ensembles.off(1.2 * x.double(), reference, steps, 1e-7) is not None
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("DPM-Solver++ 2M", 20), ("ancestral", 50)])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("DPM-Solver++ 2M", 20), pytest.param("ancestral", 50, marks=pytest.mark.thorough)]
+)
 def test_what_is_timed_of_a_sampler_is_what_is_checked(kind, steps):
     """A call that draws nothing, too little, or the start alone, under a name that is known and one that is not."""
     made = generative._sampler(kind, steps, CPU)

@@ -57,6 +57,14 @@ STOCHASTIC = [
 ]
 
 
+def crossed(cases):
+    """All on the first process, every other one on the second; the rest is left for the thorough profile."""
+    for i, case in enumerate(cases):
+        for process in PROCESSES:
+            rest = [pytest.mark.thorough] if i % 2 and process is not PROCESSES[0] else []
+            yield pytest.param(*case, process, marks=rest, id=f"{'-'.join(map(repr, case))}-{type(process).__name__}")
+
+
 @functools.cache
 def grid(process, steps):
     """Smooth in the log-SNR, with first steps so short that to start a multistep scheme at order 1 costs nothing."""
@@ -92,16 +100,14 @@ def fitted_order(solver, process, stochasticity, counts, data=DATA, grid=grid):
     return -np.polyfit([math.log(n) for n in counts], [math.log(e) for e in errors], 1)[0]
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("solver", "order"), DETERMINISTIC, ids=repr)
+@pytest.mark.parametrize(("solver", "order", "process"), list(crossed(DETERMINISTIC)))
 def test_order_on_the_flow(solver, order, process):
     assert solver.ode_order == order
     counts = (128, 256, 512) if solver in SLOW_TO_SETTLE else (64, 128, 256)
     assert fitted_order(solver, process, 0.0, counts) == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("solver", "stochasticity", "order"), STOCHASTIC, ids=repr)
+@pytest.mark.parametrize(("solver", "stochasticity", "order", "process"), list(crossed(STOCHASTIC)))
 def test_weak_order_on_the_reverse_sde(solver, stochasticity, order, process):
     assert solver.weak_order == order
     counts = (128, 256, 512) if isinstance(solver, sds.EulerMaruyama) else (64, 128, 256)

@@ -84,6 +84,7 @@ def test_a_table_with_a_time_per_sample():
     torch.testing.assert_close(a.x1, b.x1, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.uncompiled
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_a_matrix_of_any_shape_is_not_taken_for_elementwise_noise(channels):
     """With as many channels as components the increment has the state's shape, and still mixes components."""

@@ -75,6 +75,8 @@ def with_theta(noise="diagonal", calculus="ito", d=2):
 def one_step_solvers():
     """Every public scheme that takes no controller and has a step, with the two most general kinds of noise for it.
 
+    The second, of which the first is a more general case, is left for the thorough profile.
+
     One that is not fused at all has nothing to lose.
     """
     for name in sorted(sds.__all__):
@@ -97,7 +99,8 @@ def one_step_solvers():
         found = {}
         for noise, (sde, wanted) in ((noise, with_theta(noise, calculus)) for noise, calculus in every):
             if (sde.calculus, sde.noise) in solver.supported:
-                found.setdefault(noise, pytest.param(solver, sde, wanted, id=f"{name}, {noise}"))
+                marks = [pytest.mark.thorough] if found and noise not in found else []
+                found.setdefault(noise, pytest.param(solver, sde, wanted, id=f"{name}, {noise}", marks=marks))
         yield from list(found.values())[:2]
 
 

@@ -51,12 +51,20 @@ def equation(kind, calculus):
 
 
 def pairs():
+    """Every kind of noise with Euler's steps; other solvers with their last, and all of theirs in a thorough run.
+
+    `test_fused_is_eager` of `solving/test_orders.py` has every solver with every noise, on one shape.
+    """
     for name, (solver, calculus) in SOLVERS.items():
+        found = []
         for kind in DIFFUSIONS:
             sde = equation(kind, calculus)
             commutes = sde.noise != "general" or not solver.commutative_noise
             if (sde.calculus, sde.noise) in solver.supported and commutes:
-                yield pytest.param(solver, sde, id=f"{name}, {kind}")
+                found.append((kind, sde))
+        for kind, sde in found:
+            rest = name != "euler" and kind != found[-1][0]
+            yield pytest.param(solver, sde, id=f"{name}, {kind}", marks=[pytest.mark.thorough] if rest else [])
 
 
 @pytest.mark.parametrize(("solver", "sde"), list(pairs()))
