@@ -117,6 +117,16 @@ def test_latent_sde(run):
     assert evidence < row("log evidence, of the best prior:")[0] + 1e-2
 
 
+def test_sde_gan(run):
+    """A few steps of training tell already; the floor is what chance alone does."""
+    row, _ = run("sde_gan")
+    untrained, trained, floor = (row(name) for name in ("untrained generator", "generator", "other paths of data"))
+    assert all(b < a / 1.5 for a, b in zip(untrained[1:], trained[1:], strict=True))
+    assert abs(floor[2]) < 0.02
+    assert abs(floor[0] - row("exact")[0]) < 4 / 2000**0.5  # of a correlation, as the KS distance below
+    assert floor[1] < 1.36 / 2000**0.5 + 0.015  # what four Euler steps a time are off
+
+
 def test_energy_model(run):
     row, scope = run("energy_model")
     errors = row("error of the energy, nats")
