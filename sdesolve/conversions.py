@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of
+from sdesolve.jumps import refuse_jumps
 from sdesolve.sde import SDE, AbstractSDE, Calculus, Noise, is_matrix
 
 
@@ -131,3 +132,7 @@ def _own(sde: AbstractSDE) -> SDE:
 def _check(sde: AbstractSDE) -> None:
     if not isinstance(sde, AbstractSDE):
         raise TypeError(f"sde must be an SDE of sdesolve, got {kind_of(sde)}; wrap functions in sds.SDE")
+    refuse_jumps(
+        sde, "this is done with drift and diffusion alone",
+        "convert the part between jumps, as in JumpSDE(sds.to_ito(sde), rate=..., jump=...)",
+    )  # fmt: skip

@@ -19,6 +19,16 @@ class AbstractJumping(AbstractSDE):
     """An equation whose paths jump. `solve` keeps to its jumps, whatever moves paths between them."""
 
 
+def refuse_jumps(sde: object, what: str, instead: str) -> None:
+    """Refuses an equation that jumps where its jumps would be left out.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if isinstance(sde, AbstractJumping):
+        raise ValueError(f"{what}, and {type(sde).__name__} jumps: {instead}")
+
+
 @final
 class JumpSDE(AbstractJumping):
     r"""``dX = f(X, t) dt + g(X, t) dW + c(X-, t, Z) dN``: an SDE, or an ODE, with jumps ``c`` at the points of ``N``.

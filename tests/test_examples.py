@@ -222,6 +222,20 @@ def test_digits_likelihood(run):
     assert (changed["upside down"] == half.pixels.flip(1, 2)).all()
 
 
+@pytest.mark.thorough
+def test_jumps_and_reactions(run):
+    row, _ = run("jumps_and_reactions")
+    for strike in (70, 80, 90, 100, 110, 120, 130):
+        price, error, truth, *_ = row(f"{strike} ")
+        assert abs(price - truth) < 4 * error, strike
+    mean, _, deviation, above = row("master equation")
+    for name, slack in (("Gillespie", 0.0), ("TauLeap, 400 steps", 0.5), ("Langevin, 400 steps", 2.0)):
+        found, error, _, share, *_ = row(name)
+        assert abs(found - mean) < 4 * error + slack, name
+        assert abs(share - above) < 4 * 100 * (0.25 / 400) ** 0.5, name
+    assert deviation > 50
+
+
 def test_every_example_is_listed_and_every_link_leads_somewhere():
     text = (EXAMPLES / "README.md").read_text()
     targets = set(re.findall(r"\]\(([^)#]+)\)", text))

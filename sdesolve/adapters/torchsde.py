@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdesolve._internal.arguments import short
 from sdesolve.brownian import AbstractNoise, Part
 from sdesolve.integrate.checks import check_diffusion, check_drift, check_state
+from sdesolve.jumps import refuse_jumps
 from sdesolve.sde import AbstractSDE, Calculus, Noise, is_matrix
 
 
@@ -96,6 +97,7 @@ class ToTorchSDE(nn.Module):
 
     def __init__(self, sde: AbstractSDE, x0: Tensor, t0: float, t1: float) -> None:
         super().__init__()
+        refuse_jumps(sde, "torchsde integrates drift and diffusion", "give the part between jumps")
         if not isinstance(sde, AbstractSDE):
             raise TypeError(f"sde must be an SDE or process of sdesolve, got {type(sde).__name__}")
         if sde.noise is Noise.NONE:

@@ -439,7 +439,7 @@ class RowKernels:
         """Gets ready for the first step; raises what `Executor.run` does."""
         sde, path = problem.watched, problem.noise
         if lowered.eager:
-            raise CannotExecute(lowered.eager)
+            raise CannotExecute("")
         if problem.solver.controller is not None:
             raise CannotExecute(f"{type(problem.solver).__name__} chooses its own steps and runs eagerly")
         if sde.noise is not Noise.NONE and not (isinstance(path, BrownianPath) and path.plain):

@@ -18,20 +18,22 @@ from sdesolve._internal.arguments import positional
 from sdesolve._internal.levy_area import VARIANCES
 from sdesolve._internal.transforms import refuse_vmap
 from sdesolve.brownian import BrownianPath, BrownianRows, Increment, joined, named
+from sdesolve.integrate.checks import all_finite, bad_rows, unchanged
 from sdesolve.integrate.clock import check_clock
 from sdesolve.integrate.lowering import Lowered, States, StepContext, one_step
 from sdesolve.integrate.problem import Problem
-from sdesolve.integrate.solution import RateError, Reached, StepLimitError
+from sdesolve.integrate.solution import DivergenceError, RateError, Reached, StepLimitError
 from sdesolve.jumps import AbstractJumping, JumpSDE, Reactions
 from sdesolve.sde import Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.reactions import AbstractReacting, Gillespie, TauLeap
 
-EAGER = "each path has as many steps as it has jumps; steps run in torch"
+EAGER = "each path jumps at times of its own, which no kernel does; steps run in torch"
 _NUMBERS = 20  # bits of candidates between the numbers of two steps of a path that begins later
 _DRAWS = 24  # bits of the draws within a step
 _DEEPEST = 60
+_AHEAD = 33  # candidates whose numbers are made at once
 _LARGEST = {torch.float32: 2.0**24, torch.float64: 2.0**53}
 
 
@@ -89,6 +91,12 @@ class Coordinates:
         return made
 
 
+def exponential(w: Tensor) -> Tensor:
+    """Unit exponential numbers from the first two words of blocks, ``(..., 4)``."""
+    u = tail(w[..., 0], w[..., 1])
+    return torch.where(u.upper, -(-u.chance).log1p(), -u.chance.log())
+
+
 def jumping(problem: Problem) -> Lowered:
     """The step of an equation whose paths jump, over one interval of the grid.
 
@@ -105,10 +113,13 @@ def jumping(problem: Problem) -> Lowered:
 
 def _check(problem: Problem) -> None:
     following, noise = problem.following, problem.noise
-    if problem.prior is not None:
-        raise ValueError("kl_to= compares diffusions, and this equation jumps; leave it out")
     if not isinstance(noise, BrownianPath | BrownianRows):
         raise TypeError(f"jumps are drawn from a BrownianPath, and {type(noise).__name__} has none of its numbers")
+    path = noise.parts(len(problem.x0))[0][0] if isinstance(noise, BrownianRows) else noise
+    if isinstance(problem.solver, TauLeap) and path.substeps != 1:
+        raise ValueError(
+            f"counts of a leap are no sums of those of shorter ones, and the noise has substeps={path.substeps}"
+        )
     if following is not None and following.normals:
         raise ValueError(
             "between grid points a path that jumps is no Brownian bridge: give bridge=False to Crossing, Reflection, "
@@ -124,6 +135,19 @@ class _Stepping:
         assert isinstance(problem.noise, BrownianPath | BrownianRows)
         self.coordinates = Coordinates(problem.noise, self.batch, self.device)
         self.first_number = self.coordinates.first_step << _NUMBERS
+        if (self.coordinates.first_step + problem.steps + 1) * max(1, self.width()) >= 1 << 32:
+            raise ValueError(
+                f"first_step={self.coordinates.first_step} is too far along the path for the numbers of its jumps; "
+                f"below {(1 << 32) // max(1, self.width())}"
+            )
+
+    def width(self) -> int:
+        """Blocks of numbers that a candidate, or a leap, may take."""
+        equation = self.problem.equation
+        if isinstance(equation, Reactions):
+            return equation.stoichiometry.shape[1]
+        assert isinstance(equation, JumpSDE)
+        return max(equation.marks, 2 * math.prod(self.problem.increment.shape[1:]))
 
     def lowered(self) -> Lowered:
         return Lowered(self.step, extra=self.clock(), eager=EAGER)
@@ -138,9 +162,7 @@ class _Stepping:
     def fresh(self, number: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tail]:
         """The unit exponential number that candidate ``number`` waits for, and the uniform one that it is judged by."""
         w = self.coordinates.words(Stream.JUMP, number.long() + self.first_number, 1, rows)[:, 0]
-        first = tail(w[:, 0], w[:, 1])
-        waiting = torch.where(first.upper, -(-first.chance).log1p(), -first.chance.log())
-        return waiting, tail(w[:, 2], w[:, 3])
+        return exponential(w), tail(w[:, 2], w[:, 3])
 
     def ends(self, k: int) -> tuple[Tensor, Tensor]:
         """Of step ``k``, ``(batch,)`` each, float64."""
@@ -192,6 +214,7 @@ class _Jumps(_Stepping):
         super().__init__(problem)
         equation, solver = problem.equation, problem.solver
         assert isinstance(equation, JumpSDE)
+        self.k = 0
         self.sde, self.takes = equation, positional(equation.jump) if callable(equation.jump) else 0
         if not isinstance(solver, AbstractOneStep) or isinstance(solver, PredictorCorrector):
             raise TypeError(f"{type(solver).__name__} has no step for an equation that jumps")
@@ -230,14 +253,16 @@ class _Jumps(_Stepping):
             x, clock = self._within(context, own[0], clock)
             return (x, *clock)
         x, *memory = self.base.step(context, tuple(own))
-        x, clock = self._within(None, x, clock, context)
-        return (x, *memory, *clock)
+        x, after = self._within(None, x, clock, context)
+        jumped = after.jumps > jumps
+        # A solver that remembers begins anew.
+        return (x, *(torch.where(per_sample(jumped, m), 0.0, m) for m in memory), *after)
 
     def _within(
         self, context: StepContext | None, x: Tensor, clock: Clock, grid: StepContext | None = None
     ) -> tuple[Tensor, Clock]:
         """An interval of the grid, in parts between candidates; with jumps alone where there is no context."""
-        k = cast(Any, context or grid).k
+        k = self.k = cast(Any, context or grid).k
         at, b = self.ends(k)
         sign, active = (b - at).sign(), b != at
         increment = None if context is None else context.increment()
@@ -296,7 +321,7 @@ class _Jumps(_Stepping):
     ) -> Tensor:  # fmt: skip
         if not callable(function):
             return torch.full_like(t, function)
-        value = function(x, self.problem.clock(t))
+        value = unchanged(function, x, self.problem.clock(t), what)
         if isinstance(value, int | float):
             value = torch.full_like(t, value)
         if not isinstance(value, Tensor) or (value.ndim and (len(value) != len(x) or value.numel() != len(x))):
@@ -335,7 +360,7 @@ class _Jumps(_Stepping):
         time = per_sample(self.problem.clock(t), x)
         marks = () if self.takes == 2 else (self._mark(number[rows], rows),)
         filled = [x.new_full((len(x), sde.marks), 0.5).index_copy(0, rows, z.to(x.dtype)) for z in marks]
-        c = sde.jump(x, time, *filled)
+        c = unchanged(sde.jump, x, time, "jump", *filled)
         if isinstance(c, int | float):
             return torch.full_like(x, c)
         fits = isinstance(c, Tensor) and c.ndim in (0, x.ndim)
@@ -345,7 +370,14 @@ class _Jumps(_Stepping):
                 f"jump must return the shape of the state, {tuple(x.shape)}, or one of as many axes that broadcasts to "
                 f"it, got {got}"
             )
-        return c.to(x.dtype)
+        c = c.to(x.dtype).expand_as(x)
+        if self.problem.check_finite and not all_finite(c[rows]):
+            row = int(rows[bad_rows(c[rows]).nonzero()[0, 0]])
+            raise DivergenceError(
+                f"jump is not finite for path {self.path_of(row)} at t = {float(t[row]):.6g}",
+                step=self.k, time=float(t[row]), path=self.path_of(row),
+            )  # fmt: skip
+        return c
 
     def _mark(self, number: Tensor, rows: Tensor) -> Tensor:
         """Of jump ``number`` of some rows, ``(rows, marks)``, float64."""
@@ -467,7 +499,8 @@ class _Reacting(_Stepping):
 
     def rates(self, x: Tensor, y: Tensor, t: Tensor, active: Tensor, clock: Clock) -> Tensor:
         """Propensities in float64, refused if they are none; 0 for paths that are not active."""
-        a = self.reactions.propensities(x, self.problem.clock(t))
+        a = unchanged(self.reactions.propensities, x, self.problem.clock(t), "propensities")
+        self.problem.watched.evaluations += 1
         if a.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "propensities depend on what gradients are asked for, and counts of reactions have no derivative along "
@@ -510,6 +543,7 @@ class _Events(_Reacting):
         x, clock = states[0], Clock(*states[1:])
         at, b = self.ends(cast(Any, context).k)
         y, active, taken = self.counts(x, at), b > at, 0
+        first, numbers = clock.tried, self._ahead(clock.tried)
         while True:
             a = self.rates(x, y, at, active, clock)
             sums = a.cumsum(1)
@@ -519,17 +553,23 @@ class _Events(_Reacting):
             spent = torch.where(active & ~hit, clock.waiting - total * left, clock.waiting).clamp_min(0.0)
             if not bool(hit.any()):
                 return (x, *clock._replace(waiting=spent))
-            rows = hit.nonzero().squeeze(1)
-            v = self.fresh(clock.tried[rows], rows)[1].value
-            waiting = spent.index_copy(0, rows, self.fresh(clock.tried[rows] + 1.0, rows)[0])
-            which = (sums[rows] <= (v * total[rows])[:, None]).sum(1)
-            last = a.shape[1] - 1 - (a[rows] > 0).flip(1).int().argmax(1)  # a sum that was rounded up to the total
-            y = y.index_add(0, rows, self.nu.T[which.minimum(last)])
+            if taken % (_AHEAD - 1) == 0 and taken:
+                first, numbers = clock.tried, self._ahead(clock.tried)
+            which = (clock.tried - first).long()[:, None]
+            v, waiting = numbers[1].gather(1, which)[:, 0], numbers[0].gather(1, which + 1)[:, 0]
+            chosen = (sums <= (v * total)[:, None]).sum(1)
+            last = a.shape[1] - 1 - (a > 0).flip(1).int().argmax(1)  # a sum that was rounded up to the total
+            y = torch.where(hit[:, None], y + self.nu.T[chosen.minimum(last)], y)
             x = y.to(x.dtype)
             at = torch.where(hit, at + gap, at)
-            clock = Clock(waiting, clock.tried + hit, clock.jumps + hit)
+            clock = Clock(torch.where(hit, waiting, spent), clock.tried + hit, clock.jumps + hit)
             active, taken = hit, taken + 1
             self.check_steps(taken, active, x, at, clock, "reactions")
+
+    def _ahead(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Exponential and uniform numbers of the next candidates, ``(batch, _AHEAD)`` each."""
+        w = self.coordinates.words(Stream.JUMP, number.long() + self.first_number, _AHEAD)
+        return exponential(w), tail(w[..., 2], w[..., 3]).value
 
 
 @final

@@ -17,6 +17,7 @@ from sdesolve.integrate.checks import all_finite, bad_rows, check_drift, unchang
 from sdesolve.integrate.probing import ByRow, agree, unnoticed
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.solution import DivergenceError
+from sdesolve.jumps import refuse_jumps
 from sdesolve.sde import SDE, AbstractSDE, AbstractSemilinear, Noise, is_matrix
 from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
@@ -47,6 +48,8 @@ def prior_of(kl_to: Prior, sde: AbstractSDE, params: Any, solver: AbstractSolver
         raise TypeError(f"kl_to must be the drift of a prior, a function of (x, t), or an SDE, got {kind_of(kl_to)}")
     if sde.noise is Noise.NONE:
         raise ValueError("kl_to compares laws of paths, and an ODE has no noise: give an SDE, or leave kl_to out")
+    for equation in (sde, kl_to):
+        refuse_jumps(equation, "kl_to= compares diffusions", "leave it out")
     if solver.controller is not None or isinstance(solver, PredictorCorrector | QE):
         raise ValueError(
             f"kl_to needs the Brownian increments of given steps, which {type(solver).__name__} has not: take a solver "

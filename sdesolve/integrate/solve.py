@@ -213,10 +213,11 @@ def solve(
         functional, boundaries = start.carry or functional, start.until or boundaries
     follows = bool(functional or boundaries) or (observable is not None and positional(observable) > 1)
     changes = None if at is None or (isinstance(at, list | tuple) and not at) else Changes(at, positional)
-    if (follows or prior is not None or changes is not None) and gradients == "reversible":
+    beside = follows or prior is not None or changes is not None or isinstance(sde, AbstractJumping)
+    if beside and gradients == "reversible":
         raise ValueError(
             "gradients='reversible' undoes the solver's steps, and not what follows paths (carry=, until=, kl_to=, an "
-            "observable of time) or changes them (at=); take gradients='checkpoint'"
+            "observable of time) or changes them (at=, jumps); take gradients='checkpoint'"
         )
     if solver.controller is None:
         with outside_transforms():  # grids are kept for later calls

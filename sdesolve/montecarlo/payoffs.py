@@ -13,6 +13,7 @@ from sdesolve._internal.arguments import kind_of, short
 from sdesolve.carry import Tree
 from sdesolve.integrate.checks import bad_rows, check_state
 from sdesolve.integrate.solution import Solution
+from sdesolve.jumps import AbstractJumping
 from sdesolve.sde import AbstractSDE, Noise
 
 Payoff = Callable[..., Tensor]
@@ -38,7 +39,7 @@ class Expectation:
         check_state(x0)
         if len(x0) == 0:
             raise ValueError("x0 must have a row for each start, shape (starts, *state), and has none")
-        if isinstance(sde, AbstractSDE) and sde.noise is Noise.NONE:
+        if isinstance(sde, AbstractSDE) and sde.noise is Noise.NONE and not isinstance(sde, AbstractJumping):
             raise ValueError("an ODE has one path and no expectation to estimate: take payoff(solve(...).x1)")
         if x0.requires_grad:
             raise ValueError(

@@ -16,6 +16,7 @@ from sdesolve.brownian import BrownianPath, drawn_seed
 from sdesolve.integrate.checks import check_state
 from sdesolve.integrate.solution import Solution
 from sdesolve.integrate.solve import solve
+from sdesolve.jumps import refuse_jumps
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise
 from sdesolve.solvers.base import AbstractSolver
 
@@ -158,6 +159,7 @@ def _weighted(
     sde: AbstractSDE, x0: Tensor, params: Any, tensors: list[Tensor], times: tuple[float, float, int], **options: Any
 ) -> tuple[Solution, Tensor]:
     """A run, and the log-weight of each path from its own law: 0, with the score as its gradient."""
+    refuse_jumps(sde, "a likelihood ratio is of Euler's steps", "take method='pathwise'")
     if isinstance(sde, SDE | ODE) and params is not None:
         sde = sde.with_params(params)
     if sde.noise is Noise.NONE:

@@ -461,13 +461,64 @@ def test_what_jumps_are_not_combined_with():
         ({"until": sds.Crossing(lambda x, t: x[:, 0] - 3.0)}, "bridge=False"),
         ({"carry": sds.RunningMaximum(lambda x, t: x[:, 0])}, "bridge=False"),
         ({"kl_to": lambda x, t: -x}, "kl_to= compares diffusions"),
-        ({"backend": "fused"}, "as many steps as it has jumps"),
+        ({"backend": "fused"}, "cannot be fused: each path jumps at times of its own"),
         ({"increments": "two-point"}, "adapted=False"),
         ({"equation": stratonovich, "solver": sds.Adaptive(sds.SPaRK()), "steps": None}, "fixed steps"),
         ({"solver": sds.W2Ito1()}, "two-point numbers.*adapted=False"),
     ):
         with pytest.raises(ValueError, match=match):
             solve(**given)
+    with pytest.raises(ValueError, match="too far along the path"):
+        solve(noise=sds.BrownianPath(0, first_step=1 << 50))
+    with pytest.raises(ValueError, match="jump changed the state"):
+        solve(sds.JumpSDE(lambda x, t: -x, rate=90.0, jump=lambda x, t: x.mul_(2.0)), sds.RK4())
+    with pytest.raises(sds.DivergenceError, match=r"jump is not finite for path 0 at t = 0\."):
+        solve(sds.JumpSDE(lambda x, t: -x, rate=90.0, jump=lambda x, t: x / 0), sds.RK4())
     on_grid = sds.JumpSDE(lambda x, t: -x, lambda x, t: 0.1 * x, rate=1.0, jump=0.1, adapted=False)
     assert solve(on_grid, increments="two-point").jumps.shape == (2,)
     assert solve(on_grid, sds.W2Ito1()).jumps.shape == (2,)
+
+
+def test_jumps_are_never_left_out_silently():
+    sde, f = sds.JumpSDE(lambda x, t: -x, lambda x, t: 0.1 * x, rate=1.0, jump=0.1), (lambda x, t: -x)
+    plain, x0 = sds.SDE(f, lambda x, t: 0.1 * x), states(3, 1.0)
+    for make in (
+        sds.to_ito,
+        sds.to_stratonovich,
+        lambda s: sds.correlated(s, torch.eye(1)),
+        lambda s: sds.adapters.ToTorchSDE(s, x0, 0.0, 1.0),
+        lambda s: sds.euler_law(s, x0, 0.0, 1.0),
+    ):
+        with pytest.raises(ValueError, match="JumpSDE jumps"):
+            make(sde)
+    with pytest.raises(ValueError, match="JumpSDE jumps: leave it out"):
+        sds.solve(plain, x0, 0.0, 1.0, 4, solver=sds.EulerMaruyama(), kl_to=sde)
+    with pytest.raises(ValueError, match="substeps=2"):
+        sds.solve(birth_death(), x0, 0.0, 1.0, 2, solver=sds.TauLeap(), noise=sds.BrownianPath(0, substeps=2))
+
+
+def test_levels_of_a_multilevel_estimate_share_their_jumps():
+    estimate = sds.multilevel(
+        sds.JumpSDE(lambda x, t: -x, lambda x, t: 0.3 * x, rate=1.0, jump=lambda x, t, z: 0.3 * x * z),
+        states(1, 1.0), 0.0, 1.0, payoff=lambda x: x[:, 0], solver=sds.Milstein(), rmse=0.02, seed=0,
+    )  # fmt: skip
+    assert abs(float(estimate.estimate) - math.exp(-1)) < 4 * 0.02
+    assert all(float(level.consistency) < 1 for level in estimate.levels[1:])
+    assert float(estimate.levels[-1].variance) < float(estimate.levels[0].variance) / 10
+
+
+def test_a_solver_that_remembers_begins_anew_at_a_jump():
+    """The second state of ReversibleHeun stays beside the first, which has jumped."""
+    sde = sds.JumpSDE(
+        lambda x, t: 0.1 * x, lambda x, t: 0.2 * x, calculus="stratonovich", rate=3.0, jump=2.0, adapted=False
+    )
+    runs = [
+        sds.solve(sde, states(50, 1.0), 0.0, 1.0, 64, solver=solver, seed=0)
+        for solver in (sds.ReversibleHeun(), sds.Heun())
+    ]
+    assert torch.equal(runs[0].jumps, runs[1].jumps)
+    assert torch.allclose(runs[0].x1, runs[1].x1, rtol=0.02)
+    with pytest.raises(ValueError, match="jumps"):
+        sds.solve(
+            sde, states(2, 1.0).requires_grad_(), 0.0, 1.0, 4, solver=sds.ReversibleHeun(), gradients="reversible"
+        )
