@@ -50,10 +50,10 @@ def changed(kind: Any, config: Any, **changes: Any) -> Any:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether states are ``(1 - s) x_0 + s z``: a scheduler of flow matching, or one told to use its levels."""
-    told = setting(scheduler, "prediction_type")
-    return bool(setting(scheduler, "use_flow_sigmas", False)) or (
-        told in (None, "flow_prediction") and not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
-    )
+    if setting(scheduler, "use_flow_sigmas", False):
+        return True
+    shifts = hasattr(scheduler, "scale_noise") or setting(scheduler, "shift") is not None
+    return shifts and not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
 
 
 def prediction_of(scheduler: Any) -> Prediction:
@@ -130,6 +130,12 @@ def levels(scheduler: Any, process: AbstractDiffusion, *args: Any, **options: An
         if not isinstance(sigmas, Tensor) or len(sigmas) != len(k) + 1:
             raise ValueError(f"{type(own).__name__} does not have one level of noise more than timesteps")
         times = sigmas.detach().cpu().double()
+    if float(times[0]) > process.t_max * (1 + 1e-6):
+        raise ValueError(
+            f"the levels of {type(own).__name__} begin at timestep {float(times[0]) - 1:g}, beyond its table, whose "
+            f"last is {process.t_max - 1:g}: take fewer steps, or a smaller steps_offset"
+        )
+    times = times.clamp(max=process.t_max)
     moves = times.diff() != 0
     k, times = k[moves.to(k.device)], torch.cat([times[:-1][moves], times[-1:]])
     if not len(k) or not bool((times.diff() < 0).all()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdesolve import solvers
-from sdesolve._internal.arguments import kind_of, short
+from sdesolve._internal.arguments import kind_of, short, whole_number
 from sdesolve.adapters._levels import changed, is_flow, levels, prediction_of, process_of, setting
 from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows
 from sdesolve.diffusions.base import AbstractDiffusion
@@ -263,7 +263,9 @@ class DiffusersScheduler(SchedulerMixin):
         """
         chosen = {name: value for name, value in options.items() if value is not None}
         if num_inference_steps is not None:
-            chosen["num_inference_steps"] = num_inference_steps
+            chosen["num_inference_steps"] = whole_number(num_inference_steps, "num_inference_steps", 1)
+        elif not {"timesteps", "sigmas"} & set(chosen):
+            raise ValueError("give num_inference_steps, or what the scheduler takes in its place: timesteps or sigmas")
         run = levels(self._theirs, self.process, device=device, **chosen)
         self.timesteps, self.times, self.init_noise_sigma, self._asked = run
         if self._predicts == "noise" and float(self.process.alpha(self.times[0])) == 0.0:
@@ -358,6 +360,10 @@ class DiffusersScheduler(SchedulerMixin):
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """As `add_noise`, by the name that pipelines of flow matching call."""
         return self.add_noise(sample, noise, timestep)
+
+    def __repr__(self) -> str:
+        seed = "" if self._seed is None else f", seed={self._seed}"
+        return f"DiffusersScheduler({type(self._theirs).__name__}, {self.solver!r}{seed})"
 
     def __len__(self) -> int:
         return int(setting(self._theirs, "num_train_timesteps", 1000))

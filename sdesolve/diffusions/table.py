@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 from sdesolve._internal.arguments import real, whole_number
 from sdesolve._internal.copies import Copies
@@ -49,7 +51,8 @@ class TableBeta(AbstractBetaSchedule):
         if zero_terminal_snr:
             alpha = square.sqrt()
             square = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))).square()
-        self._integral = Copies(torch.cat([square.new_zeros(1), -square.log()]))
+        integral = torch.cat([square.new_zeros(1), -square.log()])
+        self._integral, self._listed = Copies(integral), tuple(integral.tolist())
         self.steps, self.t_max = len(square), float(len(square))
 
     def beta(self, t: Tensor) -> Tensor:
@@ -58,6 +61,13 @@ class TableBeta(AbstractBetaSchedule):
         return torch.where(slope.isinf(), 2.0 / (1.0 - w), slope).to(t.dtype)
 
     def integral(self, t: Tensor) -> Tensor:
+        if type(t) is Tensor and t.ndim == 0 and t.is_cpu and not t.requires_grad and not is_wrapped(t):
+            time = float(t)  # of a step of a sampler: ten operations on one number cost as much as a small network
+            if 0.0 <= time <= self.steps:
+                before = max(0, math.ceil(time) - 1)
+                start, end = self._listed[before], self._listed[before + 1]
+                if end != math.inf:
+                    return torch.tensor(start + (time - before) * (end - start), dtype=t.dtype, device=t.device)
         B, k, w = self._place(t)
         step = B[k + 1] - B[k]
         return (B[k] + torch.where(step.isinf(), -2.0 * torch.log1p(-w), w * torch.where(step.isinf(), 0.0, step))).to(

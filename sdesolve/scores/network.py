@@ -23,12 +23,13 @@ Prediction = Literal["noise", "data", "score", "velocity", "flow", "edm"]
 class Coefficients(NamedTuple):
     """``alpha``, ``sigma`` and ``log(sigma / alpha)`` at the times of ``x_t = alpha x_0 + sigma z``.
 
-    ``alpha`` and ``sigma`` broadcast against ``x_t``; ``log_ratio`` has the shape of the time.
+    ``alpha`` and ``sigma`` broadcast against ``x_t``; ``log_ratio`` has the shape of the time, and is there for
+    `PreconditionsEDM` alone.
     """
 
     alpha: Tensor
     sigma: Tensor
-    log_ratio: Tensor
+    log_ratio: Tensor | None
 
 
 class Target(NamedTuple):
@@ -161,6 +162,7 @@ class PreconditionsEDM(AbstractParameterization):
         self.s = sigma_data
 
     def inputs(self, x: Tensor, t: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+        assert c.log_ratio is not None
         return x / self._S(c), 0.25 * c.log_ratio
 
     def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
@@ -399,10 +401,11 @@ class NetworkScore(nn.Module):
         t = t if t.ndim == 0 else t.to(x.device)
         # alpha and sigma in the precision of the time, which a solver gives in float64, and only then in that of x.
         log_alpha, sigma = self.process.log_alpha(t), self.process.sigma(t)
-        alpha, log_ratio = log_alpha.exp(), sigma.log() - log_alpha
-        return Coefficients(
-            per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio.to(x).expand(len(x))
-        )
+        log_ratio = None
+        if isinstance(self._parameterization, PreconditionsEDM):
+            log_ratio = (sigma.log() - log_alpha).to(x).expand(len(x))
+        alpha = log_alpha.exp()
+        return Coefficients(per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio)
 
     def _check_weights(self, x: Tensor, problem: RuntimeError) -> None:
         """Tells a network on another device or in another precision than its state from one that is wrong."""

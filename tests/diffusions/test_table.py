@@ -126,3 +126,18 @@ def test_grids_of_a_table_are_whole_steps():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_integral_at_one_time_has_the_bits_of_that_at_many():
+    table = sds.TableBeta((1 - torch.linspace(1e-4, 0.05, 40)).cumprod(0))
+    ending = sds.TableBeta(torch.tensor([0.9, 0.5, 0.0]))
+    for schedule in (table, ending):
+        for dtype in (torch.float64, torch.float32):
+            times = torch.cat([torch.linspace(0, schedule.t_max, 41), torch.arange(schedule.t_max + 1)]).to(dtype)
+            many = schedule.integral(times)
+            assert all(torch.equal(schedule.integral(t), b) for t, b in zip(times, many, strict=True))
+    t = torch.tensor(7.25, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(table.integral(t), t)
+    torch.testing.assert_close(slope, table.beta(t.detach()))
+    rows = torch.func.vmap(table.integral)(torch.tensor([1.5, 2.5]).double())
+    assert torch.equal(rows, table.integral(torch.tensor([1.5, 2.5]).double()))

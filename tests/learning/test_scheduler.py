@@ -32,6 +32,11 @@ class Plain:
         self.timesteps = (torch.arange(num_inference_steps) * stride).flip(0).to(device)
 
 
+class Beyond(Plain):
+    def set_timesteps(self, num_inference_steps, device=None):
+        self.timesteps = torch.tensor([1001, 500, 0])
+
+
 def network(x, k):
     return torch.tanh(x.flip(1) * (1 + 0.001 * float(k))) + 0.1 * x
 
@@ -68,6 +73,7 @@ def test_a_pipelines_loop_is_sample(solver):
     scheduler, x = DiffusersScheduler(Plain(), solver, seed=7), start()
     expected = by_sample(scheduler, solver, x, 12, seed=7)
     torch.testing.assert_close(drive(scheduler, x, 12), expected, rtol=1e-10, atol=1e-10)
+    assert repr(scheduler) == f"DiffusersScheduler(Plain, {solver!r}, seed=7)"
 
 
 def test_ddim_by_hand():
@@ -150,6 +156,12 @@ def test_without_diffusers():
          "eta=0.5 is for DDIM"),
         (lambda: DiffusersScheduler(Plain(), sds.DDIM(), seed=1, noise=sds.BrownianPath(1)), ValueError, "one of them"),
         (lambda: DiffusersScheduler(Plain(invert_sigmas=True), sds.DDIM()), ValueError, "invert_sigmas=True"),
+        (lambda: drive(DiffusersScheduler(Plain(), sds.DDIM()), start(), 0), ValueError, "_steps must be at"),
+        (lambda: DiffusersScheduler(Plain(), sds.DDIM()).set_timesteps(), ValueError, "give num_inference_steps, or"),
+        (lambda: drive(DiffusersScheduler(Beyond(), sds.DDIM()), start(), 3), ValueError,
+         "begin at timestep 1001, beyond its table, whose last is 999"),
+        (lambda: DiffusersScheduler(types.SimpleNamespace(config={}, timesteps=0, set_timesteps=0), sds.DDIM()),
+         TypeError, "has alphas_cumprod, and this SimpleNamespace has none"),
     ],
 )  # fmt: skip
 def test_what_no_pipeline_can_run_is_refused_before_its_network(make, error, message):
