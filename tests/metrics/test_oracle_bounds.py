@@ -42,8 +42,8 @@ def sampled(solver, process, data, grid, n):
     ("solver", "data"),
     [
         (sds.SDEDPMSolverPP2S(), SEPARATED),
-        (sds.Ancestral(), SEPARATED),
-        (sds.DPMSolverPP(2), SEPARATED),
+        pytest.param(sds.Ancestral(), SEPARATED, marks=pytest.mark.thorough),
+        pytest.param(sds.DPMSolverPP(2), SEPARATED, marks=pytest.mark.thorough),
         (sds.Ancestral(), UNEVEN),
     ],
     ids=["two stages", "ancestral", "deterministic", "ancestral, uneven"],

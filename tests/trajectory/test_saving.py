@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,15 +11,23 @@ import sdesolve as sds
 
 SDE = sds.SDE(lambda x, t: torch.sin(x) - x * t, lambda x, t: 0.2 + 0.1 * torch.cos(x), noise="diagonal")
 GENERAL = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * torch.stack([x.sin(), x.cos(), x * t], -1), noise="general")
+ODE = sds.ODE(lambda x, t: -x * t)
 TIMES = [
     None, "grid", [0.0, 1.0], [1.0], [0.25, 0.5], [0.25, 0.5 + 1e-12, 0.9], [0.1, 0.11, 0.12, 0.75], [0.0, 0.999],
     torch.linspace(0, 1, 9),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("save_at", TIMES, ids=str)
-@pytest.mark.parametrize("sde", [SDE, GENERAL, sds.ODE(lambda x, t: -x * t)], ids=["diagonal", "general", "ode"])
-@pytest.mark.parametrize("reduce", [None, "moments"])
+def saved():
+    """All times for one equation, every third for others; the rest is left for the thorough profile."""
+    for reduce, (name, sde), (i, save_at) in itertools.product(
+        (None, "moments"), {"diagonal": SDE, "general": GENERAL, "ode": ODE}.items(), enumerate(TIMES)
+    ):
+        marks = [pytest.mark.thorough] if sde is not SDE and i % 3 else []
+        yield pytest.param(sde, save_at, reduce, id=f"{reduce}-{name}-{save_at}", marks=marks)
+
+
+@pytest.mark.parametrize(("sde", "save_at", "reduce"), list(saved()))
 def test_states_observations_and_moments_are_eagers(sde, save_at, reduce, both, difference, interpreted, normals):
     x0 = normals(9, 3)
     for observable in (None, lambda x: x.square().sum(1), lambda x: torch.stack([x, x.exp()], -1)[:, :2]):
