@@ -17,6 +17,7 @@ from sdesolve._internal.modes import modules_within
 from sdesolve.brownian import AbstractNoise, BrownianPath
 from sdesolve.carry import as_carry
 from sdesolve.crossing import as_boundaries
+from sdesolve.integrate.checks import check_pair
 from sdesolve.integrate.solution import Continuation, Solution
 from sdesolve.integrate.solve import solve
 from sdesolve.likelihood.likelihood import estimate_likelihood
@@ -193,6 +194,7 @@ class Solves(AbstractTask):
             self.noise = dataclasses.replace(self.noise, kind=kind)
         if "solver" not in self.options:
             raise TypeError("an ensemble needs solver=, as solve does")
+        check_pair(self.options["solver"], self.given["sde"])
         if moments is not None and self.options.get("carry") is not None and self.options.get("observable") is None:
             raise ValueError("with reduce=, what paths carry is kept by observable=lambda x, t, carry: ... alone")
         if segments > 1:

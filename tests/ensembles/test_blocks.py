@@ -185,7 +185,11 @@ def test_divergence_names_the_path_of_the_run():
         ({"noise": sds.BrownianPath(1)}, "give one of them"),
         ({"stepz": 3}, "takes no stepz in an ensemble"),
         ({"start": 3}, "takes no start in an ensemble"),
-        ({"solver": None, "segments": 2}, "cannot be cut"),
+        ({"solver": None}, "solver must be a solver object"),
+        (
+            {"solver": sds.SKSROCK(stages=3), "segments": 2, "at": [(0.5, torch.sin)]},
+            "segments= and at= do not go together",
+        ),
         ({"reduce": "median"}, "reduce must be 'moments', 'sums' or a reduction"),
         ({"reduce": 3}, "reduce takes reductions"),
         ({"block": 0}, "block"),

@@ -103,7 +103,7 @@ def other_diffusion(x, t):
     [
         ({"seed": 4}, r"noise: BrownianPath\(3\).* there, BrownianPath\(4\).* here"),
         ({"block": 11}, "block: 10 there, 11 here"),
-        ({"solver": sds.Heun()}, "solver: EulerMaruyama"),
+        ({"solver": sds.Milstein()}, "solver: EulerMaruyama"),
         ({"x0": X0 + 1e-6}, "x0: Tensor of shape"),
         ({"reduce": sds.Moments()}, "reduce: "),
     ],
