@@ -47,6 +47,7 @@ def ensemble(
 ) -> Ensemble:
     """A run of many paths, cut into blocks of ``block`` paths; nothing is computed yet.
 
+    With ``backend="auto"`` all blocks take the executor that the first of them took, since others differ by rounding.
     Block ``k`` has the paths from ``k block`` on, with their noise, and depends on the arguments and ``k`` alone: not
     on who computes it, in which order, with how many workers or threads, or how often. ::
 
@@ -222,7 +223,12 @@ class Ensemble:
         return self
 
     def _mapped(self, map: Callable[..., Any], mine: list[int], bar: Any) -> None:
+        if mine and self._task.chooses and self._store.decided() is None:  # here, so that all workers take one executor
+            self.do(mine[0])
+            bar.update()
+            mine = mine[1:]
         work = _Work(self._task, self.paths, self.block, self._reductions, self._store, self.specification["digest"])
+        work.execution = self._store.decided()
         work.check_pickles()
         first: Exception | None = None
         try:
@@ -345,8 +351,8 @@ class Ensemble:
         first, count = k * self.block, min(self.block, self.paths - k * self.block)
         if not self._store.has(k):
             self.do(k)
-        alone = self._store.read(k)[1].get("execution") == "fused"
-        return self._task.replay(path, first, count, alone, changes)
+        execution = self._store.read(k)[1].get("execution")
+        return self._task.replay(path, first, count, execution, changes)
 
     def to_xarray(self) -> Any:
         """The arrays of a complete run as an ``xarray.Dataset`` over ``path`` and ``time``.
@@ -405,13 +411,23 @@ def _computed(
     reductions: Mapping[str, AbstractReduction],
     store: AbstractStore,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Block ``k`` as a store keeps it."""
+    """Block ``k`` as a store keeps it, by the executor that all blocks of the run take."""
     first = k * block
     count = min(block, paths - first)
-    if isinstance(task, Solves) and task.segments > 1:
-        made = task.compute(first, count, lambda: store.read_part(k), lambda m, tensors: store.keep_part(k, m, tensors))
-    else:
-        made = task.compute(first, count)
+
+    def made_by(execution: str | None) -> Made:
+        if isinstance(task, Solves) and task.segments > 1:
+            return task.compute(
+                first, count, execution, lambda: store.read_part(k), lambda m, tensors: store.keep_part(k, m, tensors)
+            )
+        return task.compute(first, count, execution)
+
+    decided = store.decided() if task.chooses else None
+    made = made_by(decided)
+    if task.chooses and decided is None:
+        won = store.decide(str(made.about["execution"]))
+        if won != made.about["execution"]:  # another process was first
+            made = made_by(won)
     return _kept(made, task, reductions)
 
 
@@ -464,17 +480,14 @@ class _Work:
     ) -> None:
         self.task, self.paths, self.block, self.reductions, self.run = task, paths, block, reductions, run
         self.store: AbstractStore | None = store if store.shared else None
+        self.execution: str | None = None
 
     def __call__(self, k: int) -> tuple[int, str, Any]:
         try:
-            made = _computed(
-                self.task,
-                k,
-                self.paths,
-                self.block,
-                self.reductions,
-                self.store or store_of(None, self.paths, self.block),
-            )
+            store = self.store or store_of(None, self.paths, self.block)
+            if self.store is None and self.execution is not None:
+                store.decide(self.execution)
+            made = _computed(self.task, k, self.paths, self.block, self.reductions, store)
             if self.store is None:
                 return k, self.run, made
             self.store.keep(k, *made)
@@ -483,7 +496,7 @@ class _Work:
         return k, self.run, None
 
     def __reduce__(self) -> tuple[Callable[..., _Work], tuple[Any, ...]]:
-        parts = (self.task, self.paths, self.block, self.reductions, self.store, self.run)
+        parts = (self.task, self.paths, self.block, self.reductions, self.store, self.run, self.execution)
         try:
             return _restored, (pickle.dumps(parts),)
         except Exception as error:
@@ -510,9 +523,9 @@ class _Work:
 
 
 def _restored(content: bytes) -> _Work:
-    task, paths, block, reductions, store, run = pickle.loads(content)
+    task, paths, block, reductions, store, run, execution = pickle.loads(content)
     work = _Work(task, paths, block, reductions, store or store_of(None, paths, block), run)
-    work.store = store
+    work.store, work.execution = store, execution
     return work
 
 

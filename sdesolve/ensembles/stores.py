@@ -48,6 +48,14 @@ class AbstractStore(abc.ABC):
     def read(self, k: int) -> Entry:
         """Block ``k``."""
 
+    @abc.abstractmethod
+    def decided(self) -> str | None:
+        """Which executor all blocks take, if that is decided."""
+
+    @abc.abstractmethod
+    def decide(self, execution: str) -> str:
+        """Decides it, and gives what whoever was first has decided."""
+
     def keep_part(self, k: int, mark: str, tensors: dict[str, Tensor]) -> None:
         """Keeps how far block ``k`` has come; a store that cannot keeps nothing."""
         del k, mark, tensors
@@ -66,6 +74,13 @@ class Memory(AbstractStore):
 
     def __init__(self) -> None:
         self._blocks: dict[int, Entry] = {}
+        self._decided: dict[str, str] = {}
+
+    def decided(self) -> str | None:
+        return self._decided.get("execution")
+
+    def decide(self, execution: str) -> str:
+        return self._decided.setdefault("execution", execution)
 
     def open(self, specification: Mapping[str, Any]) -> Mapping[str, Any]:
         return specification
@@ -89,8 +104,24 @@ class AbstractFolder(AbstractStore):
         self.path = path
         self._run = ""
 
+    def _decision(self) -> Path:
+        return self.path / "execution.json"
+
+    def decided(self) -> str | None:
+        if not self._decision().is_file():
+            return None
+        return str(self._specification(json.loads(self._decision().read_text()))["execution"])
+
+    def decide(self, execution: str) -> str:
+        if self.decided() is None:
+            write_text(self._decision(), self._written({"execution": execution}), replace=False)
+        return self.decided() or execution
+
+    def _written(self, content: Mapping[str, Any]) -> str:
+        return json.dumps(content, indent=1)
+
     def _begin(self, file: Path, specification: Mapping[str, Any]) -> None:
-        write_text(file, json.dumps(specification, indent=1))
+        write_text(file, self._written(specification), replace=False)
 
     def _specification(self, content: Any) -> Any:
         return content
@@ -185,7 +216,13 @@ class Zarr(AbstractFolder):
 
     def _begin(self, file: Path, specification: Mapping[str, Any]) -> None:
         write_text(self.path / "blocks" / "zarr.json", _group({}))
-        write_text(file, _group({"sdesolve": specification}))
+        write_text(file, self._written(specification), replace=False)
+
+    def _decision(self) -> Path:
+        return self.path / "blocks" / "execution" / "zarr.json"
+
+    def _written(self, content: Mapping[str, Any]) -> str:
+        return _group({"sdesolve": content})
 
     def _specification(self, content: Any) -> Any:
         return content["attributes"]["sdesolve"]
@@ -264,8 +301,8 @@ def store_of(out: str | os.PathLike[str] | None, paths: int, block: int) -> Abst
     return Zarr(path, paths, block) if path.suffix == ".zarr" else Folder(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, and returns when it is on the disk."""
+def write_text(path: Path, text: str, *, replace: bool = True) -> None:
+    """Writes a file whole or not at all, and returns when it is on the disk; what is there stays, unless replaced."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +310,12 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        if replace:
+            os.replace(partial, path)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, path)
+            partial.unlink()
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

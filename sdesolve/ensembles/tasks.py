@@ -67,13 +67,22 @@ class AbstractTask(abc.ABC):
             ValueError, TypeError: it cannot be done for them.
         """
 
-    @abc.abstractmethod
-    def compute(self, first: int, count: int) -> Made:
-        """What a block leaves."""
+    chooses: bool = False
+    """Whether there are executors to choose from, whose results differ by rounding: all blocks have to take one."""
 
     @abc.abstractmethod
-    def replay(self, path: int, first: int, count: int, alone: bool, changes: Mapping[str, Any]) -> Any:
-        """One path again: by itself where a path ``alone`` has the bits that it has in its block."""
+    def compute(self, first: int, count: int, execution: str | None = None) -> Made:
+        """What a block leaves.
+
+        Args:
+            first: number of its first path.
+            count: of its paths.
+            execution: what runs it, if that is decided; what did run it is in ``about``.
+        """
+
+    @abc.abstractmethod
+    def replay(self, path: int, first: int, count: int, execution: str | None, changes: Mapping[str, Any]) -> Any:
+        """One path again, by what ran its block."""
 
 
 @final
@@ -256,9 +265,22 @@ class Solves(AbstractTask):
             call["grid"] = call["grid"].T.contiguous()
         return call | {"noise": self.noise.rows(first)}
 
+    @property
+    def chooses(self) -> bool:  # type: ignore[override]
+        return self.options.get("backend", "auto") == "auto"
+
     @torch.no_grad()
-    def compute(self, first: int, count: int, kept: Callable[[], Any] = lambda: None, keep: Kept | None = None) -> Made:
+    def compute(
+        self,
+        first: int,
+        count: int,
+        execution: str | None = None,
+        kept: Callable[[], Any] = lambda: None,
+        keep: Kept | None = None,
+    ) -> Made:
         call = self._call(first, count)
+        if execution is not None and self.chooses:
+            call["backend"] = execution
         if self.moments is not None:
             call["reduce"] = self.moments
         if self.segments == 1 or not count:
@@ -276,7 +298,8 @@ class Solves(AbstractTask):
             call.pop(name, None)
         begun, grown = 0, dict[str, list[Tensor]]()
         if done is not None:
-            begun, tensors = int(done[0]), done[1]
+            (at, call["backend"]), tensors = done[0].split(), done[1]
+            begun = int(at)
             grown = {name: [tensors[f"grown.{name}"]] for name in _GROWING if f"grown.{name}" in tensors}
             memory = tuple(tensors[f"memory.{k}"] for k in range(sum(n.startswith("memory.") for n in tensors)))
             start = {
@@ -293,7 +316,7 @@ class Solves(AbstractTask):
             solution = solve(
                 **call, **start, grid=points[begun : end + 1], save_at=wanted or None, reduce=reduce, gradients="none"
             )
-            begun, start = end, {"start": solution.state}
+            begun, start, call["backend"] = end, {"start": solution.state}, solution.stats.execution
             made = self._made(solution, count, saving=saving)
             for name, value in {**made.arrays, **(made.summary or {})}.items():
                 if name in _GROWING:
@@ -301,7 +324,7 @@ class Solves(AbstractTask):
             if keep is not None and end != steps:
                 assert solution.state is not None
                 record = {"x": solution.state.x} | {f"memory.{k}": m for k, m in enumerate(solution.state.memory)}
-                keep(str(end), record | {f"grown.{name}": torch.cat(v, self._times) for name, v in grown.items()})
+                keep(f"{end} {solution.stats.execution}", record | {f"grown.{name}": torch.cat(v, self._times) for name, v in grown.items()})
         whole = {name: torch.cat(values, self._times) for name, values in grown.items()}
         ts = None if save_at is None else _saved(save_at, points)
         about = dict(made.about) | ({} if ts is None else {"ts": ts})
@@ -342,12 +365,14 @@ class Solves(AbstractTask):
                 arrays[name] = value
         return Made(arrays, None, about)
 
-    def replay(self, path: int, first: int, count: int, alone: bool, changes: Mapping[str, Any]) -> Solution:
+    def replay(
+        self, path: int, first: int, count: int, execution: str | None, changes: Mapping[str, Any]
+    ) -> Solution:
         _check_options(
             "replay", solve, changes, ("paths", "start", "reduce", "seed", "noise", "solver", "params", "grid")
         )
         changes = {"save_at": "grid"} | dict(changes) if self.options["solver"].controller is None else dict(changes)
-        if alone and not modules_within([self.given["sde"], *changes.values(), *self.options.values()]):
+        if execution == "fused" and not modules_within([self.given["sde"], *changes.values(), *self.options.values()]):
             made = dict(changes)
             if "backend" not in changes:
                 made["backend"] = "fused"
@@ -361,7 +386,8 @@ class Solves(AbstractTask):
             except (ValueError, TypeError):  # what is asked for does not fuse, or the block has another number of rows
                 pass
         with torch.no_grad():
-            whole = solve(**(self._call(first, count) | changes), gradients="none")
+            same = {"backend": execution} if execution is not None and "observable" not in changes else {}
+            whole = solve(**(self._call(first, count) | same | changes), gradients="none")
         return _row_of(whole, path - first)
 
 
@@ -466,10 +492,10 @@ class _OfCalls(AbstractTask):
     def _of_block(self, first: int, count: int) -> dict[str, Any]:
         return self.options | {name: cut.of(first, count) for name, cut in self.rows.items()}
 
-    def replay(self, path: int, first: int, count: int, alone: bool, changes: Mapping[str, Any]) -> Any:
+    def replay(self, path: int, first: int, count: int, execution: str | None, changes: Mapping[str, Any]) -> Any:
         if changes:
             raise TypeError(f"replay of {type(self).__name__} takes the path alone, got {', '.join(sorted(changes))}")
-        return {name: value[path - first] for name, value in self.compute(first, count).arrays.items()}
+        return {name: value[path - first] for name, value in self.compute(first, count, execution).arrays.items()}
 
 
 @final
@@ -502,10 +528,17 @@ class Draws(_OfCalls):
     def arguments(self) -> dict[str, object]:
         return super().arguments() | {"process": self.process, "score": self.score, "shape": self.shape}
 
-    def compute(self, first: int, count: int) -> Made:
+    @property
+    def chooses(self) -> bool:  # type: ignore[override]
+        return self.options.get("backend", "auto") == "auto"
+
+    def compute(self, first: int, count: int, execution: str | None = None) -> Made:
         shape = None if self.shape is None else (count, *self.shape)
-        call = self._of_block(first, count)
-        return Made({"x": sample(self.process, self.score, shape, **call, noise=self.noise.rows(first))})
+        call = self._of_block(first, count) | {"noise": self.noise.rows(first), "full": True}
+        if execution is not None and self.chooses:
+            call["backend"] = execution
+        found = sample(self.process, self.score, shape, **call)
+        return Made({"x": found.x1}, None, {"execution": found.stats.execution, "reason": found.stats.reason})
 
 
 @final
@@ -540,7 +573,7 @@ class Likelihoods(_OfCalls):
     def arguments(self) -> dict[str, object]:
         return super().arguments() | {"process": self.process, "score": self.score, "x": self.x}
 
-    def compute(self, first: int, count: int) -> Made:
+    def compute(self, first: int, count: int, execution: str | None = None) -> Made:
         call = self._of_block(first, count)
         found = estimate_likelihood(
             self.process, self.score, call.pop("x"), **call, seed=self.noise.seed, first_sample=first
@@ -579,7 +612,7 @@ class Chains(_OfCalls):
     def arguments(self) -> dict[str, object]:
         return super().arguments() | {"kernel": self.kernel, "x0": self.x0, "steps": self.steps}
 
-    def compute(self, first: int, count: int) -> Made:
+    def compute(self, first: int, count: int, execution: str | None = None) -> Made:
         call = self._of_block(first, count)
         chain = run_chain(self.kernel, call.pop("x0"), self.steps, **call, noise=self.noise.rows(first))
         arrays = {"x": chain.x}
