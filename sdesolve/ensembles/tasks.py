@@ -324,7 +324,8 @@ class Solves(AbstractTask):
             if keep is not None and end != steps:
                 assert solution.state is not None
                 record = {"x": solution.state.x} | {f"memory.{k}": m for k, m in enumerate(solution.state.memory)}
-                keep(f"{end} {solution.stats.execution}", record | {f"grown.{name}": torch.cat(v, self._times) for name, v in grown.items()})
+                record |= {f"grown.{name}": torch.cat(v, self._times) for name, v in grown.items()}
+                keep(f"{end} {solution.stats.execution}", record)
         whole = {name: torch.cat(values, self._times) for name, values in grown.items()}
         ts = None if save_at is None else _saved(save_at, points)
         about = dict(made.about) | ({} if ts is None else {"ts": ts})
@@ -365,9 +366,7 @@ class Solves(AbstractTask):
                 arrays[name] = value
         return Made(arrays, None, about)
 
-    def replay(
-        self, path: int, first: int, count: int, execution: str | None, changes: Mapping[str, Any]
-    ) -> Solution:
+    def replay(self, path: int, first: int, count: int, execution: str | None, changes: Mapping[str, Any]) -> Solution:
         _check_options(
             "replay", solve, changes, ("paths", "start", "reduce", "seed", "noise", "solver", "params", "grid")
         )
@@ -528,17 +527,11 @@ class Draws(_OfCalls):
     def arguments(self) -> dict[str, object]:
         return super().arguments() | {"process": self.process, "score": self.score, "shape": self.shape}
 
-    @property
-    def chooses(self) -> bool:  # type: ignore[override]
-        return self.options.get("backend", "auto") == "auto"
-
     def compute(self, first: int, count: int, execution: str | None = None) -> Made:
         shape = None if self.shape is None else (count, *self.shape)
-        call = self._of_block(first, count) | {"noise": self.noise.rows(first), "full": True}
-        if execution is not None and self.chooses:
-            call["backend"] = execution
+        call = self._of_block(first, count) | {"noise": self.noise.rows(first)}
         found = sample(self.process, self.score, shape, **call)
-        return Made({"x": found.x1}, None, {"execution": found.stats.execution, "reason": found.stats.reason})
+        return Made({"x": found})
 
 
 @final

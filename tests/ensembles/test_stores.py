@@ -345,3 +345,17 @@ def test_identity_stands_for_functions(tmp_path):
     with pytest.raises(ValueError, match="sde: identity 'first' there, identity 'second' here"):
         run(1.0, identity="second")
     assert SDE is not None
+
+
+def test_all_blocks_take_one_executor(out):
+    run = make(out=out)
+    run.do(2)
+    assert run._store.decide("eager") == "fused"  # who comes later takes what is decided
+    slow = out.with_name(f"slow{out.suffix}")
+    other = make(out=slow)
+    other._store.decide("eager")
+    found = make(out=slow)()  # in another process, say
+    assert {found._store.read(k)[1]["execution"] for k in range(3)} == {"eager"}
+    assert torch.equal(found.replay(21).x1[0], found.result()["x1"][21])
+    chosen = make(out=out.with_name(f"chosen{out.suffix}"), backend="kernel")()
+    assert {chosen._store.read(k)[1]["execution"] for k in range(3)} == {"kernel"}
