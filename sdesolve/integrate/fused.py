@@ -67,7 +67,7 @@ from sdesolve.solvers.base import Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import Row, torch_row
 
-_KERNELS_KEPT, _SPANS_KEPT, _ROWS_AT_ONCE = 256, 1024, 1 << 16
+_KERNELS_KEPT, _SPANS_KEPT, _ROWS_AT_ONCE = 384, 1024, 1 << 16
 # Sums over fine steps are written out: with 128 of them, increments and areas of one channel take 5 s to compile.
 _MOST_SUMMED, _MOST_SUMMED_UNASKED = 512, 4
 # Decided by the equation alone, so that parts of a batch run as the whole does. One thread, float32, d = 2, against

@@ -37,7 +37,10 @@ PLANNED = frozenset(
     ("sde", "x0", "t0", "t1", "steps", "solver", "seed", "noise", "save_at", "observable", "reduce", "backend",
      "check_finite")
 )  # fmt: skip
+_planned_by = operator.itemgetter("t0", "t1", "steps", "seed", "save_at", "reduce", "backend", "check_finite")
+_held = operator.itemgetter("sde", "x0", "solver", "noise")
 _MOST_TIMES = 1 << 10  # of a grid that is compared by value
+_MOST_STEPS = 1 << 13  # of a plan, which holds times and numbers of all of them
 _of_path = operator.attrgetter(*(f.name for f in dataclasses.fields(BrownianPath) if f.name != "seed"))
 
 
@@ -82,17 +85,16 @@ class Call:
             given: all arguments.
             others: what those have that are not `PLANNED` where they are left out.
         """
-        t0, t1, steps, seed = given["t0"], given["t1"], given["steps"], given["seed"]
-        save_at, reduce, backend, check_finite = (given[n] for n in ("save_at", "reduce", "backend", "check_finite"))
+        t0, t1, steps, seed, save_at, reduce, backend, check_finite = _planned_by(given)
         if not (type(t0) in _NUMBERS and type(t1) in _NUMBERS and type(steps) is int and type(seed) in _SEEDS):
             return None
         if not (type(save_at) in _TEXTS and type(reduce) in _TEXTS and type(backend) is str):
             return None
-        if type(check_finite) is not bool or any(given[name] is not default for name, default in others.items()):
+        if type(check_finite) is not bool or not all(map(operator.is_, map(given.get, others), others.values())):
             return None
         kind = t0 or repr(t0), t1 or repr(t1), steps, save_at, reduce, backend  # -0.0 equals 0.0
-        state, sign = (given[n] for n in ("sde", "x0", "solver", "noise")), 1.0 if t1 > t0 else -1.0
-        return cls._plain(*state, seed, given["observable"], check_finite, sign, *kind)
+        sign = 1.0 if t1 > t0 else -1.0
+        return cls._plain(*_held(given), seed, given["observable"], check_finite, sign, *kind)
 
     @classmethod
     def on(
@@ -182,7 +184,7 @@ class Plan:
         noise, sde, table = problem.noise, problem.equation, lowered.table
         if not (kernel.proved and kernel.adjoint is None and lowered.rule is None and lowered.rows is None):
             return None
-        if lowered.extra or problem.save.inside or not isinstance(noise, BrownianPath):
+        if lowered.extra or problem.save.inside or not isinstance(noise, BrownianPath) or problem.steps > _MOST_STEPS:
             return None
         places = fused.places_of(problem, kernel, lowered)
         if any(seed != noise.seed for seed, *_ in places):

@@ -15,6 +15,7 @@ from sdesolve_kernels import use_backend
 
 import sdesolve as sds
 from sdesolve.integrate import fused as fusing
+from sdesolve.integrate import plans as planning
 from sdesolve.integrate.plans import Plan
 
 FACTOR = 1.0
@@ -236,7 +237,7 @@ def test_reverse_equations_have_plans(monkeypatch):
     assert torch.equal(found, call(2 * X0))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_changes_between_calls_are_seen(seed, as_before, interpreted):
     rng = np.random.default_rng(seed)
     model = Model()
@@ -244,7 +245,7 @@ def test_random_changes_between_calls_are_seen(seed, as_before, interpreted):
     bound = sds.SDE(model.drift, model.diffusion, noise="diagonal")
     options = {"solver": sds.EulerMaruyama(), "seed": seed}
     changed = []
-    for _ in range(24):
+    for _ in range(18):
         change = CHANGES[rng.integers(len(CHANGES))]
         changed.append(change.__name__)
         with torch.no_grad():
@@ -408,6 +409,14 @@ def test_a_plan_keeps_nothing_of_the_user_alive():
     assert [ref() for ref in gone] == [None, None]
 
 
+def test_a_long_grid_is_not_kept(interpreted, monkeypatch):
+    monkeypatch.setattr(planning, "_MOST_STEPS", 6)
+    for steps, plans in ((6, 1), (7, 0)):
+        forget()
+        sds.solve(LINEAR, X0[:1], 0.0, 1.0, steps, solver=sds.EulerMaruyama(), seed=1)
+        assert planned() == plans
+
+
 def test_plans_are_bounded_and_safe_under_threads(monkeypatch):
     monkeypatch.setattr(fusing, "_KERNELS_KEPT", 12)
     expected = {}
@@ -428,5 +437,4 @@ def test_plans_are_bounded_and_safe_under_threads(monkeypatch):
     for thread in threads:
         thread.join()
     assert not failures
-    assert len(fusing._kernels) <= 12
-    assert 0 < planned() <= 6
+    assert 0 < planned() < len(fusing._kernels) <= 12
