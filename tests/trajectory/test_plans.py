@@ -303,7 +303,7 @@ def test_modes_make_other_calls(mode, interpreted):
     weight = torch.tensor([[0.5, 0.1], [0.0, -0.3]], requires_grad=mode == "no_grad")
 
     def drift(x, t):
-        return x @ weight * torch.tensor(0.1 + 0.2, dtype=None)
+        return x @ weight * (0.3 if torch.get_default_dtype() == torch.float32 else 0.7)
 
     sde = sds.SDE(drift, lambda x, t: 0.3 * x, noise="diagonal")
 
@@ -332,20 +332,16 @@ def test_modes_make_other_calls(mode, interpreted):
             return str(met)
         return sol.x1.tolist(), sol.x1.requires_grad, sol.x1.is_inference(), sol.stats.execution
 
-    def both():
-        plain = [call(), call()]
-        with in_mode():
-            return [*plain, call(), call(), *plain]
-
-    forget()
-    made = both()
-    alone = []
-    for context in (contextlib.nullcontext, in_mode):
-        for _ in range(2):
-            forget()
+    contexts = [contextlib.nullcontext, contextlib.nullcontext, in_mode, in_mode] * 2
+    made = {True: [], False: []}
+    for afresh in (False, True):
+        forget()
+        for context in contexts:
             with context():
-                alone.append(call())
-    assert made == [*alone, *alone[:2]]
+                made[afresh].append(call())
+            if afresh:
+                forget()
+    assert made[True] == made[False]
 
 
 def test_bad_input_is_refused_as_ever():
@@ -369,6 +365,17 @@ def test_divergence_is_reported_by_a_call_in_full():
     with pytest.raises(sds.DivergenceError) as in_full:
         sds.solve(steep, 1e3 * X0, 0.0, 1.0, 40, **options)
     assert str(by_plan.value) == str(in_full.value)
+
+
+def test_what_is_not_to_be_checked_is_checked_in_other_calls():
+    steep = sds.SDE(lambda x, t: -(x**3), lambda x, t: 0.1 * x, noise="diagonal")
+    options = {"solver": sds.EulerMaruyama(), "seed": 1}
+    for _ in range(2):
+        unchecked = sds.solve(steep, X0 + 9e2, 0.0, 1.0, 40, check_finite=False, **options)
+        assert not bool(unchecked.x1.isfinite().any())
+        assert bool(sds.solve(steep, X0, 0.0, 1.0, 40, **options).x1.isfinite().all())
+        with pytest.raises(sds.DivergenceError):
+            sds.solve(steep, X0 + 9e2, 0.0, 1.0, 40, **options)
 
 
 def test_one_seed_is_drawn_whoever_runs():
