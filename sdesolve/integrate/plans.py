@@ -72,7 +72,7 @@ class Call:
         self.sde, self.x0, self.solver, self.observable, self.sign = sde, x0, solver, observable, sign
         self.noise, self.seed, self.check_finite = noise, seed, check_finite
         self.key: Hashable = (
-            type(sde), type(solver), sign, check_finite, kind, x0.shape, x0.dtype, x0.device,
+            type(sde), type(solver), sign, kind, x0.shape, x0.dtype, x0.device,
             noise and _of_path(noise), requested_backend(), torch.get_default_dtype(), torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x0.device.type),
         )  # fmt: skip
