@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast, final
 
 import torch
-from sdesolve_kernels import Stream, counts, reference
+from sdesolve_kernels import Stream, counts, reference, words
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.counts import Tail, tail
 from torch import Tensor
@@ -77,6 +77,19 @@ class Coordinates:
             which[first : first + count] = self._seeds.index(seed)
             first += count
         self._path, self._which, self.first_step = path, which, parts[0][0].first_step if parts else 0
+        alone = len(parts) == 1 and parts[0][0].repeat is None
+        self._first_path = parts[0][0].first_path if alone else None  # of rows one after another
+
+    def of_all(self, stream: int, block: int, blocks: int) -> Tensor:
+        """`words` of all rows from one block on."""
+        if self._first_path is None:
+            first = torch.full_like(self._path, block)
+            return self.words(stream, first, blocks)
+        made = words(
+            len(self._path), 4 * blocks, seed=self._seeds[0], stream=stream, first_path=self._first_path,
+            offset=4 * block, device=self._path.device,
+        )  # fmt: skip
+        return made.reshape(-1, blocks, 4)
 
     def words(self, stream: int, block: Tensor, blocks: int, rows: Tensor | None = None) -> Tensor:
         """Words of ``blocks`` blocks from ``block: (rows,)`` on, ``(rows, blocks, 4)``."""
@@ -650,8 +663,11 @@ class _Leap:
             y: states before it, ``(rows, species)``.
             mean: of counts, ``(rows, reactions)``.
         """
-        every = torch.arange(len(y), device=y.device)
-        w = self._words(every)
+        if len(y) == len(self.drawn) and not bool(self.drawn.any()):  # the first leap of a step
+            w = self.of.coordinates.of_all(Stream.JUMP, self.first * self.m, self.m)
+            self.drawn += 1
+        else:
+            w = self._words(torch.arange(len(y), device=y.device))
         found = counts.poisson(tail(w[..., 0], w[..., 1]), mean)
         after, share, events = y + found @ self.of.nu.T, torch.ones_like(mean[:, 0]), found.sum(1)
         unsafe = self._unsafe(y, found).nonzero().squeeze(1)
