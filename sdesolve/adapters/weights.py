@@ -242,6 +242,13 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
     return whole.as_strided(tuple(size), tuple(stride), offset).clone()
 
 
+def _encoded(text: str, encoding: str) -> bytes:
+    """Bytes as old protocols of pickle write them."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in {short(encoding)}")
+    return text.encode("latin1")
+
+
 def _parameter(data: Any, *_: Any) -> Any:
     return data
 
@@ -253,6 +260,7 @@ class _Inert(pickle.Unpickler):
         ("torch.storage", "_load_from_bytes"): _storage,
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
         ("torch._utils", "_rebuild_parameter"): _parameter,
+        ("_codecs", "encode"): _encoded,
         ("collections", "OrderedDict"): collections.OrderedDict,
     }
 

@@ -166,6 +166,34 @@ def test_a_pickle_of_edm_gives_its_weights_and_runs_nothing(tmp_path, monkeypatc
         read_weights(path, "net")
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol(tmp_path, protocol):
+    path, net = tmp_path / "weights.pkl", nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    net.unsaved = Block()
+    content = {
+        "ema": net,
+        "half": torch.ones(3, 2, dtype=torch.float16).T,
+        "more": {"list": [torch.arange(3)], "set": {1}},
+    }
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    weights = read_weights(path, "ema")
+    assert weights.keys() == net.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
+    assert torch.equal(read_weights(path)["half"], content["half"])
+    assert torch.equal(read_weights(path, "more.list")["0"], torch.arange(3))
+
+
+def test_a_tensor_beyond_its_numbers_is_refused(tmp_path):
+    class Beyond:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (torch.ones(2)._typed_storage(), 0, (1000,), (1,), False, {})
+
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"a": Beyond()}))
+    with pytest.raises(ValueError, match=r"weights\.pkl could not be read as weights alone"):
+        read_weights(path)
+
+
 class Harm:
     def __init__(self, path):
         self.path = path

@@ -236,6 +236,7 @@ def diffusers():
 
 CASES = {
     "ddim": ("DDIMScheduler", {}),  # which clips, and keeps the noise of what it clips
+    "ddim sample": ("DDIMScheduler", {"prediction_type": "sample", "clip_sample_range": 0.5}),
     "ddim linspace": ("DDIMScheduler", {"timestep_spacing": "linspace", "clip_sample": False}),
     "ddim trailing": ("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}),
     "ddim threshold": ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0}),
