@@ -44,8 +44,10 @@ from sdesolve.ensembles import (
     ValueHistogram,
     ensemble,
 )
+from sdesolve.integrate.hooks import SamplingStep
 from sdesolve.integrate.solution import DivergenceError, RateError, Solution, Stats, StepLimitError
 from sdesolve.integrate.solve import solve
+from sdesolve.integrate.transitions import Transitions, transitions
 from sdesolve.inverse import operators
 from sdesolve.jumps import JumpSDE, Reactions
 from sdesolve.likelihood.likelihood import Likelihood, decode, encode, estimate_likelihood, log_likelihood
@@ -71,9 +73,12 @@ from sdesolve.sampling import sample, tweedie
 from sdesolve.scores import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
+    Clip,
+    DynamicThreshold,
     EnergyScore,
     Gaussian,
     GaussianMixture,
+    ThresholdedScore,
     drop_labels,
     noised_cross_entropy,
 )
@@ -171,29 +176,30 @@ __all__ = [
     "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1",
     "SRIW2", "UBU", "VE", "VP", "AbstractCarry", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
     "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE", "AbstractSemilinear",
-    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "AnnealedLangevin",
-    "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "Chains",
-    "ClassifierFreeGuidance", "ClassifierGuidance", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP",
+    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral",
+    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "Chains",
+    "ClassifierFreeGuidance", "ClassifierGuidance", "Clip", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP",
     "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince",
-    "DoubleWell", "Draws", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun", "EulerLaw", "EulerMaruyama",
-    "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "Gaussian", "GaussianMixture", "GeneralShARK",
-    "GeometricBrownianMotion", "Gillespie", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson", "ImplicitEuler",
-    "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "JumpSDE", "LangevinCorrector",
-    "LevyArea", "Likelihood", "Likelihoods", "LinearBeta", "LinearDiffusion", "LinearMultistep", "LogNormalNoise",
-    "LogODE", "LotkaVolterra", "MergedMoments", "Midpoint", "Milstein", "Moments", "MultilevelEstimate",
-    "NetworkScore", "Noise", "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore",
-    "PredictorCorrector", "ProbabilityFlow", "QuantileSketch", "Quantisation", "QuasiEstimate", "RateError", "Rates",
-    "Reactions", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE", "ReversibleHeun", "Rodas4", "Row",
-    "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK",
-    "Sensitivity", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK", "Solution", "Span", "SplitStepEuler",
-    "Stats", "StepLimitError", "StochasticTable", "SubVP", "Sums", "Table", "TableBeta", "Tamed", "TauLeap",
-    "TimeAverage", "TrainingTimes", "Truncated", "Tsit5", "UnderdampedLangevin", "UniPC", "UniformLogSNR",
+    "DoubleWell", "Draws", "DynamicThreshold", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun", "EulerLaw",
+    "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "Gaussian", "GaussianMixture",
+    "GeneralShARK", "GeometricBrownianMotion", "Gillespie", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson",
+    "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "JumpSDE",
+    "LangevinCorrector", "LevyArea", "Likelihood", "Likelihoods", "LinearBeta", "LinearDiffusion",
+    "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "MergedMoments", "Midpoint", "Milstein",
+    "Moments", "MultilevelEstimate", "NetworkScore", "Noise", "NoiseLadder", "Objective", "Occupation",
+    "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "QuantileSketch", "Quantisation",
+    "QuasiEstimate", "RateError", "Rates", "Reactions", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
+    "ReversibleHeun", "Rodas4", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP",
+    "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "SamplingStep", "Sensitivity", "ShARK", "SimpleChainLoss",
+    "SlicedScoreMatching", "SlowRK", "Solution", "Span", "SplitStepEuler", "Stats", "StepLimitError",
+    "StochasticTable", "SubVP", "Sums", "Table", "TableBeta", "Tamed", "TauLeap", "ThresholdedScore", "TimeAverage",
+    "TrainingTimes", "Transitions", "Truncated", "Tsit5", "UnderdampedLangevin", "UniPC", "UniformLogSNR",
     "UniformTime", "ValueHistogram", "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels",
     "encode", "ensemble", "estimate_likelihood", "euler_law", "grids", "inverse", "load", "load_score",
-    "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn", "noised_cross_entropy", "operators", "oracle",
-    "pseudo_log_likelihood", "push_to_hub", "quasi_monte_carlo", "run_chain", "sample", "save", "save_pretrained",
-    "sensitivity", "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train", "tweedie",
-    "variational_bound",
+    "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn", "noised_cross_entropy", "operators",
+    "oracle", "pseudo_log_likelihood", "push_to_hub", "quasi_monte_carlo", "run_chain", "sample", "save",
+    "save_pretrained", "sensitivity", "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train",
+    "transitions", "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec, overload
 
 import torch
 from sdesolve_kernels.transforms import is_transformed
@@ -18,18 +19,21 @@ from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.precision import NARROW, networks_in_their_own
 from sdesolve._internal.transforms import runs_as_it_is
-from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows
+from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows, drawn_seed
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
 from sdesolve.integrate.cuda_graph import StraightSampler, captured
+from sdesolve.integrate.hooks import Callback, Hook, RecordedScore
 from sdesolve.integrate.narrow import function_in, is_narrow, narrowed
-from sdesolve.integrate.solution import Continuation
-from sdesolve.integrate.solve import Backend, check_start, integrate, noise_of
+from sdesolve.integrate.save_at import SaveAt
+from sdesolve.integrate.solution import Continuation, Solution
+from sdesolve.integrate.solve import Backend, Seed, check_start, integrate, noise_of
 from sdesolve.inverse.base import AbstractPosteriorScore
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import AbstractData, ExactScore
 from sdesolve.scores.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from sdesolve.scores.network import NetworkScore
+from sdesolve.scores.threshold import Clip, Threshold, ThresholdedScore
 from sdesolve.sde import per_sample
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
@@ -40,11 +44,11 @@ P = ParamSpec("P")
 _FINEST = 1 << 20  # steps of a grid of which the last are taken
 
 
-def _flows_in_16_bits(sample: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _flows_in_16_bits(sample: Callable[P, Any]) -> Callable[P, Any]:
     """`sample`, with probability flows in 16 bits as flows in float32 by networks in the precision of their weights."""
 
     @functools.wraps(sample)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         x0, dtype = kwargs.get("x0"), kwargs.get("dtype")
         if not is_narrow(x0) and dtype not in NARROW:
             return sample(*args, **kwargs)
@@ -66,7 +70,18 @@ def _flows_in_16_bits(sample: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return call
 
 
-@_flows_in_16_bits
+@overload
+def sample(
+    process: AbstractDiffusion,
+    score: Score,
+    shape: tuple[int, ...] | None = ...,
+    *,
+    full: Literal[True],
+    **options: Any,
+) -> Solution: ...
+@overload
+def sample(process: AbstractDiffusion, score: Score, shape: tuple[int, ...] | None = ..., **options: Any) -> Tensor: ...
+@_flows_in_16_bits  # type: ignore[misc]  # options are those below
 @runs_as_it_is
 @in_evaluation
 def sample(
@@ -80,7 +95,7 @@ def sample(
     solver: AbstractSolver | None = None,
     steps: int | None = None,
     grid: Tensor | None = None,
-    seed: int | None = None,
+    seed: Seed = None,
     noise: AbstractNoise | None = None,
     stochasticity: float | None = None,
     denoise: bool = True,
@@ -91,7 +106,12 @@ def sample(
     cuda_graph: bool = False,
     dropout: bool = False,
     given: Mapping[str, Tensor | float] | None = None,
-) -> Tensor:
+    paths: Iterable[int] | Tensor | None = None,
+    threshold: Threshold | None = None,
+    callback: Callback | None = None,
+    save_at: SaveAt = None,
+    full: bool = False,
+) -> Tensor | Solution:
     r"""Draws ``shape = (batch, *state)`` samples: prior at ``t_max``, integrated back to ``t_min``, then denoised.
 
     Row ``i`` is a function of ``(seed, i)`` alone: the first rows of a large batch are the rows of a small one.
@@ -112,7 +132,8 @@ def sample(
             these nor a grid: it goes from ``t_max`` to ``t_min`` in steps of its own, each sample for itself.
         grid: explicit decreasing times instead of ``steps``. For samplers made for reverse equations, such as
             `DPMSolverPP`, it may end at 0; the last step then is Tweedie's formula and nothing is left to denoise.
-        seed: for the start and the driving noise; drawn from torch's default generator if not given.
+        seed: for the start and the driving noise; drawn from torch's default generator if not given. One for each row
+            makes row ``i`` the first row of a run of its own with ``seed[i]``.
         noise: the driving noise instead; a `BrownianPath`, or `BrownianRows` with a seed for each row, also gives the
             start.
         stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, or between or above (`ReverseSDE`). By
@@ -131,16 +152,30 @@ def sample(
             the seed, and on all rows of the batch.
         given: conditions of the network by name, as for `NetworkScore.given`: ``given={"label": 7}`` is to sample from
             ``score.given(label=7)``. With `ClassifierFreeGuidance` they go to the conditional score.
+        paths: number of each row's path, ``(batch,)``, in place of 0, 1, ...: chosen rows of a run, again.
+        threshold: a map of the denoised estimate ``E[x_0 | x_t]``, applied wherever the score is evaluated, such as
+            ``Clip(-1, 1)`` or ``DynamicThreshold(0.995)`` (`ThresholdedScore`).
+        callback: called after each step with a `SamplingStep`: index, times, states and denoised estimate. A tensor
+            that it returns is the state to go on with, and that is saved; ``step.stop()`` ends the run there, and the
+            sample is what is denoised then. Multistep samplers keep what they remember. Runs go step by step.
+        save_at: times whose states to keep, or ``"grid"``, as for `solve`; the result then is a `Solution`.
+        full: return a `Solution`: ``x1`` are the samples, denoised if ``denoise``; ``xs`` and ``state`` are states of
+            the run, which are not.
+
+    Returns:
+        Samples ``(batch, *state)``; a `Solution` with ``full`` or ``save_at``.
 
     Raises:
-        ValueError: as `solve`; ``from_time`` outside ``(t_min, t_max]``; a grid that leaves ``(0, t_max]`` or does not
-            decrease; a score of another process; conditions with another number of rows than samples, or none where
-            the network was never trained without.
+        ValueError: as `solve`; a state of another shape from the callback, or one that is not finite; a callback with a
+            solver that chooses its own steps; ``from_time`` outside ``(t_min, t_max]``; a grid that leaves
+            ``(0, t_max]`` or does not decrease; a score of another process; conditions with another number of rows than
+            samples, or none where the network was never trained without.
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
     score = score if given is None else _given(score, given)
     _check_model(process, score)
+    score = score if threshold is None else ThresholdedScore(process, score, threshold)
     solver = EulerMaruyama() if solver is None else solver
     if not isinstance(solver, AbstractSolver):
         raise TypeError(f"solver must be a solver object such as EulerMaruyama(), got {kind_of(solver)}")
@@ -163,10 +198,31 @@ def sample(
     times = _times(process, solver, steps, grid, from_time)
     if bool((process.sigma(times[-1]) == 0).any()):
         denoise = False  # nothing is left to remove
+    full = flag(full, "full") or save_at is not None
+    if paths is not None:
+        if noise is not None:
+            raise ValueError("paths is short for noise=BrownianRows(seed, paths); give one of them")
+        seed, noise = None, BrownianRows(drawn_seed() if seed is None else seed, paths)
     path = noise_of(seed, noise)
+    if isinstance(path, BrownianRows):
+        path.check_rows(shape[0])
+    check_same_process(process, score, shape[0])
+    hook, seen = None, score
+    if callback is not None:
+        if solver.controller is not None:
+            raise ValueError(
+                f"{type(solver).__name__} takes steps of each sample's own, and a callback sees one step of all: take "
+                "a solver of fixed steps, or save_at=[times]"
+            )
+        seen = recorded = RecordedScore(score, process)
+        hook = Hook(callback, recorded)
+    if solver.controller is not None and isinstance(save_at, str):
+        raise ValueError(f"{type(solver).__name__} chooses its own steps: give save_at=[times] for states between")
     stochasticity = solver.sampling_stochasticity if stochasticity is None else number(stochasticity, "stochasticity")
-    backward = process.probability_flow(score) if stochasticity == 0 else process.reverse(score, stochasticity)
+    backward = process.probability_flow(seen) if stochasticity == 0 else process.reverse(seen, stochasticity)
     if cuda_graph:
+        if full or callback is not None:
+            raise ValueError("a captured sampler returns samples alone; leave out cuda_graph, or full, save_at")
         if x0 is not None:
             raise ValueError("a captured sampler starts from the prior; leave out cuda_graph, or x0 and start")
         if dropout:
@@ -198,8 +254,18 @@ def sample(
             else:
                 first = path if isinstance(path, BrownianPath) else BrownianPath(0)
                 x = prior.sample(shape, seed=first.seed, first_path=first.first_path, dtype=dtype, device=device)
-        x = integrate(backward, x, times, solver=solver, noise=path, start=start, backend=backend, progress=progress).x1
-        return tweedie(process, score, x, times[-1].to(dtype=x.dtype, device=x.device)) if denoise else x
+        solution = integrate(
+            backward, x, times, solver=solver, noise=path, start=start, backend=backend, progress=progress,
+            save_at=save_at, hook=hook,
+        )  # fmt: skip
+        x, stats = solution.x1, solution.stats
+        last = times[stats.steps] if solver.controller is None else times[-1]
+        if bool(process.sigma(last) == 0):  # nothing is left to remove
+            x = threshold(x) if isinstance(threshold, Clip) else x
+        elif denoise:
+            x = tweedie(process, score, x, last.to(dtype=x.dtype, device=x.device))
+            stats = dataclasses.replace(stats, nfe=stats.nfe + 1)
+        return dataclasses.replace(solution, x1=x, stats=stats) if full else x
 
 
 def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> Tensor:
@@ -211,12 +277,16 @@ def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> T
         x: ``(batch, *state)``.
         t: ``()`` or ``(batch,)``.
     """
+    if isinstance(score, ThresholdedScore):
+        return score.data(x, t)
     s = score(x, t)
     check_drift(s, x, t, "score")
     return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
 
 
 def _given(score: Score, conditions: Mapping[str, Tensor | float]) -> Score:
+    if isinstance(score, ThresholdedScore):
+        return ThresholdedScore(score.process, _given(score.score, conditions), score.threshold)
     if isinstance(score, ClassifierFreeGuidance):
         return ClassifierFreeGuidance(_given(score.conditional, conditions), score.unconditional, scale=score.scale)
     if not isinstance(score, NetworkScore):
@@ -270,7 +340,7 @@ def _scores_within(score: Score) -> tuple[Score, ...]:
     if isinstance(score, ClassifierFreeGuidance):
         parts = ((score.conditional, score.scale != 0.0), (score.unconditional, score.scale != 1.0))
         return tuple(part for part, called in parts if called)
-    return (score.score,) if isinstance(score, ClassifierGuidance | AbstractPosteriorScore) else ()
+    return (score.score,) if isinstance(score, ClassifierGuidance | AbstractPosteriorScore | ThresholdedScore) else ()
 
 
 def _shape(shape: object) -> tuple[int, ...]:
@@ -298,8 +368,14 @@ def _like(
 
 def _own_grid(process: AbstractDiffusion, steps: int, first: float) -> Tensor:
     """The last times of a grid of the process, after ``first``: ``steps`` steps of about the size that it has there."""
+
+    def enough(n: int) -> bool:
+        # A first step next to nothing would leave multistep schemes a difference of rounding errors to go by.
+        grid = process.time_grid(n)
+        return int((grid[1:] < first + 0.5 * grid.diff()).sum()) >= steps
+
     low, high = steps, steps
-    while int((process.time_grid(high) < first).sum()) < steps:
+    while not enough(high):
         low, high = high, 2 * high
         if high > _FINEST:
             raise ValueError(
@@ -308,8 +384,7 @@ def _own_grid(process: AbstractDiffusion, steps: int, first: float) -> Tensor:
             )
     while low < high:
         middle = (low + high) // 2
-        enough = int((process.time_grid(middle) < first).sum()) >= steps
-        low, high = (low, middle) if enough else (middle + 1, high)
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
     return torch.cat([torch.tensor([first], dtype=torch.float64), process.time_grid(high)[-steps:]])
 
 

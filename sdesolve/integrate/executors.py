@@ -261,8 +261,15 @@ class Steps:
 
     def saving(self, k: int, states: States, save: SavePlan) -> States:
         """The same, and keeps in ``save`` what was asked for within the step and at its end."""
+        hook = self.problem.hook
+        if hook is not None:
+            hook.begin(states[0])
         after = self.after(k, states)
         save.within_step(k, functools.partial(between, self.problem, k, states, after, self.span(k)))
+        if hook is not None:
+            if self.problem.check_finite:  # a run with a callback cannot be gone through again to find the step
+                refuse_nonfinite(self.problem, k, states[0], after[0], self.span(k))
+            after = (hook.after(self.problem, k, self.span(k), states[0], after[0]), *after[1:])
         if save.on_grid.get(k + 1):
             save.at_grid_point(k + 1, *self.widened(after))
         return after
@@ -369,6 +376,9 @@ class Stepwise:
                     break
                 self.advance()
                 bar.update()
+                if problem.hook is not None and problem.hook.stopped:
+                    problem.save.end_at(problem.times[self.k], *self.states)
+                    break
         self.states = self._steps.widened(self.states, for_good=True)
         if problem.check_finite and not all_finite(self.states[0]):
             self.report_divergence()
@@ -380,7 +390,7 @@ class Stepwise:
             self.states[0],
             save.states(),
             save.variances() if save.moments else None,
-            problem.taken,
+            self.k - problem.first,
             problem.watched.evaluations,
             self._execution,
             "; ".join(filter(None, self._reasons)),

@@ -322,6 +322,8 @@ def _is_graded(problem: Problem, guards: Guards, lowered: Lowered) -> bool:
 def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
     """Refuses what cannot be fused whatever the functions are."""
     solver, x0 = problem.solver, problem.x0
+    if problem.hook is not None:
+        raise CannotExecute("a callback is called after every step")
     if isinstance(solver, PredictorCorrector) and not solver.corrector.affine:
         raise CannotExecute(
             "the corrector's step size depends on the state: norms='level' and a fixed step_size= do not"

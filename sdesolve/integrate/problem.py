@@ -27,6 +27,7 @@ from sdesolve.solvers.tabulated import AbstractTabulated
 if TYPE_CHECKING:
     from sdesolve.integrate.changes import Changes
     from sdesolve.integrate.following import Following
+    from sdesolve.integrate.hooks import Hook
     from sdesolve.integrate.plans import Call
     from sdesolve.integrate.solution import Continuation
 
@@ -204,6 +205,7 @@ class Problem:
         other_diffusion: whether the prior came with a diffusion of its own.
         changes: of the state at grid points.
         call: the call that it is of, if later ones of its kind may be made by a plan.
+        hook: what is called after each step.
     """
 
     solver: AbstractSolver
@@ -224,6 +226,7 @@ class Problem:
     other_diffusion: bool = False
     changes: Changes | None = None
     call: Call | None = None
+    hook: Hook | None = None
 
     @property
     def roots(self) -> tuple[object, ...]:

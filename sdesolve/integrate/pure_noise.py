@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
+from torch import Tensor
 
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.integrate.hooks import RecordedScore
 from sdesolve.integrate.problem import Problem
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.scores.base import ExactScore
 from sdesolve.scores.guidance import ClassifierFreeGuidance
 from sdesolve.scores.network import NetworkScore
+from sdesolve.scores.threshold import ThresholdedScore
 from sdesolve.sde import Field
 from sdesolve.solvers.tabulated import AbstractTabulated
 
@@ -69,11 +73,21 @@ def _at_pure_noise(problem: Problem) -> AbstractDiffusion | None:
     return process if bool((lost > _LOST).any()) else None
 
 
+def _changed(score: ThresholdedScore, denoise: Field, x: Tensor, t: Tensor) -> Tensor:
+    return score.changed(denoise(x, t))
+
+
 def _denoiser_of(score: Score) -> Field | None:
     if isinstance(score, ExactScore):
         return score.denoise
     if isinstance(score, NetworkScore):
         return score.data if score.predicts in ("data", "velocity", "flow") else None
+    if isinstance(score, ThresholdedScore):
+        of_prior = _denoiser_of(score.score)
+        return None if of_prior is None else functools.partial(_changed, score, of_prior)
+    if isinstance(score, RecordedScore):
+        inner = _denoiser_of(score.score)
+        return None if inner is None else score.by(inner)
     if isinstance(score, ClassifierFreeGuidance):
         parts = [_denoiser_of(part) for part in (score.conditional, score.unconditional)]
         if parts[0] is not None and parts[1] is not None:

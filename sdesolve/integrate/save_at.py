@@ -63,6 +63,8 @@ class SavePlan:
         steps = len(grid) - 1
         self.observable, self.moments = observable, moments
         self.arguments: Callable[[tuple[Tensor, ...]], tuple[Any, ...]] = lambda states: states[:1]
+        self._at_end_alone = save_at is None
+        self._nothing: Tensor | None = None
         self.beside: slice | None = None  # what else is kept of all paths
         self.on_grid: dict[int, list[int]] = defaultdict(list)
         self.inside: dict[int, list[tuple[int, float]]] = defaultdict(list)
@@ -168,9 +170,21 @@ class SavePlan:
         old = self._states[slot]
         self._states[slot] = x if old is None else torch.where(per_sample(rows, x), x, old)
 
+    def end_at(self, time: Tensor, *states: Tensor) -> None:
+        """Leaves out what was asked for of times beyond ``time``, where a run is stopped.
+
+        Where the end alone was asked for, that is the end.
+        """
+        if self._at_end_alone:
+            self.ts = time[None]
+            self._keep(0, *states)
+        self._nothing = states[0].new_empty(0, *states[0].shape)
+        self._states = [x for x in self._states if x is not None]
+        self.ts = self.ts[: len(self._states)]
+
     def states(self) -> Tensor:
         """All that was kept, ``(times, batch, *values)``, or means ``(times, *values)``."""
-        return torch.stack(self.kept)
+        return torch.stack(self.kept) if self.kept or self._nothing is None else self._nothing
 
     def weights(self) -> Tensor | None:
         """What was kept beside the states of all paths, ``(times, numbers, batch)``, if there was anything."""

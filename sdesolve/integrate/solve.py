@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from numbers import Number
+from typing import Any, Literal, cast, get_args
 
 import torch
 from sdesolve_kernels.transforms import is_transformed, outside_transforms
@@ -26,6 +27,7 @@ from sdesolve.integrate.checks import check_pair, check_process_times, check_sta
 from sdesolve.integrate.clock import check_clock, needs_float64
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels, Stepwise
 from sdesolve.integrate.following import Following
+from sdesolve.integrate.hooks import Hook
 from sdesolve.integrate.lowering import lower
 from sdesolve.integrate.narrow import flows_in_16_bits
 from sdesolve.integrate.non_finite import watch_loss
@@ -46,6 +48,7 @@ from sdesolve.sums import Sums
 
 Backend = Literal["auto", "fused", "kernel", "eager"]
 _BACKENDS = get_args(Backend)
+Seed = int | Iterable[int] | Tensor | None
 _SHARED_STEPS = 1 << 16  # of grids that are kept for other calls
 
 
@@ -61,7 +64,7 @@ def solve(
     solver: AbstractSolver,
     grid: Tensor | None = None,
     start: Continuation | None = None,
-    seed: int | None = None,
+    seed: Seed = None,
     noise: AbstractNoise | None = None,
     paths: Iterable[int] | Tensor | None = None,
     save_at: SaveAt = None,
@@ -103,8 +106,8 @@ def solve(
             with fewer steps are padded by repeating their last time: a step of no length leaves a row alone.
         start: go on from the ``state`` of another `Solution`, with its noise and what the solver remembers, in place of
             ``x0``, ``t0`` and ``seed`` or ``noise``. A grid begins at the time of that state.
-        seed: short for ``noise=BrownianPath(seed)``. Without either, a seed is drawn from torch's default generator; it
-            is in ``stats.seed``, so the run can be repeated.
+        seed: short for ``noise=BrownianPath(seed)``, or, one for each row, for ``BrownianRows(seed)``. Without either,
+            a seed is drawn from torch's default generator; it is in ``stats.seed``, so the run can be repeated.
         noise: the driving Brownian motion; its step 0 is the first step of this grid.
         paths: short for ``noise=BrownianRows(seed, paths)``: the number of each row's path, ``(batch,)``, for those who
             take chosen rows of a run again, or leave rows out on the way.
@@ -236,9 +239,9 @@ def solve(
             raise ValueError("paths is short for noise=BrownianRows(seed, paths); give one of them")
         noise = BrownianRows(drawn_seed() if seed is None else seed, paths, kind=increments or "normal")
         seed = increments = None
+    noise = noise_of(seed, noise, increments, random=reads_noise(sde, solver))
     if isinstance(noise, BrownianRows):
         noise.check_rows(len(x0))
-    noise = noise_of(seed, noise, increments, random=reads_noise(sde, solver))
     if isinstance(noise, BrownianPath) and noise.first_path + len(x0) > 1 << 64:
         raise ValueError(
             f"first_path + batch must be at most 2^64, got {noise.first_path} + {len(x0)}; paths would repeat noise"
@@ -297,6 +300,8 @@ def integrate(
     start: Continuation | None = None,
     backend: Backend = "auto",
     progress: bool = False,
+    save_at: SaveAt = None,
+    hook: Hook | None = None,
 ) -> Solution:
     """`solve` on times that are ready: the grid, or the two ends for a solver that chooses its own steps.
 
@@ -309,22 +314,27 @@ def integrate(
         start: what to go on from, at the first of these times; ``x0`` is its state and ``noise`` its noise.
         backend: which executor.
         progress: show a progress bar.
+        save_at: which states to keep.
+        hook: what is called after each step.
 
     Raises:
         ValueError, TypeError: as `solve`.
     """
     times = grids.check_grid(times)
     noise = noise_of(None, noise, random=reads_noise(sde, solver))
-    call = None if start is not None or progress else Call.on(sde, x0, times, solver, noise, backend)
+    plain = start is None and hook is None and save_at is None and not progress
+    call = None if not plain else Call.on(sde, x0, times, solver, noise, backend)
     known = None if call is None else call.again()
     if known is not None:
         return known
     _check_arguments(sde, x0, solver, backend)
     times, first, memory = _continued(start, times), *((start.steps, start.memory) if start else (0, ()))
     noise = noise.over(len(times) - 1)
-    save, sde = SavePlan(times[first:], None, first=first), sde.directed(_direction(times, x0.dtype, x0.device))
+    save, sde = SavePlan(times[first:], save_at, first=first), sde.directed(_direction(times, x0.dtype, x0.device))
     problem = Problem(solver, sde, Watched(sde, times), noise, times, x0, save, progress=progress, call=call)
-    return _solution(dataclasses.replace(problem, first=first, memory=memory) if first else problem, backend)
+    if first or hook is not None:
+        problem = dataclasses.replace(problem, first=first, memory=memory, hook=hook)
+    return _solution(problem, backend)
 
 
 def _check_arguments(sde: AbstractSDE, x0: State, solver: AbstractSolver, backend: Backend) -> None:
@@ -415,7 +425,7 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         solver,
         noise,
         seed,
-        times,
+        times[: problem.first + saved.steps + 1],
         save.ts,
         memory,
         carried,
@@ -566,7 +576,7 @@ def _equal_steps(t0: float, t1: float, steps: int) -> Tensor:
 
 
 def noise_of(
-    seed: int | None, noise: AbstractNoise | None, increments: Increments | None = None, *, random: bool = True
+    seed: Seed, noise: AbstractNoise | None, increments: Increments | None = None, *, random: bool = True
 ) -> AbstractNoise:
     """The noise that ``seed=``, ``noise=`` and ``increments=`` of `solve` or `sample` ask for.
 
@@ -584,4 +594,8 @@ def noise_of(
         return noise
     if seed is None:
         seed = 0 if not random else drawn_seed()
-    return BrownianPath(seed, kind="normal" if increments is None else increments)
+    if not isinstance(seed, int) and not isinstance(seed, Number) and getattr(seed, "ndim", 1) > 0:
+        if not isinstance(seed, Iterable) or isinstance(seed, str | bytes | Mapping):
+            raise TypeError(f"seed must be a whole number, or one for each row, got {short(seed)}")
+        return BrownianRows(seed, kind="normal" if increments is None else increments)
+    return BrownianPath(cast("int", seed), kind="normal" if increments is None else increments)

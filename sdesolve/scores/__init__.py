@@ -6,8 +6,10 @@ from sdesolve.scores.gaussian import Gaussian, GaussianFlow, Moments
 from sdesolve.scores.guidance import ClassifierFreeGuidance, ClassifierGuidance, drop_labels, noised_cross_entropy
 from sdesolve.scores.mixture import GaussianMixture
 from sdesolve.scores.network import NetworkScore
+from sdesolve.scores.threshold import Clip, DynamicThreshold, ThresholdedScore
 
 __all__ = [
-    "AbstractData", "ClassifierFreeGuidance", "ClassifierGuidance", "EnergyScore", "ExactScore", "Gaussian",
-    "GaussianFlow", "GaussianMixture", "Moments", "NetworkScore", "drop_labels", "noised_cross_entropy",
+    "AbstractData", "ClassifierFreeGuidance", "ClassifierGuidance", "Clip", "DynamicThreshold", "EnergyScore",
+    "ExactScore", "Gaussian", "GaussianFlow", "GaussianMixture", "Moments", "NetworkScore", "ThresholdedScore",
+    "drop_labels", "noised_cross_entropy",
 ]  # fmt: skip
