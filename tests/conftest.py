@@ -84,6 +84,7 @@ def pytest_collection_finish() -> None:
     """A full collection of garbage goes through what is imported and collected by now, and takes half a second."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)  # torch makes so many objects that 700 are there many times a test
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
