@@ -121,7 +121,8 @@ class Kernel:
         source, adjoint = self.trajectory.source, self.adjoint  # which may depend on the launch
         if adjoint is None:
             return _REASON, source
-        return _AT_ONCE if adjoint.at_once(launch) else _GRADED, f"{source}\n\n{adjoint.source}"
+        apart = f"{_GRADED}{_APART if launch.moments else ''}"
+        return _AT_ONCE if adjoint.at_once(launch) else apart, f"{source}\n\n{adjoint.source}"
 
     def fits(self, guards: Guards) -> bool:
         """Whether nothing beyond the key of the guards has changed."""
@@ -761,6 +762,7 @@ def _observe(problem: Problem) -> Callable[[tuple[Tensor, ...]], Tensor] | None:
 _REASON = "the whole trajectory is one generated kernel"
 _GRADED = f"{_REASON}, and its gradient another"
 _AT_ONCE = "the whole trajectory and the gradient of its mean are one generated kernel"
+_APART = " (one gives both for the mean of one number at one time, over steps that fit one launch)"
 
 
 def _launch(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered) -> Launch:

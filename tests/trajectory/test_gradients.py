@@ -379,6 +379,19 @@ def test_sums_over_paths_have_the_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
 
 
+def test_steps_that_take_each_others_increments(monkeypatch):
+    """From either step of a pair on, on tapes that begin and end within pairs."""
+    sde, wanted = with_theta()
+    x0 = leaf(5, 2)
+    monkeypatch.setattr(numba_backward, "_TAPE", 1)
+    for tape, first_step in ((4, 0), (3, 1)):
+        monkeypatch.setattr(numba_backward, "_FEWEST", tape)
+        check(
+            solver_of(sde, x0, 9, noise=sds.BrownianPath(3, first_step=first_step, swapped=True), seed=None),
+            [x0, *wanted],
+        )
+
+
 def at_once(run, wanted, tolerance=1e-10, why="the gradient of its mean are one generated kernel"):
     """The gradient of a mean that comes with it, and of all else that the same run gives."""
     sol, eager = run("fused"), run("eager")

@@ -96,7 +96,7 @@ class _Printer(AbstractPrinter):
 
     def __init__(self, reverse: Reverse, increments: Sequence[str]) -> None:
         super().__init__(reverse.plan, increments)
-        self.reverse, plan = reverse, reverse.plan
+        self.reverse, plan, self.swapped = reverse, reverse.plan, reverse.plan.program.signature.swapped
         # What a step reads is copied here from the tape: rows at distances that LLVM does not know would have to be
         # told apart when the kernel runs, and from some dozens of them on it does not vectorise for that.
         self.state = self.rows.rows(len(plan.states))
@@ -134,8 +134,9 @@ class _Printer(AbstractPrinter):
         ]
         spare = len(plan.states)
         for g, m in enumerate(plan.noises):
-            block.append(f"noise{g + 1} = noise{g} + (segment * {m} + {_BLOCKS_CUT}) * LANES")
-            spare += _BLOCKS_CUT
+            cut = _BLOCKS_CUT + 2 * m * self.swapped  # whole pairs of steps
+            block.append(f"noise{g + 1} = noise{g} + (segment * {m} + {cut}) * LANES")
+            spare += cut
         block += self._load()
         block += [
             "group = ((block + 1) * groups - 1) // blocks",
@@ -176,9 +177,8 @@ class _Printer(AbstractPrinter):
         for g, m in enumerate(self.plan.noises):
             if m:
                 skip = "" if self.increments[g] == "two-point" else f"skip{g} + "
-                lines.append(
-                    f"copy(s, noise{g} + ({skip}({k} - begin) * {m}) * LANES, {first * self.lanes}, {m} * LANES)"
-                )
+                at = f"(({k} + odd{g}) ^ 1) - pair{g}" if self.swapped else f"{k} - begin"
+                lines.append(f"copy(s, noise{g} + ({skip}({at}) * {m}) * LANES, {first * self.lanes}, {m} * LANES)")
                 first += m
         return lines
 
@@ -203,6 +203,11 @@ class _Printer(AbstractPrinter):
                 continue
             maker = self.increments[g].replace("-", "_")
             index, count = f"noise[{4 * g + 3}] + begin * {m}", f"(end - begin) * {m}"
+            if self.swapped:  # counted from the first of a pair, to the last of one
+                lines.append(f"odd{g} = noise[{4 * g + 3}] // {m} % 2")
+                lines.append(f"pair{g} = (begin + odd{g}) // 2 * 2")
+                index = f"noise[{4 * g + 3}] + (pair{g} - odd{g}) * {m}"
+                count = f"((end + odd{g} + 1) // 2 * 2 - pair{g}) * {m}"
             if maker == "two_point":
                 call = f"word({self.words_of(g)}), noise, {g}, first, {index}, {count}, True, "
             else:
