@@ -288,7 +288,7 @@ def _given(score: Score, conditions: Mapping[str, Tensor | float]) -> Score:
     if isinstance(score, ThresholdedScore):
         return ThresholdedScore(score.process, _given(score.score, conditions), score.threshold)
     if isinstance(score, ClassifierFreeGuidance):
-        return ClassifierFreeGuidance(_given(score.conditional, conditions), score.unconditional, scale=score.scale)
+        return score.of(_given(score.conditional, conditions), score.unconditional)
     if not isinstance(score, NetworkScore):
         raise TypeError(f"given is for a NetworkScore, or guidance by one, got {kind_of(score)}; bind it in the score")
     return score.given(**conditions)  # type: ignore[arg-type]
@@ -321,6 +321,8 @@ def check_same_process(process: AbstractDiffusion, score: Score, samples: int | 
         check_same_process(process, inner, samples)
     if isinstance(score, NetworkScore):
         score.check_conditions(samples)
+    if isinstance(score, ClassifierFreeGuidance) and samples is not None:
+        score.check_rows(samples)
     if not isinstance(score, NetworkScore | ExactScore | AbstractPosteriorScore) or score.process is process:
         return
     theirs = score.process
@@ -338,8 +340,8 @@ def check_same_process(process: AbstractDiffusion, score: Score, samples: int | 
 
 def _scores_within(score: Score) -> tuple[Score, ...]:
     if isinstance(score, ClassifierFreeGuidance):
-        parts = ((score.conditional, score.scale != 0.0), (score.unconditional, score.scale != 1.0))
-        return tuple(part for part, called in parts if called)
+        parts = (score.conditional, score.unconditional)
+        return tuple(part for part, called in zip(parts, score.used, strict=True) if called)
     return (score.score,) if isinstance(score, ClassifierGuidance | AbstractPosteriorScore | ThresholdedScore) else ()
 
 

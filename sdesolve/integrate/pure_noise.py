@@ -91,5 +91,5 @@ def _denoiser_of(score: Score) -> Field | None:
     if isinstance(score, ClassifierFreeGuidance):
         parts = [_denoiser_of(part) for part in (score.conditional, score.unconditional)]
         if parts[0] is not None and parts[1] is not None:
-            return ClassifierFreeGuidance(parts[0], parts[1], scale=score.scale)  # affine in either
+            return score.of(parts[0], parts[1])  # affine in either
     return None

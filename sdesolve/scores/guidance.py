@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -17,6 +17,9 @@ from sdesolve.nn.labels import check_labels, labels_for
 from sdesolve.reverse import Score
 from sdesolve.scores.base import check_process
 from sdesolve.scores.network import NetworkScore
+from sdesolve.sde import per_sample
+
+Scale = float | Tensor | Callable[[Tensor], Tensor | float]
 
 
 @final
@@ -88,8 +91,10 @@ class ClassifierFreeGuidance:
             that they are given to.
         unconditional: ``(x, t)``, such as ``score`` itself, given nothing; not called at scale 1. With ``conditions``,
             ``conditional`` without them by default.
-        scale: not negative; or
-        weight: at least -1.
+        scale: not negative: a number; ``(batch,)`` for one of each sample; or a function of ``t`` that gives either. Or
+        weight: at least -1, likewise.
+        interval: times ``(low, high)`` within which samples are guided; elsewhere the scale is 1 (Kynkaanniemi et al.
+            2024).
         conditions: by name, as for `NetworkScore.given`.
 
     Raises:
@@ -106,8 +111,9 @@ class ClassifierFreeGuidance:
         conditional: Score,
         unconditional: Score | None = None,
         *,
-        scale: float | None = None,
-        weight: float | None = None,
+        scale: Scale | None = None,
+        weight: Scale | None = None,
+        interval: tuple[float, float] | None = None,
         **conditions: Tensor | float,
     ) -> None:
         if conditions:
@@ -123,25 +129,89 @@ class ClassifierFreeGuidance:
         assert unconditional is not None  # or it could not be called
         self.conditional: Score = conditional
         self.unconditional: Score = unconditional
-        self.scale = _finite(1.0 + weight, "1 + weight") if scale is None else _finite(scale, "scale")  # type: ignore[operator]
-        for score, used in ((conditional, self.scale != 0.0), (unconditional, self.scale != 1.0)):
+        self.scale: Scale = _checked_scale(weight, "weight") if scale is None else _checked_scale(scale, "scale")
+        self.interval = _checked_interval(interval)
+        for score, used in zip((conditional, unconditional), self.used, strict=True):
             if used and isinstance(score, NetworkScore):
                 score.check_conditions()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided score, of the shape of ``x: (batch, *state)``."""
-        if self.scale == 1.0:
+        uses_given, uses_free = self.used
+        if not uses_free:
             return self.conditional(x, t)
         free = self.unconditional(x, t)
-        if self.scale == 0.0:
+        if not uses_given:
             return free
+        self.check_rows(len(x))
         given = self.conditional(x, t)
         if given.shape != free.shape:
             raise ValueError(
                 f"conditional and unconditional score must have one shape, got {tuple(given.shape)} and "
                 f"{tuple(free.shape)}"
             )
-        return free + self.scale * (given - free)
+        if isinstance(self.scale, float) and self.interval is None:
+            return free + self.scale * (given - free)
+        scale = self._scale_at(x, t)
+        # Where a scale is 1 or 0, the bits are those of a run at that scale alone.
+        return torch.where(scale == 1.0, given, torch.where(scale == 0.0, free, free + scale * (given - free)))
+
+    @property
+    def used(self) -> tuple[bool, bool]:
+        """Whether the conditional score is called, and the unconditional one."""
+        if not isinstance(self.scale, float):
+            return True, True
+        return self.scale != 0.0 or self.interval is not None, self.scale != 1.0
+
+    def check_rows(self, samples: int) -> None:
+        """Refuses scales of another number of samples.
+
+        Raises:
+            ValueError: there are.
+        """
+        if isinstance(self.scale, Tensor) and self.scale.ndim and len(self.scale) != samples:
+            raise ValueError(
+                f"there are {len(self.scale)} scales and {samples} samples; give one for all, or one for each"
+            )
+
+    def of(self, conditional: Score, unconditional: Score) -> ClassifierFreeGuidance:
+        """The same guidance, by other scores."""
+        return ClassifierFreeGuidance(conditional, unconditional, scale=self.scale, interval=self.interval)
+
+    def _scale_at(self, x: Tensor, t: Tensor) -> Tensor:
+        scale = torch.as_tensor(self.scale(t) if callable(self.scale) else self.scale).to(x)
+        if scale.ndim and scale.shape != x.shape[:1]:
+            raise ValueError(f"a scale at time t is a number or one for each of {len(x)} samples, got {short(scale)}")
+        if self.interval is not None:
+            low, high = self.interval
+            scale = torch.where((t >= low) & (t <= high), scale, torch.ones_like(scale))
+        return per_sample(scale, x)
+
+
+def _checked_scale(value: Scale | None, name: str) -> Scale:
+    """A scale: a number, a tensor ``()`` or ``(batch,)`` of them, or a function of time; from a weight, 1 more."""
+    more = 1.0 if name == "weight" else 0.0
+    if isinstance(value, Tensor) and (value.ndim == 0 or value.ndim == 1):
+        scales = value.detach() + more
+        if not bool((scales.isfinite() & (scales >= 0)).all()):
+            raise ValueError(f"{'1 + ' * bool(more)}{name} must be finite and not negative for every sample")
+        return scales if scales.ndim else float(scales)
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a number or one for each sample, (batch,), got {short(value)}")
+    if callable(value):
+        return (lambda t: value(t) + more) if more else value
+    return _finite(more + number(value, name), "1 + weight" if more else "scale")
+
+
+def _checked_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    if not isinstance(interval, Sequence) or len(interval) != 2:
+        raise TypeError(f"interval must be two times, (low, high), got {short(interval)}")
+    low, high = number(interval[0], "interval[0]"), number(interval[1], "interval[1]")
+    if not low < high:
+        raise ValueError(f"interval must be two times, low before high, got {short(interval)}")
+    return low, high
 
 
 def drop_labels(labels: Tensor, probability: float, *, null_label: int, seed: int, first_sample: int = 0) -> Tensor:

@@ -178,3 +178,45 @@ def test_bad_input(make, error, message):
 def test_a_scale_is_a_number():
     with pytest.raises(TypeError, match="scale must be a number, got '3' of type str"):
         sds.ClassifierFreeGuidance(lambda x, t: x, lambda x, t: -x, scale="3")
+
+
+def test_guidance_by_sample_is_a_loop_over_samples():
+    """To the bit, at scales of 0 and 1 too, and through a whole sampler."""
+    process = sds.VP()
+    given, free = sds.Gaussian(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])), sds.Gaussian(torch.zeros(2), 1.0)
+    given, free = given.score(process), free.score(process)
+    scales = torch.tensor([0.0, 1.0, 2.5, 7.0])
+    together = sds.ClassifierFreeGuidance(given, free, scale=scales)
+    x, t = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), torch.tensor(0.4)
+    rows = [sds.ClassifierFreeGuidance(given, free, scale=float(s))(x[i : i + 1], t) for i, s in enumerate(scales)]
+    assert torch.equal(together(x, t), torch.cat(rows))
+    by_weight = sds.ClassifierFreeGuidance(given, free, weight=scales - 1.0)
+    assert torch.equal(by_weight(x, t), together(x, t))
+    options = {"solver": sds.DPMSolverPP(2), "steps": 6, "seed": 2, "backend": "eager"}
+    whole = sds.sample(process, together, (4, 2), **options)
+    for i, s in enumerate(scales):
+        alone = sds.ClassifierFreeGuidance(given, free, scale=float(s))
+        assert torch.equal(whole[i], sds.sample(process, alone, (4, 2), **options)[i])
+
+
+def test_guidance_by_time_and_within_an_interval():
+    process = sds.VP()
+    given, free = (lambda x, t: -x + 1.0), (lambda x, t: -x)
+    x = torch.zeros(3, 2)
+    ramp = sds.ClassifierFreeGuidance(given, free, scale=lambda t: 4.0 * t)
+    assert torch.equal(ramp(x, torch.tensor(0.5)), torch.full((3, 2), 2.0))
+    assert torch.equal(ramp(x, torch.tensor([0.0, 0.25, 1.0]))[:, 0], torch.tensor([0.0, 1.0, 4.0]))
+    limited = sds.ClassifierFreeGuidance(given, free, scale=3.0, interval=(0.2, 0.6))
+    assert torch.equal(limited(x, torch.tensor([0.1, 0.4, 0.7]))[:, 0], torch.tensor([1.0, 3.0, 1.0]))
+    assert sds.sample(process, limited, (3, 2), steps=3, seed=0).shape == (3, 2)
+
+    def asked(x, t):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="3 scales and 5 samples"):
+        sds.sample(process, sds.ClassifierFreeGuidance(asked, asked, scale=torch.ones(3)), (5, 2), steps=3)
+    for wrong, error in (({"scale": torch.tensor([1.0, -1.0])}, ValueError), ({"scale": torch.ones(2, 2)}, ValueError),
+                         ({"scale": 2.0, "interval": (0.5, 0.2)}, ValueError), ({"scale": "x"}, TypeError),
+                         ({"scale": 2.0, "interval": 0.5}, TypeError)):  # fmt: skip
+        with pytest.raises(error):
+            sds.ClassifierFreeGuidance(given, free, **wrong)
