@@ -16,6 +16,7 @@ from sdesolve.carry import (
     TimeAverage,
 )
 from sdesolve.chains import DDPM, SMLD, ChainScore, variational_bound
+from sdesolve.control import ControlPath
 from sdesolve.conversions import correlated, to_ito, to_stratonovich
 from sdesolve.crossing import Crossing, Reflection
 from sdesolve.diagnostics import show_versions
@@ -176,17 +177,17 @@ __all__ = [
     "QUICSORT", "RI6", "RK4", "SDE", "SEA", "SKSROCK", "SMLD", "SOSRA", "SOSRI", "SRA1", "SRA3", "SRI2", "SRIW1",
     "SRIW2", "UBU", "VE", "VP", "AbstractCarry", "AbstractDiffusion", "AbstractEstimating", "AbstractNoise",
     "AbstractOneStep", "AbstractPath", "AbstractRemembering", "AbstractSDE", "AbstractSemilinear",
-    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral",
-    "AnnealedLangevin", "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "Chains",
-    "ClassifierFreeGuidance", "ClassifierGuidance", "Clip", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP",
-    "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince",
-    "DoubleWell", "Draws", "DynamicThreshold", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun", "EulerLaw",
-    "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "Gaussian", "GaussianMixture",
-    "GeneralShARK", "GeometricBrownianMotion", "Gillespie", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson",
-    "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "JumpSDE",
-    "LangevinCorrector", "LevyArea", "Likelihood", "Likelihoods", "LinearBeta", "LinearDiffusion",
-    "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "MergedMoments", "Midpoint", "Milstein",
-    "Moments", "MultilevelEstimate", "NetworkScore", "Noise", "NoiseLadder", "Objective", "Occupation",
+    "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "AnnealedLangevin",
+    "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "Chains",
+    "ClassifierFreeGuidance", "ClassifierGuidance", "Clip", "ControlPath", "CosineBeta", "Crossing", "DPMSolver",
+    "DPMSolverPP", "DPMSolverPP2S", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError",
+    "DormandPrince", "DoubleWell", "Draws", "DynamicThreshold", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun",
+    "EulerLaw", "EulerMaruyama", "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "Gaussian",
+    "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion", "Gillespie", "Heston", "Heun", "Histogram",
+    "HutchPP", "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching", "ImplicitSquareRoot", "Increment", "Integral",
+    "Jacobi", "JumpSDE", "LangevinCorrector", "LevyArea", "Likelihood", "Likelihoods", "LinearBeta",
+    "LinearDiffusion", "LinearMultistep", "LogNormalNoise", "LogODE", "LotkaVolterra", "MergedMoments", "Midpoint",
+    "Milstein", "Moments", "MultilevelEstimate", "NetworkScore", "Noise", "NoiseLadder", "Objective", "Occupation",
     "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector", "ProbabilityFlow", "QuantileSketch", "Quantisation",
     "QuasiEstimate", "RateError", "Rates", "Reactions", "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE",
     "ReversibleHeun", "Rodas4", "Row", "RunningMaximum", "RunningMinimum", "SASolver", "SDEDPMSolverPP",
@@ -196,10 +197,10 @@ __all__ = [
     "TrainingTimes", "Transitions", "Truncated", "Tsit5", "UnderdampedLangevin", "UniPC", "UniformLogSNR",
     "UniformTime", "ValueHistogram", "W2Ito1", "WeakTable", "adapters", "correlated", "decode", "drop_labels",
     "encode", "ensemble", "estimate_likelihood", "euler_law", "grids", "inverse", "load", "load_score",
-    "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn", "noised_cross_entropy", "operators",
-    "oracle", "pseudo_log_likelihood", "push_to_hub", "quasi_monte_carlo", "run_chain", "sample", "save",
-    "save_pretrained", "sensitivity", "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train",
-    "transitions", "tweedie", "variational_bound",
+    "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn", "noised_cross_entropy", "operators", "oracle",
+    "pseudo_log_likelihood", "push_to_hub", "quasi_monte_carlo", "run_chain", "sample", "save", "save_pretrained",
+    "sensitivity", "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train", "transitions",
+    "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

@@ -32,6 +32,7 @@ LAYERS = [
     {
         "sdesolve.reverse",
         "sdesolve.brownian",
+        "sdesolve.control",
         "sdesolve.conversions",
         "sdesolve.carry",
         "sdesolve.crossing",
