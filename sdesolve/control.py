@@ -32,8 +32,8 @@ class ControlPath(AbstractNoise):
             noise of the equation, ``(m,)`` for general noise, the state's shape for diagonal noise, ``(1,)`` for
             scalar noise.
         times: of the values, increasing, ``(times,)``.
-        interpolation: ``"linear"``, or ``"hermite"``: cubic, once differentiable, by backward differences, so that ``Y``
-            up to a time depends on no later value (Morrill et al. 2021, section 3).
+        interpolation: ``"linear"``, or ``"hermite"``: cubic, once differentiable, by backward differences, so that
+            ``Y`` up to a time depends on no later value (Morrill et al. 2021, section 3).
 
     Raises:
         TypeError: ``values`` is no floating-point tensor.

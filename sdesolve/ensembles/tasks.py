@@ -515,7 +515,7 @@ class Draws(_OfCalls):
     """
 
     _function = staticmethod(sample)
-    _own = ("start", "progress", "cuda_graph")
+    _own = ("start", "progress", "cuda_graph", "full", "save_at", "callback")
     _cut = ("x0", "given")
 
     def __init__(self, process: Any, score: Any, shape: tuple[int, ...] | None = None, **options: Any) -> None:
@@ -527,11 +527,17 @@ class Draws(_OfCalls):
     def arguments(self) -> dict[str, object]:
         return super().arguments() | {"process": self.process, "score": self.score, "shape": self.shape}
 
+    @property
+    def chooses(self) -> bool:  # type: ignore[override]
+        return self.options.get("backend", "auto") == "auto"
+
     def compute(self, first: int, count: int, execution: str | None = None) -> Made:
         shape = None if self.shape is None else (count, *self.shape)
         call = self._of_block(first, count) | {"noise": self.noise.rows(first)}
-        found = sample(self.process, self.score, shape, **call)
-        return Made({"x": found})
+        if execution is not None and self.chooses:
+            call["backend"] = execution
+        found = sample(self.process, self.score, shape, **call, full=True)
+        return Made({"x": found.x1}, None, {"execution": found.stats.execution, "reason": found.stats.reason})
 
 
 @final

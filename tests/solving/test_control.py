@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ X0 = torch.tensor([[1.0, 0.5], [0.2, -0.3]], dtype=torch.float64)
 
 
 def run(solver, steps, values=DATA, **options):
-    grid = torch.cat([torch.linspace(a, b, steps + 1, dtype=torch.float64)[1:] for a, b in zip(T, T[1:], strict=False)])
+    grid = torch.cat([torch.linspace(a, b, steps + 1, dtype=torch.float64)[1:] for a, b in itertools.pairwise(T)])
     control = sds.ControlPath(values, T, **options)
     return sds.solve(CDE, X0, grid=torch.cat([T[:1], grid]), solver=solver, noise=control)
 
