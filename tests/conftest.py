@@ -49,8 +49,15 @@ def starts_programs(item: pytest.Item) -> bool:
     return False
 
 
+def is_about_the_library(module: types.ModuleType) -> bool:
+    """Rather than about what measures and releases it."""
+    names = [getattr(value, "__module__", None) or getattr(value, "__name__", "") for value in vars(module).values()]
+    return not any(str(name).partition(".")[0] in ("benchmarks", "tools") for name in names)
+
+
 def keep_fast(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    core = [item for item in items if is_about_the_library(item.module) and not item.get_closest_marker("slow")]
+    first = {item.nodeid.partition("[")[0]: item for item in reversed(core)}
     kept = [item for item in reversed(first.values()) if not starts_programs(item)]
     chosen = {id(item) for item in kept}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
@@ -111,7 +118,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(reason)
     if os.environ.get("HYPOTHESIS_PROFILE") != "thorough":
         if config.getoption("--fast"):
-            terminalreporter.write_line("left for make test: all cases but the first of a test, what starts processes")
+            terminalreporter.write_line(
+                "left for make test: all cases but first ones, what starts processes, slow tests"
+            )
         terminalreporter.write_line("left for HYPOTHESIS_PROFILE=thorough: tests marked so, and most random programs")
     if config.getoption("--device") == "cpu":
         names = ", ".join(config.stash.get(NOT_RUN, [])) or "none of those chosen"

@@ -20,6 +20,7 @@ def soak():
     del sys.modules["soak"]
 
 
+@pytest.mark.slow
 def test_random_calls_return_or_say_why_not(soak):
     outcomes, faults = soak.soak(0, 200, auto=False)
     assert not faults, "\n".join(faults)

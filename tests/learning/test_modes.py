@@ -257,6 +257,7 @@ def test_networks_are_given_back_after_an_error(score, error):
     assert unchanged(score, before)
 
 
+@pytest.mark.slow
 def test_networks_are_given_back_when_the_last_of_several_calls_ends(score):
     before, expected, wrong = state(score), CALLS["sample"](score), []
 

@@ -141,6 +141,7 @@ def test_the_exact_flow_has_no_error(data):
     assert oracle.error(exact_flow, EDM, data, to(0.2)(1)) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_flow_that_is_nearly_exact_has_nearly_no_error_in_the_plane():
     process = sds.EDM(sigma_min=0.3, sigma_max=5.0)
     coarse, fine = (oracle.error(sds.RK4(), process, THREE_MODES, grids.uniform_log_snr(process, n)) for n in (8, 16))

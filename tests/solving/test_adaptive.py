@@ -87,6 +87,7 @@ def test_the_flow_of_gaussian_data(process):
     assert errors[0] > 20 * errors[1] > 400 * errors[2]
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch():
     """With an error norm over the batch, a sample takes other steps in company than alone."""
     x0 = 4.0 * start(12)

@@ -74,6 +74,7 @@ def area(x, t):
     return torch.stack([torch.stack(row, 1) for row in rows], 1)
 
 
+@pytest.mark.slow
 def test_the_area_of_adaptive_paths_has_no_mean():
     """Its steps are chosen by an error that goes with the area: end points that are skipped, or peeked at, bias it."""
     sde, n = sds.SDE(lambda x, t: 0 * x, area, "general", "stratonovich"), 100_000
@@ -92,6 +93,7 @@ def lorenz(x, t, rho):
     return torch.stack([10 * (b - a), a * (rho[:, 0] - c) - b, a * b - 8 / 3 * c], 1)
 
 
+@pytest.mark.slow
 def test_an_ode_takes_the_steps_of_eager_torch():
     ode, rho = sds.ODE(lorenz), torch.linspace(5, 28, 100, dtype=torch.float64)[:, None]
     x0, options = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(100, 1), {"save_at": [0.25, 1.0, 2.0]}

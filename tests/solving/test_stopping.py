@@ -194,6 +194,7 @@ def test_noise_of_all_kinds_meets_a_sphere():
     assert abs(float(found["additive"].mean()) - 1 / 3) < 4 * error + 0.01
 
 
+@pytest.mark.slow
 def test_gradients_go_along_paths_to_where_they_stop():
     """Those of kernels are those of torch, through extremes and their bridges too; when a path stops has none."""
     found = {}

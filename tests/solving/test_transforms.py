@@ -72,6 +72,7 @@ def test_every_transform_is_the_derivative(name):
         close(forward_ad.unpack_dual(total(forward_ad.make_dual(X0, v))).tangent, (slope * v).sum())
 
 
+@pytest.mark.slow
 def test_weights_of_a_network_have_derivatives():
     net = torch.nn.Linear(2, 2).double()
     weights = dict(net.named_parameters())
@@ -147,6 +148,7 @@ def test_divergence_under_transforms_names_step_and_path():
         assert (met.value.step, met.value.path) == (3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.compile looks at .grad of every tensor
 def test_a_compiled_module_that_solves_runs():
     """With a break in its graph; it died of recursion."""

@@ -345,6 +345,7 @@ def compiled_cases():
     yield "a network", x0, sds.SDE(drift, lambda x, t: 0.1 * x), list(net.parameters()), {"save_at": "grid"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x0", "sde", "wanted", "options"), [pytest.param(*c, id=name) for name, *c in compiled_cases()]
 )
@@ -431,6 +432,7 @@ def test_a_mean_comes_with_its_gradient(run, wanted, interpreted):
     at_once(run, wanted)
 
 
+@pytest.mark.slow
 def test_a_mean_comes_with_its_gradient_from_a_kernel(monkeypatch):
     """On tapes of one segment and of several; by any number of threads; where it cannot, it says so."""
     _, run, wanted = next(cases_at_once())

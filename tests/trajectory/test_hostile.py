@@ -186,6 +186,7 @@ def test_infinities_appear_where_eager_has_them(both, difference, interpreted):
             assert difference(fused.x1[finite], eager.x1[finite]) < 64 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_switches_in_time_fall_into_the_steps_that_eager_puts_them(dtype, both, difference, interpreted):
     """A time that is a grid point only up to rounding, in the precision of the state."""

@@ -165,12 +165,14 @@ def compare(tree, both, difference, normals):
     assert difference(fused.x1, eager.x1) < 4.0 ** condition(tree) * 64 * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.slow
 @given(tree=expressions())
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_random_expressions(tree, both_interpreted, difference, normals):
     compare(tree, both_interpreted, difference, normals)
 
 
+@pytest.mark.slow
 @given(tree=expressions())
 @settings(max_examples=3, suppress_health_check=list(HealthCheck))
 def test_random_expressions_in_kernels(tree, both, difference, normals):

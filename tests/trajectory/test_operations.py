@@ -83,6 +83,7 @@ x.cumsum(1); x.flip(1); x[:,idx]; x[:,mask]; x.softmax(1); x.var(1); x.lerp(w.to
 """  # noqa: E501
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_primitives_in_kernels(dtype, difference, normals):
     """One kernel a precision: whatever an expression can be made of."""

@@ -240,6 +240,7 @@ def compared(seed, drift_alone=False):
     return error / torch.finfo(dtype).eps, auto.stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", TRIED)
 def test_random_programs(part, interpreted):
     runs = PROGRAMS // PROGRAMS_A_RUN // PARTS
