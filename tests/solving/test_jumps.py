@@ -509,16 +509,16 @@ def test_levels_of_a_multilevel_estimate_share_their_jumps():
 
 
 def test_a_solver_that_remembers_begins_anew_at_a_jump():
-    """The second state of ReversibleHeun stays beside the first, which has jumped."""
+    """Where every step has a jump, each of ReversibleHeun is a first one, which is Heun's."""
     sde = sds.JumpSDE(
-        lambda x, t: 0.1 * x, lambda x, t: 0.2 * x, calculus="stratonovich", rate=3.0, jump=2.0, adapted=False
+        lambda x, t: 0.1 * x, lambda x, t: 0.2 * x, calculus="stratonovich", rate=200.0, jump=0.01, adapted=False
     )
     runs = [
-        sds.solve(sde, states(50, 1.0), 0.0, 1.0, 64, solver=solver, seed=0)
+        sds.solve(sde, states(50, 1.0), 0.0, 1.0, 4, solver=solver, seed=0)
         for solver in (sds.ReversibleHeun(), sds.Heun())
     ]
-    assert torch.equal(runs[0].jumps, runs[1].jumps)
-    assert torch.allclose(runs[0].x1, runs[1].x1, rtol=0.02)
+    assert int(runs[0].jumps.min()) > 100
+    assert torch.allclose(runs[0].x1, runs[1].x1, rtol=1e-12)
     with pytest.raises(ValueError, match="jumps"):
         sds.solve(
             sde, states(2, 1.0).requires_grad_(), 0.0, 1.0, 4, solver=sds.ReversibleHeun(), gradients="reversible"
