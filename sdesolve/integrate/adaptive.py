@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,10 @@ def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: Sa
     scale = solver.controller.scale(torch.maximum(x.abs(), attempt.x.abs()))
     error = norm(attempt.error, scale)
     good = active & (error < 1.0)  # nan is not
-    _check_clock(drift, batch, dt, scale, active)
+    if x.dtype != torch.float64:
+        refuse_coarse_clock(
+            x, t, dt, scale, active, lambda off: per_sample(dt.to(x.dtype), x) * (drift(x, t + off) - slope)
+        )
     _save(plan, solver, batch, attempt, t_next, good, len(whole.t))
     h = solver.controller.next_step(dt, error, solver.error_order, held | ~good).where(active, h)
     held = active & ~good
@@ -105,23 +109,32 @@ def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: Sa
     return after
 
 
-def _check_clock(drift: Slope, batch: _Samples, dt: Tensor, scale: Tensor, active: Tensor) -> None:
-    """Refuses a drift that the rounding of its time, to the dtype of the state, moves by more than the tolerance.
+def refuse_coarse_clock(
+    x: Tensor, t: Tensor, dt: Tensor, scale: Tensor, active: Tensor, moves: Callable[[Tensor], Tensor]
+) -> None:
+    """Refuses an equation that the rounding of its time, to the dtype of the state, moves by more than the tolerance.
+
+    Args:
+        x: states, with fewer digits than the times.
+        t: where steps begin, ``(batch,)``, float64.
+        dt: their lengths.
+        scale: of errors that are accepted.
+        active: samples that are going.
+        moves: what a step adds to the state more if it begins so much later.
 
     Raises:
         ValueError: it does.
     """
-    x, t = batch.x, batch.t
     off = torch.finfo(x.dtype).eps * t.abs()
     coarse = active & (off > dt.abs() / 32.0)
-    if x.dtype == torch.float64 or not bool(coarse.any()):
+    if not bool(coarse.any()):
         return
     with torch.no_grad():
-        moved = norm(per_sample(dt.to(x.dtype), x) * (drift(x, t + off) - batch.slope), scale)
+        moved = norm(moves(off), scale)
     if bool((coarse & (moved > 1.0)).any()):
         row = int((coarse & (moved > 1.0)).nonzero()[0])
         raise ValueError(
-            f"{x.dtype} holds t = {float(t[row]):.6g} to {float(off[row]):.2g}, by which the drift changes too much "
+            f"{x.dtype} holds t = {float(t[row]):.6g} to {float(off[row]):.2g}, by which the equation changes too much "
             "for the tolerances: integrate in float64, x0.double(), or count time from a nearer origin"
         )
 

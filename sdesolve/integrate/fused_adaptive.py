@@ -12,7 +12,7 @@ import math
 import torch
 from sdesolve_kernels import Stream
 from sdesolve_kernels.trajectory import AbstractAdaptive, AdaptiveLaunch, Rule
-from sdesolve_kernels.trajectory.adaptive import ARRIVED, AdaptiveSaved
+from sdesolve_kernels.trajectory.adaptive import ARRIVED, TOO_COARSE, AdaptiveSaved
 from torch import Tensor
 
 from sdesolve._internal.progress import progress_bar
@@ -164,11 +164,20 @@ def _ran(
     """What a launch leaves.
 
     Raises:
+        CannotExecute: steps come near the rounding of their times, and how much that matters is seen step by step.
         StepLimitError: a path does not arrive.
     """
     with progress_bar(problem.progress, unit="attempt", leave=False) as bar:
         launch = dataclasses.replace(launch, progress=bar.update if problem.progress else None)
         saved = trajectory.adapt(launch)
+    coarse = saved.counts[:, 2] == TOO_COARSE
+    if bool(coarse.any()):
+        t = float(saved.t[coarse][0])
+        raise CannotExecute(
+            f"its functions get the time in {problem.x0.dtype}, which holds t = {t:.6g} to "
+            f"{abs(t) * torch.finfo(problem.x0.dtype).eps:.2g}, and its steps come near to that; x0.double() has the "
+            "digits"
+        )
     stuck = saved.counts[:, 2] != ARRIVED
     if bool(stuck.any()):
         reached = Reached(saved.x, saved.t, saved.counts[:, 0].clone(), saved.counts[:, 1].clone())

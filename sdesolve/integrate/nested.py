@@ -14,7 +14,13 @@ from sdesolve._internal.levy_area import VARIANCES
 from sdesolve._internal.progress import progress_bar
 from sdesolve._internal.transforms import refuse_vmap
 from sdesolve.brownian import BrownianPath, Increment, halved
-from sdesolve.integrate.adaptive import beyond_reach, norm, refuse_coarse_tolerance, refuse_nonfinite
+from sdesolve.integrate.adaptive import (
+    beyond_reach,
+    norm,
+    refuse_coarse_clock,
+    refuse_coarse_tolerance,
+    refuse_nonfinite,
+)
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.solution import AdaptiveCounts, Reached, Saved
 from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure
@@ -149,8 +155,8 @@ class Nested:
         refuse_nonfinite(f, self.grid[0])
         refuse_nonfinite(g, self.grid[0], "diffusion")
         self.now.wanted = first_length(solver, self.k, x, f, g, self._length())
-        self.sde.checking = False
-        self.sde.evaluations = 0
+        self.sde.checking, self.sde.evaluations = False, 0
+        self.sde.narrows = self.problem.time_dtype != self.like.dtype
 
     def _ends(self, level: Tensor | None = None, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ends of the next cells; of those that have arrived, the end of the grid twice."""
@@ -219,9 +225,25 @@ class Nested:
             x = solver.solver.step(self.sde, half, self.span(middle, end), self.increment(second, end - middle))
             error = x - whole
         scale = solver.controller.scale(torch.maximum(now.x.abs(), x.abs()))
+        if self.problem.time_dtype != torch.float64:
+            evaluations = self.sde.evaluations
+            moves = functools.partial(self._moved, start, end)
+            refuse_coarse_clock(now.x.detach(), start, end - start, scale, going, moves)
+            self.sde.evaluations = evaluations
         size = norm(error, scale)
         good = going & (size < 1.0) & bool_rows(x)
         self._advance(going, good, x, size)
+
+    def _moved(self, start: Tensor, end: Tensor, off: Tensor) -> Tensor:
+        """What a step adds to the state more, of drift and of noise of a deviation, if it begins ``off`` later."""
+        x, ones = self.now.x.detach(), self.like.new_ones(self.problem.increment.shape)
+
+        def added(t: Tensor) -> Tensor:
+            f, g = self.sde.drift(x, t), self.sde.diffusion_product(x, t, ones)
+            return span.dt * f + span.dt.abs().sqrt() * g
+
+        span = self.span(start, end)
+        return added(self.problem.clock(start + off)) - added(span.t0)
 
     def _advance(self, going: Tensor, good: Tensor, x: Tensor, size: Tensor) -> None:
         now, solver, save = self.now, self.solver, self.problem.save

@@ -50,6 +50,7 @@ class Watched(AbstractSDE):
         self._field = ByRow(sde.field, "score", times) if isinstance(sde, AbstractSemilinear) else None
         self.evaluations, self.checking = 0, True
         self._values: dict[tuple[str, int, int], tuple[Tensor, Tensor, Any]] | None = None
+        self.narrows = False  # whether values at float64 times of rows are given back in the dtype of the state
         self.step = 0.0  # the shortest, where functions are given the time in float64 for its sake
 
     @property
@@ -83,7 +84,7 @@ class Watched(AbstractSDE):
     def _drift_of(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += 1
         if not self.checking:
-            return self._drift(x, t)
+            return self._narrowed(self._drift(x, t), x)
         f = self._checked(self._drift, x, t, "drift")
         check_drift(f, x, t)
         return f
@@ -113,7 +114,7 @@ class Watched(AbstractSDE):
 
     def _diffusion_of(self, x: Tensor, t: Tensor) -> Tensor:
         if not self.checking:
-            return self._diffusion(x, t)
+            return self._narrowed(self._diffusion(x, t), x)
         return self._checked_diffusion(self._checked(self._diffusion, x, t, "diffusion"), x, t)
 
     def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +127,7 @@ class Watched(AbstractSDE):
         self.evaluations += 1
         if not self.checking:
             f, g = self._joint(x, t)
-            return f, g
+            return self._narrowed(f, x), self._narrowed(g, x)
         f, g = self._checked(self._joint, x, t, "drift and diffusion")
         check_drift(f, x, t)
         return f, self._checked_diffusion(g, x, t)
@@ -135,11 +136,13 @@ class Watched(AbstractSDE):
         if self.has_diffusion:
             return super().diffusion_product(x, t, dW)
         if not self.checking:
-            product: Tensor = self._product(x, t, dW)
-            return product
+            return self._narrowed(self._product(x, t, dW), x)
         product = self._checked(self._product, x, t, "diffusion_product", dW)
         check_product(self._product.given, product, x, t, dW)
         return product
+
+    def _narrowed(self, value: Tensor, x: Tensor) -> Tensor:
+        return value.to(x.dtype) if self.narrows else value
 
     def _checked_diffusion(self, g: Tensor, x: Tensor, t: Tensor) -> Tensor:
         check_diffusion(g, x, self.noise)

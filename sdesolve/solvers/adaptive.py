@@ -47,6 +47,10 @@ class Adaptive(AbstractWrapping):
     noise the next length is ``0.9 e_n^(-0.4/k) e_(n-1)^(0.1/k)`` times this one, where ``k`` is the strong order plus
     1/2; without, ``0.9 e_n^(-1/k)`` times, as for `DormandPrince`.
 
+    Functions get the time of each step in the dtype of the state, or in float64 where a grid of ``first_steps`` steps
+    gets that. Where float32 rounds it so that a step changes by more than the tolerance, the run is refused; a kernel
+    leaves runs whose steps come near that rounding, if the equation reads the time, to torch, which looks at each step.
+
     A state at a time of ``save_at`` inside a step is a step of its own from where that began, on the same path: asking
     for it changes nothing else.
 

@@ -103,5 +103,45 @@ for item in made:
 """
 
 
+ADAPTIVE = """
+import sys
+
+import sdesolve as sds
+import torch
+from sdesolve_kernels._triton.arguments import recording
+from sdesolve_kernels.report import figures
+from trajectory_report import on_the_host
+
+def lorenz(x, t):
+    a, b, c = x.unbind(1)
+    return torch.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c], 1)
+
+wells, noisy = lambda x, t: 4 * (x - x**3) + t, lambda x, t: 0.3 * x
+cases = {
+    "2": (sds.SDE(wells, lambda x, t: 0.5 * torch.ones_like(x), "additive", "stratonovich"), 2, sds.SPaRK()),
+    "3": (sds.SDE(lorenz, noisy, "diagonal", "stratonovich"), 3, sds.SPaRK()),
+    "4": (sds.SDE(wells, noisy, "diagonal"), 4, sds.Milstein()),
+    "ode": (sds.ODE(lorenz), 3, sds.DormandPrince()),
+}
+for name in sys.argv[1:]:
+    equation, d, scheme = cases[name]
+    with on_the_host(), recording() as made:
+        try:
+            sds.solve(equation, torch.ones(64, d), 0.0, 1.0, solver=sds.Adaptive(scheme), seed=0, backend="fused")
+        except sds.StepLimitError:  # nothing ran
+            pass
+    found = figures(made[-1], 90, 4)
+    assert "waiting" in made[-1].arguments and found["registers"] > 40, name
+    print(found["spills"], found["local"])
+"""
+
+
+@pytest.mark.parametrize(
+    "models", [("2", "ode"), pytest.param(("3", "4"), marks=pytest.mark.thorough)], ids=lambda models: "-".join(models)
+)
+def test_adaptive_kernels_do_not_spill(models):
+    assert run("-c", ADAPTIVE, *models).split() == ["0"] * 2 * len(models)
+
+
 def test_values_compile_nothing_anew():
     assert run("-c", LAUNCH).split() == ["3"]

@@ -211,3 +211,52 @@ def test_steps_of_their_own_know_when_the_time_is_too_coarse():
         slow = sds.ODE(lambda x, t, rate=rate: -x * (1.0 + torch.sin(rate * t.reshape(-1, 1))))
         single, double = (sds.solve(slow, x, t0, t0 + 2.0, **options).x1 for x in (x0, x0.double()))
         torch.testing.assert_close(single, double.float(), rtol=3e-5, atol=0)
+
+
+def driven(rate):
+    def drift(x, t):
+        return torch.sin(rate * (t.reshape(-1, 1) if t.ndim else t)) - x
+
+    return sds.SDE(drift, lambda x, t: 0.1 * torch.ones_like(x), "additive")
+
+
+def test_cells_of_a_step_know_when_the_time_is_too_coarse():
+    """Of the grid that cells lie in float32 holds every time, and of the cells not."""
+    solver, x0, t0 = sds.Adaptive(sds.ShARK(), 1e-2, 2e-3), torch.ones(2, 1), 2.0**16
+    t1 = t0 + 20.0
+    options = {"solver": solver, "seed": 1, "save_at": [t0, t0 + 5.0, t1]}
+    for backend in ("auto", "eager"):
+        with pytest.raises(ValueError, match=r"float32 holds t = 655.* to 0.0078, by which the equation changes"):
+            sds.solve(driven(300.0), x0, t0, t1, backend=backend, **options)
+    with pytest.raises(ValueError, match=r"cannot be fused.*float32, which holds t = 655.*x0.double\(\)"):
+        sds.solve(driven(300.0), x0, t0, t1, backend="fused", **options)
+    # A slow drive goes on in torch, which sees at every step that it does no harm; one without time in a kernel.
+    slow = sds.solve(driven(1e-4), x0, t0, t1, **options)
+    assert slow.stats.execution == "eager"
+    assert "which holds t = 655" in slow.stats.reason
+    double = sds.solve(driven(1e-4), x0.double(), t0, t1, **options)
+    torch.testing.assert_close(slow.xs, double.xs.float(), rtol=0, atol=5e-3)
+    free = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * torch.ones_like(x), "additive")
+    assert sds.solve(free, x0, t0, t1, **options).stats.execution == "fused"
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_a_time_with_more_digits_leaves_the_state_as_it_was(backend):
+    """Functions that take a time of float64 get it; what they return at times of rows is of that dtype."""
+    options = {"solver": sds.Adaptive(sds.ShARK(), 1e-2, 1e-3), "seed": 1, "backend": backend}
+    found = [
+        sds.solve(driven(314.0), x, 86_400.0, 86_400.1, **options)
+        for x in (torch.ones(2, 1), torch.ones(2, 1).double())
+    ]
+    assert [sol.x1.dtype for sol in found] == [torch.float32, torch.float64]
+    torch.testing.assert_close(found[0].x1.double(), found[1].x1, rtol=0, atol=1e-5)
+
+
+def test_fused_steps_of_any_length_know_it_too():
+    """In the kernel a path ends where its steps come near the rounding of a time that its drift reads."""
+    x0, t0, solver = torch.ones(3, 1), 86_400.0, sds.DormandPrince()
+    fast = sds.ODE(lambda x, t: 100.0 * torch.sin(314.0 * (t.reshape(-1, 1) - t0)) - x)
+    with pytest.raises(ValueError, match=r"cannot be fused.*holds t = 86400 to 0.01"):
+        sds.solve(fast, x0, t0, t0 + 0.1, solver=solver, backend="fused")
+    free = sds.solve(sds.ODE(lambda x, t: -x), x0, t0, t0 + 2.0, solver=solver, backend="fused")
+    torch.testing.assert_close(free.x1, math.exp(-2) * x0, rtol=1e-2, atol=0)

@@ -23,8 +23,11 @@ from sdesolve_kernels.trajectory.tracing import Unsupported
 
 __all__ = ["AbstractAdaptive", "AdaptiveLaunch", "AdaptiveSaved", "Rule", "clocked", "compile_adaptive"]
 
-# Status of a path: it arrived; it took as many attempts as it may; it would need a step that is too short.
-ARRIVED, TOO_MANY, TOO_SHORT = 0, 1, 2
+# Status of a path: it arrived; it took as many attempts as it may; it would need a step that is too short; or its steps
+# come near the rounding of a time that its functions are given in float32 (`rounds_clock`).
+ARRIVED, TOO_MANY, TOO_SHORT, TOO_COARSE = 0, 1, 2, 3
+# The rounding of a time in float32, over which share of a step begins to count.
+COARSE = 32.0 * 2.0**-23
 
 
 @final
@@ -172,6 +175,20 @@ def clocked(made: Plan) -> tuple[Plan, list[Expression]]:
     states = graph.rebuilt([*made.states, *made.observed], placed)[:n]
     wide = [_wide(graph, e) for e in made.columns]
     return dataclasses.replace(made, states=tuple(states), observed=(), columns=()), wide
+
+
+def rounds_clock(columns: Sequence[Expression]) -> bool:
+    """Whether a time of day, and not the length of a step alone, is rounded to float32 on the way to one of these."""
+
+    @functools.cache
+    def tells(e: Expression) -> bool:
+        if isinstance(e.data, Time):
+            return e.data.name in ("t0", "t1")
+        if e.op == "sub":
+            return tells(e.args[0]) != tells(e.args[1])
+        return e.op in ("cast", "neg", "add", "mul", "div") and any(tells(a) for a in e.args)
+
+    return any(e.op == "cast" and e.dtype == F32 and tells(e.args[0]) for e in topological(columns))
 
 
 def _wide(graph: Graph, root: Expression) -> Expression:

@@ -22,7 +22,15 @@ import torch
 from sdesolve_kernels._numba.trajectory import is_kept, load
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job, single_threaded_if_forked, split
-from sdesolve_kernels.trajectory.adaptive import AbstractAdaptive, AdaptiveLaunch, AdaptiveSaved, Rule, clocked
+from sdesolve_kernels.trajectory.adaptive import (
+    COARSE,
+    AbstractAdaptive,
+    AdaptiveLaunch,
+    AdaptiveSaved,
+    Rule,
+    clocked,
+    rounds_clock,
+)
 from sdesolve_kernels.trajectory.codegen import Writer, indented
 from sdesolve_kernels.trajectory.expressions import F64, I64, Expression, topological
 from sdesolve_kernels.trajectory.launch import Launch, Tables, contiguous
@@ -57,7 +65,7 @@ class _Printer(AbstractPrinter):
         super().__init__(plan, ())
         if plan.matrices:
             raise Unsupported("a product with a matrix is kept whole, and adaptive kernels write products out")
-        self.rule, self.n = rule, plan.numbers
+        self.rule, self.n, self.rounds = rule, plan.numbers, rounds_clock(self.columns)
         self.lanes = self.rows.lanes = _LANES[self.dtype]
         m, rows = rule.channels, self.rows
         self.m = m
@@ -425,6 +433,11 @@ class _Printer(AbstractPrinter):
             f"    part = as_float64((I64(1023) - {at('LEVEL')}) << I64(52))",
             *indented(self._retire("1", f"t0 + (t1 - t0) * (F64({at('INDEX')}) * part)"), 1),
         ]
+        if self.rounds:
+            again += [
+                f"elif {at('WANTED')} < F64({COARSE!r}) * fabs({at('T0')}):",
+                *indented(self._retire("3", at("T0")), 1),
+            ]
         return [
             "for l in range(used):",
             f"    if {at('PATH')} == 0:",
@@ -482,6 +495,9 @@ class _Printer(AbstractPrinter):
             f"{at('WANTED')} = max(h, F64(1e-15) * fabs(t))",
             *chosen,
         ]
+        if self.rounds:
+            coarse = f"t != end and h < F64({COARSE!r}) * fabs(t)"
+            control.append(f"{at('STUCK')} = select({coarse}, I64(3), {at('STUCK')})")
         retire = [
             "for l in range(used):",
             f"    if {at('PATH')} != 0 and ({at('T0')} == {at('END')} or {at('STUCK')} != 0):",

@@ -19,7 +19,15 @@ import torch
 
 from sdesolve_kernels._triton import arguments as triton
 from sdesolve_kernels.threads import Job
-from sdesolve_kernels.trajectory.adaptive import AbstractAdaptive, AdaptiveLaunch, AdaptiveSaved, Rule, clocked
+from sdesolve_kernels.trajectory.adaptive import (
+    COARSE,
+    AbstractAdaptive,
+    AdaptiveLaunch,
+    AdaptiveSaved,
+    Rule,
+    clocked,
+    rounds_clock,
+)
 from sdesolve_kernels.trajectory.codegen import Writer, indented
 from sdesolve_kernels.trajectory.expressions import Expression, topological
 from sdesolve_kernels.trajectory.launch import Launch, Tables, contiguous
@@ -317,6 +325,7 @@ class _Printer:
             f"short = bad & (level >= {deepest})",
             "late = going & (arrived == 0) & (accepted + rejected >= max_steps)",
             "status = tl.where(arrived, 0, tl.where(short, 2, tl.where(late, 1, status)))",
+            *self._coarse("wanted", "start"),
             self._part(),
             "left = tl.load(grid + tl.minimum(root, steps))",
             "right = tl.load(grid + tl.minimum(root + 1, steps))",
@@ -324,6 +333,13 @@ class _Printer:
             "going = going & (status < 0)",
         ]
         return lines
+
+    def _coarse(self, length: str, time: str) -> list[str]:
+        """Ends paths whose steps have come near the rounding of a time that functions are given in float32."""
+        if not rounds_clock(self.columns):
+            return []
+        coarse = f"going & (arrived == 0) & ({length} < {COARSE!r} * tl.abs({time}))"
+        return [f"status = tl.where({coarse}, 3, status)"]
 
     def _error(self, errors: Sequence[str]) -> list[str]:
         n, lines = self.n, ["total = tl.zeros_like(wanted)", "rt, at_ = rtol.to(REAL), atol.to(REAL)"]
@@ -372,6 +388,7 @@ class _Printer:
             "arrived = going & (time == final)",
             "late = going & (arrived == 0) & (accepted + rejected >= max_steps)",
             "status = tl.where(arrived, 0, tl.where(short, 2, tl.where(late, 1, status)))",
+            *self._coarse("length", "time"),
             "wanted = tl.where(going, tl.maximum(length, 1e-15 * tl.abs(time)), wanted)",
             "going = going & (status < 0)",
         ]

@@ -53,3 +53,6 @@ def test_steps_of_any_length_and_limits():
     with use_backend(AdaptiveOnTheHost.name), pytest.raises(sds.StepLimitError, match="max_steps=3") as caught:
         sds.solve(ode, x0, 0.3, 1.0, solver=sds.DormandPrince(1e-6, 1e-6, max_steps=3), backend="fused")
     assert (caught.value.reached.accepted + caught.value.reached.rejected).max() == 3
+    fast = sds.ODE(lambda x, t: 100 * torch.sin(314 * (t - 86400)) - x)
+    with use_backend(AdaptiveOnTheHost.name), pytest.raises(ValueError, match=r"fused.*float32, which holds t = 864"):
+        sds.solve(fast, x0.float(), 86400.0, 86400.5, solver=sds.DormandPrince(), backend="fused")
