@@ -356,7 +356,7 @@ class Solves(AbstractTask):
             arrays["xs"] = sol.xs.transpose(0, 1)
         if sol.ts.ndim > 1:
             arrays["ts"] = sol.ts.T
-        for name in ("stopped", "stop_time", "boundary", "kl", "log_weight"):
+        for name in ("stopped", "stop_time", "boundary", "kl", "log_weight", "jumps"):
             if (value := getattr(sol, name)) is not None:
                 arrays[name] = value
         if self.options.get("carry") is not None:
@@ -447,7 +447,8 @@ def _row_of(sol: Solution, k: int) -> Solution:
         sol.stats, **{n: first_axis(getattr(sol.stats, n)) for n in ("accepted", "rejected", "evaluations")}
     )
     rows: dict[str, Any] = {
-        n: first_axis(getattr(sol, n)) for n in ("x1", "carry", "stopped", "stop_time", "boundary", "kl", "log_weight")
+        n: first_axis(getattr(sol, n))
+        for n in ("x1", "carry", "stopped", "stop_time", "boundary", "kl", "log_weight", "jumps")
     }
     columns: dict[str, Any] = {n: second_axis(getattr(sol, n)) for n in ("xs", "kls", "log_weights")}
     ts = sol.ts if sol.ts.ndim == 1 else sol.ts[:, k : k + 1]
