@@ -93,6 +93,8 @@ def ensemble_of(said: Any, out: str | None = None) -> sdesolve.Ensemble:
         law = arguments.pop("data", None)
         if law is not None:
             arguments["score"] = law.score(arguments["process"])
+        if isinstance(arguments.get("score"), str):
+            arguments["score"] = sdesolve.load_score(arguments["score"])
         if isinstance(arguments.get("shape"), list):
             arguments["shape"] = tuple(arguments["shape"])
         return sdesolve.ensemble(kind(**arguments), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import enum
 import functools
 import hashlib
@@ -17,27 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import kind_of
-from sdesolve.diffusions.base import AbstractDiffusion
 
 # By their names: what they do is told by the versions that a run records.
 _LIBRARIES = ("torch", "numpy", "scipy", "sdesolve", "sdesolve_kernels", "math", "cmath", "builtins", "operator")
 _PLAIN = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, slice, range)
 
 
-def digest(value: object) -> str:
+def digest(value: object, identity: str | None = None) -> str:
     """64 hexadecimal digits that are those of any value which does the same, whichever process asks.
 
     Functions are known by their code, their defaults, and all that they hold or read by name; modules and other
-    objects by their class and their attributes; tensors by their contents. Functions and classes of torch, NumPy and
-    this library are known by their names.
+    objects by their class and their attributes; tensors by their contents. The code of functions and classes of torch,
+    NumPy and this library is known by their names.
 
     Args:
         value: anything made of these.
+        identity: stands for the code and what it reads, and for what cannot be told, wherever they are; tensors and
+            numbers beside them count as ever.
 
     Raises:
         TypeError: something within cannot be told from others of its kind, such as an open file.
     """
-    made = _Digest()
+    made = _Digest(identity)
     made.add(value)
     return made.hash.hexdigest()
 
@@ -46,8 +48,8 @@ def digest(value: object) -> str:
 class _Digest:
     """Values are hashed apart, so that it does not matter whether two that are equal are one object."""
 
-    def __init__(self) -> None:
-        self.hash = hashlib.sha256()
+    def __init__(self, identity: str | None) -> None:
+        self.hash, self._identity = hashlib.sha256(), identity
         self._known: dict[int, tuple[bytes, object]] = {}  # with the objects, whose addresses must not be used again
         self._within: list[int] = []  # what the value at hand is held by
         self._back = math.inf  # how far out it refers to one of those
@@ -101,11 +103,9 @@ class _Digest:
         elif isinstance(value, list | tuple):
             self._all(type(value).__qualname__, *value)
         elif isinstance(value, set | frozenset):
-            self._say(type(value).__name__, *sorted(map(digest, value)))
+            self._say(type(value).__name__, *sorted(digest(v, self._identity) for v in value))
         elif isinstance(value, types.ModuleType):
             self._say("module", value.__name__)
-        elif isinstance(value, AbstractDiffusion):
-            self._say(type(value).__qualname__, value.identity())
         elif isinstance(value, type):
             self._add_class(value)
         elif isinstance(value, functools.partial):
@@ -140,13 +140,18 @@ class _Digest:
         self.hash.update(host.reshape(-1).view(torch.uint8).numpy().data)
 
     def _add_function(self, value: types.FunctionType) -> None:
+        named: dict[str, object] = {}
         if value.__module__ and _is_library(value):
-            self._say("function", value.__module__, value.__qualname__)
+            self._say("function", value.__module__, value.__qualname__)  # what it holds may be the user's
+        elif self._identity is not None:
+            self._say("identity", self._identity)
             return
-        self._say("function")
-        self._add_code(value.__code__)
+        else:
+            self._say("function")
+            self._add_code(value.__code__)
+            held = value.__globals__
+            named = {name: held[name] for name in sorted(_globals_read(value.__code__)) if name in held}
         cells = [_content(cell) for cell in value.__closure__ or ()]
-        named = {name: value.__globals__[name] for name in sorted(_names(value.__code__)) if name in value.__globals__}
         self._all("holds", value.__defaults__, value.__kwdefaults__, cells, named)
 
     def _add_code(self, code: types.CodeType) -> None:
@@ -160,7 +165,7 @@ class _Digest:
     def _add_class(self, value: type) -> None:
         self._say("class", value.__module__ if _is_library(value) else "", value.__qualname__)
         for base in value.__mro__:
-            if _is_library(base):
+            if _is_library(base) or self._identity is not None:
                 self._say(base.__module__, base.__qualname__)
                 continue
             for name, attribute in sorted(vars(base).items()):
@@ -186,6 +191,9 @@ class _Digest:
             try:
                 parts = value.__reduce_ex__(2)
             except TypeError:
+                if self._identity is not None:
+                    self._say("identity", self._identity)
+                    return
                 raise TypeError(
                     f"a run has to be known again by what it computes, and {kind_of(value)} cannot be told from others "
                     "of its kind; give identity='a name of your own' for the functions that hold it"
@@ -197,10 +205,10 @@ def _is_library(value: Any) -> bool:
     return str(getattr(value, "__module__", None) or "builtins").partition(".")[0] in _LIBRARIES
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """All names that code, and functions made within, may look up."""
-    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*inner)
+def _globals_read(code: types.CodeType) -> set[str]:
+    """The global names that code, and functions made within, look up."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(_globals_read(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
 def _content(cell: types.CellType) -> object:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pickle
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -20,14 +20,13 @@ from sdesolve._internal.arguments import flag, kind_of, short, whole_number
 from sdesolve._internal.progress import progress_bar
 from sdesolve.ensembles.identity import digest
 from sdesolve.ensembles.reductions import AbstractReduction, Moments, merge
-from sdesolve.ensembles.stores import AbstractStore, Blocks, store_of
+from sdesolve.ensembles.stores import AbstractStore, Blocks, Zarr, store_of
 from sdesolve.ensembles.tasks import AbstractTask, Made, Solves
 from sdesolve.integrate.solution import DivergenceError, StepLimitError
 from sdesolve.sde import AbstractSDE
 from sdesolve.sums import Sums
 
 _FORMAT = 1
-_FUNCTIONS = ("sde", "observable", "carry", "until", "at", "kl_to", "x0", "params", "score", "x", "energy", "given")
 
 
 def ensemble(
@@ -74,7 +73,8 @@ def ensemble(
         out: a folder, for safetensors; one whose name ends in ``.zarr``, for a zarr group; or memory. What is complete
             there is kept, and another run's folder is refused.
         segments: pieces of the grid after each of which the state of a block is kept as well, for long runs.
-        identity: a name for the functions of this run, where they cannot be told by their code and what they hold.
+        identity: a name for the functions of this run, where they cannot be told by their code and what they hold;
+            what is no function is compared as ever.
         options: of `solve` by name, with ``solver``, and ``seed`` or ``noise``. ``params`` may be a function
             ``params(first, count)`` too. Nothing is recorded for gradients.
 
@@ -175,7 +175,8 @@ class Ensemble:
     ) -> None:
         self.paths, self.block, self.blocks = paths, block, max(1, -(-paths // block))
         self._task, self._reductions, self._own, self._out = task, reductions, own, out
-        self.specification = _specification(task, paths, block, reductions, own, identity)
+        self._specify = functools.partial(_specification, task, paths, block, reductions, identity)
+        self.specification = self._specify()
         self._store = store_of(out, paths, block)
         _check_same(self.specification, self._store.open(self.specification), out)
 
@@ -227,34 +228,34 @@ class Ensemble:
             self.do(mine[0])
             bar.update()
             mine = mine[1:]
-        work = _Work(self._task, self.paths, self.block, self._reductions, self._store, self.specification["digest"])
-        work.execution = self._store.decided()
+        work = _Work(self._task, self.paths, self.block, self._reductions, self._store, self._specify)
+        work.run, work.execution = self.specification["digest"], self._store.decided()
         work.check_pickles()
         first: Exception | None = None
+        for k, run, made in self._answers(map, work, mine):
+            bar.update()
+            if run != self.specification["digest"]:
+                first = first or ValueError(
+                    f"a worker has another version of this run, and its block {k} was not taken: what differs there "
+                    f"is its code, or its version of torch, Python or sdesolve"
+                )
+            elif isinstance(made, Exception):
+                first = first or made
+            elif made is not None:
+                self._store.keep(k, *made)
+        if first is not None:
+            raise first
+
+    def _answers(self, map: Callable[..., Any], work: _Work, mine: list[int]) -> Iterator[Any]:
         try:
             for answer in map(work, mine):
-                got = answer.result() if callable(getattr(answer, "result", None)) else answer
-                bar.update()
-                error = self._received(got)
-                first = first or error
+                yield answer.result() if callable(getattr(answer, "result", None)) else answer
         except Exception as error:
             left = self.missing()
             raise RuntimeError(
                 f"a worker died or could not be reached ({type(error).__name__}: {short(str(error))}); "
                 f"{self.blocks - len(left)} of {self.blocks} blocks are complete, call run() again for the rest"
             ) from error
-        if first is not None:
-            raise first
-
-    def _received(self, answer: Any) -> Exception | None:
-        k, run, made = answer
-        if isinstance(made, Exception):
-            return made
-        if run != self.specification["digest"]:
-            raise ValueError(f"block {k} comes from another version of this run; restart the workers")
-        if made is not None:
-            self._store.keep(k, *made)
-        return None
 
     def missing(self) -> list[int]:
         """The numbers of the blocks that are not there."""
@@ -370,20 +371,19 @@ class Ensemble:
         found = self.result()
         if not isinstance(found, Blocks):
             raise ValueError("the run was reduced, and has no arrays; result() has what was kept")
-        variables = {}
-        lazily = Path(self._out).suffix == ".zarr" if self._out is not None else False
-        opened = xarray.open_zarr(self._out, consolidated=False) if lazily else None
-        for name, array in found.items():
-            axes = ["path"] + [f"{name}_{axis}" for axis in range(1, len(array.shape))]
-            if name == "xs" and found.ts is not None:
-                axes[1] = "time"
-            data = array.tensor().numpy() if opened is None else opened[name].data
-            variables[name] = (axes, data)
-        coordinates: dict[str, Any] = {"path": range(self.paths)}
+        if isinstance(self._store, Zarr):
+            made = xarray.open_zarr(self._store.path, consolidated=False)
+        else:
+            made = xarray.Dataset(
+                {
+                    name: (["path", *(f"{name}_{axis}" for axis in range(1, len(array.shape)))], array.tensor().numpy())
+                    for name, array in found.items()
+                }
+            )
+        made = made.assign_coords(path=range(self.paths))
         if found.ts is not None and "xs" in found:
-            coordinates["time"] = found.ts.numpy()
-        said = {n: v for n, v in self.specification.items() if isinstance(v, str | int)}
-        return xarray.Dataset(variables, coords=coordinates, attrs=said)
+            made = made.rename_dims(xs_1="time").assign_coords(time=found.ts.numpy())
+        return made.assign_attrs({n: v for n, v in self.specification.items() if isinstance(v, str | int)})
 
 
 def _place() -> tuple[int, int]:
@@ -475,14 +475,20 @@ class _Work:
         paths: int,
         block: int,
         reductions: Mapping[str, AbstractReduction],
-        store: AbstractStore,
-        run: str,
+        store: AbstractStore | None,
+        specify: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self.task, self.paths, self.block, self.reductions, self.run = task, paths, block, reductions, run
-        self.store: AbstractStore | None = store if store.shared else None
+        self.task, self.paths, self.block, self.reductions, self._specify = task, paths, block, reductions, specify
+        self.store = store if store is not None and store.shared else None
+        self.run: str | None = None  # which run this is where the work is done: functions travel by name
         self.execution: str | None = None
+        self._asked: str | None = None
 
     def __call__(self, k: int) -> tuple[int, str, Any]:
+        if self.run is None:
+            self.run = str(self._specify()["digest"])
+        if self._asked not in (None, self.run):
+            return k, self.run, None
         try:
             store = self.store or store_of(None, self.paths, self.block)
             if self.store is None and self.execution is not None:
@@ -496,7 +502,8 @@ class _Work:
         return k, self.run, None
 
     def __reduce__(self) -> tuple[Callable[..., _Work], tuple[Any, ...]]:
-        parts = (self.task, self.paths, self.block, self.reductions, self.store, self.run, self.execution)
+        of = (self.task, self.paths, self.block, self.reductions, self.store, self._specify)
+        parts = (of, self.execution, self.run)
         try:
             return _restored, (pickle.dumps(parts),)
         except Exception as error:
@@ -522,10 +529,11 @@ class _Work:
             ) from error
 
 
+@functools.lru_cache(2)  # an engine sends it with every block
 def _restored(content: bytes) -> _Work:
-    task, paths, block, reductions, store, run, execution = pickle.loads(content)
-    work = _Work(task, paths, block, reductions, store or store_of(None, paths, block), run)
-    work.store, work.execution = store, execution
+    of, execution, asked = pickle.loads(content)
+    work = _Work(*of)
+    work.execution, work._asked = execution, asked
     return work
 
 
@@ -534,7 +542,6 @@ def _specification(
     paths: int,
     block: int,
     reductions: Mapping[str, AbstractReduction],
-    own: str | None,
     identity: str | None,
 ) -> dict[str, Any]:
     said: dict[str, Any] = {"format": _FORMAT, "task": type(task).__name__, "paths": paths, "block": block}
@@ -543,12 +550,11 @@ def _specification(
     arguments = dict(task.arguments())
     if reductions:
         arguments["reduce"] = dict(reductions)
-    said["arguments"] = {name: _described(value) for name, value in sorted(arguments.items())}
-    for name, value in sorted(arguments.items()):
-        if identity is not None and name in _FUNCTIONS:
-            said["arguments"][name] = f"identity {identity!r}"
-        else:
-            said["arguments"][name] += f" [{digest(value)[:16]}]"
+    said["arguments"] = {
+        name: f"{_described(value)} [{digest(value, identity)[:16]}]" for name, value in sorted(arguments.items())
+    }
+    if identity is not None:
+        said["identity"] = identity
     said["versions"] = {
         "sdesolve": _version(),
         "torch": torch.__version__,

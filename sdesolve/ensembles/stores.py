@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import errno
 import json
 import os
 import zlib
@@ -231,25 +232,33 @@ class Zarr(AbstractFolder):
         return self._marker(k).is_file()
 
     def keep(self, k: int, arrays: dict[str, Tensor], about: Mapping[str, Any]) -> None:
-        group, first, sums = self._opened("a"), k * self._block, {}
-        whole = {name: v for name, v in arrays.items() if name.startswith("summary.")}
+        try:
+            self._keep(k, arrays, about)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"could not write block {k} to {self.path} ({error.strerror or error}); zarr needs a file "
+                "system with renames and hard links",
+            ) from error  # fmt: skip
+
+    def _keep(self, k: int, arrays: dict[str, Tensor], about: Mapping[str, Any]) -> None:
+        group, sums = self._opened("a"), dict[str, int]()
         for name, value in arrays.items():
-            if name in whole:
-                continue
+            if value.dtype == torch.bfloat16:
+                raise TypeError(f"zarr keeps no bfloat16, and {name} is; give a folder of another name as out")
             rows = value.detach().cpu().numpy()
+            whole = name.startswith("summary.")  # one for a block, in place of one for a path
+            rows, first, axis = (rows[None], k, "block") if whole else (rows, k * self._block, "path")
             array = group.require_array(
                 name,
-                shape=(self._paths, *rows.shape[1:]),
-                chunks=(min(self._block, max(self._paths, 1)), *(max(n, 1) for n in rows.shape[1:])),
+                shape=(-(-self._paths // self._block) if whole else self._paths, *rows.shape[1:]),
+                chunks=(1 if whole else self._block, *(max(n, 1) for n in rows.shape[1:])),
                 dtype=rows.dtype,
-                dimension_names=("path", *(f"{name}_{axis}" for axis in range(1, rows.ndim))),
+                dimension_names=(axis, *(f"{name}_{axis}" for axis in range(1, rows.ndim))),
             )
             array[first : first + len(rows)] = rows
             sums[name] = zlib.crc32(rows.tobytes())
             self._flush(name, k)
-        summary = {name: [str(v.dtype).removeprefix("torch."), v.tolist()] for name, v in whole.items()}
-        marker = {"about": about, "run": self._run, "checksums": sums, "summary": summary}
-        write_text(self._marker(k), _group(marker))
+        write_text(self._marker(k), _group({"about": about, "run": self._run, "checksums": sums}))
 
     def _flush(self, name: str, k: int) -> None:
         for folder, _, files in os.walk(self.path / name / "c" / str(k)):
@@ -268,11 +277,11 @@ class Zarr(AbstractFolder):
         except (ValueError, KeyError, TypeError):
             raise checkpoints.damaged(self._marker(k), "it is no marker of a block") from None
         self._check(k, marker.get("run"), self._marker(k))
-        group, first, tensors = self._opened("r"), k * self._block, {}
+        group, tensors = self._opened("r"), dict[str, Tensor]()
         for name, checksum in marker["checksums"].items():
-            rows, cause = None, None
+            rows, cause, whole, first = None, None, name.startswith("summary."), k * self._block
             try:
-                rows = group[name][first : min(first + self._block, self._paths)]
+                rows = group[name][k : k + 1] if whole else group[name][first : min(first + self._block, self._paths)]
             except Exception as error:  # of whichever decoder finds out first
                 cause = error
             if rows is None or zlib.crc32(rows.tobytes()) != checksum:
@@ -280,9 +289,7 @@ class Zarr(AbstractFolder):
                     f"block {k} of {name} in {self.path} is damaged: it does not match its checksum; run.do({k}) makes "
                     "it again"
                 ) from cause
-            tensors[name] = torch.from_numpy(rows)
-        for name, (dtype, values) in marker["summary"].items():
-            tensors[name] = torch.tensor(values, dtype=getattr(torch, dtype))
+            tensors[name] = torch.from_numpy(rows).squeeze(0) if whole else torch.from_numpy(rows)
         return tensors, marker["about"]
 
 
@@ -313,13 +320,25 @@ def write_text(path: Path, text: str, *, replace: bool = True) -> None:
         if replace:
             os.replace(partial, path)
         else:
-            with contextlib.suppress(FileExistsError):
-                os.link(partial, path)
-            partial.unlink()
+            _place(partial, path)
+            partial.unlink(missing_ok=True)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(error.errno, f"could not write {path} ({error.strerror or error})") from error
+
+
+def _place(partial: Path, path: Path) -> None:
+    """Gives a file its name unless there is one of that name."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if not path.exists():  # on a file system without links
+            os.replace(partial, path)
 
 
 @final
@@ -375,7 +394,12 @@ class BlockArray:
             or index.dtype not in (torch.bool, torch.int64, torch.int32)
         ):
             raise TypeError(f"rows are given by a number, a slice or a tensor of numbers, got {short(index)}")
-        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long() % max(len(self), 1)
+        if index.dtype == torch.bool and len(index) != len(self):
+            raise IndexError(f"a mask of {len(index)} for {len(self)} paths")
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+        if index.numel() and not -len(self) <= int(index.min()) <= int(index.max()) < len(self):
+            raise IndexError(f"paths {int(index.min())} to {int(index.max())} of {len(self)}")
+        index = torch.where(index < 0, index + len(self), index)
         size = self._blocks.block
         made = torch.empty(len(index), *self.shape[1:], dtype=self.dtype)
         for k in (index // size).unique().tolist():

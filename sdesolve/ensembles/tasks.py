@@ -301,13 +301,17 @@ class Solves(AbstractTask):
             (at, call["backend"]), tensors = done[0].split(), done[1]
             begun = int(at)
             grown = {name: [tensors[f"grown.{name}"]] for name in _GROWING if f"grown.{name}" in tensors}
-            memory = tuple(tensors[f"memory.{k}"] for k in range(sum(n.startswith("memory.") for n in tensors)))
             start = {
                 "start": Continuation(
-                    tensors["x"], memory, points[: begun + 1].clone(), start["noise"], solver,
-                    as_carry(start["carry"]), as_boundaries(start["until"]),
+                    x=tensors["x"],
+                    times=points[: begun + 1].clone(),
+                    noise=start["noise"],
+                    solver=solver,
+                    carry=as_carry(start["carry"]),
+                    until=as_boundaries(start["until"]),
+                    **{name: _numbered(tensors, name) for name in _REMEMBERED},
                 )
-            }  # fmt: skip
+            }
         made = Made({})
         for end in (end for end in ends if end > begun):
             wanted = _within(save_at, points, begun, end, steps)
@@ -323,7 +327,9 @@ class Solves(AbstractTask):
                     grown.setdefault(name, []).append(value)
             if keep is not None and end != steps:
                 assert solution.state is not None
-                record = {"x": solution.state.x} | {f"memory.{k}": m for k, m in enumerate(solution.state.memory)}
+                record = {"x": solution.state.x}
+                for name in _REMEMBERED:
+                    record |= {f"{name}.{k}": value for k, value in enumerate(getattr(solution.state, name))}
                 record |= {f"grown.{name}": torch.cat(v, self._times) for name, v in grown.items()}
                 keep(f"{end} {solution.stats.execution}", record)
         whole = {name: torch.cat(values, self._times) for name, values in grown.items()}
@@ -361,6 +367,9 @@ class Solves(AbstractTask):
                 arrays[name] = value
         if self.options.get("carry") is not None:
             arrays |= {f"carry{where}": value for where, value in _leaves(sol.carry)}
+        for name in ("kls", "log_weights"):
+            if saving and (value := getattr(sol, name)) is not None:
+                arrays[name] = value.T
         for name in ("accepted", "rejected"):
             if sol.stats.accepted is not None and (value := getattr(sol.stats, name)) is not None:
                 arrays[name] = value
@@ -385,12 +394,17 @@ class Solves(AbstractTask):
             except (ValueError, TypeError):  # what is asked for does not fuse, or the block has another number of rows
                 pass
         with torch.no_grad():
-            same = {"backend": execution} if execution is not None and "observable" not in changes else {}
+            same = {} if execution is None else {"backend": execution}
             whole = solve(**(self._call(first, count) | same | changes), gradients="none")
         return _row_of(whole, path - first)
 
 
 _GROWING = ("xs", "mean", "m2")
+_REMEMBERED = ("memory", "jumps")  # of a `Continuation`; what `kl_to` adds is refused with segments
+
+
+def _numbered(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    return tuple(tensors[f"{name}.{k}"] for k in range(sum(n.startswith(f"{name}.") for n in tensors)))
 
 
 def _saved(save_at: Any, points: Tensor) -> list[float]:
@@ -516,7 +530,7 @@ class Draws(_OfCalls):
     """
 
     _function = staticmethod(sample)
-    _own = ("start", "progress", "cuda_graph", "full", "save_at", "callback")
+    _own = ("start", "progress", "cuda_graph", "full", "save_at", "callback", "paths")
     _cut = ("x0", "given")
 
     def __init__(self, process: Any, score: Any, shape: tuple[int, ...] | None = None, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -140,7 +141,7 @@ def _check(problem: Problem) -> None:
         )
 
 
-class _Stepping:
+class _Stepping(abc.ABC):
     """Interval after interval of the grid. A subclass says what happens within one."""
 
     def __init__(self, problem: Problem) -> None:
@@ -182,8 +183,9 @@ class _Stepping:
         at, b = (t.to(self.device).expand(self.batch) for t in self.problem.times[k : k + 2])
         return at, b
 
+    @abc.abstractmethod
     def step(self, context: StepContext, states: States) -> States:
-        raise NotImplementedError
+        """From one grid point to the next."""
 
     def path_of(self, row: int) -> int:
         """The number of a row's path, for a message."""

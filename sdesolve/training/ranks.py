@@ -212,15 +212,7 @@ def _total(parts: Mapping[tuple[int, int], Tensor], a: int, b: int) -> Tensor:
 
 
 def _added(left: Gradient, right: Gradient) -> Gradient:
-    """Where one has none it counts as zeros, as it does for other ranks: ``0 + -0`` is not ``-0``."""
-    made: Gradient = []
-    for a, b in zip(left, right, strict=True):
-        if a is None or b is None:
-            one = a if b is None else b
-            made.append(None if one is None else torch.zeros_like(one).add_(one))
-        else:
-            made.append(a.add_(b))
-    return made
+    return [b if a is None else a if b is None else a.add_(b) for a, b in zip(left, right, strict=True)]
 
 
 def _end() -> None:

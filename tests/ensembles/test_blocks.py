@@ -119,6 +119,29 @@ def test_segments_change_nothing_and_go_on_after_a_kill(more, tmp_path, monkeypa
     assert not list((tmp_path / "run").glob("part-*"))
 
 
+def test_segments_of_jumps_go_on_with_what_paths_wait_for(tmp_path, monkeypatch):
+    sde = sds.JumpSDE(lambda x, t: -x, lambda x, t: 0.1 * x, rate=4.0, jump=lambda x, t, z: 0.3 * z)
+    given = {"solver": sds.EulerMaruyama(), "seed": 3, "block": 10}
+    whole = sds.ensemble(sde, X0, 0.0, 1.0, 8, **given)().result()
+    from sdesolve.ensembles import tasks
+
+    calls, solve = [], tasks.solve
+
+    @functools.wraps(solve)
+    def killed(**options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return solve(**options)
+
+    monkeypatch.setattr(tasks, "solve", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sds.ensemble(sde, X0, 0.0, 1.0, 8, segments=4, out=tmp_path / "run", **given)()
+    found = sds.ensemble(sde, X0, 0.0, 1.0, 8, segments=4, out=tmp_path / "run", **given)().result()
+    for name in ("x1", "jumps"):
+        assert torch.equal(found[name].tensor(), whole[name].tensor())
+
+
 def test_segments_keep_what_a_multistep_solver_remembers():
     p = sds.VP()
     flow = p.probability_flow(sds.Gaussian(torch.zeros(2), 0.5).score(p))

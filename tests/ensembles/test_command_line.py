@@ -47,6 +47,19 @@ def test_samples_and_reductions(tmp_path, capsys):
     assert "MergedMoments(count=64" in printed.out
 
 
+def test_a_learned_score_is_read_from_its_checkpoint(tmp_path, capsys):
+    torch.manual_seed(0)
+    score = sds.NetworkScore(sds.nn.MLP((2,), width=8, depth=1), sds.VP())
+    sds.save(score, tmp_path / "score.safetensors")
+    draws = {"process": {"VP": {}}, "score": str(tmp_path / "score.safetensors"), "shape": [2], "steps": 3, "seed": 1}
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"draws": draws, "paths": 6, "block": 4, "out": str(tmp_path / "run")}))
+    assert main(["run", str(file)]) == 0, capsys.readouterr().err
+    kept = sds.ensemble(sds.Draws(sds.VP(), score.eval(), (2,), steps=3, seed=1), paths=6, block=4)().result()["x"]
+    blocks = [sds.training.checkpoints.read(p)[0]["x"] for p in sorted((tmp_path / "run").glob("block-*"))]
+    assert torch.equal(torch.cat(blocks), kept.tensor())
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,6 +41,9 @@ def dies(action):
     if child == 0:
         try:
             action()
+            os.write(2, b"not killed\n")
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -55,31 +61,42 @@ def test_stores_are_equal_byte_by_byte(out, tmp_path):
     assert torch.equal(again.result()["xs"].tensor(), make(save_at=[0.3, 1.0])().result()["xs"].tensor())
 
 
-@pytest.mark.parametrize("when", ["before the marker", "within the data"])
-def test_a_kill_leaves_no_half_block(out, when, monkeypatch):
-    run = make(out=out)
-    run.do(0)
-    renamed = os.replace
+def test_a_kill_at_any_moment_leaves_no_half_block(out, monkeypatch):
+    """A process dies before each of the renames by which a block comes to be there."""
+    renamed, count = os.replace, 0
 
-    def killed():
-        count = 0
+    def counted(a, b):
+        nonlocal count
+        count += 1
+        renamed(a, b)
 
-        def replace(a, b):
-            nonlocal count
-            last = ("00000001" in str(b)) if when == "before the marker" else True
-            if last:
+    first = make(out=out.with_name(f"whole{out.suffix}"), save_at="grid")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", counted)
+        first.do(1)
+    assert count >= (3 if out.suffix else 1)  # two chunks and a marker at least
+    right = make(save_at="grid")().result()
+    for last in range(count):
+        folder = out.with_name(f"{last}{out.suffix}")
+        run = make(out=folder, save_at="grid")
+        done = 0
+
+        def killed(a, b, last=last):
+            nonlocal done
+            if done == last:
                 os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
             renamed(a, b)
 
-        os.replace = replace
-        run.do(1)
+        def work(run=run, killed=killed):
+            os.replace = killed
+            run.do(1)
 
-    dies(killed)
-    again = make(out=out)
-    assert again.missing() == [1, 2]
-    with pytest.raises(ValueError, match="block 1 is not there yet"):
-        again.result(partial=True)["x1"][12]
-    assert torch.equal(again().result()["x1"].tensor(), make()().result()["x1"].tensor())
+        dies(work)
+        again = make(out=folder, save_at="grid")
+        assert again.missing() == [0, 1, 2]
+        found = again().result()
+        assert all(torch.equal(found[name].tensor(), right[name].tensor()) for name in right)
 
 
 def test_damage_is_named(out):
@@ -136,20 +153,20 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
         make(out=tmp_path / "run")
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    run = make(out=tmp_path / "run")
+def test_a_full_disk_loses_nothing(out, monkeypatch):
+    run = make(out=out)
     run.do(0)
-    before = stored(tmp_path / "run")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"could not write .*block-00000001.*No space left"):
+        with pytest.raises(OSError, match=r"could not write .*(block-00000001|block 1).*No space left"):
             run()
-    assert stored(tmp_path / "run") == before
+    assert not list(out.rglob("*.partial"))
     assert run.missing() == [1, 2]
+    assert torch.equal(run().result()["x1"].tensor(), make()().result()["x1"].tensor())
 
 
 def test_the_specification_can_be_read(tmp_path):
@@ -167,6 +184,7 @@ def test_xarray_has_the_arrays(out):
     assert data.time.values.tolist() == [0.3, 1.0]
     assert torch.equal(torch.from_numpy(data.xs.values), run.result()["xs"].tensor())
     assert data.attrs["task"] == "Solves"
+    assert run.to_xarray().xs.variable._in_memory != bool(out.suffix)  # of zarr nothing is read until it is used
 
 
 def test_shares_of_processes(monkeypatch, tmp_path):
@@ -298,6 +316,20 @@ def of_default(rate):
     return lambda x, t, rate=rate: rate * x
 
 
+def stratonovich(rate):
+    return sds.SDE(lambda x, t: rate * x, lambda x, t: 0.1 * x, noise="diagonal", calculus="stratonovich")
+
+
+class Wave(sds.LinearBeta):
+    """The same at both ends of the interval and in its middle."""
+
+    def integral(self, t):
+        return super().integral(t) + 0.01 * torch.sin(4 * torch.pi * t)
+
+
+WAVE = Wave()
+
+
 def test_functions_are_known_by_all_they_do(monkeypatch):
     def closure(rate):
         return lambda x, t: rate * x
@@ -312,6 +344,8 @@ def test_functions_are_known_by_all_they_do(monkeypatch):
         (lambda x, t: x.sin(), lambda x, t: x.cos()),
         (sds.VP(), sds.VP(sds.LinearBeta(0.1, 19.0))),
         (sds.GaussianMixture(torch.ones(2, 1), 1.0), sds.GaussianMixture(torch.zeros(2, 1), 1.0)),
+        (sds.to_ito(stratonovich(1.0)), sds.to_ito(stratonovich(2.0))),
+        (sds.VP(WAVE), sds.VP(sds.LinearBeta())),
         (0.0, -0.0),
         ([1, 2], (1, 2)),
         ({"a": 1}, {"a": 2}),
@@ -326,6 +360,10 @@ def test_functions_are_known_by_all_they_do(monkeypatch):
     before = digest(law)
     law.score(sds.VP())(torch.ones(3, 1), torch.tensor(0.5))
     assert digest(law) == before  # use leaves no trace
+    for process in (sds.VP(), sds.VE(), sds.SubVP(), sds.OU(), sds.EDM(), sds.Rectified(), sds.VP(sds.CosineBeta())):
+        before = digest(process)
+        process.marginal(torch.ones(3, 1), torch.tensor(0.5))
+        assert digest(process) == before
     one, other = torch.ones(2), torch.ones(2)
     assert digest([one, one]) == digest([one, other])
     looped: list[object] = [1]
@@ -336,14 +374,16 @@ def test_functions_are_known_by_all_they_do(monkeypatch):
 
 
 def test_identity_stands_for_functions(tmp_path):
-    def run(rate, **options):
+    def run(rate, x0=X0, **options):
         sde = sds.SDE(lambda x, t: rate * x, diffusion, noise="diagonal")
-        return sds.ensemble(sde, X0, 0.0, 1.0, 8, solver=sds.EulerMaruyama(), seed=3, out=tmp_path / "run", **options)
+        return sds.ensemble(sde, x0, 0.0, 1.0, 8, solver=sds.EulerMaruyama(), seed=3, out=tmp_path / "run", **options)
 
     run(1.0, identity="first")
     run(1.0, identity="first")
-    with pytest.raises(ValueError, match="sde: identity 'first' there, identity 'second' here"):
+    with pytest.raises(ValueError, match="identity: first there, second here"):
         run(1.0, identity="second")
+    with pytest.raises(ValueError, match="x0: Tensor"):  # what is no function counts as ever
+        run(1.0, X0 + 1.0, identity="first")
     assert SDE is not None
 
 
@@ -357,5 +397,71 @@ def test_all_blocks_take_one_executor(out):
     found = make(out=slow)()  # in another process, say
     assert {found._store.read(k)[1]["execution"] for k in range(3)} == {"eager"}
     assert torch.equal(found.replay(21).x1[0], found.result()["x1"][21])
+    late = make(out=out.with_name(f"late{out.suffix}"))
+    late._store.decide = lambda execution: "eager"  # another process was faster
+    late.do(0)
+    assert late._store.read(0)[1]["execution"] == "eager"
     chosen = make(out=out.with_name(f"chosen{out.suffix}"), backend="kernel")()
     assert {chosen._store.read(k)[1]["execution"] for k in range(3)} == {"kernel"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_worker_with_other_code_gives_no_block(shared, tmp_path):
+    module = tmp_path / "own_model.py"
+    module.write_text("def drift(x, t):\n    return -x\n")
+    spec = importlib.util.spec_from_file_location("own_model", module)
+    own_model = importlib.util.module_from_spec(spec)
+    sys.modules["own_model"] = own_model
+    spec.loader.exec_module(own_model)
+    try:
+        sde = sds.SDE(own_model.drift, diffusion, noise="diagonal")
+        given = {"solver": sds.EulerMaruyama(), "seed": 3, "block": 10, "backend": "kernel"}
+        run = sds.ensemble(sde, X0, 0.0, 1.0, 8, out=tmp_path / "run" if shared else None, **given)
+
+        def elsewhere(work, numbers):
+            sent = pickle.dumps(work)
+            module.write_text("def drift(x, t):\n    return -2 * x\n")
+            spec.loader.exec_module(own_model)
+            return [pickle.loads(sent)(k) for k in numbers]
+
+        with pytest.raises(ValueError, match="another version of this run, and its block 0 was not taken"):
+            run(map=elsewhere)
+        assert run.missing() == [0, 1, 2]
+    finally:
+        del sys.modules["own_model"]
+
+
+def test_rows_that_are_not_there(whole):
+    array = make()().result()["x1"]
+    assert torch.equal(array[torch.tensor([-1, 3])], whole.x1[[-1, 3]])
+    for index in (torch.tensor([23]), torch.tensor([-24]), torch.ones(5, dtype=torch.bool)):
+        with pytest.raises(IndexError):
+            array[index]
+
+
+def test_a_file_system_without_links(out, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    run = make(out=out)
+    if out.suffix:  # zarr makes its arrays by links
+        with pytest.raises(OSError, match=r"could not write block 0 to .*run.zarr.*hard links"):
+            run()
+        return
+    run()
+    assert make(out=out).missing() == []
+    with pytest.raises(ValueError, match="holds another run"):
+        make(out=out, seed=8)
+
+
+def test_summaries_and_threads_in_stores(out):
+    run = make(out=out, reduce={"q": sds.QuantileSketch(), "m": sds.Moments()}, block=3)
+    with ThreadPoolExecutor(3) as pool:
+        run(map=pool.map)
+    there = make(out=out, reduce={"q": sds.QuantileSketch(), "m": sds.Moments()}, block=3).result()
+    here = make(reduce={"q": sds.QuantileSketch(), "m": sds.Moments()}, block=3)().result()
+    assert torch.equal(there["m"].variance, here["m"].variance)
+    assert torch.equal(there["q"](0.9), here["q"](0.9))
+    empty = out.with_name(f"empty{out.suffix}")
+    assert make(x0=X0[:0], paths=0, out=empty)().result()["x1"].tensor().shape == (0, 2)

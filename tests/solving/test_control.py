@@ -23,10 +23,13 @@ CDE = sds.SDE(lambda x, t: -0.3 * x, field, noise="general", calculus="stratonov
 X0 = torch.tensor([[1.0, 0.5], [0.2, -0.3]], dtype=torch.float64)
 
 
+def fined(steps):
+    """The times of the data, with ``steps`` steps between two of them."""
+    return torch.cat([T[:1], *(torch.linspace(a, b, steps + 1, dtype=T.dtype)[1:] for a, b in itertools.pairwise(T))])
+
+
 def run(solver, steps, values=DATA, **options):
-    grid = torch.cat([torch.linspace(a, b, steps + 1, dtype=torch.float64)[1:] for a, b in itertools.pairwise(T)])
-    control = sds.ControlPath(values, T, **options)
-    return sds.solve(CDE, X0, grid=torch.cat([T[:1], grid]), solver=solver, noise=control)
+    return sds.solve(CDE, X0, grid=fined(steps), solver=solver, noise=sds.ControlPath(values, T, **options))
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "hermite"])
@@ -72,6 +75,31 @@ def test_hermite_paths_know_nothing_of_the_future():
     times = torch.linspace(0.0, 0.7, 9, dtype=torch.float64)
     a, b = (sds.ControlPath(v, T, interpolation="hermite").increments(times, (1, 2)) for v in (DATA, other))
     assert torch.equal(a, b)
+
+
+def test_hermite_paths_have_no_kinks():
+    def bends(interpolation):
+        control, h = sds.ControlPath(DATA, T, interpolation=interpolation), 1e-6
+        slopes = [
+            control.increments(torch.stack([t, t + h]), (1, 2), dtype=torch.float64)[0, 0] / h
+            for knot in T[1:-1]
+            for t in (knot - h, knot)
+        ]
+        return torch.stack(slopes).reshape(-1, 2, 2).diff(dim=1).abs().max()
+
+    assert bends("hermite") < 1e-3
+    assert bends("linear") > 0.1
+    at_knots = sds.ControlPath(DATA, T, interpolation="hermite").increments(T, (1, 2), dtype=torch.float64)[:, 0]
+    torch.testing.assert_close(at_knots, DATA.diff(dim=0), rtol=1e-12, atol=1e-14)
+
+
+def test_euler_has_order_one():
+    ito = sds.SDE(lambda x, t: -0.3 * x, field, noise="general")
+    exact, control = run(sds.Midpoint(), 128).x1, sds.ControlPath(DATA, T)
+    coarse, fine = (
+        sds.solve(ito, X0, grid=fined(n), solver=sds.EulerMaruyama(), noise=control).x1 - exact for n in (16, 32)
+    )
+    assert abs(math.log2(float(coarse.abs().max() / fine.abs().max())) - 1) < 0.15
 
 
 def test_gradients_reach_the_data():
