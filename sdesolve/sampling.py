@@ -288,7 +288,7 @@ def _given(score: Score, conditions: Mapping[str, Tensor | float]) -> Score:
     if isinstance(score, ThresholdedScore):
         return ThresholdedScore(score.process, _given(score.score, conditions), score.threshold)
     if isinstance(score, ClassifierFreeGuidance):
-        return score.of(_given(score.conditional, conditions), score.unconditional)
+        return score.of(*(_given(part, conditions) for part in score.conditionals), score.unconditional)
     if not isinstance(score, NetworkScore):
         raise TypeError(f"given is for a NetworkScore, or guidance by one, got {kind_of(score)}; bind it in the score")
     return score.given(**conditions)  # type: ignore[arg-type]
@@ -340,8 +340,7 @@ def check_same_process(process: AbstractDiffusion, score: Score, samples: int | 
 
 def _scores_within(score: Score) -> tuple[Score, ...]:
     if isinstance(score, ClassifierFreeGuidance):
-        parts = (score.conditional, score.unconditional)
-        return tuple(part for part, called in zip(parts, score.used, strict=True) if called)
+        return tuple(part for part, called in zip(score.parts, score.used, strict=True) if called)
     return (score.score,) if isinstance(score, ClassifierGuidance | AbstractPosteriorScore | ThresholdedScore) else ()
 
 

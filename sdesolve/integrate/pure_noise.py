@@ -89,7 +89,7 @@ def _denoiser_of(score: Score) -> Field | None:
         inner = _denoiser_of(score.score)
         return None if inner is None else score.by(inner)
     if isinstance(score, ClassifierFreeGuidance):
-        parts = [_denoiser_of(part) for part in (score.conditional, score.unconditional)]
-        if parts[0] is not None and parts[1] is not None:
-            return score.of(parts[0], parts[1])  # affine in either
+        parts = [part for part in map(_denoiser_of, score.parts) if part is not None]
+        if len(parts) == len(score.parts):
+            return score.of(*parts)  # affine in each
     return None

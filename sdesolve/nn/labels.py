@@ -6,7 +6,7 @@ import abc
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -24,6 +24,11 @@ class LabelledNetwork(nn.Module, abc.ABC):
     """
 
     classes: int
+
+    @property
+    def nulls(self) -> dict[str, Any]:
+        """What stands for no condition, by name."""
+        return {"label": self.classes} if self.classes else {}
 
     @abc.abstractmethod
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -112,6 +117,53 @@ class Given(nn.Module):
             ValueError: there are not as many rows of a condition as samples.
         """
         return self.net(x, t, **{name: rows_for(name, value, x) for name, value in self.conditions.items()})
+
+
+@final
+class GivenTogether(nn.Module):
+    """``net`` on the rows of several parts at once, each part under its own conditions.
+
+    Args:
+        net: a network that takes them.
+        given: conditions of each part, by name. For what one lacks stands ``net.nulls[name]``. A number stands for a
+            row of such numbers, where other parts have rows.
+
+    Raises:
+        ValueError: a part lacks a condition that has no null value, or rows of parts differ in shape.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], given: Sequence[Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        nulls: Mapping[str, Any] = getattr(net, "nulls", {})
+        self.net, self.count = net, len(given)
+        self.values: dict[str, list[Tensor]] = {}
+        for name in dict.fromkeys(name for part in given for name in part):
+            if name not in nulls and any(name not in part for part in given):
+                raise ValueError(
+                    f"one_call needs a {name} in each part: give the part without one what stands for none, "
+                    f"score.given({name}=...)"
+                )
+            values = [part[name] if name in part else torch.as_tensor(nulls[name]) for part in given]
+            rows = {tuple(value.shape[1:]) for value in values if value.ndim}
+            if len(rows) > 1:
+                raise ValueError(
+                    f"one_call needs rows of one shape in all parts, and those of {name} are "
+                    f"{' and '.join(map(str, sorted(rows)))}; pad them, with a mask"
+                )
+            row = next(iter(rows), ())
+            self.values[name] = [value if value.ndim or not row else value.expand(1, *row) for value in values]
+        self.training = bool(getattr(net, "training", False))
+
+    @property
+    def wide_time(self) -> bool:
+        """As the network has it."""
+        return bool(getattr(self.net, "wide_time", False))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """As the network, for ``x: (parts batch, *state)``."""
+        part = x[: len(x) // self.count]
+        more = {n: torch.cat([rows_for(n, value, part) for value in values]) for n, values in self.values.items()}
+        return self.net(x, t, **more)
 
 
 class Takes(NamedTuple):

@@ -220,3 +220,126 @@ def test_guidance_by_time_and_within_an_interval():
                          ({"scale": 2.0, "interval": 0.5}, TypeError)):  # fmt: skip
         with pytest.raises(error):
             sds.ClassifierFreeGuidance(given, free, **wrong)
+
+
+# Several conditions, and one call for all
+
+
+def test_several_conditions_are_the_score_of_the_tilted_product():
+    """``p(x) p(0 | x)^2 p(2 | x)^-0.5`` by automatic differentiation of exact densities."""
+    x = X.clone().requires_grad_()
+    log_class = logits(x, TIMES).log_softmax(1)
+    joint = DATA.score(PROCESS).log_prob(x, TIMES) + 2.0 * log_class[:, 0] - 0.5 * log_class[:, 2]
+    (expected,) = torch.autograd.grad(joint.sum(), x)
+    guided = ClassifierFreeGuidance([given_labels(0), given_labels(2)], given_labels(3), scale=[2.0, -0.5])
+    torch.testing.assert_close(guided(X, TIMES), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_scales_by_sample_of_several_conditions_are_a_loop_over_samples():
+    parts = [sds.Gaussian(torch.tensor([float(k), 1.0 - k]), 0.5).score(PROCESS) for k in range(3)]
+    scales = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.5, -0.7], [0.0, 3.0]])
+    x, t = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), torch.tensor(0.4)
+    together = ClassifierFreeGuidance(parts[:2], parts[2], scale=[scales[:, 0], scales[:, 1]])
+    rows = [
+        ClassifierFreeGuidance(parts[:2], parts[2], scale=row.tolist())(x[i : i + 1], t) for i, row in enumerate(scales)
+    ]
+    assert torch.equal(together(x, t), torch.cat(rows))
+    ramp = ClassifierFreeGuidance(parts[:2], parts[2], scale=[lambda t: 5.0 * t, -0.7], interval=(0.3, 0.5))
+    by_hand = ClassifierFreeGuidance(parts[:2], parts[2], scale=[2.0, -0.7])
+    assert torch.equal(ramp(x, t), by_hand(x, t))
+    ones = ClassifierFreeGuidance(parts[:2], parts[2], scale=[1.0, 1.0])
+    assert torch.equal(ramp(x, torch.tensor(0.6)), ones(x, torch.tensor(0.6)))
+
+
+class Told(torch.nn.Module):
+    """A network of conditions that counts its rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.nulls = {"text": 0.0}
+        self.inner, self.norm, self.rows = torch.nn.Linear(7, 2), torch.nn.BatchNorm1d(2), []
+
+    def forward(self, x, t, text=None, image=None):
+        self.rows.append(len(x))
+        text = x.new_zeros(len(x), 3) if text is None else text
+        image = x.new_zeros(len(x)) if image is None else image
+        seen = torch.cat([x, text, image[:, None], t[:, None]], 1)
+        return self.norm(self.inner(seen)) * (1.0 + x.square())
+
+
+def test_conditions_by_name_have_scales_of_their_own():
+    score = sds.NetworkScore(Told().double().eval(), PROCESS)
+    text, t = draws(3, 4, 3), torch.tensor(0.5, dtype=torch.float64)
+    by_name = ClassifierFreeGuidance(score, scale={"text": 2.0, "image": -1.0}, text=text, image=0.3)
+    by_hand = ClassifierFreeGuidance([score.given(text=text), score.given(image=0.3)], score, scale=[2.0, -1.0])
+    assert torch.equal(by_name(X, t), by_hand(X, t))
+    one = ClassifierFreeGuidance(score, scale={("text", "image"): 2.0}, text=text, image=0.3)
+    assert torch.equal(one(X, t), ClassifierFreeGuidance(score, scale=2.0, text=text, image=0.3)(X, t))
+    options = {"steps": 3, "seed": 0, "backend": "eager", "dtype": torch.float64}
+    later = ClassifierFreeGuidance([score.given(text=text), score], score, scale=[2.0, -1.0])
+    both = [score.given(text=text, image=0.3), score.given(image=0.3)]
+    expected = sds.sample(PROCESS, ClassifierFreeGuidance(both, score, scale=[2.0, -1.0]), (4, 2), **options)
+    assert torch.equal(sds.sample(PROCESS, later, (4, 2), given={"image": 0.3}, **options), expected)
+
+
+def test_one_call_for_all_parts_gives_what_several_give():
+    net = Told().double().eval()
+    score, text = sds.NetworkScore(net, PROCESS, "edm"), draws(3, 4, 3)
+    free = score.given(image=0.0)
+    for parts, scale in (
+        ([score.given(text=text, image=0.2), score.given(text=text[:1], image=torch.arange(4.0))], [2.0, -0.5]),
+        ([score.given(text=text, image=0.2)], [torch.tensor([0.0, 1.0, 2.0, 3.0])]),
+    ):
+        for t in (TIMES, TIMES[1]):
+            together = ClassifierFreeGuidance(parts, free, scale=scale, one_call=True)
+            net.rows.clear()
+            value = together(X, t)
+            assert net.rows == [4 * (len(parts) + 1)]
+            expected = ClassifierFreeGuidance(parts, free, scale=scale)(X, t)
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    net.train()  # batch statistics of all rows at once would be others
+    net.rows.clear()
+    together(X, TIMES)
+    assert net.rows == [4, 4]
+    net.rows.clear()
+    drawn = sds.sample(PROCESS, together, (4, 2), steps=3, seed=0, dtype=torch.float64)
+    assert set(net.rows) == {8}
+    apart = ClassifierFreeGuidance(parts, free, scale=scale)
+    expected = sds.sample(PROCESS, apart, (4, 2), steps=3, seed=0, dtype=torch.float64)
+    torch.testing.assert_close(drawn, expected, rtol=1e-11, atol=1e-11)
+    labelled = sds.NetworkScore(sds.nn.MLP(2, width=8, depth=1, classes=3).double(), PROCESS)
+    with torch.no_grad():
+        for k, parameter in enumerate(labelled.parameters()):
+            parameter.copy_(draws(50 + k, *parameter.shape))
+    pair = [ClassifierFreeGuidance(labelled, scale=3.0, label=LABELS, one_call=one)(X, TIMES) for one in (True, False)]
+    torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
+
+
+def test_several_conditions_that_do_not_fit_are_refused():
+    cfg, score = ClassifierFreeGuidance, sds.NetworkScore(Told(), PROCESS)
+    other, two = sds.NetworkScore(Told(), PROCESS), torch.zeros(2, 3)
+    for make, error, message in (
+        (lambda: cfg([zero, zero], zero, scale=2.0), ValueError, "one for each of 2 conditions"),
+        (lambda: cfg([zero, zero], zero, scale=[1.0]), ValueError, "one for each of 2 conditions"),
+        (lambda: cfg([zero, zero], zero, scale=torch.ones(2)), ValueError, "one for each of 2"),
+        (lambda: cfg([zero], zero, scale=[-1.0]), ValueError, r"scale\[0\] must be finite and not"),
+        (lambda: cfg([zero, 1], zero, scale=[1.0, 1.0]), TypeError, "conditional must be a function"),
+        (lambda: cfg([], zero, scale=[]), ValueError, "got an empty one"),
+        (lambda: cfg([zero, zero], zero, weight=1.0), ValueError, "weight is for one condition"),
+        (lambda: cfg([zero, zero], zero, scale=[1.0, math.inf]), ValueError, r"scale\[1\] must be f"),
+        (lambda: cfg(zero, zero, scale=[1.0]), TypeError, "scale must be a number"),
+        (lambda: cfg(zero, zero, scale={"text": 1.0}), TypeError, "needs conditions by name"),
+        (lambda: cfg(score, scale={"text": 1.0}, text=two, image=0.1), ValueError, "image, text"),
+        (lambda: cfg(score, scale={"text": 1.0, "txt": 2.0}, text=two), ValueError, "'txt'"),
+        (lambda: cfg([zero, zero], zero, scale=[torch.ones(3), 1.0])(X, TIMES), ValueError, "3 scal"),
+        (lambda: cfg(zero, zero, scale=2.0, one_call=True), ValueError, "scores of one network"),
+        (lambda: cfg(score, other, scale=2.0, text=two, one_call=True), ValueError, "of one network"),
+        (lambda: cfg(score, scale=2.0, image=0.5, one_call=True), ValueError, "given\\(image=...\\)"),
+        (
+            lambda: cfg(score, score.given(text=two[:, :2]), scale=2.0, text=two, one_call=True),
+            ValueError, r"those of text are \(2,\) and \(3,\)",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            make()
