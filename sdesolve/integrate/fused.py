@@ -18,7 +18,6 @@ from typing import final
 
 import torch
 from sdesolve_kernels.dispatch import backend_for, requested_backend, use_backend
-from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.trajectory import (
     AbstractTrajectory,
     Adjoint,
@@ -26,6 +25,7 @@ from sdesolve_kernels.trajectory import (
     Guards,
     Inputs,
     Launch,
+    Pushforward,
     Signature,
     TooCostly,
     Unsupported,
@@ -45,7 +45,7 @@ from sdesolve_kernels.trajectory.expressions import topological
 from sdesolve_kernels.trajectory.launch import Saved as Run
 from sdesolve_kernels.trajectory.program import Program
 from sdesolve_kernels.trajectory.snapshots import random_states
-from sdesolve_kernels.transforms import is_transformed
+from sdesolve_kernels.transforms import directions, is_transformed
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -54,6 +54,7 @@ from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows, GivenNo
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
 from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
+from sdesolve.integrate.fused_tangents import Tangents, compare_tangents
 from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, apart, assembled, lower, together
 from sdesolve.integrate.non_finite import refuse_overflow
 from sdesolve.integrate.path_measure import between
@@ -120,9 +121,14 @@ class Kernel:
         """What `Saved` says of a run, and its source."""
         source, adjoint = self.trajectory.source, self.adjoint  # which may depend on the launch
         if adjoint is None:
-            return _REASON, source
+            return _PUSHED if self.pushed else _REASON, source
         apart = f"{_GRADED}{_APART if launch.moments else ''}"
         return _AT_ONCE if adjoint.at_once(launch) else apart, f"{source}\n\n{adjoint.source}"
+
+    @property
+    def pushed(self) -> bool:
+        """Whether it carries tangents."""
+        return isinstance(self.trajectory, Pushforward)
 
     def fits(self, guards: Guards) -> bool:
         """Whether nothing beyond the key of the guards has changed."""
@@ -189,7 +195,7 @@ class Fused:
         problem, lowered = _numbered(problem, lowered)
         kernel, guards = prepared(problem, lowered, self._wanted)
         stopping: Stopping | None = None
-        if _leaves(problem, kernel.adjoint is not None):
+        if _leaves(problem, kernel.adjoint is not None or kernel.pushed):
             stopping = Stopping(kernel.trajectory, sum(map(math.prod, lowered.shapes(problem.x0)[1:-3])))
             kernel = dataclasses.replace(kernel, trajectory=stopping)
         try:
@@ -207,7 +213,7 @@ class Fused:
 
 
 def _leaves(problem: Problem, graded: bool) -> bool:
-    """Whether paths that stop leave the batch; where gradients are wanted, the way back needs them all."""
+    """Whether paths that stop leave the batch; where gradients are wanted, or tangents, all stay."""
     return problem.following is not None and problem.following.stops and not graded
 
 
@@ -221,19 +227,38 @@ def prepared(problem: Problem, lowered: Lowered, wanted: bool) -> tuple[Kernel, 
     with _uncounted(problem):
         with _explained():
             guards = look_into(*_roots(problem), most_weights=_MOST_WEIGHTS)
-            _check_untransformed(problem.x0, *problem.memory, *guards.tensors)
-            kernel = _known(problem, guards, lowered, wanted)
-        if kernel is None or len(problem.x0) not in kernel.batches:
-            noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
-            check_noise_ahead(problem)
-            with _explained(), _disable_current_modes():  # what watches this call is not to see it
-                kernel, guards = _tried(problem, guards, lowered, noises, kernel, wanted)
-        elif not kernel.proved and _span(problem) not in kernel.spans:
-            check_noise_ahead(problem)
-        if not kernel.proved:
-            if len(kernel.spans) == _SPANS_KEPT:
-                kernel.spans.clear()
-            kernel.spans.add(_span(problem))
+            tangents = Tangents.of(problem, lowered, guards)
+        if tangents is None:
+            return _prepared(problem, lowered, guards, wanted, None)
+        with _explained():
+            plain, guards = tangents.plain(problem, lowered), tangents.valued(guards)
+            given = (problem, lowered), tangents
+        with tangents.values_alone():
+            kernel, _ = _prepared(*plain, guards, wanted, given)
+    return kernel, tangents.guards
+
+
+# An integration as it is, and what of it has tangents, beside one of plain tensors.
+Given = tuple[tuple[Problem, Lowered], Tangents]
+
+
+def _prepared(
+    problem: Problem, lowered: Lowered, guards: Guards, wanted: bool, given: Given | None
+) -> tuple[Kernel, Guards]:
+    """`prepared`, for an integration of plain tensors."""
+    with _explained():
+        kernel = _known(problem, guards, lowered, wanted, given)
+    if kernel is None or len(problem.x0) not in kernel.batches:
+        noises = tuple(source.numbers() for source in lowered.sources)  # what this refuses, every executor does
+        check_noise_ahead(problem)
+        with _explained(), _disable_current_modes():  # what watches this call is not to see it
+            kernel, guards = _tried(problem, guards, lowered, noises, kernel, wanted, given)
+    elif not kernel.proved and _span(problem) not in kernel.spans:
+        check_noise_ahead(problem)
+    if not kernel.proved:
+        if len(kernel.spans) == _SPANS_KEPT:
+            kernel.spans.clear()
+        kernel.spans.add(_span(problem))
     return kernel, guards
 
 
@@ -302,12 +327,6 @@ def _traced_step(lowered: Lowered) -> Callable[[Inputs], Sequence[Tensor]]:
     return lambda inputs: lowered.step(TracedContext(lowered, inputs), inputs.states)
 
 
-def _check_untransformed(*tensors: Tensor) -> None:
-    """Refuses derivatives forwards, of which a fused kernel has none."""
-    if has_tangent(*tensors):
-        raise CannotExecute(TRANSFORMED)
-
-
 def _is_graded(problem: Problem, guards: Guards, lowered: Lowered) -> bool:
     """Whether gradients may be wanted."""
     tensors = (
@@ -337,7 +356,7 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
         raise CannotExecute("the batch is empty")
     if type(x0) not in (Tensor, torch.nn.Parameter):
         raise CannotExecute(f"the state is a {type(x0).__name__}")
-    if is_transformed():
+    if is_transformed() and directions() is None:
         raise CannotExecute(TRANSFORMED)
     others = [e.dtype for e in lowered.extra if e.dtype != x0.dtype]
     if others:
@@ -380,13 +399,15 @@ def _numbered(problem: Problem, lowered: Lowered) -> tuple[Problem, Lowered]:
     return problem, lowered
 
 
-def _known(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool) -> Kernel | None:
+def _known(
+    problem: Problem, guards: Guards, lowered: Lowered, wanted: bool, given: Given | None
+) -> Kernel | None:
     """The kernel of an integration from an earlier call, if there is one.
 
     Raises:
         Unsupported: there can be none, or it is not right for a batch of this size.
     """
-    found = _found(_key(problem, guards, lowered))
+    found = _found(_key(problem, guards, lowered, given))
     if isinstance(found, Unsupported):
         if wanted and isinstance(found, TooCostly):
             return None
@@ -413,26 +434,27 @@ def _tried(
     noises: tuple[tuple[int, ...], ...],
     kernel: Kernel | None,
     wanted: bool,
+    given: Given | None,
 ) -> tuple[Kernel, Guards]:
     """A kernel, made now if there is none, that was compared with torch for the batch of this integration."""
     batch = len(problem.x0)
     try:
         if kernel is None:
-            kernel, guards = _build(problem, guards, lowered, noises, wanted)
+            kernel, guards = _build(problem, guards, lowered, noises, wanted, given)
     except Unsupported as met:
-        _keep(_key(problem, guards, lowered), met)
+        _keep(_key(problem, guards, lowered, given), met)
         raise
     try:
         if backend_for("trajectory", problem.x0.device).compared:
             with guards.preserved(watched=False):
-                _compare(problem, kernel, guards, lowered)
+                _compare(problem, kernel, guards, lowered, given)
         kernel.batches[batch] = None
     except Unsupported as met:
         kernel.batches[batch] = met
         raise
     finally:
         if batch in kernel.batches:
-            _keep(_key(problem, guards, lowered), kernel)
+            _keep(_key(problem, guards, lowered, given), kernel)
     return kernel, guards
 
 
@@ -443,10 +465,11 @@ def _keep(key: Hashable, made: Kernel | Plan | Unsupported | None) -> None:
             _kernels.popitem(last=False)
 
 
-def _key(problem: Problem, guards: Guards, lowered: Lowered) -> Hashable:
+def _key(problem: Problem, guards: Guards, lowered: Lowered, given: Given | None) -> Hashable:
     batch, x0 = len(problem.x0), problem.x0
     return (
         guards.key,
+        given and given[1].key(guards, lowered),
         tuple(t.shape[:1] == (batch,) for t in guards.tensors),
         batch == 1,
         tuple(x0.shape[1:]),
@@ -481,7 +504,12 @@ def _made_of(source: NoiseSource) -> Hashable:
 
 
 def _build(
-    problem: Problem, guards: Guards, lowered: Lowered, noises: tuple[tuple[int, ...], ...], wanted: bool
+    problem: Problem,
+    guards: Guards,
+    lowered: Lowered,
+    noises: tuple[tuple[int, ...], ...],
+    wanted: bool,
+    given: Given | None,
 ) -> tuple[Kernel, Guards]:
     x0, watched = problem.x0, problem.watched
     evaluations = 0
@@ -499,16 +527,17 @@ def _build(
         check_size(states)
         failure = None
         try:
-            guards = _warm(problem, guards, lowered, noises)
+            guards = _warm(problem, guards, lowered, noises, given)
         except Unsupported:
             raise
         except Exception as met:  # tracing says more of it
             failure = met
         graded = _is_graded(problem, guards, lowered)
         clock, swapped = problem.time_dtype, _swaps(lowered)
-        listed = lowered.rows is not None or _leaves(problem, graded)
+        pushed = given is not None
+        listed = lowered.rows is not None or _leaves(problem, graded or pushed)
         shapes = states, noises, lowered.columns
-        signature = Signature(x0.dtype, x0.device, *shapes, len(x0), clock, graded, swapped, listed)
+        signature = Signature(x0.dtype, x0.device, *shapes, len(x0), clock, graded, swapped, listed, pushed)
         with guards.preserved() as watch:
             program = trace(counted, signature, _observe(problem), seconds=_SECONDS)
             proved = not has_structure(problem) or is_proved(problem)
@@ -520,7 +549,11 @@ def _build(
             _check_weights(weights)
         seconds = math.inf if wanted else _COMPILING
         rule, adjoint = lowered.rule, None
-        trajectory = compile_adaptive(program, rule, seconds) if rule else compile_trajectory(program, kinds, seconds)
+        trajectory: AbstractTrajectory
+        if given is not None:
+            trajectory = _pushforward(program, kinds, lowered, given[1], seconds)
+        else:
+            trajectory = compile_adaptive(program, rule, seconds) if rule else compile_trajectory(program, kinds, seconds)
         if graded:
             adjoint = _adjoint(problem, lowered, trajectory, seconds)
     except Unsupported:
@@ -533,6 +566,15 @@ def _build(
     where = tuple(places[id(c)] for c in program.captured)
     read = tuple((where[i], program.captured[i].detach().clone()) for i in program.read)
     return Kernel(trajectory, where, weights, evaluations, noises, read, watch.bindings(), proved, adjoint), guards
+
+
+def _pushforward(
+    program: Program, kinds: Sequence[str], lowered: Lowered, tangents: Tangents, seconds: float
+) -> Pushforward:
+    """A trajectory with tangents."""
+    wanted = [i for i, c in enumerate(program.captured) if tangents.moves(c)]
+    rows = lowered.table is not None and tangents.moves(lowered.table)
+    return Pushforward(program, kinds, tangents.here.count, wanted, rows, seconds)
 
 
 def _adjoint(problem: Problem, lowered: Lowered, trajectory: AbstractTrajectory, seconds: float) -> Adjoint:
@@ -554,7 +596,9 @@ def _wanted(captured: Sequence[Tensor]) -> list[int]:
     return [i for i, c in enumerate(captured) if c.requires_grad and c.is_floating_point()]
 
 
-def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[tuple[int, ...]]) -> Guards:
+def _warm(
+    problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[tuple[int, ...]], given: Given | None
+) -> Guards:
     """Does the first step in torch, so that caches fill as they do in an eager run.
 
     Returns:
@@ -570,7 +614,7 @@ def _warm(problem: Problem, guards: Guards, lowered: Lowered, noises: Sequence[t
         first = _evaluated(problem, lowered, inputs)
         what, now = changed(), look_into(*_roots(problem))
         if what or now.key != guards.key:
-            guards, forward = now, random_states()
+            guards, forward = now if given is None else given[1].valued(now), random_states()
             rewind()  # a function that seeds a generator each time changes it again
             with guards.put_back_on_error() as changed_again:
                 second = _evaluated(problem, lowered, inputs)
@@ -618,7 +662,7 @@ def _inputs(
     return Inputs(lowered.start(x), tuple(normals), t[0], t[1], dt[0].to(x), dt[0].abs().sqrt().to(x), row)
 
 
-def _compare(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered) -> None:
+def _compare(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered, given: Given | None) -> None:
     """Compares a kernel with the step in torch on all rows of the batch.
 
     At the first, middle and last grid times when it is new, and at the first for other sizes of the batch.
@@ -674,6 +718,8 @@ def _compare(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered)
             agree(lambda x: observe(lowered.start(x)).detach(), seen, x0, eps)
         if kernel.adjoint is not None:
             _compare_gradients(problem, kernel, kernel.adjoint, guards, lowered)
+        if given is not None:
+            _compare_tangents(*given[0], kernel, x0, given[1])
     except Unsupported:
         raise
     except Exception as met:
@@ -682,12 +728,41 @@ def _compare(problem: Problem, kernel: Kernel, guards: Guards, lowered: Lowered)
 
 def _compare_gradients(problem: Problem, kernel: Kernel, adjoint: Adjoint, guards: Guards, lowered: Lowered) -> None:
     """Compares gradients of the first two steps with autograd's."""
-    observe, step, first = _observe(problem), _traced_step(lowered), problem.first
     lowered = _undifferentiated(lowered)
-    last = min(first + 2, problem.steps)
     captured = [guards.tensors[i] for i in kernel.where]
-    bare, offsets = [c.detach() for c in captured], places_of(problem, kernel, lowered)
     rows = None if lowered.table is None else lowered.table.detach()
+    launch, eager = _first_two(problem, kernel, lowered, rows, [c.detach() for c in captured])
+    where = _wanted(captured)
+    eps = coarsest(kernel.trajectory.plan.program)
+    compare_gradients(adjoint, launch, eager, [captured[i] for i in where], where, problem.x0.detach(), eps)
+
+
+def _compare_tangents(problem: Problem, lowered: Lowered, kernel: Kernel, x0: Tensor, tangents: Tangents) -> None:
+    """Compares tangents after the first two steps with torch's."""
+    captured = [tangents.guards.tensors[i] for i in kernel.where]
+    launch, eager = _first_two(problem, kernel, lowered, lowered.table, captured)
+
+    def fused(x: Tensor) -> list[Tensor | None]:
+        saved = kernel.trajectory.run(launch(x))
+        return [saved.x1, saved.memory if lowered.extra else None, saved.states]
+
+    def shaped(x: Tensor) -> list[Tensor | None]:
+        x1, memory, seen = eager(x)
+        return [x1, memory, seen]
+
+    compare_tangents(tangents, fused, shaped, x0, coarsest(kernel.trajectory.plan.program))
+
+
+def _first_two(
+    problem: Problem, kernel: Kernel, lowered: Lowered, rows: Tensor | None, captured: Sequence[Tensor]
+) -> tuple[Callable[[Tensor], Launch], Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor | None]]]:
+    """The first two steps from any state, as a launch and in torch.
+
+    In torch they give the state, what is carried beside it where that is looked at, and what is observed; a launch
+    saves that alone.
+    """
+    observe, step, first = _observe(problem), _traced_step(lowered), problem.first
+    last, offsets = min(first + 2, problem.steps), places_of(problem, kernel, lowered)
 
     def launch(x: Tensor) -> Launch:
         saves = () if observe is None else (last,)
@@ -699,7 +774,7 @@ def _compare_gradients(problem: Problem, kernel: Kernel, adjoint: Adjoint, guard
             offsets,
             saves,
             False,
-            bare,
+            captured,
             first_step=first,
             last_step=last,
             memory=memory,
@@ -715,9 +790,7 @@ def _compare_gradients(problem: Problem, kernel: Kernel, adjoint: Adjoint, guard
         seen = None if observe is None else observe(tuple(states))
         return states[0], together(tuple(states[1:])) if lowered.extra else None, seen
 
-    where = _wanted(captured)
-    eps = coarsest(kernel.trajectory.plan.program)
-    compare_gradients(adjoint, launch, eager, [captured[i] for i in where], where, problem.x0.detach(), eps)
+    return launch, eager
 
 
 def _undifferentiated(lowered: Lowered) -> Lowered:
@@ -760,6 +833,7 @@ def _observe(problem: Problem) -> Callable[[tuple[Tensor, ...]], Tensor] | None:
 
 
 _REASON = "the whole trajectory is one generated kernel"
+_PUSHED = f"{_REASON}, which carries tangents along"
 _GRADED = f"{_REASON}, and its gradient another"
 _AT_ONCE = "the whole trajectory and the gradient of its mean are one generated kernel"
 _APART = " (one gives both for the mean of one number at one time, over steps that fit one launch)"

@@ -32,6 +32,7 @@ from sdesolve_kernels.trajectory.program import check_size as check_size
 from sdesolve_kernels.trajectory.program import trace as trace
 from sdesolve_kernels.trajectory.reference import Walk as Walk
 from sdesolve_kernels.trajectory.reverse import reverse as reverse
+from sdesolve_kernels.trajectory.tangents import Pushforward as Pushforward
 from sdesolve_kernels.trajectory.tracing import TooCostly as TooCostly
 from sdesolve_kernels.trajectory.tracing import Unsupported as Unsupported
 from sdesolve_kernels.trajectory.watching import Bindings as Bindings

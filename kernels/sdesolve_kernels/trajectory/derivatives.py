@@ -8,11 +8,12 @@ from inputs that an output does not depend on. Reverse accumulation differs from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sdesolve_kernels.trajectory.expressions import FLOATS, Expression, Graph, topological
 from sdesolve_kernels.trajectory.leaves import Shared
+from sdesolve_kernels.trajectory.matrices import Matrix
 from sdesolve_kernels.trajectory.operations import OPERATIONS, Term
 
 __all__ = ["Outer", "derivative", "jvp", "vjp"]
@@ -128,9 +129,19 @@ class _Pulled:
 
 
 def jvp(
-    graph: Graph, roots: Sequence[Expression], wrt: Sequence[Expression], tangents: Sequence[Expression]
+    graph: Graph,
+    roots: Sequence[Expression],
+    wrt: Sequence[Expression],
+    tangents: Sequence[Expression],
+    of_matrix: Callable[[Matrix], Matrix | None] | None = None,
 ) -> list[Expression]:
-    """Forward accumulation: ``sum_w d root / d w tangent(w)`` for each root; arguments as for `vjp`."""
+    """Forward accumulation: ``sum_w d root / d w tangent(w)`` for each root.
+
+    Args:
+        graph, roots, wrt: as for `vjp`.
+        tangents: one for each of ``wrt``.
+        of_matrix: where those of a matrix kept whole lie, if it has any; else they are looked for in ``wrt``.
+    """
     _check_floats(wrt)
     found = {w.id: v for w, v in zip(wrt, tangents, strict=True)}
     rows: dict[int, list[Expression]] = {}
@@ -138,7 +149,7 @@ def jvp(
         if e.id in found or not e.args or e.dtype not in FLOATS:
             continue
         if e.op == "product":
-            rows[e.id] = _push_product(graph, e, wrt, found)
+            rows[e.id] = _push_product(graph, e, wrt, found, of_matrix)
             continue
         if e.op == "element":
             found[e.id] = rows[e.args[0].id][e.data]
@@ -185,7 +196,11 @@ def _pull_product(
 
 
 def _push_product(
-    graph: Graph, e: Expression, wrt: Sequence[Expression], found: dict[int, Expression]
+    graph: Graph,
+    e: Expression,
+    wrt: Sequence[Expression],
+    found: dict[int, Expression],
+    of_matrix: Callable[[Matrix], Matrix | None] | None,
 ) -> list[Expression]:
     """Tangents of the elements of a product."""
     zero = graph.const(0, e.dtype)
@@ -193,7 +208,12 @@ def _push_product(
     if any(a.id in found for a in e.args):
         pushed = graph.product(e.data, [found.get(a.id, zero) for a in e.args], e.dtype)
         parts = [[graph.element(pushed, i)] for i in range(e.data.rows)]
-    for w, i, j in _entries(e, wrt):
+    matrix = None if of_matrix is None else of_matrix(e.data)
+    if matrix is not None:
+        moved = graph.product(matrix, e.args, e.dtype)
+        for i, part in enumerate(parts):
+            part.append(graph.element(moved, i))
+    for w, i, j in _entries(e, wrt) if of_matrix is None else ():
         parts[i].append(graph.op("mul", found[w.id], e.args[j]))
     return [graph.sum(p, e.dtype) for p in parts]
 

@@ -79,6 +79,10 @@ class Guards:
     def __init__(self, key: tuple[Hashable, ...], tensors: tuple[Tensor, ...], walk: _Walk) -> None:
         self.key, self.tensors, self._walk = key, tensors, walk
 
+    def holding(self, tensors: tuple[Tensor, ...]) -> Guards:
+        """The same, with other tensors in place of those that were found."""
+        return Guards(self.key, tensors, self._walk)
+
     @contextlib.contextmanager
     def preserved(self, *, watched: bool = True) -> Iterator[Watch]:
         """Calls of the functions inside the ``with`` block change nothing that they hold.

@@ -52,9 +52,10 @@ class Signature:
         columns: length of the row of numbers that the solver tabulates for each step.
         batch: paths in the call that is traced.
         clock: dtype of the times at the ends of a step; ``None`` for that of the state.
-        graded: whether derivatives will be taken.
+        graded: whether derivatives will be taken backwards.
         swapped: whether steps ``2 k`` and ``2 k + 1`` of the sequences take each other's numbers.
         listed: whether the numbers of the rows' paths are listed, and not those after the first path in order.
+        pushed: whether derivatives will be taken forwards.
     """
 
     dtype: torch.dtype
@@ -67,6 +68,7 @@ class Signature:
     graded: bool = False
     swapped: bool = False
     listed: bool = False
+    pushed: bool = False
 
 
 @final
@@ -235,7 +237,8 @@ def _rows(
     deadline: Deadline,
 ) -> tuple[tuple[list[list[Expression]], list[list[Expression]], tuple[int, ...] | None], Tracer]:
     """Expressions of each row of the state after a step, and of the observation, and the observation's shape."""
-    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, deadline, signature.graded)
+    pushed, graded = signature.pushed, signature.graded or signature.pushed
+    tracer = Tracer(graph, signature.device, _HANDLERS, rows, signature.batch, by_path, deadline, graded, pushed)
     inputs = _inputs(tracer, signature)
     states = inputs.states
     with tracer, Unread(tracer):

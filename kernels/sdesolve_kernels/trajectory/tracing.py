@@ -234,6 +234,7 @@ class Tracer(TorchDispatchMode):
         by_path: see ``batch``.
         deadline: when to give up.
         graded: whether derivatives will be taken, so that it matters where the function stops them.
+        pushed: whether forwards, which ``no_grad`` does not stop.
 
     Attributes:
         problem: the first thing that went wrong. Code that is traced may catch the exception and go on, and what it
@@ -251,9 +252,10 @@ class Tracer(TorchDispatchMode):
         by_path: bool = True,
         deadline: Deadline | None = None,
         graded: bool = False,
+        pushed: bool = False,
     ) -> None:
         super().__init__()
-        self.graded, self._detaching = graded, False
+        self.graded, self._pushed, self._detaching = graded, pushed, False
         self.graph, self.device, self.rows = graph, device, rows
         self._handlers, self._batch, self._by_path, self._deadline = handlers, batch, by_path, deadline
         self._depth = 0
@@ -428,8 +430,9 @@ class Tracer(TorchDispatchMode):
         if name == "detach_":
             raise Unsupported("it calls detach_() in place; write x = x.detach()")
         if not torch.is_grad_enabled() and _in_custom_function():
-            raise Unsupported("it calls a torch.autograd.Function, whose backward no kernel calls")
-        return not torch.is_grad_enabled() or (name == "detach" and self._detaching)
+            way = "jvp" if self._pushed else "backward"
+            raise Unsupported(f"it calls a torch.autograd.Function, whose {way} no kernel calls")
+        return not (torch.is_grad_enabled() or self._pushed) or (name == "detach" and self._detaching)
 
     def _detached(self, a: Traced, given: Sequence[Any]) -> Traced:
         """A result through which no derivative passes; a view of other values is a copy, and cannot be written to."""
@@ -497,7 +500,7 @@ class Tracer(TorchDispatchMode):
                 "it changes a tensor in place that it was given or that lives outside it; write x = x + 1, not x += 1"
             )
         elements = self._within(cast(self.graph, value.elements, dtype_name(target.dtype)), target.dtype)
-        if self.graded and not torch.is_grad_enabled():
+        if self.graded and not (torch.is_grad_enabled() or self._pushed):
             if any(e.op not in ("const", "detach") and e.dtype in FLOATS for e in target.elements.flat):
                 raise Unsupported("it changes a tensor in place under no_grad that it has computed outside of that")
             elements = mapped(lambda e: self.graph.op("detach", e), elements)
