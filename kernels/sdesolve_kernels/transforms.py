@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 __all__ = [
-    "Directions", "any_copy", "directions", "is_mapped", "is_transformed", "outside_transforms", "plain", "values_alone",
+    "Directions", "any_copy", "directions", "is_mapped", "is_transformed", "outside_transforms", "plain",
+    "values_alone",
 ]  # fmt: skip
 
 

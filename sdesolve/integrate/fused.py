@@ -52,7 +52,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows, GivenNormals, Increment
 from sdesolve.integrate.checks import all_finite
-from sdesolve.integrate.executors import TRANSFORMED, CannotExecute, Eager
+from sdesolve.integrate.executors import CannotExecute, Eager
 from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
 from sdesolve.integrate.fused_tangents import Tangents, compare_tangents
 from sdesolve.integrate.lowering import Lowered, NoiseSource, StepContext, apart, assembled, lower, together
@@ -357,7 +357,9 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
     if type(x0) not in (Tensor, torch.nn.Parameter):
         raise CannotExecute(f"the state is a {type(x0).__name__}")
     if is_transformed() and directions() is None:
-        raise CannotExecute(TRANSFORMED)
+        raise CannotExecute(
+            "it takes part in a torch.func transform other than one jvp or jacfwd, which kernels are blind to"
+        )
     others = [e.dtype for e in lowered.extra if e.dtype != x0.dtype]
     if others:
         what = "times" if problem.following is not None and problem.time_dtype in others else "a carry"
@@ -399,9 +401,7 @@ def _numbered(problem: Problem, lowered: Lowered) -> tuple[Problem, Lowered]:
     return problem, lowered
 
 
-def _known(
-    problem: Problem, guards: Guards, lowered: Lowered, wanted: bool, given: Given | None
-) -> Kernel | None:
+def _known(problem: Problem, guards: Guards, lowered: Lowered, wanted: bool, given: Given | None) -> Kernel | None:
     """The kernel of an integration from an earlier call, if there is one.
 
     Raises:
@@ -552,8 +552,10 @@ def _build(
         trajectory: AbstractTrajectory
         if given is not None:
             trajectory = _pushforward(program, kinds, lowered, given[1], seconds)
+        elif rule:
+            trajectory = compile_adaptive(program, rule, seconds)
         else:
-            trajectory = compile_adaptive(program, rule, seconds) if rule else compile_trajectory(program, kinds, seconds)
+            trajectory = compile_trajectory(program, kinds, seconds)
         if graded:
             adjoint = _adjoint(problem, lowered, trajectory, seconds)
     except Unsupported:
@@ -744,13 +746,9 @@ def _compare_tangents(problem: Problem, lowered: Lowered, kernel: Kernel, x0: Te
 
     def fused(x: Tensor) -> list[Tensor | None]:
         saved = kernel.trajectory.run(launch(x))
-        return [saved.x1, saved.memory if lowered.extra else None, saved.states]
+        return [saved.x1, saved.memory if lowered.extra else None, None if saved.states is None else saved.states[0]]
 
-    def shaped(x: Tensor) -> list[Tensor | None]:
-        x1, memory, seen = eager(x)
-        return [x1, memory, seen]
-
-    compare_tangents(tangents, fused, shaped, x0, coarsest(kernel.trajectory.plan.program))
+    compare_tangents(tangents, fused, eager, x0, coarsest(kernel.trajectory.plan.program))
 
 
 def _first_two(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
@@ -124,7 +124,7 @@ class Tangents:
             finally:
                 self._within = contextlib.nullcontext
 
-    def differentiated(self, function: Callable[[Tensor], list[Tensor | None]], x: Tensor, v: Tensor) -> Tensor:
+    def differentiated(self, function: Callable[[Tensor], Sequence[Tensor | None]], x: Tensor, v: Tensor) -> Tensor:
         """Tangents of what a function makes of a state, ``(batch, numbers)``, where it reads tensors as they are.
 
         Args:
@@ -143,8 +143,8 @@ class Tangents:
 
 def compare_tangents(
     tangents: Tangents,
-    kernel: Callable[[Tensor], list[Tensor | None]],
-    eager: Callable[[Tensor], list[Tensor | None]],
+    kernel: Callable[[Tensor], Sequence[Tensor | None]],
+    eager: Callable[[Tensor], Sequence[Tensor | None]],
     x0: Tensor,
     eps: float,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sdesolve_kernels.trajectory import tangents
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -49,7 +50,7 @@ FUNCTIONS = {
 @pytest.mark.filterwarnings("ignore:create_graph=True")  # of autograd, which second derivatives are compared with
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_transform_is_the_derivative(name):
-    """Of every solver and way of saving, under auto, which takes no kernel there."""
+    """Of every kind of solver and way of saving, under auto, which fuses what is forwards alone."""
     f = FUNCTIONS[name]
     x = X0.clone().requires_grad_()
     v = torch.linspace(1.0, -0.5, 6, dtype=torch.float64).reshape(3, 2)
@@ -70,6 +71,148 @@ def test_every_transform_is_the_derivative(name):
     close(vmap(grad(total))(both)[0], slope)
     with forward_ad.dual_level():
         close(forward_ad.unpack_dual(total(forward_ad.make_dual(X0, v))).tangent, (slope * v).sum())
+
+
+def end(backend):
+    return lambda x: solved(EM, ITO)(x, backend).x1
+
+
+def normals(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def diagonal(theta, calculus="ito"):
+    def drift(x, t):
+        return theta[0] * torch.tanh(x).flip(-1) - x * torch.exp(-theta[1] * t)
+
+    return sds.SDE(drift, lambda x, t: 0.2 * torch.cos(theta[0] * x), calculus=calculus)
+
+
+def general(rows):
+    """With a row for each path, and channels that commute."""
+    channels = torch.arange(1.0, 5.0, dtype=torch.float64)
+    drift = lambda x, t, p: -p.exp() * x + rows[:, :1] * torch.sin(rows[:, 1:] * t)  # noqa: E731
+    return sds.SDE(drift, lambda x, t, p: torch.sin(x + p)[..., None] * channels, noise="general")
+
+
+def mapped(w):
+    """By matrices that are kept whole, and one row of one on its own."""
+
+    def drift(x, t):
+        y = torch.cat([x, x.cos(), x.sin(), x * t, 1 + 0 * x], 1) @ w
+        return (y.tanh() @ w + w[0])[:, :2]
+
+    return sds.SDE(drift, lambda x, t: 0.1 * x)
+
+
+def sampled(backend, w):
+    """From a learned score, under `no_grad`, which leaves tangents alone."""
+    with torch.no_grad():
+        return sds.sample(
+            VP, lambda x, t: torch.tanh(x @ w) - x, (4, 2), solver=sds.DPMSolverPP(order=2), steps=4, seed=1,
+            dtype=X0.dtype, backend=backend, full=True,
+        )  # fmt: skip
+
+
+def kept(sol):
+    """All that a run gives that may have a derivative."""
+    more = (sol.x1, sol.xs, sol.mean, sol.variance, sol.kl, sol.carry, sol.stop_time)
+    return tuple(t.nan_to_num(posinf=0.0) for t in more if t is not None)
+
+
+def run_of(make, **options):
+    """A run of an equation made of parameters."""
+    options = {"t0": 0.0, "t1": 0.5, "steps": 3, "solver": EM, "seed": 1, **options}
+    return lambda backend, x, p: sds.solve(make(p), x, backend=backend, **options)
+
+
+THETA, ROWS, WEIGHTS = normals(2), normals(3, 2, seed=2), 0.3 * normals(10, 10)
+FORWARDS = {
+    "backwards in time": (
+        run_of(lambda p: diagonal(p, "stratonovich"), t0=0.5, t1=0.0, solver=sds.Heun(), save_at="grid"),
+        (X0, THETA),
+    ),
+    "a row for each path": (lambda b, x, p: run_of(general, params=p, increments="two-point")(b, x, p), (X0, ROWS)),
+    "moments of an observable": (
+        lambda b, x, w: run_of(mapped, observable=lambda x: x @ w[0, :2] + x[:, 0], reduce="moments")(b, x, w),
+        (X0, WEIGHTS),
+    ),
+    "what is carried": (
+        lambda b, x, p: run_of(
+            diagonal,
+            until=sds.Crossing(lambda x, t: x[:, 0] - 1.1, 1),
+            carry=sds.Carry(lambda x: p[1] * x, lambda c, x, y, t, u: c + p * (y - x).abs()),
+        )(b, x, p),
+        (X0, THETA),
+    ),
+    "a path-space KL": (
+        lambda b, x, p: run_of(diagonal, save_at=[0.1, 0.5], kl_to=lambda x, t: p[0] * x)(b, x, p),
+        (X0, THETA),
+    ),
+    "a sampler": (lambda b, w, p: sampled(b, w * p), (0.3 * normals(2, 2), normals(2, 2, seed=1))),
+}
+
+
+@pytest.mark.uncompiled
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forward_mode_is_fused(name, monkeypatch):
+    """Equal to that of the eager run: dual tensors, `jvp`, and `jacfwd` in more directions than a launch takes."""
+    monkeypatch.setattr(tangents, "_AT_ONCE", 2)
+    run, start = FORWARDS[name]
+    ways = [normals(3, *p.shape, seed=i) for i, p in enumerate(start)]
+    executions = []
+
+    def values(backend, *given):
+        sol = run(backend, *given)
+        executions.append(sol.stats.execution)
+        return kept(sol)
+
+    def along(backend):
+        return lambda u: values(backend, *(p + torch.tensordot(u, v, 1) for p, v in zip(start, ways, strict=True)))
+
+    def dual(backend):
+        with forward_ad.dual_level():
+            made = values(backend, *(forward_ad.make_dual(p, v[0]) for p, v in zip(start, ways, strict=True)))
+            return [forward_ad.unpack_dual(y).tangent for y in made]
+
+    u = torch.zeros(3).double()
+    for differentiate in (dual, lambda b: jvp(along(b), (u,), (u + 1,))[1], lambda b: jacfwd(along(b))(u)):
+        for given, expected in zip(*map(differentiate, ("auto", "eager")), strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-12)
+    assert executions == ["fused", "eager"] * 3
+
+
+def test_tangents_of_a_kernel_have_the_same_bits_for_any_number_of_threads():
+    x0 = normals(3000, 2)
+    run = run_of(diagonal, steps=60)
+    threads, found = torch.get_num_threads(), []
+    f = lambda p, backend="fused": run(backend, x0, p).x1.square()  # noqa: E731
+    try:
+        for n in (1, 2, 8):
+            torch.set_num_threads(n)
+            found.append(jacfwd(f)(THETA))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, found[0]) for a in found[1:])
+    expected = jacfwd(lambda p: f(p, "eager"))(THETA)
+    assert (found[0] - expected).abs().max() <= 1e-10 * expected.abs().max()
+    mean = jacrev(lambda p: f(p, "eager").mean())(THETA)
+    torch.testing.assert_close(jacfwd(lambda p: f(p).mean())(THETA), mean, rtol=1e-10, atol=0)
+
+
+@pytest.mark.uncompiled
+def test_tangents_that_differ_from_torchs_are_not_trusted(monkeypatch):
+    made = tangents.jvp
+    monkeypatch.setattr(
+        tangents,
+        "jvp",
+        lambda graph, *rest: [graph.op("mul", graph.const(1.001, e.dtype), e) for e in made(graph, *rest)],
+    )
+    run = run_of(diagonal)
+    f = lambda backend: jvp(lambda p: run(backend, X0, p).x1, (THETA,), (THETA,))[1]  # noqa: E731
+    with pytest.raises(ValueError, match="its kernel and its step in torch differ by more than rounding"):
+        f("fused")
+    torch.testing.assert_close(f("auto"), f("eager"), rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -119,6 +262,28 @@ def test_kernels_refuse_transforms(backend):
     for call in (lambda: grad(lambda x: f(x, backend).sum())(X0), lambda: vmap(lambda x: f(x, backend))(X0[None])):
         with pytest.raises(ValueError, match=r"takes part in a torch.func transform.*backend='auto' runs it"):
             call()
+
+
+@pytest.mark.uncompiled
+def test_forward_derivatives_that_no_kernel_has_are_refused_in_a_sentence():
+    """And taken in torch where nothing else is asked for."""
+    run, p = run_of(diagonal), THETA
+    held = X0.clone().requires_grad_()
+    ode = sds.ODE(lambda x, t: -x)
+    adaptive = lambda x, b: sds.solve(ode, x, 0.0, 1.0, solver=sds.DormandPrince(), backend=b).x1  # noqa: E731
+    both, ones = torch.stack([X0, X0]), torch.ones_like(X0)
+    for why, call in {
+        "other than one jvp or jacfwd": lambda b: jvp(lambda x: jvp(end(b), (x,), (x,))[1], (X0,), (ones,))[1],
+        "torch.func transform other": lambda b: jacfwd(grad(lambda x: end(b)(x).sum()))(X0),
+        "mapped or differentiated themselves": lambda b: vmap(lambda x: jvp(end(b), (x,), (ones,))[1])(both),
+        "needs a gradient where tangents are wanted": lambda b: jvp(lambda p: run(b, held, p).x1, (p,), (p,))[1],
+        "steps that each path chooses": lambda b: jvp(lambda x: adaptive(x, b), (X0,), (ones,))[1],
+    }.items():
+        with pytest.raises(ValueError, match=rf"cannot be fused: .*{why}.*backend='auto' runs it in another way"):
+            call("fused")
+        torch.testing.assert_close(call("auto"), call("eager"), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="forward-mode differentiation, which kernels are blind to"):
+        jvp(end("kernel"), (X0,), (ones,))
 
 
 def test_what_has_no_derivative_says_so():

@@ -173,18 +173,6 @@ def test_gradients_are_never_lost(interpreted):
     assert torch.autograd.grad(sol.x1.sum(), start)[0].abs().min() > 0
 
 
-def test_transforms_around_solve_are_not_detached(interpreted):
-    def run(x, backend):
-        sde = sds.SDE(lambda x, t: torch.sin(x), lambda x, t: 0.1 + 0 * x, calculus="stratonovich")
-        return sds.solve(sde, x, 0.0, 1.0, 4, solver=sds.Heun(), seed=1, backend=backend).x1
-
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(X0, torch.ones_like(X0))
-        with pytest.raises(ValueError, match="forward-mode"):
-            run(dual, "fused")
-        assert torch.autograd.forward_ad.unpack_dual(run(dual, "auto")).tangent.abs().min() > 0
-
-
 def test_surroundings_that_change_what_torch_does_are_part_of_the_kernel(both, difference, interpreted):
     sde = sds.SDE(
         lambda x, t: torch.ones(2).to(x) / 3 * x if torch.ones(1).dtype == torch.float32 else -x, lambda x, t: x

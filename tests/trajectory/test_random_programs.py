@@ -24,7 +24,7 @@ import torch
 
 import sdesolve as sds
 
-PROGRAMS, PROGRAMS_A_RUN, PARTS, COMPILED, GRADED = 2040, 5, 8, 3, 6
+PROGRAMS, PROGRAMS_A_RUN, PARTS, COMPILED, GRADED, PUSHED = 2040, 5, 8, 3, 6, 4
 # All of them take more than a minute: HYPOTHESIS_PROFILE=thorough.
 TRIED = range(PARTS) if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else (1,)
 
@@ -282,6 +282,42 @@ def test_gradients_of_random_programs(seed, interpreted):
     for ours, theirs in zip(*found, strict=True):
         known = theirs.isfinite()
         assert ((ours - theirs)[known].abs() <= 1e-10 * theirs[known].abs().max().clamp(min=1e-3)).all()
+
+
+@pytest.mark.parametrize("seed", range(PUSHED))
+def test_tangents_of_random_programs(seed, interpreted):
+    """Against forward mode of the eager scheme: of states and the matrix of each program, in one direction or three."""
+    r = random.Random(seed)
+    d, normals = r.choice((2, 3, 4)), torch.Generator().manual_seed(seed)
+    functions = [program(PROGRAMS_A_RUN * seed + k, d, torch.float64) for k in range(3)]
+    f, g, observable = functions
+    x0 = torch.randn(r.choice((1, 3, 17)), d, dtype=torch.float64, generator=normals)
+    start = [x0, *(names_of(function)["WEIGHT"] for function in functions)]
+    ways = [torch.randn(3, *t.shape, dtype=torch.float64, generator=normals) for t in start]
+    sde = sds.SDE(f, lambda x, t: 0.1 * g(x, t))
+    options = {"solver": sds.EulerMaruyama(), "seed": seed, "check_finite": False, "save_at": "grid"}
+    options["observable"] = lambda x: observable(x, torch.zeros((), dtype=x.dtype))
+    executions = set()
+
+    def along(u, backend):
+        x, *weights = (t + torch.tensordot(u, v, 1) for t, v in zip(start, ways, strict=True))
+        for function, weight in zip(functions, weights, strict=True):
+            names_of(function)["WEIGHT"] = weight
+        sol = sds.solve(sde, x, 0.0, 0.5, 2, backend=backend, **options)
+        executions.add((backend, sol.stats.execution))
+        return sol.xs
+
+    def differentiated(backend):
+        if seed % 2:
+            return torch.func.jacfwd(lambda u: along(u, backend))(u)
+        return torch.func.jvp(lambda u: along(u, backend), (u,), (torch.ones_like(u),))[1]
+
+    u = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        ours, theirs = map(differentiated, ("auto", "eager"))
+    known = theirs.isfinite()
+    assert ((ours - theirs)[known].abs() <= 1e-10 * theirs[known].abs().max().clamp(min=1e-3)).all()
+    assert executions == {("auto", "fused"), ("eager", "eager")}
 
 
 def names_of(function):
