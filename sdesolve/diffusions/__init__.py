@@ -1,8 +1,15 @@
 """Linear-Gaussian forward processes."""
 
-from sdesolve.diffusions.base import AbstractDiffusion, Marginal, Prior, Transition, inverse_log_snr
+from sdesolve.diffusions.base import (
+    AbstractDiffusion,
+    AbstractInterpolant,
+    Marginal,
+    Prior,
+    Transition,
+    inverse_log_snr,
+)
 from sdesolve.diffusions.edm import EDM
-from sdesolve.diffusions.linear import LinearDiffusion
+from sdesolve.diffusions.linear import LinearDiffusion, LinearInterpolant
 from sdesolve.diffusions.ou import OU
 from sdesolve.diffusions.rectified import Rectified
 from sdesolve.diffusions.subvp import SubVP
@@ -17,9 +24,11 @@ __all__ = [
     "VP",
     "AbstractBetaSchedule",
     "AbstractDiffusion",
+    "AbstractInterpolant",
     "CosineBeta",
     "LinearBeta",
     "LinearDiffusion",
+    "LinearInterpolant",
     "Marginal",
     "Prior",
     "Rectified",

@@ -83,6 +83,8 @@ class AbstractDiffusion(AbstractLinearSDE):
 
     t_min: float
     t_max: float
+    data_at: int = 0
+    """The time of data on the clock of networks, which `AbstractInterpolant` may have running the other way."""
 
     @abc.abstractmethod
     def log_alpha(self, t: Tensor | float) -> Tensor:
@@ -132,7 +134,8 @@ class AbstractDiffusion(AbstractLinearSDE):
         """The class, with alpha and sigma at three times: tells processes apart, also those made of two lambdas."""
         times = (self.t_min, 0.5 * (self.t_min + self.t_max), self.t_max)
         values = [f"{float(c(t)):.6g}" for t in times for c in (self.alpha, self.sigma)]
-        return f"{type(self).__name__} with alpha and sigma {', '.join(values)}"
+        clock = ", data at 1" if self.data_at else ""
+        return f"{type(self).__name__} with alpha and sigma {', '.join(values)}{clock}"
 
     @final
     def alpha(self, t: Tensor | float) -> Tensor:
@@ -195,6 +198,26 @@ class AbstractDiffusion(AbstractLinearSDE):
     ) -> Tensor:
         """Draws start states ``(batch, *state)`` from `prior` (`Prior.sample`)."""
         return self.prior.sample(shape, seed=seed, first_path=first_path, dtype=dtype, device=device)
+
+
+class AbstractInterpolant(AbstractDiffusion):
+    """A process whose states ``x = alpha x_0 + sigma z`` move along curves from data to noise, within ``[0, 1]``.
+
+    A network of flow matching predicts the velocity of these curves, ``predicts="flow"``. It may count time from noise
+    to data, ``data_at=1``: then it is called at ``s = 1 - t``, and its velocity is ``dx/ds``. Everything else here,
+    solvers, grids, exact scores and ``t_min`` and ``t_max``, counts ``t`` from data to noise.
+    """
+
+    @abc.abstractmethod
+    def velocity_rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """``d alpha / dt`` and ``d sigma / dt``, finite on all of ``[0, t_max]``."""
+
+
+def check_data_at(data_at: int) -> int:
+    """Refuses what is not 0 or 1."""
+    if isinstance(data_at, bool) or data_at not in (0, 1):
+        raise ValueError(f"data_at must be 0 or 1, the time of data on the clock of the network, got {short(data_at)}")
+    return int(data_at)
 
 
 def inverse_log_snr(process: AbstractDiffusion, log_snr: Tensor | float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdesolve._internal.arguments import short
 from sdesolve._internal.precision import NARROW, are_networks_in_their_own
-from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.diffusions.base import AbstractDiffusion, AbstractInterpolant
 from sdesolve.nn.labels import Given, LabelledNetwork, check_rows
 from sdesolve.nn.normalizer import Normalizer
 from sdesolve.sde import per_sample
@@ -24,12 +24,21 @@ class Coefficients(NamedTuple):
     """``alpha``, ``sigma`` and ``log(sigma / alpha)`` at the times of ``x_t = alpha x_0 + sigma z``.
 
     ``alpha`` and ``sigma`` broadcast against ``x_t``; ``log_ratio`` has the shape of the time, and is there for
-    `PreconditionsEDM` alone.
+    `PreconditionsEDM` alone; ``turn``, of which there is one with `PredictsFlow` alone, broadcasts too.
     """
 
     alpha: Tensor
     sigma: Tensor
     log_ratio: Tensor | None
+    turn: Turn | None = None
+
+
+class Turn(NamedTuple):
+    """``alpha'``, ``sigma'`` and ``alpha sigma' - alpha' sigma`` on the clock of the network."""
+
+    alpha_rate: Tensor
+    sigma_rate: Tensor
+    determinant: Tensor
 
 
 class Target(NamedTuple):
@@ -136,16 +145,22 @@ class PredictsVelocity(_Unscaled):
 
 @final
 class PredictsFlow(_Unscaled):
-    """``F = z - x_0``, the velocity of ``x_t = (1 - t) x_0 + t z`` (Lipman et al. 2023; Liu et al. 2023, eq. 1)."""
+    """``F = alpha' x_0 + sigma' z``, the velocity of ``x = alpha x_0 + sigma z`` (Lipman et al. 2023, eq. 10).
+
+    On `Rectified` ``z - x_0``. Rates are those on the clock of the network: with ``data_at=1`` those of ``s = 1 - t``.
+    """
 
     def data(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
-        return x - c.sigma * F
+        assert c.turn is not None
+        return (c.turn.sigma_rate * x - c.sigma * F) / c.turn.determinant
 
     def noise(self, F: Tensor, x: Tensor, c: Coefficients) -> Tensor:
-        return x + c.alpha * F
+        assert c.turn is not None
+        return (c.alpha * F - c.turn.alpha_rate * x) / c.turn.determinant
 
     def target(self, c: Coefficients) -> Target:
-        return Target(data=-1.0, noise=1.0, gain=c.alpha)
+        assert c.turn is not None
+        return Target(c.turn.alpha_rate, c.turn.sigma_rate, gain=c.alpha / c.turn.determinant)
 
 
 @final
@@ -192,23 +207,29 @@ _PARAMETERIZATIONS: dict[str, Callable[[float], AbstractParameterization]] = {
 
 
 def _check_meaning(predicts: str, process: AbstractDiffusion) -> None:
-    """Refuses v-prediction along the line of flow matching, and the velocity of that line elsewhere."""
+    """Refuses v-prediction along the curves of flow matching, and the velocity of those elsewhere."""
     if predicts not in ("velocity", "flow"):
         return
-    times = (process.t_min, 0.5 * (process.t_min + process.t_max), process.t_max)
-    straight = all(abs(float(process.alpha(t)) + float(process.sigma(t)) - 1.0) < 1e-6 for t in times)
-    if predicts == "flow" and not straight:
+    interpolant = isinstance(process, AbstractInterpolant) or _is_straight(process)
+    if predicts == "flow" and not interpolant:
         raise ValueError(
             f"predicts='flow' is z - x_0, the velocity of x_t = (1 - t) x_0 + t z: give the process Rectified(), on "
-            f"which such a network was trained. On {type(process).__name__} a network of alpha z - sigma x_0 has "
-            "predicts='velocity'"
+            f"which such a network was trained, or for other curves LinearInterpolant(alpha, sigma). On "
+            f"{type(process).__name__} a network of alpha z - sigma x_0 has predicts='velocity'"
         )
-    if predicts == "velocity" and straight:
+    if predicts == "velocity" and interpolant:
+        line = "x_t = (1 - t) x_0 + t z" if _is_straight(process) else "an interpolant"
+        what = "z - x_0" if _is_straight(process) else "alpha' x_0 + sigma' z"
         raise ValueError(
-            "on x_t = (1 - t) x_0 + t z a velocity is that of flow matching, z - x_0: say predicts='flow'. A network "
+            f"on {line} a velocity is that of flow matching, {what}: say predicts='flow'. A network "
             "F = alpha z - sigma x_0 goes in by its noise, lambda x, t: (sigma x + alpha F) / (alpha^2 + sigma^2), "
             "with predicts='noise'"
         )
+
+
+def _is_straight(process: AbstractDiffusion) -> bool:
+    times = (process.t_min, 0.5 * (process.t_min + process.t_max), process.t_max)
+    return all(abs(float(process.alpha(t)) + float(process.sigma(t)) - 1.0) < 1e-6 for t in times)
 
 
 _DROPOUT = {"label": "label_dropout=0.1 as well"}
@@ -232,15 +253,16 @@ class NetworkScore(nn.Module):
     ``"data"``        ``(x_t, t)``                                       ``x_0``
     ``"score"``       ``(x_t, t)``                                       ``grad log p_t``
     ``"velocity"``    ``(x_t, t)``                                       ``alpha z - sigma x_0``
-    ``"flow"``        ``(x_t, t)``                                       ``z - x_0``, on `Rectified`
+    ``"flow"``        ``(x_t, t)``, or ``(x_t, 1 - t)`` with             ``z - x_0`` on `Rectified`, ``alpha' x_0 +
+                      ``data_at=1``, where ``'`` is ``d/ds``             sigma' z`` on `LinearInterpolant`
     ``"edm"``         scaled ``x_t`` and ``log(sigma / alpha) / 4``      a mix of both (`PreconditionsEDM`)
     ================  =================================================  ==========================================
 
     The conversions are exact for every process, by Tweedie's formula ``E[x_0 | x_t] = (x_t + sigma^2 score) / alpha``
     (Efron 2011). Two things are called velocity: that of v-prediction (Salimans and Ho 2022), ``"velocity"`` here, and
-    that of flow matching, along ``x_t = (1 - t) x_0 + t z``, ``"flow"`` here. Each is refused on the process of the
-    other. The score itself is ``-noise / sigma`` and grows without bound as ``t -> 0``; `noise` and `data` do
-    not.
+    that of flow matching, along the curves of an interpolant, ``"flow"`` here. Each is refused on the process of the
+    other. On an interpolant with ``data_at=1`` networks of every kind are called at ``s = 1 - t``. The score itself is
+    ``-noise / sigma`` and grows without bound as ``t -> 0``; `noise` and `data` do not.
 
     Args:
         net: a function or module ``(x, t) -> F``, with ``x`` and ``F`` of shape ``(batch, *state)`` and ``t`` always of
@@ -306,6 +328,26 @@ class NetworkScore(nn.Module):
         c = self._coefficients(x, t)
         F = self._call(x, t, c)
         return c.alpha * self._parameterization.noise(F, x, c) - c.sigma * self._parameterization.data(F, x, c)
+
+    def flow_and_score(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity ``dx/dt`` of the probability flow of an interpolant, and the score, by one call of the network.
+
+        ``alpha'(t) E[x_0 | x_t] + sigma'(t) E[z | x_t]``, finite at both ends, in the time of the process: towards the
+        noise, whatever the clock of the network.
+
+        Raises:
+            TypeError: the process is no interpolant.
+        """
+        if not isinstance(self.process, AbstractInterpolant):
+            raise TypeError(
+                f"{type(self.process).__name__} is no interpolant such as Rectified(); the flow of a diffusion is "
+                "process.probability_flow(score)"
+            )
+        c = self._coefficients(x, t)
+        F = self._call(x, t, c)
+        noise = self._parameterization.noise(F, x, c)
+        alpha_rate, sigma_rate = (per_sample(r.to(x.dtype), x) for r in self.process.velocity_rates(t.to(x.device)))
+        return alpha_rate * self._parameterization.data(F, x, c) + sigma_rate * noise, noise / -c.sigma
 
     def output(self, x: Tensor, t: Tensor) -> Tensor:
         """``F``: what the network returns, checked."""
@@ -404,8 +446,20 @@ class NetworkScore(nn.Module):
         log_ratio = None
         if isinstance(self._parameterization, PreconditionsEDM):
             log_ratio = (sigma.log() - log_alpha).to(x).expand(len(x))
-        alpha = log_alpha.exp()
-        return Coefficients(per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio)
+        alpha, turn = log_alpha.exp(), None
+        if isinstance(self._parameterization, PredictsFlow):
+            turn = Turn(*(per_sample(c.to(x.dtype), x) for c in self._turn(t, alpha, sigma)))
+        return Coefficients(per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio, turn)
+
+    def _turn(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Turn:
+        if isinstance(self.process, AbstractInterpolant):
+            alpha_rate, sigma_rate = self.process.velocity_rates(t)
+        else:
+            sigma_rate = torch.ones_like(t)
+            alpha_rate = -sigma_rate
+        if self.process.data_at:
+            alpha_rate, sigma_rate = -alpha_rate, -sigma_rate
+        return Turn(alpha_rate, sigma_rate, alpha * sigma_rate - alpha_rate * sigma)
 
     def _check_weights(self, x: Tensor, problem: RuntimeError) -> None:
         """Tells a network on another device or in another precision than its state from one that is wrong."""
@@ -433,7 +487,8 @@ class NetworkScore(nn.Module):
         return None if weight is None or weight.dtype not in NARROW else weight.dtype
 
     def _call(self, x: Tensor, t: Tensor, c: Coefficients) -> Tensor:
-        state, time = self._parameterization.inputs(x, t.to(x).expand(len(x)), c)
+        clock = 1.0 - t if self.process.data_at else t
+        state, time = self._parameterization.inputs(x, clock.to(x).expand(len(x)), c)
         narrow = self._narrow() if are_networks_in_their_own() else None
         if narrow is not None:
             state, time = state.to(narrow), time if getattr(self.net, "wide_time", False) else time.to(narrow)

@@ -12,7 +12,7 @@ import torch
 import sdesolve as sds
 
 DATA = sds.Gaussian(torch.tensor([0.5, -0.5, 1.0, 0.2]), torch.tensor([1.0, 0.3, 0.05, 2.0]))
-PROCESSES = [sds.VP(), sds.EDM()]
+PROCESSES = [sds.VP(), sds.EDM(), sds.Rectified(t_max=0.99)]
 # On the flow: sampler and order.
 DETERMINISTIC = [
     (sds.EulerMaruyama(), 1),
@@ -58,10 +58,10 @@ STOCHASTIC = [
 
 
 def crossed(cases):
-    """All on the first process, every other one on the second; the rest is left for the thorough profile."""
+    """All on the first process, each on one of the others in turn; the rest is left for the thorough profile."""
     for i, case in enumerate(cases):
         for process in PROCESSES:
-            rest = [pytest.mark.thorough] if i % 2 and process is not PROCESSES[0] else []
+            rest = [] if process in (PROCESSES[0], PROCESSES[1 + i % 2]) else [pytest.mark.thorough]
             yield pytest.param(*case, process, marks=rest, id=f"{'-'.join(map(repr, case))}-{type(process).__name__}")
 
 
