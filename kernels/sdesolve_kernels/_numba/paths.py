@@ -18,6 +18,7 @@ from .intrinsics import pointer
 from .intrinsics import select as select
 from .intrinsics import sqrt as sqrt
 from .philox import philox
+from .products import products
 
 F32, F64, I64 = np.float32, np.float64, np.int64
 INF, NAN = np.inf, np.nan
@@ -219,33 +220,6 @@ def accumulate(out: Any, offset: Any, s: Any, start: Any, width: Any, count: Any
 
 
 @inline
-def product(
-    s: Any, vector: Any, result: Any, m: Any, offset: Any, rows: Any, columns: Any, down: Any, across: Any, used: Any,
-    lanes: Any,
-) -> Any:  # fmt: skip
-    """``rows x columns`` matrix times the vector in rows ``vector`` on, to rows ``result`` on.
-
-    Four columns at a time: then a sum is loaded and stored once for four products.
-    """
-    zero, fours = m[offset] - m[offset], columns // 4 * 4
-    for i in range(rows):
-        out, at = result + i * lanes, offset + i * down
-        for l in range(used):  # noqa: E741
-            s[out + l] = zero
-        for j in range(0, fours, 4):
-            c0, c1 = m[at + j * across], m[at + (j + 1) * across]
-            c2, c3 = m[at + (j + 2) * across], m[at + (j + 3) * across]
-            row = vector + j * lanes
-            for l in range(used):  # noqa: E741
-                total = fma(c1, s[row + lanes + l], fma(c0, s[row + l], s[out + l]))
-                s[out + l] = fma(c3, s[row + 3 * lanes + l], fma(c2, s[row + 2 * lanes + l], total))
-        for j in range(fours, columns):
-            c, row = m[at + j * across], vector + j * lanes
-            for l in range(used):  # noqa: E741
-                s[out + l] = fma(c, s[row + l], s[out + l])
-
-
-@inline
 def copy(s: Any, start: Any, to: Any, count: Any) -> Any:
     """``count`` numbers to another place; the two do not overlap."""
     for l in range(count):  # noqa: E741
@@ -327,4 +301,4 @@ def add_entries(out: Any, offset: Any, s: Any, start: Any, count: Any, zero: Any
 def namespace() -> dict[str, Any]:
     """The names that generated code uses: those of this module, and elementary functions such as ``exp_float32``."""
     own = {name: value for name, value in globals().items() if not name.startswith("_")}
-    return own | {f"{name}_{dtype}": function for (name, dtype), function in FUNCTIONS.items()}
+    return own | products() | {f"{name}_{dtype}": function for (name, dtype), function in FUNCTIONS.items()}

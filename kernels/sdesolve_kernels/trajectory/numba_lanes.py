@@ -172,7 +172,7 @@ class Lanes:
                     made |= {self._graph.element(e, i).id: Row(vector + i, e.dtype) for i in range(len(e.args))}
                     made[e.id] = Row(vector, e.dtype)
                     continue
-                after.append(self._product(e, vector, result))
+                after += self._product(e, vector, result)
                 self.vectors[e.id] = vector
                 made |= {a.id: Row(vector + i, e.dtype) for i, a in enumerate(e.args) if a.args}
                 kept |= {self._graph.element(e, i).id: Row(result + i, e.dtype) for i in range(e.data.rows)}
@@ -246,12 +246,16 @@ class Lanes:
             base = self._place(self._graph.leaf(leaf, m.dtype))[1]
         return f"{base} + j * {m.stride * self.lanes}"
 
-    def _product(self, e: Expression, vector: int, result: int) -> str:
-        m = e.data
-        return (
-            f"product({self._array(e.dtype)}, {vector * self.lanes}, {result * self.lanes}, p{m.parameter}, "
-            f"{m.offset}, {m.rows}, {m.columns}, {m.row_stride}, {m.column_stride}, used, LANES)"
-        )
+    def _product(self, e: Expression, vector: int, result: int) -> list[str]:
+        m, array, lines, row = e.data, self._array(e.dtype), [], 0
+        for height, tiles in _tiles(m.rows):
+            lines.append(
+                f"product_{height}_{e.dtype}({array}, {vector * self.lanes}, {(result + row) * self.lanes}, "
+                f"p{m.parameter}, {m.offset + row * m.row_stride}, {tiles}, {m.columns}, {m.row_stride}, "
+                f"{m.column_stride}, used, LANES)"
+            )
+            row += height * tiles
+        return lines
 
 
 @final
@@ -312,6 +316,16 @@ class _Schedule:
                 if self._there[k.id] < level or common:
                     found.add(k.id)
         return found
+
+
+_TALLEST = 6  # rows of a tile, `_numba.products`
+
+
+def _tiles(rows: int) -> list[tuple[int, int]]:
+    """Rows as tiles that are nearly alike: the height, and how many of it."""
+    count = -(-rows // _TALLEST)
+    height, higher = divmod(rows, count)
+    return [(h, n) for h, n in ((height + 1, higher), (height, count - higher)) if n]
 
 
 def _evenly_spaced(rows: Sequence[int]) -> list[list[int]]:

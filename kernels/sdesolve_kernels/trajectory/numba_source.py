@@ -116,7 +116,7 @@ class AbstractPrinter(abc.ABC):
     def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
         self.plan, self.dtype = plan, plan.dtype
         self.increments = increments
-        self.lanes = _LANES[self.dtype] // (4 if plan.matrices else 1)
+        self.lanes = _LANES[self.dtype] // (2 if plan.matrices else 1)
         self.itemsize = 4 if self.dtype == "float32" else 8
         self.read: set[Expression] = set()
         self.writer = Writer(Numba(), self._leaf)
