@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,16 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a helper so that it is always inlined: a call inside a loop body keeps LLVM from vectorising it."""
     # Nobody calls one from Python: without what that takes, compiling them all is quicker by a fifth.
     options = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    compiled: Callable[..., Any] = _njit(forceinline=True, **options)(function)
-    return compiled
+    compiled: Any = _njit(forceinline=True, **options)(function)
+    template = compiled.get_call_template
+
+    def of_types(args: Sequence[Any], kws: Any) -> Any:
+        return template(tuple([numba.types.unliteral(a) for a in args]), kws)
+
+    # Numba would compile it anew for each list of constants that it is called with: LLVM has them after inlining.
+    compiled.get_call_template = of_types
+    made: Callable[..., Any] = compiled
+    return made
 
 
 def kernel(function: Callable[..., Any], variant: str = "") -> Callable[..., Any]:
@@ -106,6 +114,19 @@ class _Untranslated(CPUCodeLibrary):
         self._finalized = True
 
 
+class _Inlined(_Untranslated):
+    """Code of a helper, which is optimised where it is inlined: once, and knowing what it is called with."""
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        pass
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0  # nobody calls it
+
+
 def optimised(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, str]:
     """Optimised LLVM code of a function that returns nothing, and the name in it of its entry for C.
 
@@ -120,10 +141,16 @@ def optimised(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple
             cpu_target.options.parse_as_flags(flags, {**_OPTIONS, "no_cpython_wrapper": True})
             flags.no_compile = True
             context: Any = cpu_target.target_context
-            library = _Untranslated(context.codegen(), function.__name__)
-            found: Any = compiler.compile_extra(
-                cpu_target.typing_context, context, function, arguments, numba.types.void, flags, {}, library=library
-            )
+            codegen = context.codegen()
+            library = _Untranslated(codegen, function.__name__)
+            codegen._library_class, codegen.set_env = _Inlined, lambda name, environment: None
+            try:
+                found: Any = compiler.compile_extra(
+                    cpu_target.typing_context, context, function, arguments, numba.types.void, flags, {},
+                    library=library,
+                )  # fmt: skip
+            finally:
+                del codegen._library_class, codegen.set_env
             library.finalize()
             return library.get_llvm_str(), found.fndesc.llvm_cfunc_wrapper_name
     finally:

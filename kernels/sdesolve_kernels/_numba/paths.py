@@ -268,34 +268,15 @@ def add_rows(
 
 
 @inline
-def add_outer(
-    s: Any, left: Any, right: Any, turned: Any, out: Any, rows: Any, columns: Any, lanes: Any, width: Any
+def add_entries(
+    out: Any, offset: Any, s: Any, start: Any, rows: Any, columns: Any, down: Any, across: Any, zero: Any
 ) -> Any:  # fmt: skip
-    """Adds ``sum_l left_l right_l^T`` over lanes to a ``rows x columns`` matrix; the vectors are rows of lanes."""
-    for j in range(columns):
-        for l in range(lanes):  # noqa: E741
-            s[turned + l * columns + j] = s[right + j * width + l]
-    fours = lanes // 4 * 4
+    """Adds a matrix whose entry (i, j) lies at ``start + i down + j across``, and clears it."""
     for i in range(rows):
-        row, at = out + i * columns, left + i * width
-        for l in range(0, fours, 4):  # noqa: E741
-            c0, c1, c2, c3 = s[at + l], s[at + l + 1], s[at + l + 2], s[at + l + 3]
-            v = turned + l * columns
-            for j in range(columns):
-                total = fma(c1, s[v + columns + j], fma(c0, s[v + j], s[row + j]))
-                s[row + j] = fma(c3, s[v + 3 * columns + j], fma(c2, s[v + 2 * columns + j], total))
-        for l in range(fours, lanes):  # noqa: E741
-            c, v = s[at + l], turned + l * columns
-            for j in range(columns):
-                s[row + j] = fma(c, s[v + j], s[row + j])
-
-
-@inline
-def add_entries(out: Any, offset: Any, s: Any, start: Any, count: Any, zero: Any) -> Any:
-    """Adds numbers side by side, and clears them."""
-    for j in range(count):
-        out[offset + j] += F64(s[start + j])
-        s[start + j] = zero
+        for j in range(columns):
+            at = start + i * down + j * across
+            out[offset + i * columns + j] += F64(s[at])
+            s[at] = zero
 
 
 def namespace() -> dict[str, Any]:

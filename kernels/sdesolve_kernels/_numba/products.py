@@ -52,7 +52,7 @@ def _tile(rows: int, vectors: int, adding: bool) -> Any:
         typing_context: Any, m: Any, at: Any, down: Any, across: Any, x: Any, start: Any, step: Any, out: Any, to: Any,
         stride: Any, columns: Any,
     ) -> Any:  # fmt: skip
-        """Sums over ``j < columns`` of ``m[at + i down + j across] x[start + j step + l]`` at ``out[to + i stride + l]``."""
+        """``sum_j m[at + i down + j across] x[start + j step + l]``, ``j < columns``, to ``out[to + i stride + l]``."""
         if not isinstance(x, types.CPointer) or m != x or out != x:
             return None
 
@@ -115,9 +115,51 @@ def _tile(rows: int, vectors: int, adding: bool) -> Any:
     return tile
 
 
+@intrinsic
+def _turn(typing_context: Any, s: Any, start: Any, width: Any, last: Any, out: Any, stride: Any) -> Any:
+    """A square of as many rows as a vector has lanes, transposed; rows behind the `last` are the `last` again."""
+    if not isinstance(s, types.CPointer):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        s, start, width, last, out, stride = args
+        number = context.get_value_type(signature.args[0].dtype)
+        size = context.get_abi_sizeof(number)
+        vector, int64, int32 = ir.VectorType(number, _BYTES // size), ir.IntType(64), ir.IntType(32)
+        n = vector.count
+
+        def row(base: Any, i: Any, distance: Any) -> Any:
+            place = builder.gep(s, [builder.add(base, builder.mul(i, distance))])
+            return builder.bitcast(place, vector.as_pointer())
+
+        held = []
+        for i in range(n):
+            j = ir.Constant(int64, i)
+            j = builder.select(builder.icmp_signed("<", j, last), j, last)
+            held.append(builder.load(row(start, j, width), align=size))
+        half = n // 2
+        while half:  # blocks of so many rows and columns change places across the diagonal
+            low = [k if not k & half else k - half + n for k in range(n)]
+            high = [k + half if not k & half else k + n for k in range(n)]
+            masks = [ir.Constant(ir.VectorType(int32, n), m) for m in (low, high)]
+            for i in (i for i in range(n) if not i & half):
+                pair = held[i], held[i + half]
+                held[i], held[i + half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+            half //= 2
+        for i in range(n):
+            builder.store(held[i], row(out, ir.Constant(int64, i), stride), align=size)
+        return context.get_dummy_value()
+
+    return types.void(s, start, width, last, out, stride), codegen
+
+
+def _lanes(dtype: Any) -> int:
+    return _BYTES // np.dtype(dtype).itemsize
+
+
 def _product(rows: int, dtype: Any) -> Callable[..., Any]:
     wide, narrow = _tile(rows, _VECTORS, False), _tile(rows, 1, False)
-    vector = _BYTES // np.dtype(dtype).itemsize
+    vector = _lanes(dtype)
     width = vector * _VECTORS
 
     @inline
@@ -138,10 +180,47 @@ def _product(rows: int, dtype: Any) -> Callable[..., Any]:
     return product
 
 
+def _outer(rows: int, dtype: Any) -> Callable[..., Any]:
+    wide, narrow = _tile(rows, _VECTORS, True), _tile(rows, 1, True)
+    vector = _lanes(dtype)
+    width = vector * _VECTORS
+
+    @inline
+    def add_outer(s: Any, left: Any, turned: Any, out: Any, tiles: Any, stride: Any, lanes: Any, across: Any) -> Any:
+        """Adds ``sum_l left_l right_l^T`` over lanes to so many tiles of a matrix, ``right`` being `turned`."""
+        for j in range(0, stride // width * width, width):
+            for i in range(tiles):
+                at, to = left + i * rows * across, out + i * rows * stride + j
+                wide(s, at, across, 1, s, turned + j, stride, s, to, stride, lanes)
+        for j in range(stride // width * width, stride, vector):
+            for i in range(tiles):
+                at, to = left + i * rows * across, out + i * rows * stride + j
+                narrow(s, at, across, 1, s, turned + j, stride, s, to, stride, lanes)
+
+    return add_outer
+
+
+def _turned(dtype: Any) -> Callable[..., Any]:
+    vector = _lanes(dtype)
+
+    @inline
+    def turn(s: Any, start: Any, columns: Any, out: Any, stride: Any, lanes: Any, across: Any) -> Any:
+        """Rows of lanes as columns; `stride` numbers for each lane, the last `columns` of which are padding."""
+        for l in range(0, lanes, vector):  # noqa: E741
+            for j in range(0, stride, vector):
+                first = min(j, columns - 1)
+                _turn(s, start + first * across + l, across, columns - 1 - first, out + l * stride + j, stride)
+
+    return turn
+
+
 def products() -> dict[str, Callable[..., Any]]:
-    """Functions ``product_{rows of a tile}_{dtype}``."""
-    return {
-        f"product_{rows}_{dtype}": _product(rows, np.dtype(dtype).type)
-        for rows in range(1, TALLEST + 1)
-        for dtype in ("float32", "float64")
-    }
+    """Functions ``product_{rows of a tile}_{dtype}``, ``add_outer_...`` likewise, and ``turn_{dtype}``."""
+    made: dict[str, Callable[..., Any]] = {}
+    for dtype in (np.float32, np.float64):
+        name = np.dtype(dtype).name
+        made[f"turn_{name}"] = _turned(dtype)
+        for rows in range(1, TALLEST + 1):
+            made[f"product_{rows}_{name}"] = _product(rows, dtype)
+            made[f"add_outer_{rows}_{name}"] = _outer(rows, dtype)
+    return made

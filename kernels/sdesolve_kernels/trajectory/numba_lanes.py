@@ -19,7 +19,7 @@ from sdesolve_kernels.trajectory.leaves import (
 )
 from sdesolve_kernels.trajectory.rerolling import FEWEST, Rerolled, StridedInput, alike, reroll, with_vectors
 
-__all__ = ["Lanes", "kind", "typed"]
+__all__ = ["Lanes", "kind", "tiles", "typed"]
 
 Target = tuple[int, Expression]
 _IN_ROWS = (State, NoiseLeaf, PathInvariant, Cotangent, Accumulated)
@@ -248,13 +248,13 @@ class Lanes:
 
     def _product(self, e: Expression, vector: int, result: int) -> list[str]:
         m, array, lines, row = e.data, self._array(e.dtype), [], 0
-        for height, tiles in _tiles(m.rows):
+        for height, count in tiles(m.rows):
             lines.append(
                 f"product_{height}_{e.dtype}({array}, {vector * self.lanes}, {(result + row) * self.lanes}, "
-                f"p{m.parameter}, {m.offset + row * m.row_stride}, {tiles}, {m.columns}, {m.row_stride}, "
+                f"p{m.parameter}, {m.offset + row * m.row_stride}, {count}, {m.columns}, {m.row_stride}, "
                 f"{m.column_stride}, used, LANES)"
             )
-            row += height * tiles
+            row += height * count
         return lines
 
 
@@ -321,7 +321,7 @@ class _Schedule:
 _TALLEST = 6  # rows of a tile, `_numba.products`
 
 
-def _tiles(rows: int) -> list[tuple[int, int]]:
+def tiles(rows: int) -> list[tuple[int, int]]:
     """Rows as tiles that are nearly alike: the height, and how many of it."""
     count = -(-rows // _TALLEST)
     height, higher = divmod(rows, count)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 from sdesolve_kernels.trajectory.codegen import indented, local
 from sdesolve_kernels.trajectory.expressions import Expression
 from sdesolve_kernels.trajectory.leaves import Accumulated, Column, Cotangent, NoiseLeaf, PathInvariant, State
-from sdesolve_kernels.trajectory.numba_source import AbstractPrinter
+from sdesolve_kernels.trajectory.matrices import Matrix
+from sdesolve_kernels.trajectory.numba_lanes import tiles
+from sdesolve_kernels.trajectory.numba_source import VECTOR, AbstractPrinter
 from sdesolve_kernels.trajectory.reverse import Pulled, Reverse
 from sdesolve_kernels.trajectory.tracing import Unsupported
 
@@ -106,8 +108,9 @@ class _Printer(AbstractPrinter):
         self.observed = self.rows.rows(len(plan.observed))
         self.summed = len(reverse.columns) + len(reverse.loop_invariants)
         self.accumulated = self.rows.rows(self.summed + len(reverse.path_invariants))
-        self.matrices = [self.rows.rows(-(-m.rows * m.columns // self.lanes)) for m in reverse.matrices]
-        self.turned = self.rows.rows(max((m.columns for m in reverse.matrices), default=0))
+        self.shapes = [_Shape.of(m) for m in reverse.matrices]
+        self.matrices = [self.rows.rows(-(-shape.rows * shape.stride // self.lanes)) for shape in self.shapes]
+        self.turned = self.rows.rows(max((shape.stride for shape in self.shapes), default=0))
 
     def place(self, e: Expression) -> tuple[str, str]:
         i = e.data.i
@@ -259,8 +262,12 @@ class _Printer(AbstractPrinter):
         if loops:
             flush.append(self._added("sums", "sums_at", columns, loops))
         at = loops
-        for row, m in zip(self.matrices, self.reverse.matrices, strict=True):
-            flush.append(f"add_entries(sums, sums_at + {at}, s, {row * self.lanes}, {m.rows * m.columns}, REAL(0))")
+        for row, m, shape in zip(self.matrices, self.reverse.matrices, self.shapes, strict=True):
+            steps = (1, shape.stride) if shape.transposed else (shape.stride, 1)
+            flush.append(
+                f"add_entries(sums, sums_at + {at}, s, {row * self.lanes}, {m.rows}, {m.columns}, {steps[0]}, "
+                f"{steps[1]}, REAL(0))"
+            )
             at += m.rows * m.columns
         if self._paths:
             row = (self.accumulated + self.summed) * self.lanes
@@ -321,10 +328,29 @@ class _Printer(AbstractPrinter):
                 sums.append((self.accumulated + j, e))
         products = [p for _, outer in pulled.outers for p in (outer.pulled, outer.product)]
         lines, vectors = self.rows.accumulate(targets, sums, products)
-        for i, (place, outer) in enumerate(pulled.outers):
-            m, (left, right) = outer.product.data, vectors[2 * i : 2 * i + 2]
-            lines.append(
-                f"add_outer(s, {left * self.lanes}, {right * self.lanes}, {self.turned * self.lanes}, "
-                f"{self.matrices[place] * self.lanes}, {m.rows}, {m.columns}, lanes, LANES)"
-            )
+        for i, (place, _) in enumerate(pulled.outers):
+            shape, out = self.shapes[place], self.matrices[place] * self.lanes
+            left, right = (row * self.lanes for row in vectors[2 * i : 2 * i + 2][:: -1 if shape.transposed else 1])
+            turned = self.turned * self.lanes
+            lines.append(f"turn_{dtype}(s, {right}, {shape.columns}, {turned}, {shape.stride}, lanes, LANES)")
+            for height, count in tiles(shape.rows):
+                lines.append(
+                    f"add_outer_{height}_{dtype}(s, {left}, {turned}, {out}, {count}, {shape.stride}, lanes, LANES)"
+                )
+                left, out = left + height * count * self.lanes, out + height * count * shape.stride
         return lines
+
+
+class _Shape(NamedTuple):
+    """How the sum of outer products for a matrix is kept: the longer side in whole vectors, maybe transposed."""
+
+    rows: int
+    columns: int
+    stride: int
+    transposed: bool
+
+    @classmethod
+    def of(cls, m: Matrix) -> _Shape:
+        transposed = m.columns < m.rows
+        rows, columns = (m.columns, m.rows) if transposed else (m.rows, m.columns)
+        return cls(rows, columns, -(-columns // VECTOR) * VECTOR, transposed)

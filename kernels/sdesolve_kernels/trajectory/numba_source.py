@@ -21,7 +21,7 @@ from sdesolve_kernels.trajectory.operations import BOOL, FLOATS, I64, OPERATIONS
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.tracing import dtype_name
 
-__all__ = ["ARGUMENTS", "AbstractPrinter", "Numba", "NumbaKernel", "numba_kernel", "seconds_to_compile"]
+__all__ = ["ARGUMENTS", "VECTOR", "AbstractPrinter", "Numba", "NumbaKernel", "numba_kernel", "seconds_to_compile"]
 
 # What a kernel is called with: the address of these, as int64; and which of them are addresses, of what.
 ARGUMENTS = {
@@ -51,7 +51,7 @@ _INLINED = [
     and not (s.jump or s.exact) for dtype in FLOATS
 ]  # fmt: skip
 _LANES = {"float32": 128, "float64": 64}
-_VECTOR = 16  # lanes that are computed at least, and a multiple of which is
+VECTOR = 16  # lanes that are computed at least, and a multiple of which is
 _CHUNK = 12  # normals a path that are made at a time, at least
 
 
@@ -143,7 +143,7 @@ class AbstractPrinter(abc.ABC):
         plan = self.plan
         first = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
         # Those that are computed: whole vectors, so that the last block need not be computed whole.
-        first.append(f"used = min((lanes + {_VECTOR - 1}) // {_VECTOR} * {_VECTOR}, LANES)")
+        first.append(f"used = min((lanes + {VECTOR - 1}) // {VECTOR} * {VECTOR}, LANES)")
         body = [f"u{j} = uniforms[{j}]" for j in self.reads(LoopInvariant)]
         body += ["for block in range(start, stop):", *indented([*first, *block], 1)]
         head = [
