@@ -1,5 +1,7 @@
 """Value and gradient of a loss over many paths: stochastic Lotka-Volterra and Heston, whose parameters are fitted.
 
+Backwards, and forwards: along the parameters themselves (`jvp`), and along each of them (`jacfwd`).
+
 The gradient of the mean of ``x_T^2`` in the parameters, which all paths share. Each contender draws noise of its own;
 its gradient is held against that of many more paths in float64, with the standard error of as many as it has.
 """
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.func import jacfwd, jvp
 
 import sdesolve as sds
 from benchmarks.registry import BASELINE, Build, Call, Problem, require
@@ -83,6 +86,19 @@ def _value_alone(model: Fitted, paths: int, steps: int) -> Call:
     return lambda: sds.solve(sde, x0, 0.0, model.end, steps, **options).x1.square().mean()
 
 
+def _forwards(model: Fitted, paths: int, steps: int, backend: str, *, every: bool) -> Call:
+    """Along each parameter, or along them all at once."""
+    p, x0 = torch.tensor(model.values), torch.tensor(model.start).expand(paths, 2).clone()
+
+    def loss(p: Tensor) -> Tensor:
+        sol = sds.solve(
+            equation(model, p), x0, 0.0, model.end, steps, solver=sds.EulerMaruyama(), seed=0, backend=backend
+        )
+        return sol.x1.square().mean()
+
+    return (lambda: jacfwd(loss)(p)) if every else lambda: jvp(loss, (p,), (p,))[1].reshape(1)
+
+
 def _loop(model: Fitted, paths: int, steps: int) -> Call:
     p, x0, dt = torch.tensor(model.values, requires_grad=True), torch.tensor(model.start), model.end / steps
 
@@ -97,8 +113,8 @@ def _loop(model: Fitted, paths: int, steps: int) -> Call:
     return call
 
 
-def _jax(model: Fitted, paths: int, steps: int) -> Call:
-    """A jitted ``value_and_grad`` of a scan, noise drawn in its body."""
+def _jax(model: Fitted, paths: int, steps: int, mode: str = "value_and_grad") -> Call:
+    """A jitted ``value_and_grad``, ``jvp`` or ``jacfwd`` of a scan, noise drawn in its body."""
     require("jax")
     import jax
     import jax.numpy as jnp
@@ -115,7 +131,14 @@ def _jax(model: Fitted, paths: int, steps: int) -> Call:
         (u, v), _ = jax.lax.scan(body, start, jax.random.split(key, steps))
         return ((u**2).mean() + (v**2).mean()) / 2
 
-    run, key, p = jax.jit(jax.value_and_grad(loss)), jax.random.key(0), jnp.array(model.values)
+    key, p = jax.random.key(0), jnp.array(model.values)
+    if mode == "jvp":
+        along = jax.jit(lambda p, key: jax.jvp(lambda q: loss(q, key), (p,), (p,))[1].reshape(1))
+        return lambda: along(p, key).block_until_ready()
+    if mode == "jacfwd":
+        forwards = jax.jit(jax.jacfwd(loss))
+        return lambda: forwards(p, key).block_until_ready()
+    run = jax.jit(jax.value_and_grad(loss))
     return lambda: run(p, key)[1].block_until_ready()
 
 
@@ -154,28 +177,36 @@ def _torchsde(model: Fitted, paths: int, steps: int, *, reversible: bool = False
     return call
 
 
-def _problem(name: str, model: Fitted, paths: int, steps: int) -> Problem:
+def _checked(model: Fitted, paths: int, steps: int) -> tuple[Callable[[str, Call], str | None], Callable[[], None]]:
+    """What is wrong with a gradient, or with its part along the parameters where that is given; and a way to forget."""
+
     @functools.cache
-    def reference() -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of gradients that come from as many paths as a contender has."""
+    def reference() -> Tensor:
+        """Gradients, each from as many paths as a contender has."""
         p = torch.tensor(model.values, dtype=torch.float64, requires_grad=True)
         sde, x0 = equation(model, p), torch.tensor(model.start, dtype=torch.float64).expand(paths, 2).clone()
         found = []
         for seed in range(1, _GROUPS + 1):
             x1 = sds.solve(sde, x0, 0.0, model.end, steps, solver=sds.EulerMaruyama(), seed=seed).x1
             found.append(torch.autograd.grad(x1.square().mean(), p)[0])
-        return torch.stack(found).mean(0), torch.stack(found).std(0)
+        return torch.stack(found)
 
     def check(contender: str, call: Call) -> str | None:
         made = call()
         if contender in _OTHERS:
             return None if bool(torch.isfinite(torch.as_tensor(made)).all()) else "not finite"
-        given = torch.tensor(made.tolist(), dtype=torch.float64)
-        mean, deviation = reference()
+        given, known = torch.tensor(made.tolist(), dtype=torch.float64), reference()
+        if len(given) == 1:
+            known = known @ torch.tensor(model.values, dtype=torch.float64)[:, None]
         # Six deviations, themselves known from 16 groups to a fifth.
-        error = (given - mean).abs() / (deviation * (1 + 1 / _GROUPS) ** 0.5)
+        error = (given - known.mean(0)).abs() / (known.std(0) * (1 + 1 / _GROUPS) ** 0.5)
         return None if float(error.max()) < 7 else f"a gradient is {float(error.max()):.1f} standard errors off"
 
+    return check, reference.cache_clear
+
+
+def _problem(name: str, model: Fitted, paths: int, steps: int) -> Problem:
+    check, forget = _checked(model, paths, steps)
     contenders: dict[str, Build] = {
         BASELINE: lambda: _ours(model, paths, steps, "fused", at_once=True),
         "sdesolve, two launches": lambda: _ours(model, paths, steps, "fused"),
@@ -189,7 +220,23 @@ def _problem(name: str, model: Fitted, paths: int, steps: int) -> Problem:
     return Problem(
         f"{name} gradient, {paths} x {steps}", "gradients", "path-step", paths * steps, contenders, check,
         quick=("jax scan",) if name == "heston" else ("jax scan", *_PEERS),
-        release=reference.cache_clear,
+        release=forget,
+    )  # fmt: skip
+
+
+def _forward_mode(name: str, model: Fitted, paths: int, steps: int) -> Problem:
+    check, forget = _checked(model, paths, steps)
+    contenders: dict[str, Build] = {
+        BASELINE: lambda: _forwards(model, paths, steps, "fused", every=True),
+        "sdesolve jvp": lambda: _forwards(model, paths, steps, "fused", every=False),
+        "value alone": lambda: _value_alone(model, paths, steps),
+        "sdesolve eager": lambda: _forwards(model, paths, steps, "eager", every=True),
+        "jax jacfwd": lambda: _jax(model, paths, steps, "jacfwd"),
+        "jax jvp": lambda: _jax(model, paths, steps, "jvp"),
+    }
+    return Problem(
+        f"{name} jacfwd, {paths} x {steps}", "gradients", "path-step", paths * steps, contenders, check,
+        quick=("sdesolve jvp", "value alone", "jax jacfwd", "jax jvp"), release=forget,
     )  # fmt: skip
 
 
@@ -202,4 +249,8 @@ def gradients(device: torch.device) -> list[Problem]:
     """On the CPU: kernels of gradients are for Numba so far."""
     if device.type != "cpu":
         return []
-    return [_problem("lotka-volterra", LOTKA_VOLTERRA, 4096, 500), _problem("heston", HESTON, 4096, 100)]
+    return [
+        _problem("lotka-volterra", LOTKA_VOLTERRA, 4096, 500),
+        _problem("heston", HESTON, 4096, 100),
+        _forward_mode("lotka-volterra", LOTKA_VOLTERRA, 4096, 500),
+    ]

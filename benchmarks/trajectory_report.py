@@ -4,7 +4,8 @@ From the repository's root: ``PYTHONPATH=.:kernels python benchmarks/trajectory_
 
 The models of `models` go through the public `solve`, which launches on a recorder instead of a device; what it recorded
 is compiled ahead of time and counted as in `sdesolve_kernels.report`. ``per_element`` is instructions per path-step.
-A gradient takes the forward run, its steps once more, and the way back, which is what is counted as "gradient".
+A gradient takes the forward run, its steps once more, and the way back, which is what is counted as "gradient"; "jvp"
+carries one tangent, "jacfwd" four.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sdesolve_kernels import register_backend, use_backend
 from sdesolve_kernels._triton.arguments import Launch, recording
 from sdesolve_kernels._triton.backend import TritonBackend
 from sdesolve_kernels.report import Found, add_options, figures, finish
+from torch.func import jacfwd, jvp
 
 import sdesolve as sds
 from benchmarks.gradients import HESTON, LOTKA_VOLTERRA, equation
@@ -74,6 +76,24 @@ def launches() -> dict[str, tuple[int, Launch]]:
             )
             sol.x1.sum().backward()
         found[f"{label} gradient float32"] = 4, next(item for item in made if "cotangents" in item.arguments)
+    p, x0 = torch.tensor(LOTKA_VOLTERRA.values), torch.tensor(LOTKA_VOLTERRA.start).repeat(_MANY, 1)
+    options: dict[str, Any] = {
+        "steps": 8,
+        "solver": sds.EulerMaruyama(),
+        "seed": 0,
+        "backend": "fused",
+        "check_finite": False,
+    }
+
+    def end(p: torch.Tensor) -> torch.Tensor:
+        return sds.solve(equation(LOTKA_VOLTERRA, p), x0, 0.0, 1.0, **options).x1
+
+    rates, noise = p[:4], p[4:]
+    ways = {"jvp": lambda: jvp(end, (p,), (p,)), "jacfwd": lambda: jacfwd(lambda r: end(torch.cat([r, noise])))(rates)}
+    for label, differentiate in ways.items():
+        with on_the_host(), recording() as made:
+            differentiate()
+        found[f"lotka-volterra {label} float32"] = 4, made[0]
     return found
 
 

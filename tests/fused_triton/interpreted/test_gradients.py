@@ -149,6 +149,24 @@ def test_a_mean_comes_with_its_gradient(segments):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_forward_mode():
+    """One tangent and several, of shared numbers, of a row for each path, and of a matrix that is kept whole."""
+    rows, w, x0 = (leaf(*shape, seed=i).detach() for i, shape in enumerate([(5, 2), (2, 60), (5, 2)]))
+    channels = leaf(60, 2, seed=4).detach()
+
+    def end(backend, u):
+        drift = lambda x, t, p: torch.tanh(x @ (u[0] * w)) @ channels + p * torch.exp(u[1] * t)  # noqa: E731
+        sde = sds.SDE(drift, lambda x, t, p: 0.2 * u[2] * torch.sin(p + x), noise="diagonal")
+        run = solver_of(sde, u[1] * x0, 3, params=(1 + u[2]) * rows, save_at="grid")
+        return run(backend).xs
+
+    u = torch.tensor([0.3, 0.7, 1.1], dtype=F64)
+    for differentiate in (lambda f: torch.func.jvp(f, (u,), (u.flip(0),))[1], lambda f: torch.func.jacfwd(f)(u)):
+        with use_backend(OnTheHost.name):
+            given = differentiate(lambda u: end("fused", u))
+        torch.testing.assert_close(given, differentiate(lambda u: end("eager", u)), rtol=1e-10, atol=1e-12)
+
+
 def test_parameters_of_each_path(segments):
     rate, scale, x0 = leaf(5, 2), leaf(), leaf(5, 2, seed=2)
     sde = sds.SDE(lambda x, t, p: torch.exp(p * scale) * torch.sin(x), lambda x, t, p: 0.2 * p * x, noise="diagonal")
