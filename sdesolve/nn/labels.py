@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -56,6 +57,67 @@ class LabelEmbedding(nn.Module):
                 raise ValueError("this network was built without classes and takes no label; build it with classes=n")
             return e
         return e + (self.table.weight[self.classes] if label is None else self.table(label))
+
+
+@final
+class ValueEmbedding(nn.Module):
+    """What a network makes of a continuous condition, ``count`` numbers a sample; with ``count=0`` it adds nothing.
+
+    ``e + W silu(W values)``, or ``e`` and a learned vector for samples whose values hold a nan, and for all samples
+    where none are given: nan stands for not known.
+
+    Raises:
+        TypeError: ``count`` is not an integer.
+        ValueError: ``count`` is negative.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.count = whole_number(count, "values", 0)
+        self.inner = nn.Sequential(nn.Linear(count, size), nn.SiLU(), nn.Linear(size, size)) if count else None
+        if count:
+            self.unknown = nn.Parameter(0.1 * torch.randn(size))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the condition: none with ``count=0``."""
+        return ("values",) if self.count else ()
+
+    @property
+    def nulls(self) -> dict[str, Any]:
+        """What stands for no condition, by name."""
+        return dict.fromkeys(self.names, math.nan)
+
+    def forward(self, e: Tensor, values: Tensor | None) -> Tensor:
+        """``e`` with ``values: (batch, count)``, or ``(batch,)`` for one number, taken in."""
+        if self.inner is None:
+            if values is not None:
+                raise ValueError("this network was built without values and takes none; build it with values=n")
+            return e
+        if values is None:
+            return e + self.unknown
+        if values.ndim == 1 and self.count == 1:
+            values = values[:, None]
+        if values.ndim != 2 or values.shape[1] != self.count:
+            raise ValueError(f"this network takes values (batch, {self.count}), got shape {tuple(values.shape)}")
+        unknown = values.isnan().any(1, keepdim=True)
+        return e + torch.where(unknown, self.unknown, self.inner(torch.where(unknown, 0.0, values)))
+
+
+def place_mask(mask: Tensor | None, x: Tensor, sides: tuple[int, ...], name: str = "mask") -> Tensor | None:
+    """A mask of the places of ``x`` as ``(batch, 1, *sides)``.
+
+    Raises:
+        TypeError: it is not of booleans.
+        ValueError: it is not ``(batch, *sides)``.
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} is true where there is something: it must be of torch.bool, got {mask.dtype}")
+    if tuple(mask.shape) != (len(x), *sides):
+        raise ValueError(f"{name} must be one of {(len(x), *sides)}, batch and places, got shape {tuple(mask.shape)}")
+    return mask.unsqueeze(1)
 
 
 @final
@@ -134,7 +196,7 @@ class GivenTogether(nn.Module):
 
     def __init__(self, net: Callable[..., Tensor], given: Sequence[Mapping[str, Tensor]]) -> None:
         super().__init__()
-        nulls: Mapping[str, Any] = getattr(net, "nulls", {})
+        nulls = nulls_of(net)
         self.net, self.count = net, len(given)
         self.values: dict[str, list[Tensor]] = {}
         for name in dict.fromkeys(name for part in given for name in part):
@@ -172,10 +234,28 @@ class Takes(NamedTuple):
     Attributes:
         names: all of it.
         needed: what it cannot do without.
+        masks: booleans that say what of the data, or of a condition, is there: all of it where they are not given.
     """
 
     names: tuple[str, ...]
     needed: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
+
+
+def masks_of(net: Any) -> tuple[str, ...]:
+    """Names of the masks that a network takes, as far as it says."""
+    takes = getattr(_bare(net), "takes", None)
+    return takes.masks if isinstance(takes, Takes) else ()
+
+
+def nulls_of(net: Any) -> dict[str, Any]:
+    """What stands for no condition, by name, as far as a network says, by its attribute ``nulls``."""
+    return dict(getattr(_bare(net), "nulls", None) or {})
+
+
+def _bare(net: Any) -> Any:
+    net = net.net if isinstance(net, Given) else net
+    return getattr(net, "_orig_mod", net)  # of torch.compile
 
 
 def inputs_of(net: Callable[..., Any]) -> tuple[list[str], list[str]] | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar, final
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-Affine = TypeVar("Affine", nn.Linear, nn.Conv2d)
+Affine = TypeVar("Affine", bound=nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 @final
@@ -30,3 +32,18 @@ def zeroed(layer: Affine) -> Affine:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def kept(h: Tensor, mask: Tensor | None) -> Tensor:
+    """``h`` where the mask is true, else 0, whatever ``h`` is there."""
+    return h if mask is None else torch.where(mask, h, 0.0)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """``softmax(Q K^T / sqrt(c)) V`` for ``(batch, heads, places, c)``, over keys ``mask: (batch, places)`` alone.
+
+    A row without any key attends to all of them: it has no place whose result counts, and must not become nan.
+    """
+    if mask is not None:
+        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
-from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork
+from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork, Takes, ValueEmbedding
 from sdesolve.nn.layers import ModulatedBlock, zeroed
 from sdesolve.nn.rebuilding import rebuildable
 
@@ -18,7 +18,7 @@ from sdesolve.nn.rebuilding import rebuildable
 @final
 @rebuildable
 class MLP(LabelledNetwork):
-    """``net(x, t)`` or ``net(x, t, label)`` on states of any shape, flattened inside.
+    """``net(x, t)``, or ``net(x, t, label, values)``, on states of any shape, flattened inside.
 
     ``h = W_in x``; then ``depth`` residual blocks ``h <- h + W_2 silu(modulate(W_1 norm(h), e))``, where the time
     embedding ``e = silu(W silu(W phi(t)))`` scales and shifts the hidden layer; then
@@ -38,6 +38,7 @@ class MLP(LabelledNetwork):
             order one, which is what the ``edm`` parameterisation gives its network and what most processes use.
         dropout: share of hidden units set to zero in each block while training.
         classes: number of classes; 0 for a network without labels.
+        values: numbers of a continuous condition, ``values: (batch, values)``, of about unit size; 0 for none.
 
     Raises:
         TypeError: a size that is not an integer.
@@ -53,6 +54,7 @@ class MLP(LabelledNetwork):
         embedding: FourierFeatures | None = None,
         dropout: float = 0.0,
         classes: int = 0,
+        values: int = 0,
     ) -> None:
         super().__init__()
         sizes = shape if isinstance(shape, Sequence) else [shape]
@@ -64,25 +66,38 @@ class MLP(LabelledNetwork):
         phi = FourierFeatures.log_spaced(32, 0.5, 64.0) if embedding is None else embedding
         n = phi.size  # a time is one number: an embedding as wide as the state's layers would double the cost of a step
         self.time = nn.Sequential(phi, nn.Linear(n, n), nn.SiLU(), nn.Linear(n, n), nn.SiLU())
-        self.label = LabelEmbedding(classes, n)
+        self.label, self.value = LabelEmbedding(classes, n), ValueEmbedding(values, n)
         self.classes = self.label.classes
         self.inlet = nn.Linear(features, width)
         self.blocks = nn.ModuleList(ModulatedBlock(width, n, dropout) for _ in range(depth))
         self.norm, self.modulation = nn.LayerNorm(width), nn.Linear(n, 2 * width)
         self.outlet = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(width, features)))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    @property
+    def takes(self) -> Takes:
+        """Names of the conditions."""
+        return Takes(("label", *self.value.names))
+
+    @property
+    def nulls(self) -> dict[str, Any]:
+        """What stands for no condition, by name."""
+        return super().nulls | self.value.nulls
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, values: Tensor | None = None) -> Tensor:
         """``x: (batch, *shape)``, ``t`` of shape ``()`` or ``(batch,)``, ``label: (batch,)`` to ``(batch, *shape)``.
 
+        Rows of ``values: (batch, values)`` with a nan are as if not given.
+
         Raises:
-            ValueError: ``x`` holds states of another shape, or a label for a network without classes.
+            ValueError: ``x`` holds states of another shape; a label for a network without classes, values for one
+                without.
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"this MLP takes states of shape {self.shape}, that is x of shape (batch, "
                 f"{', '.join(map(str, self.shape))}); got x of shape {tuple(x.shape)}"
             )
-        e = self.label(self.time(t), label)
+        e = self.value(self.label(self.time(t), label), values)
         h = self.inlet(x.reshape(len(x), math.prod(self.shape)))
         for block in self.blocks:
             h = block(h, e)

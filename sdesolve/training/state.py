@@ -18,7 +18,7 @@ from sdesolve._internal.generators import seeded
 from sdesolve._internal.modes import evaluation_mode
 from sdesolve.integrate.probing import ByRow
 from sdesolve.nn.ema import EMA
-from sdesolve.nn.labels import Given, LabelledNetwork, check_inputs, check_labels, inputs_of
+from sdesolve.nn.labels import Given, LabelledNetwork, check_inputs, check_labels, inputs_of, masks_of, nulls_of
 from sdesolve.nn.normalizer import Normalizer
 from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import per_sample
@@ -130,17 +130,20 @@ class Run:
             )
         self._check_range(batches.data)
         for name, value in self._checked(batches.conditions).items():
-            if self.dropout.get("") or self.dropout.get(name):
+            if any(self._shares(name)):
                 self._null(name, value)
 
     @property
     def always_given(self) -> frozenset[str]:
-        """Conditions that no sample so far was without."""
+        """Conditions that no sample so far was without; without a mask everything is there, which was trained too."""
         net = self.score.net if isinstance(self.score, NetworkScore) else None
         bound = frozenset(net.conditions if isinstance(net, Given) else ())
-        if self.dropout.get("", 0.0):
-            return bound
-        return bound | {name for name in self.told if not self.dropout.get(name, 0.0)}
+        return (bound | {name for name in self.told if not any(self._shares(name))}).difference(masks_of(net))
+
+    def _shares(self, name: str) -> tuple[float, float]:
+        """Share of samples that lose this condition with all others, and for itself; masks are no part of "all"."""
+        net = self.score.net if isinstance(self.score, NetworkScore) else None
+        return 0.0 if name in masks_of(net) else self.dropout.get("", 0.0), self.dropout.get(name, 0.0)
 
     def advance(self, batch: Batch, lr: float, clip: float | None, file: Path | None) -> tuple[float, float]:
         """One step; the loss and the norm of its gradient."""
@@ -326,15 +329,12 @@ class Run:
 
     def _null(self, name: str, value: Tensor) -> Tensor:
         """What stands for no such condition, in its dtype."""
-        if name not in self.nulls:
-            net = self.score.net if isinstance(self.score, NetworkScore) else None
-            if name != "label" or not isinstance(net, LabelledNetwork):
-                raise ValueError(
-                    f"to drop {short(name)} it must be known what stands for none: give it as "
-                    f"null={{{short(name)}: value}}"
-                )
-            return torch.tensor(net.classes, device=value.device)
-        null = torch.as_tensor(self.nulls[name]).to(value)
+        nulls = {**nulls_of(self.score.net if isinstance(self.score, NetworkScore) else None), **self.nulls}
+        if name not in nulls:
+            raise ValueError(
+                f"to drop {short(name)} it must be known what stands for none: give it as null={{{short(name)}: value}}"
+            )
+        null = torch.as_tensor(nulls[name]).to(value)
         try:
             null = null.expand(value.shape[1:])
         except RuntimeError:
@@ -351,9 +351,9 @@ class Run:
             rows, len(names), seed=self.seed, stream=Stream.DROPOUT, first_path=self.position.samples,
             dtype=torch.float64,
         )  # fmt: skip
-        together, kept = self.dropout.get("", 0.0), dict(told)
+        kept = dict(told)
         for k, name in enumerate(names):
-            share, value = self.dropout.get(name, 0.0), told[name]
+            (together, share), value = self._shares(name), told[name]
             if together or share:
                 lost = ((u[:, 0] < together) | (u[:, k] < share)).to(value.device)
                 kept[name] = torch.where(per_sample(lost, value), self._null(name, value), value)

@@ -143,9 +143,10 @@ def train(
         fields: what is what in the data: a name for each entry of a tuple, ``("x", "context")``, or a name by key,
             ``{"pixel_values": "x"}``; None in place of a name for what is not used. Keys are names by default, and
             a single tensor is ``"x"``.
-        condition_dropout: share of samples that lose all their conditions at once, or a share by name.
-        null: what stands for a condition that was dropped, by name: a number, or a tensor like one row. A label of a
-            `LabelledNetwork` has its null class.
+        condition_dropout: share of samples that lose all their conditions at once, but masks of `nn.UNet` and `nn.DiT`;
+            or a share by name.
+        null: what stands for a condition that was dropped, by name: a number, or a tensor like one row. Networks of
+            `sdesolve.nn` know theirs, as does one with an attribute ``nulls``: the null class of a label, and nan.
         accumulate: parts that each batch is cut into, to go through the network one after another for less memory. The
             gradient is that of the whole batch; what the network draws for itself is drawn for each part.
         autocast: ``torch.bfloat16`` to let matrix products of the network run in 16 bits (`torch.autocast`); weights,
