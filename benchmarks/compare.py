@@ -4,7 +4,7 @@
 
     python -m benchmarks.compare A.json                    # table and goals
     python -m benchmarks.compare A.json --markdown         # the same as Markdown
-    python -m benchmarks.compare cpu.json --into README.md # what lies between <!-- cpu.json --> and <!-- /cpu.json -->
+    python -m benchmarks.compare cpu.json --into PAGE.md   # what lies between <!-- cpu.json --> and <!-- /cpu.json -->
     python -m benchmarks.compare A.json --plot ratios.png
     python -m benchmarks.compare A.json --save benchmarks/results/cpu.json   # without the times of single rounds
     python -m benchmarks.compare OLD.json NEW.json         # exits with 1 if a ratio fell, or a figure rose, too far
@@ -21,13 +21,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import OURS, Record, Report, load
 
-__all__ = ["Change", "changes", "goals", "head", "insert", "main", "markdown", "plot", "table"]
+__all__ = ["Change", "changes", "goals", "head", "insert", "link", "main", "markdown", "plot", "table"]
 
 _LIMIT, _AGREE = 1.25, 1.15
 
@@ -123,6 +124,11 @@ def insert(file: Path, name: str, text: str) -> None:
     if not (found and ended) or first in rest or last in after:
         raise ValueError(f"{file} must hold {first} and then {last}, once each")
     file.write_text(f"{before}{first}\n{text.strip()}\n{last}{after}")
+
+
+def link(picture: Path, page: Path) -> str:
+    """How a page names a picture."""
+    return Path(os.path.relpath(picture, page.parent)).as_posix()
 
 
 def _brief(row: Record | None) -> str:
@@ -267,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; 1 if something got worse than the limit allows, 2 if there is nothing to be said."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+", help="one result file, or the older and the newer")
-    parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    parser.add_argument("--markdown", action="store_true", help="tables for a page")
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the short tables between this file's markers")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the ratios")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the same in a smaller file")
@@ -292,8 +298,10 @@ def main(argv: list[str] | None = None) -> int:
         if options.save:
             reports[-1].save(options.save)
         if options.into:
-            shown = f"\n\n![Time of each contender over ours]({options.plot})" if options.plot else ""
-            insert(options.into, options.files[-1].name, markdown(reports[-1], brief=True) + shown)
+            shown = markdown(reports[-1], brief=True)
+            if options.plot:
+                shown += f"\n\n![Time of each contender over ours]({link(options.plot, options.into)})"
+            insert(options.into, options.files[-1].name, shown)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if len(reports) == 1:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.compare import head, insert
+from benchmarks.compare import head, insert, link
 from benchmarks.ensembles import ensemble
 from benchmarks.figures import peak_of
 from benchmarks.registry import BASELINE, Missing, describe
@@ -195,8 +195,8 @@ def summary(records: list[Record], held: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def markdown(found: Record, plot: Path) -> str:
-    """For a README: machine, picture, fits and memory."""
+def markdown(found: Record, plot: str) -> str:
+    """For a page: machine, picture, fits and memory."""
     records, held = found["times"], found["memory"]
     lines = [f"{head(found['machine'] | {'date': found['date']})}.", "",
              f"![Cost and memory against paths, steps, dimension and threads]({plot})", "",
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     picture(found["times"], found["memory"], options.plot)
     print(summary(found["times"], found["memory"]))
     if options.into:
-        insert(options.into, options.json.name, markdown(found, options.plot.resolve().relative_to(ROOT)))
+        insert(options.into, options.json.name, markdown(found, link(options.plot, options.into)))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,63 @@
-"""The README's first example runs as printed."""
+"""README and the pages of `docs`: blocks of Python run as they are shown, and links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-import sdesolve as sds
+from sdesolve.integrate.executors import CannotExecute
+from sdesolve.integrate.fused import Fused
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINKED = [README, *PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"))]
 
 
-def test_the_first_example_runs_verbatim(capsys):
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 12, "the opening example is meant to be read at a glance"
-    scope: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), scope)
-    printed = [float(number) for number in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def runs(code: str, page: Path, scope: dict[str, object]) -> dict[str, object]:
+    exec(compile(code, str(page), "exec"), scope)
+    return scope
+
+
+@pytest.fixture
+def scope(monkeypatch):
+    """Of a module that can be found by its name, as that of a script."""
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    return vars(module)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-\d+)?", text)]
+
+
+def test_the_readme_is_short_and_its_examples_are_read_at_a_glance():
+    assert len(README.read_text().splitlines()) <= 130
+    assert len(blocks(README)) == 3
+    for code in blocks(README):
+        assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 10
+
+
+def test_the_readme_s_sde(capsys, scope):
+    runs(blocks(README)[0], README, scope)
+    mean, error = numbers(capsys.readouterr().out.splitlines()[-1])
+    assert scope["sol"].stats.backend == "fused"
+    assert abs(mean - np.exp(0.05)) < 4 * error
+
+
+def test_the_readme_s_diffusion(capsys, scope):
+    runs(blocks(README)[1], README, scope)
+    printed = numbers(capsys.readouterr().out)
     assert isinstance(scope["x"], torch.Tensor)
     # Chance in the modes' shares moves a mass of sqrt(2) / (2 sqrt(4096)) = 0.011 (one sd) over the 4.1 between them:
     # at 4 sd a distance of 0.044 * 4.1 * 0.64 (the mean length of a projection) = 0.12, for true samples too.
@@ -27,14 +65,48 @@ def test_the_first_example_runs_verbatim(capsys):
     assert all(0 < number < 0.12 for number in printed)
 
 
-def test_the_fused_example_prices_a_call(capsys):
-    (code,) = (c for c in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "heston" in c)
-    scope: dict[str, object] = {"torch": torch, "sds": sds}
-    exec(compile(code, str(README), "exec"), scope)
-    price, error = (float(number) for number in re.findall(r"\d+\.\d+(?:e-\d+)?", capsys.readouterr().out))
+def test_the_readme_s_fit(capsys, scope):
+    runs(blocks(README)[2], README, scope)
+    (rate,) = numbers(capsys.readouterr().out)
+    assert scope["sol"].stats.backend == "fused"
+    # The mean of 4096 paths has a standard error of 0.2 sqrt((1 - exp(-3.8)) / 3.8 / 4096) = 0.0016, of 0.15.
+    assert abs(rate + np.log(0.15)) < 4 * 0.0016 / 0.15
+
+
+FUSED = {"fusing", "extending"}  # pages that are about it
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.stem not in FUSED], ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run(page, scope, tmp_path, monkeypatch):
+    """One after the other, as a reader would; step by step, as other tests compile the like, in seconds each."""
+
+    def refuse(*_):
+        raise CannotExecute("pages are run step by step by their test")
+
+    monkeypatch.setattr(Fused, "run", refuse)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for code in blocks(page):
+        runs(code, page, scope)
+
+
+@pytest.mark.uncompiled
+def test_a_solver_of_one_s_own_runs(scope):
+    page = ROOT / "docs" / "extending.md"
+    (code,) = blocks(page)
+    assert runs(code, page, scope)["mine"].stats.backend == "fused"
+
+
+def test_the_fused_example_prices_a_call(capsys, scope):
+    page = ROOT / "docs" / "fusing.md"
+    first, *others = blocks(page)
+    runs(first, page, scope)
+    price, error = numbers(capsys.readouterr().out)
     assert scope["call"].stats.backend == "fused"
     # Heston's formula, by quadrature of his characteristic function; Euler-Maruyama at 250 steps adds 3e-4 at most
     assert abs(price - heston_call()) < 4 * error + 3e-4
+    for code in others:
+        runs(code, page, scope)
 
 
 def heston_call(strike=1.0, v0=0.04, kappa=2.0, theta=0.04, xi=0.3, rho=-0.7, r=0.02):
@@ -56,7 +128,23 @@ def heston_call(strike=1.0, v0=0.04, kappa=2.0, theta=0.04, xi=0.3, rho=-0.7, r=
     return forward * p1 - strike * p2
 
 
-def test_links_lead_somewhere():
-    root = README.parent
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
-        assert (root / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """What GitHub and MyST make of its headings."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_every_page_of_the_site_is_in_its_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {
+        name for part in re.findall(r"^```{toctree}\n(.*?)^```", index, re.DOTALL | re.M) for name in part.split()
+    }
+    assert {page.stem for page in PAGES} - {"index"} == {name for name in listed if (ROOT / f"docs/{name}.md").exists()}

@@ -152,7 +152,7 @@ def solve(
             elsewhere. Li et al. 2020, section 5 (torchsde's ``logqp``).
         backend: ``fused`` is the whole trajectory in one generated kernel, ``kernel`` one kernel a step, ``eager`` the
             solver's own step in plain torch; none of these falls back to another. ``auto`` takes the first that can do
-            it, and says in ``stats`` why no earlier one could. The README says what can be fused.
+            it, and says in ``stats`` why no earlier one could. `docs/fusing.md` says what can be fused.
         gradients: how a run that goes step by step gives gradients; values do not depend on it, and a fused run always
             has its own way. ``auto`` has torch keep what it needs of every step. ``checkpoint`` keeps some states, and
             takes every step again on the way back: the same gradients to the bit, for at most a sixteenth of that

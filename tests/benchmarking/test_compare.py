@@ -256,8 +256,8 @@ def test_tables_go_between_markers(before, tmp_path, capsys):
 
 
 def block(name):
-    """Of the README, between the markers of a name."""
-    return (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+    """Of the page on performance, between the markers of a name."""
+    return (ROOT / "docs" / "performance.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
 
 
 def test_the_tables_that_are_shown_are_those_of_the_files():
@@ -265,9 +265,9 @@ def test_the_tables_that_are_shown_are_those_of_the_files():
     kept = report.load(RESULTS / "cpu.json")
     whole, short = compare.markdown(kept), compare.markdown(kept, brief=True)
     assert (RESULTS / "cpu.md").read_text() == f"{whole}\n"
-    assert block("cpu.json") == f"{short}\n\n![Time of each contender over ours](assets/ratios.png)".strip()
+    assert block("cpu.json") == f"{short}\n\n![Time of each contender over ours](../assets/ratios.png)".strip()
     found = json.loads((RESULTS / "scaling_cpu.json").read_text())
-    assert block("scaling_cpu.json") == scaling.markdown(found, Path("assets/scaling.png")).strip()
+    assert block("scaling_cpu.json") == scaling.markdown(found, "../assets/scaling.png").strip()
     if not (RESULTS / "gpu.json").exists():
         shown = block("gpu.json").splitlines()
         for target in gpu_targets.judge([], [], stand_in=False):
