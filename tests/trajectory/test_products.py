@@ -1,9 +1,10 @@
-"""Matrix products in compiled kernels: tiles of sums in registers, along lanes and over them."""
+"""Compiled kernels: tiles of matrix products, along lanes and over them; blocks of one path."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from sdesolve_kernels.trajectory import numba_launch
 
 import sdesolve as sds
 
@@ -44,3 +45,43 @@ def test_gradients_of_a_matrix(normals):
         found.append(torch.autograd.grad(sol.x1.square().mean(), [x0, a]))
     for fused, eager in zip(*found, strict=True):
         torch.testing.assert_close(fused, eager, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("solver", "paths", "kind"),
+    [(sds.SRIW1(), None, "normal"), (sds.EulerMaruyama(), torch.arange(40) + 2**32, "three-point")],
+    ids=["two sources", "listed, three-point"],
+)
+def test_one_path_has_the_bits_that_it_has_among_others(solver, paths, kind, normals, monkeypatch):
+    """Numbers for many steps at a time, in each source."""
+    monkeypatch.setattr(numba_launch, "is_kept", lambda source: False)
+    theta = torch.tensor([0.9, 1.1, 1.3], dtype=torch.float32)
+    equation = sds.SDE(lambda x, t: -theta * torch.sin(x + t), lambda x, t: 0.1 * theta * torch.cos(x))
+    x0 = normals(40, 3, dtype=torch.float32)
+
+    def solve(rows):
+        given = {"seed": 1, "paths": None if paths is None else paths[rows], "increments": kind}
+        return sds.solve(equation, x0[rows], 0.0, 1.0, 150, solver=solver, save_at="grid", backend="fused", **given)
+
+    among, alone = solve(slice(None)), solve(slice(0, 1))
+    assert "fill_one_" in alone.stats.source
+    assert "fill_one_" not in among.stats.source
+    assert torch.equal(alone.xs, among.xs[:, :1])
+
+
+def test_a_kernel_for_one_path_is_compiled_when_that_pays(monkeypatch, tmp_path, normals):
+    """Where the kernel for many is there already."""
+    monkeypatch.setenv("SDESOLVE_CACHE", str(tmp_path))
+    equation = sds.SDE(lambda x, t: -1.7 * x, lambda x, t: 0.3 * x)
+    x0 = normals(2, 2, dtype=torch.float32)
+
+    def solve(paths):
+        return sds.solve(equation, x0[:paths], 0.0, 1.0, 9, solver=sds.EulerMaruyama(), seed=1, backend="fused")
+
+    many, before = solve(2), solve(1)
+    assert before.stats.source == many.stats.source
+    monkeypatch.setattr(numba_launch, "seconds_to_compile", lambda source: 0.0)
+    after = solve(1)
+    assert "fill_one_" in after.stats.source
+    assert torch.equal(before.x1, many.x1[:1])
+    assert torch.equal(after.x1, many.x1[:1])

@@ -81,6 +81,36 @@ def _fill_with(numbers: Any, number_of: Any = _in_order) -> Any:
     return fill
 
 
+def _fill_one_with(numbers: Any, number_of: Any = _in_order) -> Any:
+    """Likewise for a block of one path, whose rows lie side by side: vectors go along the sequence."""
+
+    @inline
+    def fill(
+        s: Any, base: Any, words: Any, noise: Any, source: Any, first: Any, index: Any, count: Any, used: Any,
+        lanes: Any, rows: Any,
+    ) -> Any:  # fmt: skip
+        seed, stream = _U64(noise[4 * source]), _U64(noise[4 * source + 1])
+        path = _U64(noise[4 * source + 2]) + number_of(rows, first)
+        q, skip, most = _U64(index) >> _2, index & 3, (count + 6) // 4
+        blocks = (skip + count + 3) // 4
+        for b in range(blocks):
+            w0, w1, w2, w3 = philox(seed, stream, path, q + _U64(b))
+            words[b] = np.uint32(w0)
+            words[most + b] = np.uint32(w1)
+            words[2 * most + b] = np.uint32(w2)
+            words[3 * most + b] = np.uint32(w3)
+        for b in range(blocks):
+            z0, z1 = numbers(words[b], words[most + b])
+            z2, z3 = numbers(words[2 * most + b], words[3 * most + b])
+            s[base + 4 * b] = z0
+            s[base + 4 * b + 1] = z1
+            s[base + 4 * b + 2] = z2
+            s[base + 4 * b + 3] = z3
+        return skip
+
+    return fill
+
+
 def _three_points(kind: Any) -> Any:
     low, high = np.uint32(2**32 // 6), np.uint32(2**32 - 2**32 // 6)
     zero, up, down = kind(0.0), kind(3.0**0.5), kind(-(3.0**0.5))
@@ -94,12 +124,19 @@ def _three_points(kind: Any) -> Any:
     return numbers
 
 
-normal_fill_float32, normal_fill_float64 = _fill_with(normals32), _fill_with(normals64)
-three_point_fill_float32, three_point_fill_float64 = _fill_with(_three_points(F32)), _fill_with(_three_points(F64))
-normal_fill_listed_float32, normal_fill_listed_float64 = (_fill_with(n, _listed) for n in (normals32, normals64))
-three_point_fill_listed_float32, three_point_fill_listed_float64 = (
-    _fill_with(_three_points(kind), _listed) for kind in (F32, F64)
-)
+def _fills() -> dict[str, Any]:
+    """By name: how numbers are made, for one path or for all lanes, of which paths, and of which type."""
+    makers = {
+        "normal": {"float32": normals32, "float64": normals64},
+        "three_point": {"float32": _three_points(F32), "float64": _three_points(F64)},
+    }
+    return {
+        f"{maker}_fill{lanes}{paths}_{dtype}": fill(numbers, number_of)
+        for maker, by_type in makers.items()
+        for lanes, fill in (("", _fill_with), ("_one", _fill_one_with))
+        for paths, number_of in (("", _in_order), ("_listed", _listed))
+        for dtype, numbers in by_type.items()
+    }
 
 
 def _signs(kind: Any, number_of: Any = _in_order) -> Any:
@@ -282,4 +319,4 @@ def add_entries(
 def namespace() -> dict[str, Any]:
     """The names that generated code uses: those of this module, and elementary functions such as ``exp_float32``."""
     own = {name: value for name, value in globals().items() if not name.startswith("_")}
-    return own | products() | {f"{name}_{dtype}": function for (name, dtype), function in FUNCTIONS.items()}
+    return own | _fills() | products() | {f"{name}_{dtype}": function for (name, dtype), function in FUNCTIONS.items()}

@@ -257,12 +257,14 @@ class Tables:
     def _made(self, times: Tensor, rows: Tensor | None, shared: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         dtype, n = self._empty.dtype, len(self._plan.columns)
         values = evaluate(self._roots, named(times), rows, shared)
-        largest = torch.finfo(dtype).max
-        if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
-            # Torch might multiply in an order in which nothing overflows.
-            raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
         table = torch.stack(values[:n], 1).to(dtype) if n else self._empty
-        return table, torch.stack(values[n:]).to(dtype) if len(values) > n else self._empty
+        uniforms = torch.stack(values[n:]).to(dtype) if len(values) > n else self._empty
+        if not all(bool(made.isfinite().all()) for made in (table, uniforms)):
+            largest = torch.finfo(dtype).max
+            if any(v.is_floating_point() and bool(((v.abs() > largest) & v.isfinite()).any()) for v in values):
+                # Torch might multiply in an order in which nothing overflows.
+                raise Unsupported(f"a number that its steps are made with is too large for {dtype_name(dtype)}")
+        return table, uniforms
 
 
 def tables(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,13 @@ from sdesolve_kernels.trajectory.launch import (
     listed,
 )
 from sdesolve_kernels.trajectory.numba_backward import NumbaReverse
-from sdesolve_kernels.trajectory.numba_source import ARGUMENTS, numba_kernel, seconds_to_compile
+from sdesolve_kernels.trajectory.numba_source import (
+    ARGUMENTS,
+    VECTOR,
+    NumbaKernel,
+    numba_kernel,
+    seconds_to_compile,
+)
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.reverse import Reverse
 from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported
@@ -56,30 +62,48 @@ class NumbaTrajectory(AbstractTrajectory):
 
     def __init__(self, plan: Plan, increments: Sequence[str], seconds: float = math.inf) -> None:
         self.plan, self._increments = plan, tuple(increments)
-        self._kernel = numba_kernel(plan, increments)
         self._tables = self.tables = Tables(plan)
-        self.source = self._kernel.source
-        expected = seconds_to_compile(self.source)
-        if expected > seconds and not is_kept(self.source):
+        operations = len(topological(plan.states)) + sum(m.rows * m.columns for m in plan.matrices)
+        normals = sum(map(math.prod, plan.program.signature.noises))
+        self._cost_of_lane = 0.1 * operations + 0.5 * normals
+        kernel, self._better, self._spent = numba_kernel(plan, increments), None, 0
+        if plan.program.signature.batch == 1 and not plan.matrices:
+            alone = numba_kernel(plan, increments, alone=True)
+            if is_kept(kernel.source) and not is_kept(alone.source):
+                self._better = alone
+            else:
+                kernel = alone
+        self._use(kernel, seconds)
+
+    def _use(self, kernel: NumbaKernel, seconds: float = math.inf) -> None:
+        expected = seconds_to_compile(kernel.source)
+        if expected > seconds and not is_kept(kernel.source):
             raise TooCostly(f"its kernel would take about {expected:.0f} s to compile; backend='fused' does it")
         try:
-            self._entry = load(self.source)
+            self._entry = load(kernel.source)
         except Exception as problem:
             text = str(problem).strip().partition("\n")[0]
             raise Unsupported(f"its kernel does not compile, a fault of sdesolve ({text})") from problem
-        operations = len(topological(plan.states)) + sum(m.rows * m.columns for m in plan.matrices)
-        normals = sum(map(math.prod, plan.program.signature.noises))
+        self._kernel, self.source = kernel, kernel.source
         # Nanoseconds that a block takes for a step: expected, and later as measured.
-        self._cost = self._kernel.lanes * (0.1 * operations + 0.5 * normals)
+        self._cost = kernel.lanes * self._cost_of_lane
         self._measured = _CAREFUL * self._cost
 
     def reverse(self, reverse: Reverse, seconds: float = math.inf) -> AbstractReverse:
         return NumbaReverse(reverse, self._increments, seconds)
 
     def run(self, launch: Launch) -> Saved:
+        if self._better is not None:  # compiled when runs have taken as long as that takes
+            steps = launch.end - launch.first_step
+            if self._spent + VECTOR * self._cost_of_lane * steps > 1e9 * seconds_to_compile(self._better.source):
+                better, self._better = self._better, None
+                self._use(better)
+        begin = time.perf_counter_ns()
         with single_threaded_if_forked():
             run = _Run(self, launch)
-        return run.finished()
+        saved = run.finished()
+        self._spent += time.perf_counter_ns() - begin
+        return saved
 
 
 @final

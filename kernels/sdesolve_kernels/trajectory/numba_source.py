@@ -52,7 +52,7 @@ _INLINED = [
 ]  # fmt: skip
 _LANES = {"float32": 128, "float64": 64}
 VECTOR = 16  # lanes that are computed at least, and a multiple of which is
-_CHUNK = 12  # normals a path that are made at a time, at least
+_CHUNK, _CHUNK_ALONE = 12, 256  # normals a path that are made at a time, at least
 
 
 @final
@@ -97,14 +97,16 @@ class Numba(AbstractDialect):
         return f"{kind(target)}({value})"
 
 
-def numba_kernel(plan: Plan, increments: Sequence[str]) -> NumbaKernel:
+def numba_kernel(plan: Plan, increments: Sequence[str], alone: bool = False) -> NumbaKernel:
     """Source for a plan.
 
     Args:
         plan: what to compute.
         increments: for each source of noise how its numbers are made: ``normal``, ``two-point`` or ``three-point``.
+        alone: for blocks of one path, of a plan without matrices: a step computes one number at a time, and numbers of
+            the noise are made for many steps at once, with the bits of other blocks.
     """
-    return _Printer(plan, increments).kernel()
+    return _Printer(plan, increments, alone).kernel()
 
 
 class AbstractPrinter(abc.ABC):
@@ -113,10 +115,11 @@ class AbstractPrinter(abc.ABC):
     about: str
     arguments: Mapping[str, str]
 
-    def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, increments: Sequence[str], alone: bool = False) -> None:
         self.plan, self.dtype = plan, plan.dtype
-        self.increments = increments
-        self.lanes = _LANES[self.dtype] // (2 if plan.matrices else 1)
+        self.increments, self.alone = increments, alone
+        self.lanes = 1 if alone else _LANES[self.dtype] // (2 if plan.matrices else 1)
+        self.generated = 4 * self.lanes  # words that the generator makes at a time
         self.itemsize = 4 if self.dtype == "float32" else 8
         self.read: set[Expression] = set()
         self.writer = Writer(Numba(), self._leaf)
@@ -143,7 +146,8 @@ class AbstractPrinter(abc.ABC):
         plan = self.plan
         first = ["first = block * LANES", "lanes = min(paths - first, LANES)"]
         # Those that are computed: whole vectors, so that the last block need not be computed whole.
-        first.append(f"used = min((lanes + {VECTOR - 1}) // {VECTOR} * {VECTOR}, LANES)")
+        computed = f"min((lanes + {VECTOR - 1}) // {VECTOR} * {VECTOR}, LANES)"
+        first.append(f"used = {1 if self.alone else computed}")
         body = [f"u{j} = uniforms[{j}]" for j in self.reads(LoopInvariant)]
         body += ["for block in range(start, stop):", *indented([*first, *block], 1)]
         head = [
@@ -177,8 +181,8 @@ class AbstractPrinter(abc.ABC):
     @property
     def scratch(self) -> int:
         """Bytes of all rows, and of the generator's words behind them."""
-        words = 1 + (len(self.plan.noises) if "two-point" in self.increments else 0)
-        return self.words + words * 4 * self.lanes * 4
+        kept = len(self.plan.noises) if "two-point" in self.increments else 0
+        return self.words + 4 * (self.generated + kept * 4 * self.lanes)
 
     def _unpacked(self, i: int, kind: str) -> str:
         return f"pointer_{self.dtype if kind == 'real' else kind}(a[{i}])" if kind else f"a[{i}]"
@@ -213,12 +217,13 @@ class AbstractPrinter(abc.ABC):
     @final
     def fill(self, maker: str) -> str:
         """The function that makes numbers of a kind."""
-        return f"{maker}_fill_{'listed_' if self.plan.program.signature.listed else ''}{self.dtype}"
+        one = "one_" if self.alone and maker != "two_point" else ""
+        return f"{maker}_fill_{one}{'listed_' if self.plan.program.signature.listed else ''}{self.dtype}"
 
     @final
     def words_of(self, source: int) -> str:
         """Address of the words that a source of signs keeps."""
-        return f"scratch + WORDS + {(1 + source) * 4 * self.lanes * 4}"
+        return f"scratch + WORDS + {4 * (self.generated + source * 4 * self.lanes)}"
 
 
 @final
@@ -226,15 +231,18 @@ class _Printer(AbstractPrinter):
     about = "A trajectory kernel, generated: state in rows of s, one column per path of a block."
     arguments = ARGUMENTS
 
-    def __init__(self, plan: Plan, increments: Sequence[str]) -> None:
-        super().__init__(plan, increments)
+    def __init__(self, plan: Plan, increments: Sequence[str], alone: bool) -> None:
+        super().__init__(plan, increments, alone)
         self.state = self.rows.rows(len(plan.states))
         self.path_invariant = self.rows.rows(len(plan.path_invariants))
         self.observed = self.rows.rows(len(plan.observed))
         pair = 1 + plan.program.signature.swapped
-        self.per_fill = [_steps_a_fill(m, kind, pair) for m, kind in zip(plan.noises, increments, strict=True)]
-        counts = zip(plan.noises, self.per_fill, increments, strict=True)
-        self.noise = [self.rows.rows(_rows_a_fill(m * n, kind)) for m, n, kind in counts]
+        chunk = _CHUNK_ALONE if alone else _CHUNK
+        self.per_fill = [_steps_a_fill(m, kind, pair, chunk) for m, kind in zip(plan.noises, increments, strict=True)]
+        made = zip(plan.noises, self.per_fill, increments, strict=True)
+        counts = [_rows_a_fill(m * n, kind) for m, n, kind in made]
+        self.noise = [self.rows.rows(count) for count in counts]
+        self.generated = max(counts, default=0) if alone else self.generated
 
     def kernel(self) -> NumbaKernel:
         block = self._load()
@@ -319,12 +327,12 @@ class _Printer(AbstractPrinter):
         return ["keep(x_out, first * out_width, s, 0, out_width, lanes, LANES)"]
 
 
-def _steps_a_fill(m: int, kind: str, least: int) -> int:
+def _steps_a_fill(m: int, kind: str, least: int, chunk: int) -> int:
     """Steps whose numbers are made at once: whole blocks of the generator if the first one starts a block."""
     if m == 0 or kind == "two-point":
         return 1
     whole = math.lcm(4 // math.gcd(4, m), least)
-    return whole * max(1, _CHUNK // (whole * m))
+    return whole * max(1, chunk // (whole * m))
 
 
 def _rows_a_fill(count: int, kind: str) -> int:
