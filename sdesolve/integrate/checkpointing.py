@@ -34,6 +34,8 @@ Take = Callable[[int, States], States]
 
 _MOST_KEPT = 1 << 28  # bytes of kept states, unless two steps save more
 _SHARE = 16  # of what all steps would save, the part that kept states may take below that
+_WHOLE = 16  # likewise, the part that the last steps may save, which are not taken again
+_LOOK = 8  # kept states between two looks at generators that nothing draws from at first
 _ANCHORS = 8  # states that a reconstruction is compared with
 _REMEDY = "run it with gradients='auto', which evaluates nothing again"
 
@@ -52,21 +54,17 @@ def distance(steps: int, slots: int) -> int:
     return max(1, least, steps - math.comb(kept - 1 + repeats, kept - 1))
 
 
-class _Saved(NamedTuple):
-    """What tells a saved tensor from one that the same operation saves after something has changed."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    version: int
+# What tells a saved tensor from one that the same operation saves after something has changed; the version is last.
+_Saved = tuple[torch.Size, torch.dtype, int]
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class _Start:
-    """What a step is taken from."""
+    """What a step is taken from; `drawn` is `None` where it was not looked at."""
 
     states: States
-    drawn: list[Any]
+    drawn: list[Any] | None
     buffers: list[Tensor]
 
     @property
@@ -104,21 +102,36 @@ class _Surroundings:
         self._autocast = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds]
         self._cached = torch.is_autocast_cache_enabled()
         self._begun = self._drawn = [g.get() for g in self._generators]
+        self._notes = 0
 
     def note(self, t: Tensor) -> _Saved:
         """What tells a tensor that is saved from another."""
-        return _Saved(t.shape, t.dtype, 0 if t.data_ptr() in self._rewritten else t._version)
+        rewritten = self._rewritten and t.data_ptr() in self._rewritten
+        return t.shape, t.dtype, 0 if rewritten else t._version
 
-    def noted(self, states: States) -> _Start:
-        """These states, and what functions find now; random states that are equal are kept once."""
+    def noted(self, states: States, *, at_least_states: bool = False) -> _Start:
+        """These states, and what functions find now; random states that are equal are kept once.
+
+        Args:
+            states: to be kept.
+            at_least_states: generators may be left out, whose states take longer to read than a small network does.
+        """
+        buffers = [b.detach().clone() for b in self._buffers]
+        self._notes += 1
+        if at_least_states and self._notes % _LOOK != 1 and self._draw_nothing():
+            return _Start(_detached(states), None, buffers)
         drawn = [g.get() for g in self._generators]
         self._drawn = [a if same(a, b) else b for a, b in zip(self._drawn, drawn, strict=True)]
-        return _Start(_detached(states), list(self._drawn), [b.detach().clone() for b in self._buffers])
+        return _Start(_detached(states), list(self._drawn), buffers)
+
+    def _draw_nothing(self) -> bool:
+        """Whether no look at generators has found a change."""
+        return all(map(operator.is_, self._begun, self._drawn))
 
     def settle(self, first: _Start) -> bool:
         """Whether functions still find what they found at ``first``: they rewrite and draw nothing."""
         end = self.noted(())
-        if not all(map(operator.is_, self._begun, self._drawn)):
+        if not self._draw_nothing():
             return False
         self._generators, self._drawn = [], []
         return all(map(torch.equal, first.buffers, end.buffers))
@@ -136,8 +149,8 @@ class _Surroundings:
                     stack.enter_context(torch.autocast(kind, dtype, on, self._cached))
             yield
 
-    def _put(self, drawn: Sequence[Any], modes: Sequence[bool], buffers: Sequence[Tensor]) -> None:
-        for generator, state in zip(self._generators, drawn, strict=False):  # none, where nothing is drawn
+    def _put(self, drawn: Sequence[Any] | None, modes: Sequence[bool], buffers: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._generators, drawn or (), strict=False):  # none, where nothing is drawn
             generator.put(state)
         for (module, _), on in zip(self._modes, modes, strict=True):
             if module.training != on:
@@ -178,6 +191,7 @@ class AbstractRecord(abc.ABC):
         self._alike: dict[tuple[_Saved, ...], tuple[_Saved, ...]] = {}
         self._made: dict[int, list[Tensor | None]] = {}  # of the step that is being taken, and of one taken again
         self._open = -1
+        self._whole = steps.stop  # torch saves what it will of steps from here on
 
     @final
     @contextlib.contextmanager
@@ -187,11 +201,11 @@ class AbstractRecord(abc.ABC):
         Torch saves what it will of the first: what functions prepare when they are first called, they prepare once.
         """
         first = self._steps[0] + 1
-        if k < first:
+        if k == first or k in self._wanted:
+            self._kept[k] = self._around.noted(states, at_least_states=k > first)
+        if k < first or k >= self._whole:
             yield
             return
-        if k == first or k in self._wanted:
-            self._kept[k] = self._around.noted(states)
         self._open, self._made[k] = k, []
         try:
             with saved_tensors_hooks(self._packed, self._unpacked):
@@ -210,7 +224,8 @@ class AbstractRecord(abc.ABC):
         Raises:
             ValueError: they cannot be taken again.
         """
-        self._around.settle(self._kept[self._steps[0] + 1])
+        if not self._around.settle(self._kept[self._steps[0] + 1]):
+            self._kept = {k: start for k, start in self._kept.items() if start.drawn is not None}
 
     @final
     @property
@@ -269,13 +284,14 @@ class AbstractRecord(abc.ABC):
         Raises:
             RuntimeError: it is not.
         """
-        notes, before = [self._around.note(t) for t in saved if t is not None], self._notes[k - self._steps[0] - 1]
-        if [n[:2] for n in notes] != [n[:2] for n in before]:
+        notes = tuple([self._around.note(t) for t in saved if t is not None])
+        before = self._notes[k - self._steps[0] - 1]
+        if notes != before and [n[:2] for n in notes] != [n[:2] for n in before]:
             raise RuntimeError(
                 f"step {k} cannot be taken again for its gradient: its functions save {len(notes)} tensors for it, and "
                 f"saved {len(before)}, or others; {_REMEDY}"
             )
-        if any(a.version != b.version for a, b in zip(notes, before, strict=True)):
+        if notes != before:
             raise RuntimeError(
                 f"step {k} cannot be taken again for its gradient: a tensor that it needs has been modified by an "
                 "inplace operation since; call backward() before that"
@@ -310,6 +326,8 @@ class Checkpoints(AbstractRecord):
     def _plan(self, k: int, size: int) -> None:
         state, left = max(1, self._kept[k].size), self._steps[-1] + 1 - k
         size = max(size, state)
+        self._whole -= left // _WHOLE
+        left = self._whole - k
         most = max(2 * size, min(left * size // _SHARE, _MOST_KEPT))
         self._slots = max(1, most // state)
         self._wanted = set(positions(k, left, self._slots))
