@@ -10,8 +10,9 @@ demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
 # Two processes of one thread each: a parallel loop of two threads waits for whichever core is busy with something else.
+# Tests start some fifty processes, each of which would compile the library's sources where Python may not keep bytecode.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The first case of each test, and none that starts a process: while one works on something. CI runs `make test`.
 test-fast: $(STAMP)

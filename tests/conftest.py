@@ -94,6 +94,12 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000)  # torch makes so many objects that 700 are there many times a test
 
 
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_other_modules() -> None:
+    """What is there before a module's tests stays: to look through it takes half a second, and some tests collect often."""
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     gc.unfreeze()  # or what Triton holds is still there when the process ends, and it says so
     output = getattr(session.config, "workeroutput", None)  # where this is a worker of pytest-xdist
