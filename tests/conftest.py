@@ -96,7 +96,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def garbage_of_other_modules() -> None:
-    """What is there before a module's tests stays: to look through it takes half a second, and some tests collect often."""
+    """What was there before stays: to look through it takes half a second, and some tests collect often."""
     gc.freeze()
 
 
