@@ -24,6 +24,7 @@ from benchmarks.registry import Call, Missing
 
 __all__ = [
     "EQUATIONS",
+    "Equation",
     "diffrax_adaptive_well",
     "diffrax_flow",
     "diffrax_lorenz",
@@ -136,9 +137,11 @@ def normals(shape: tuple[int, ...], device: torch.device) -> Call:
     return lambda: run(key).block_until_ready()
 
 
-def scan(name: str, x0: Tensor, params: Tensor | None, t0: float, dt: float, steps: int, device: torch.device) -> Call:
+def scan(
+    equation: str | Equation, x0: Tensor, params: Tensor | None, t0: float, dt: float, steps: int, device: torch.device
+) -> Call:
     """Euler-Maruyama as a jitted ``lax.scan`` over steps, vectorised over paths."""
-    f, g = EQUATIONS[name]
+    f, g = EQUATIONS[equation] if isinstance(equation, str) else equation
     x, p = _array(x0, device), None if params is None else _array(params, device)
     rows = None if p is None else 0
     channels = jax.eval_shape(g, x[0], jnp.float32(t0), None if p is None else p[0]).shape

@@ -16,6 +16,7 @@ from benchmarks.gradients import gradients
 from benchmarks.latent import latent
 from benchmarks.matrix_noise import matrix_problems
 from benchmarks.ops import noise_problems, step_problems
+from benchmarks.products import product_problems
 from benchmarks.registry import Problem
 from benchmarks.schemes import schemes
 
@@ -27,7 +28,7 @@ def problems(device: str = "cpu") -> Mapping[str, Problem]:
     """By name."""
     where = torch.device(device)
     makers = (
-        *(noise_problems, step_problems, matrix_problems, ensembles, schemes, adaptive),
+        *(noise_problems, step_problems, matrix_problems, product_problems, ensembles, schemes, adaptive),
         *(gradients, latent, generative),
     )
     found = [problem for make in makers for problem in make(where)]
@@ -65,6 +66,10 @@ _NETWORK = "matrix products and tanh of the network alone are two thirds of torc
 _CACHES = "Python that runs right after a network finds the caches full"
 _NOISE = "our time is that of drawing the normals, the limit beside it"
 _FEW = f"{_NOISE}; with few paths the states of peers fit into a cache"
+
+_PRODUCTS = (
+    "multiply-adds at the processor's rate, the normals and tanh alone leave no room for it beside one thread of XLA"
+)
 
 
 def _goals() -> tuple[Goal, ...]:
@@ -110,6 +115,14 @@ def _goals() -> tuple[Goal, ...]:
     # A value alone is to take a share of the time: at least the 3.2nd part.
     found.append(Goal("Lotka-Volterra: the value alone over value and gradient", lotka, "value alone", 1 / 3.2))
     found.append(Goal("Heston, value and gradient: 4 x a JAX scan", heston, "jax scan", 4.0))
+    share = "matrix products in kernels: share of the processor's multiply-adds"
+    found.append(Goal(share, "x A alone, 64 dimensions, 4096 x 64", "limit: multiply-adds", least=0.6))
+    for name, least in (
+        ("x A, 64 dimensions, 4096 x 64", 4.0), ("network 4-64-4, 4096 x 128", 4.0),
+        ("network 16-128-16, 4096 x 64", 2.5), ("24 particles with pair forces, 1024 x 32", 5.0),
+    ):  # fmt: skip
+        found.append(Goal(f"{name}: {least:g} x a JAX scan", name, "jax scan", least, why=_PRODUCTS))
+    found.append(Goal("one path: ns a step, all told", "one path, 2 dimensions, 16384 steps", "sdesolve", most=40.0))
     trained = "latent SDE, 512 x 200"
     found.append(Goal("latent SDE of torchsde's example: 2 x torchsde", trained, "torchsde", 2.0, why=_NETWORK))
     return (
