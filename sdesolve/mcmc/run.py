@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,35 @@ class Chain:
     acceptance: Tensor | None
     nfe: int
     seed: int
+
+    def to_xarray(self, name: str = "x", *, warmup: int = 0) -> Any:
+        """Saved states as an ``xarray.Dataset`` ``name (chain, draw, ...)``, the form that ArviZ takes.
+
+        ``arviz.rhat(chain.to_xarray())`` and ``arviz.ess(...)`` are of each number of the state, over all chains.
+
+        Args:
+            name: of the variable.
+            warmup: saved states to leave out at the beginning.
+
+        Raises:
+            ImportError: there is no xarray.
+            ValueError: no state is left; save them by ``save_every``.
+        """
+        if whole_number(warmup, "warmup", 0) >= len(self.xs):
+            raise ValueError(
+                f"of {len(self.xs)} saved states none is left after warmup={warmup}; run_chain(save_every=1) saves all"
+            )
+        try:
+            import xarray
+        except ImportError:
+            raise ImportError("to_xarray needs xarray: pip install 'sdesolve[arrays]'") from None
+        values = self.xs[warmup:].movedim(0, 1).cpu().numpy()
+        dims = ("chain", "draw", *(f"{name}_dim_{k}" for k in range(values.ndim - 2)))
+        known = {"seed": self.seed, "nfe": self.nfe, "created_by": "sdesolve"}
+        if self.acceptance is not None:
+            known["acceptance"] = self.acceptance.tolist()
+        coordinates = {dim: range(size) for dim, size in zip(dims, values.shape, strict=True)}
+        return xarray.Dataset({name: (dims, values)}, coords=coordinates, attrs=known)
 
 
 @runs_as_it_is

@@ -9,7 +9,7 @@ from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import whole_number
-from sdesolve.metrics.samples import flat_pair
+from sdesolve.metrics.samples import Features, Samples, flat_pair
 
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -27,7 +27,14 @@ class PrecisionRecall(NamedTuple):
 
 
 @survives_forks
-def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3) -> PrecisionRecall:
+def precision_recall(
+    real: Samples,
+    generated: Samples,
+    *,
+    neighbours: int = 3,
+    features: Features | None = None,
+    batch_size: int = 256,
+) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
     The support of a sample is taken for the union of balls around its points, each reaching to the point's
@@ -38,13 +45,16 @@ def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3) ->
         real: ``(n, *state)``; features of a network, for images.
         generated: ``(m, *state)``; as many as real ones, for the balls shrink as a sample grows.
         neighbours: which neighbour a ball reaches to.
+        features: of a batch of samples, ``(batch, ...)``, to compare in place of the samples: a network such as
+            Inception's, in evaluation mode here. Samples may then come in batches: a list, or a loader.
+        batch_size: samples that features are made of at once.
 
     Raises:
         ValueError: not more samples than ``neighbours``, states of different shapes, values that are not finite.
         TypeError: ``neighbours`` is not an integer.
     """
     k = whole_number(neighbours, "neighbours", 1)
-    a, b = flat_pair(real, generated, k + 1)
+    a, b = flat_pair(real, generated, k + 1, features, batch_size)
     return PrecisionRecall(_share_within(b, a, k), _share_within(a, b, k))
 
 

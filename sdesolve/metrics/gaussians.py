@@ -7,7 +7,7 @@ from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
 from sdesolve._internal.arguments import real
-from sdesolve.metrics.samples import samples
+from sdesolve.metrics.samples import Features, Samples, featured, samples
 from sdesolve.scores.components import Spectrum, spectrum
 
 
@@ -65,7 +65,9 @@ def gaussian_kl(mean0: Tensor | float, cov0: Tensor | float, mean1: Tensor | flo
 
 
 @survives_forks
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
+def frechet_distance(
+    features_a: Samples, features_b: Samples, *, features: Features | None = None, batch_size: int = 256
+) -> Tensor:
     r"""The Frechet distance of two sets of feature vectors, squared as is the custom for FID; 0-d float64.
 
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`` with sample means and unbiased sample covariances (Heusel
@@ -79,16 +81,23 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> Tensor:
     Args:
         features_a: ``(n_a, features)``, at least two rows.
         features_b: ``(n_b, features)``.
+        features: of a batch of samples, ``(batch, ...)``, to compare in place of the samples: a network such as
+            Inception's, in evaluation mode here. Samples may then come in batches: a list, or a loader.
+        batch_size: samples that features are made of at once.
 
     Raises:
         ValueError: not two matrices with the same number of columns, fewer than two rows, or values that are not
             finite.
+
+    Example:
+        >>> frechet_distance(loader, drawn, features=inception)  # inception: (batch, 3, 299, 299) to (batch, 2048)
     """
-    a, b = samples(features_a, "features_a", 2), samples(features_b, "features_b", 2)
+    a = samples(featured(features_a, "features_a", features, batch_size), "features_a", 2)
+    b = samples(featured(features_b, "features_b", features, batch_size), "features_b", 2)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
             f"features must be (samples, features) with as many features on both sides, got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}; flatten images, or take features of a network"
+            f"{tuple(b.shape)}; flatten images, or take features=network"
         )
     return _squared_bures(a.mean(0) - b.mean(0), _sample_spectrum(a), _sample_spectrum(b))
 

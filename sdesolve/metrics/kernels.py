@@ -10,8 +10,8 @@ import torch
 from sdesolve_kernels.threads import survives_forks
 from torch import Tensor
 
-from sdesolve._internal.arguments import number, short
-from sdesolve.metrics.samples import flat_pair
+from sdesolve._internal.arguments import number, short, whole_number
+from sdesolve.metrics.samples import Features, Samples, flat_pair
 
 _BLOCK_ELEMENTS = 1 << 22
 _MEDIAN_ROWS = 1000
@@ -34,8 +34,20 @@ class Estimate(NamedTuple):
 
 
 @survives_forks
-def squared_mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, confidence: float = 0.95) -> Estimate:
+def squared_mmd(
+    a: Samples,
+    b: Samples,
+    *,
+    bandwidth: float | None = None,
+    degree: int | None = None,
+    confidence: float = 0.95,
+    features: Features | None = None,
+    batch_size: int = 256,
+) -> Estimate:
     r"""The squared maximum mean discrepancy for ``k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2))``.
+
+    With ``degree=3`` the kernel is ``(x . y / d + 1)^3``, and that of features of Inception's network the kernel
+    inception distance (Binkowski et al. 2018).
 
     ``E k(X, X') + E k(Y, Y') - 2 E k(X, Y)`` with each mean over pairs of different samples (Gretton et al. 2012,
     lemma 6). The standard error is the jackknife's over both samples (Arvesen 1969), whose expectation is never too
@@ -49,13 +61,26 @@ def squared_mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, confide
         b: ``(m, *state)``.
         bandwidth: of the kernel. By default the median distance within the pooled sample (at most 500 evenly
             spaced rows of each); give a number to compare several pairs.
+        degree: of a polynomial kernel, in place of the Gaussian one.
         confidence: of the interval.
+        features: of a batch of samples, ``(batch, ...)``, to compare in place of the samples: a network such as
+            Inception's, in evaluation mode here. Samples may then come in batches: a list, or a loader.
+        batch_size: samples that features are made of at once.
 
     Raises:
         ValueError: fewer than two samples, states of different shapes, values that are not finite, a bandwidth that is
-            not positive, a confidence outside ``(0, 1)``.
+            not positive, a bandwidth and a degree, a confidence outside ``(0, 1)``.
     """
-    a, b = flat_pair(a, b, 2)
+    a, b = flat_pair(a, b, 2, features, batch_size)
+    if degree is not None:
+        if bandwidth is not None:
+            raise ValueError("bandwidth is of the Gaussian kernel and degree of the polynomial one: give one of them")
+        power = whole_number(degree, "degree", 1)
+
+        def polynomial(x: Tensor, y: Tensor) -> Tensor:
+            return (x @ y.mT / x.shape[1] + 1.0) ** power
+
+        return _discrepancy(polynomial, lambda x: (x.square().sum(1) / x.shape[1] + 1.0) ** power, a, b, confidence)
     h = _median_distance(a, b) if bandwidth is None else number(bandwidth, "bandwidth")
     if not 0.0 < h < math.inf:
         raise ValueError(f"bandwidth must be positive and finite, got {short(h)}; if all samples are equal, give one")
@@ -63,11 +88,13 @@ def squared_mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, confide
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp(-0.5 * (torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / h).square())
 
-    return _discrepancy(kernel, a, b, confidence)
+    return _discrepancy(kernel, lambda x: x.new_ones(()), a, b, confidence)
 
 
 @survives_forks
-def energy_distance(a: Tensor, b: Tensor, *, confidence: float = 0.95) -> Estimate:
+def energy_distance(
+    a: Samples, b: Samples, *, confidence: float = 0.95, features: Features | None = None, batch_size: int = 256
+) -> Estimate:
     r"""The energy distance ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` (Szekely and Rizzo 2013, eq. 1).
 
     Zero only for equal laws; on the line it is ``2 int (F - G)^2``. Means over pairs of different samples, so without
@@ -77,25 +104,29 @@ def energy_distance(a: Tensor, b: Tensor, *, confidence: float = 0.95) -> Estima
         a: ``(n, *state)``, at least two samples.
         b: ``(m, *state)``.
         confidence: of the interval.
+        features: of a batch of samples, ``(batch, ...)``, to compare in place of the samples: a network such as
+            Inception's, in evaluation mode here. Samples may then come in batches: a list, or a loader.
+        batch_size: samples that features are made of at once.
 
     Raises:
         ValueError: as `squared_mmd`.
     """
-    a, b = flat_pair(a, b, 2)
+    a, b = flat_pair(a, b, 2, features, batch_size)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return -torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
-    return _discrepancy(kernel, a, b, confidence)
+    return _discrepancy(kernel, lambda x: x.new_zeros(()), a, b, confidence)
 
 
-def _discrepancy(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, confidence: float) -> Estimate:
+def _discrepancy(
+    kernel: Callable[[Tensor, Tensor], Tensor], own: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, confidence: float
+) -> Estimate:
+    """From a kernel of two samples, and what it is of each row and itself."""
     if not 0.0 < number(confidence, "confidence") < 1.0:
         raise ValueError(f"confidence must lie between 0 and 1, got {short(confidence)}")
     n, m = len(a), len(b)
     aa, bb = _row_sums(kernel, a, a), _row_sums(kernel, b, b)
-    # k(x, x) is the same for all x: 1 or 0.
-    own = kernel(a[:1], a[:1])[0, 0]
     # Of the embeddings' difference and its covariance S: |D + noise|^2, of expectation |D|^2 + tr S, and tr S^2.
     ab, ba = _row_sums(kernel, a, b), _row_sums(kernel, b, a)
     biased = aa.sum() / n**2 + bb.sum() / m**2 - 2.0 * ab.sum() / (n * m)
@@ -104,7 +135,7 @@ def _discrepancy(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tenso
         + _squared_covariance(kernel, b, b, bb, bb) / m**2
         + 2.0 * _squared_covariance(kernel, a, b, ab, ba) / (n * m)
     )
-    aa, bb = aa - own, bb - own
+    aa, bb = aa - own(a), bb - own(b)
     value = aa.sum() / (n * (n - 1)) + bb.sum() / (m * (m - 1)) - 2.0 * ab.sum() / (n * m)
     variance = _jackknife(aa, ab, n, m) + _jackknife(bb, ba, m, n)
     low, high = _interval(value, variance, biased, traced, min(n, m), confidence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 
 import pytest
@@ -280,3 +281,21 @@ ANNEALED = mcmc.AnnealedLangevin([1.0, 0.1], 1e-3, 2)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_chains_have_the_form_of_arviz():
+    """Dimensions chain and draw first; where ArviZ is installed, it reads them."""
+    options = {"energy": lambda x: x.square().flatten(1).sum(1) / 2, "seed": 0, "save_every": 2}
+    run = run_chain(mcmc.MALA(0.8), torch.zeros(4, 2, 3, dtype=torch.float64), 60, **options)
+    data = run.to_xarray("theta", warmup=5)
+    assert data["theta"].dims == ("chain", "draw", "theta_dim_0", "theta_dim_1")
+    assert data["theta"].shape == (4, 25, 2, 3)
+    assert data["theta"].values[1, 3].tolist() == run.xs[8, 1].tolist()
+    assert data.attrs["acceptance"] == run.acceptance.tolist()
+    assert data["draw"].values.tolist() == list(range(25))
+    with pytest.raises(ValueError, match="of 30 saved states none is left after warmup=30"):
+        run.to_xarray(warmup=30)
+    if importlib.util.find_spec("arviz_stats"):
+        import arviz_stats
+
+        assert arviz_stats.rhat(data)["theta"].shape == (2, 3)

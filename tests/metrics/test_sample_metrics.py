@@ -233,3 +233,66 @@ A = torch.ones(4, 2)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# Features of a function
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.Sequential(torch.nn.Linear(12, 3), torch.nn.Dropout(0.5), torch.nn.Tanh())
+        self.batches = []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        return self.inner(x.flatten(1).float() / 255.0)[:, None]
+
+
+def test_metrics_of_features_are_those_of_what_the_function_makes():
+    """By batches, in evaluation mode, without gradients; of tensors, lists and loaders."""
+    network = Network()
+    a, b = ((draws(k, 50, 3, 2, 2) * 60 + 128 + 20 * k).clamp(0, 255).to(torch.uint8) for k in (0, 1))
+    with torch.no_grad():
+        features = [network.eval()(x).flatten(1) for x in (a, b)]
+    network.train()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(b, torch.arange(50)), 17)
+    for metric in (
+        frechet_distance, precision_recall, energy_distance, squared_mmd, lambda *s, **o: squared_mmd(*s, degree=3, **o)
+    ):  # fmt: skip
+        expected = metric(*features)
+        for second in (b, list(b.split(9)), loader):
+            network.batches.clear()
+            found = metric(a, second, features=network, batch_size=20)
+            assert network.batches[:3] == [20, 20, 10]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert network.training
+    for wrong, error, message in (
+        ({"features": 3}, TypeError, "features must be a function"),
+        ({"features": lambda x: x.sum()}, ValueError, "a row for each of 50 samples"),
+        ({"features": lambda x: x.tolist()}, TypeError, "features must return a tensor"),
+        ({"features": network, "batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"features": lambda x: x.float() * math.nan}, ValueError, "must be finite"),
+    ):
+        with pytest.raises(error, match=message):
+            frechet_distance(a, b, **wrong)
+    with pytest.raises(TypeError, match="batches of b must be tensors"):
+        squared_mmd(a, ["x"], features=network)
+    with pytest.raises(ValueError, match="b holds no sample"):
+        squared_mmd(a, [], features=network)
+
+
+def test_the_polynomial_kernel_by_brute_force():
+    a, b = draws(2, 7, 3), draws(3, 5, 3) + 0.5
+
+    def mean(x, y, same):
+        values = [
+            (float(p @ q) / 3 + 1) ** 3 for i, p in enumerate(x) for j, q in enumerate(y) if not (same and i == j)
+        ]
+        return sum(values) / len(values)
+
+    expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert float(squared_mmd(a, b, degree=3).value) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="give one of them"):
+        squared_mmd(a, b, degree=3, bandwidth=1.0)
