@@ -19,6 +19,7 @@ from sdesolve.chains import DDPM, SMLD, ChainScore, variational_bound
 from sdesolve.control import ControlPath
 from sdesolve.conversions import correlated, to_ito, to_stratonovich
 from sdesolve.crossing import Crossing, Reflection
+from sdesolve.delays import DelaySDE
 from sdesolve.diagnostics import show_versions
 from sdesolve.diffusions import (
     EDM,
@@ -182,9 +183,10 @@ __all__ = [
     "AbstractStochasticTable", "AbstractTabulated", "AbstractWeakTable", "Adaptive", "Ancestral", "AnnealedLangevin",
     "BrownianPath", "BrownianRows", "Calculus", "Carry", "ChainBound", "ChainScore", "Chains", "ClassifierFreeGuidance",
     "ClassifierGuidance", "Clip", "ControlPath", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
-    "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince", "DoubleWell", "Draws",
-    "DynamicThreshold", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun", "EulerLaw", "EulerMaruyama", "ExactTrace",
-    "ExplicitScoreMatching", "FeatureMoments", "Gaussian", "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion",
+    "DelaySDE", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince", "DoubleWell",
+    "Draws", "DynamicThreshold", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun", "EulerLaw", "EulerMaruyama",
+    "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "Gaussian", "GaussianMixture", "GeneralShARK",
+    "GeometricBrownianMotion",
     "Gillespie", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching",
     "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "JumpSDE", "LangevinCorrector", "LevyArea", "Likelihood",
     "Likelihoods", "LinearBeta", "LinearDiffusion", "LinearInterpolant", "LinearMultistep", "LogNormalNoise", "LogODE",

@@ -36,6 +36,7 @@ LAYERS = [
         "sdesolve.conversions",
         "sdesolve.carry",
         "sdesolve.crossing",
+        "sdesolve.delays",
         "sdesolve.jumps",
         "sdesolve.sums",
     },

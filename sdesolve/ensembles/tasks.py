@@ -400,7 +400,7 @@ class Solves(AbstractTask):
 
 
 _GROWING = ("xs", "mean", "m2")
-_REMEMBERED = ("memory", "jumps")  # of a `Continuation`; what `kl_to` adds is refused with segments
+_REMEMBERED = ("memory", "jumps", "delays")  # of a `Continuation`; what `kl_to` adds is refused with segments
 
 
 def _numbered(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from sdesolve_kernels.transforms import any_copy, plain
 from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of, short
+from sdesolve.delays import DelaySDE
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.probing import agree, unnoticed
 from sdesolve.jumps import JumpSDE, Reactions
@@ -19,6 +20,9 @@ from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Calculus, Field, Noise
 from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractOneStep, AbstractSolver
+from sdesolve.solvers.euler_heun import EulerHeun
+from sdesolve.solvers.euler_maruyama import EulerMaruyama
+from sdesolve.solvers.heun import Heun
 from sdesolve.solvers.reactions import AbstractReacting
 
 STATE_DTYPES = (torch.float32, torch.float64)
@@ -93,6 +97,11 @@ def check_pair(solver: AbstractSolver, sde: AbstractSDE) -> None:
         raise ValueError(
             f"{name} chooses its own steps, and those of an equation that jumps end at its jumps; take a solver of "
             "fixed steps"
+        )
+    if isinstance(sde, DelaySDE) and not isinstance(solver, EulerMaruyama | EulerHeun | Heun):
+        raise ValueError(
+            f"delays are known at the ends of steps, and {name} is no scheme of these alone: take EulerMaruyama, or "
+            "Heun for an ODE, additive noise or a Stratonovich SDE"
         )
     if not (isinstance(solver, AbstractOneStep | AbstractReacting) or isinstance(sde, AbstractSemilinear)):
         raise ValueError(

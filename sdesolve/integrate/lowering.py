@@ -311,6 +311,10 @@ def _lowered(problem: Problem) -> Lowered:
         from sdesolve.integrate.jumps import jumping  # made of what follows
 
         return jumping(problem)
+    if problem.delays:
+        from sdesolve.integrate.delays import delayed  # likewise
+
+        return delayed(problem)
     pure_noise.refuse(problem)
     noise, by_steps = problem.noise, isinstance(solver, AbstractOneStep)
     if isinstance(solver, AbstractTabulated) and isinstance(problem.equation, AbstractSemilinear):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import kind_of
 from sdesolve.brownian import AbstractPath
+from sdesolve.delays import DelaySDE
 from sdesolve.integrate.checks import all_finite, bad_rows, check_drift, unchanged
 from sdesolve.integrate.probing import ByRow, agree, unnoticed
 from sdesolve.integrate.problem import Problem
@@ -50,6 +51,8 @@ def prior_of(kl_to: Prior, sde: AbstractSDE, params: Any, solver: AbstractSolver
         raise ValueError("kl_to compares laws of paths, and an ODE has no noise: give an SDE, or leave kl_to out")
     for equation in (sde, kl_to):
         refuse_jumps(equation, "kl_to= compares diffusions", "leave it out")
+        if isinstance(equation, DelaySDE):
+            raise ValueError("kl_to= compares drifts of one state and time, and a DelaySDE has a past: leave it out")
     if solver.controller is not None or isinstance(solver, PredictorCorrector | QE):
         raise ValueError(
             f"kl_to needs the Brownian increments of given steps, which {type(solver).__name__} has not: take a solver "

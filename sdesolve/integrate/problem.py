@@ -238,6 +238,11 @@ class Problem:
         return *following, *(() if self.changes is None else self.changes.maps)
 
     @property
+    def delays(self) -> int:
+        """How many earlier states a step reads."""
+        return len(getattr(self.equation, "ring", ()))
+
+    @property
     def taken(self) -> int:
         """Steps that this integration takes itself."""
         return self.steps - self.first

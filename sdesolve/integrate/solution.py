@@ -115,6 +115,7 @@ class Continuation:
         until: boundaries that go on to stop or reflect paths.
         weights: with ``kl_to``, the divergence and the log-weight of each path so far.
         jumps: of an equation that jumps, what each path waits for, its candidates and its jumps so far.
+        delays: of an equation with delays, states of the steps before, the latest first.
     """
 
     x: Tensor
@@ -126,6 +127,7 @@ class Continuation:
     until: tuple[AbstractBoundary, ...] = ()
     weights: tuple[Tensor, ...] = ()
     jumps: tuple[Tensor, ...] = ()
+    delays: tuple[Tensor, ...] = ()
 
     @property
     def t(self) -> Tensor:
@@ -206,6 +208,7 @@ def finished(
     accepted: Tensor | None = None,
     work: int | None = None,
     waiting: tuple[Tensor, ...] = (),
+    delays: tuple[Tensor, ...] = (),
     **outcome: Any,
 ) -> Solution:
     """What `solve` returns of what an executor left."""
@@ -215,7 +218,8 @@ def finished(
         adaptive and adaptive.rejected, adaptive and adaptive.evaluations, saved.work if work is None else work,
     )  # fmt: skip
     if solver.divisible:
-        outcome["state"] = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried, weights, waiting)
+        own = weights, waiting, delays
+        outcome["state"] = Continuation(saved.x1, memory, times.clone(), noise, solver, *carried, *own)
     if saved.variances is None:
         return Solution(saved.x1, ts, saved.xs, stats, **outcome)
     nothing = saved.x1.new_empty(0, *saved.x1.shape)

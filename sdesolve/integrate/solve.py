@@ -22,9 +22,11 @@ from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, BrownianRows, Increments, drawn_seed
 from sdesolve.carry import as_carry
 from sdesolve.crossing import as_boundaries
+from sdesolve.delays import DelaySDE
 from sdesolve.integrate.changes import At, Changes, check_restarts
 from sdesolve.integrate.checks import check_pair, check_process_times, check_state
 from sdesolve.integrate.clock import check_clock, needs_float64
+from sdesolve.integrate.delays import Delayed
 from sdesolve.integrate.executors import CannotExecute, Eager, Executor, RowKernels, Stepwise
 from sdesolve.integrate.following import Following
 from sdesolve.integrate.hooks import Hook
@@ -42,6 +44,7 @@ from sdesolve.scores.network import NetworkScore
 from sdesolve.sde import ODE, SDE, AbstractSDE, Noise, State
 from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractRemembering, AbstractSolver
+from sdesolve.solvers.euler_maruyama import EulerMaruyama
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.reversible_heun import ReversibleHeun
 from sdesolve.sums import Sums
@@ -203,13 +206,13 @@ def solve(
         )
     if not ((torch.is_grad_enabled() and gradients != "none") or isinstance(sde, ReverseSDE | ProbabilityFlow)):
         warn_of_training(sde)
-    if params is not None and not isinstance(sde, SDE | ODE | AbstractJumping):
+    if params is not None and not isinstance(sde, SDE | ODE | DelaySDE | AbstractJumping):
         raise TypeError(
             f"params go to the functions of an SDE or ODE, and {type(sde).__name__} is neither; let its functions "
             "hold their parameters"
         )
     prior = None if kl_to is None else prior_of(kl_to, sde, params, solver)
-    if isinstance(sde, SDE | ODE | JumpSDE | Reactions) and params is not None:
+    if isinstance(sde, SDE | ODE | DelaySDE | JumpSDE | Reactions) and params is not None:
         sde = sde.with_params(params)
     functional, boundaries = as_carry(carry), as_boundaries(until)
     if start is not None:
@@ -251,6 +254,13 @@ def solve(
     first = 0 if start is None else start.steps
     direction = _direction(times, x0.dtype, x0.device)
     sde = sde.directed(direction)
+    if isinstance(sde, DelaySDE):
+        if changes is not None and not isinstance(solver, EulerMaruyama):
+            raise ValueError(
+                f"at= changes states that delays read, and {type(solver).__name__} reads them at the end of its step, "
+                "before the change: take EulerMaruyama"
+            )
+        sde = Delayed(sde, times, x0, start.delays if start else None)
     if changes is not None:
         check_restarts(solver)
         changes.place(times, rounding, first)
@@ -396,6 +406,7 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         own = solver.memory if isinstance(solver, AbstractRemembering) else 0
         jumps, memory = memory[own : own + 3], memory[:own] + memory[own + 3 :]
         outcome["jumps"] = jumps[2].round().long()
+    delays, memory = memory[: problem.delays], memory[problem.delays :]
     if problem.prior is not None:
         own = solver.memory if isinstance(solver, AbstractRemembering) else 0
         weights, memory = memory[own : own + 2], memory[:own] + memory[own + 2 :]
@@ -433,6 +444,7 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         accepted,
         work,
         waiting=jumps,
+        delays=delays,
         **outcome,
     )
 
@@ -518,6 +530,8 @@ def _check_plan(problem: Problem) -> None:
     following = problem.following
     if isinstance(problem.equation, AbstractJumping):
         raise ValueError("paths that jump have values at grid points alone; put every time of save_at on the grid")
+    if problem.delays:
+        raise ValueError("delays are known at grid points alone; put every time of save_at on the grid")
     if problem.changes is not None and any(k + 1 in problem.changes.points for k in problem.save.inside):
         raise ValueError(
             "save_at holds a time inside a step whose end at= changes, where the state is known at grid points alone; "

@@ -119,8 +119,14 @@ def test_segments_change_nothing_and_go_on_after_a_kill(more, tmp_path, monkeypa
     assert not list((tmp_path / "run").glob("part-*"))
 
 
-def test_segments_of_jumps_go_on_with_what_paths_wait_for(tmp_path, monkeypatch):
-    sde = sds.JumpSDE(lambda x, t: -x, lambda x, t: 0.1 * x, rate=4.0, jump=lambda x, t, z: 0.3 * z)
+@pytest.mark.parametrize(
+    "sde",
+    [
+        sds.JumpSDE(lambda x, t: -x, lambda x, t: 0.1 * x, rate=4.0, jump=lambda x, t, z: 0.3 * z),
+        sds.DelaySDE(lambda x, t, pasts: -pasts[0], lambda x, t, pasts: 0.1 * pasts[1], lags=(0.625, 0.125)),
+    ],
+)
+def test_segments_go_on_with_what_paths_wait_for_and_where_they_have_been(sde, tmp_path, monkeypatch):
     given = {"solver": sds.EulerMaruyama(), "seed": 3, "block": 10}
     whole = sds.ensemble(sde, X0, 0.0, 1.0, 8, **given)().result()
     from sdesolve.ensembles import tasks
@@ -138,7 +144,8 @@ def test_segments_of_jumps_go_on_with_what_paths_wait_for(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         sds.ensemble(sde, X0, 0.0, 1.0, 8, segments=4, out=tmp_path / "run", **given)()
     found = sds.ensemble(sde, X0, 0.0, 1.0, 8, segments=4, out=tmp_path / "run", **given)().result()
-    for name in ("x1", "jumps"):
+    assert whole.keys() == found.keys() >= {"x1"}
+    for name in whole:
         assert torch.equal(found[name].tensor(), whole[name].tensor())
 
 
