@@ -79,6 +79,37 @@ def fine_tune(score: sds.NetworkScore, reward: Callable[[Tensor], Tensor], round
     return rewards
 
 
+def texts(sentences: list[str], words: int = 4) -> tuple[Tensor, Tensor]:
+    """Stand-in for a text encoder: a token ``(x, y)`` for each word, padded, and which tokens are there."""
+    of = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, 1.0), "down": (0.0, -1.0)}
+    tokens, mask = torch.zeros(len(sentences), words, 2), torch.zeros(len(sentences), words, dtype=torch.bool)
+    for k, sentence in enumerate(sentences):
+        known = [of[word] for word in sentence.split()]
+        tokens[k, : len(known)], mask[k, : len(known)] = torch.tensor(known), True
+    return tokens, mask
+
+
+def text_to_image(prompts: list[str], scales: list[float], steps: int = 400) -> tuple[sds.NetworkScore, Tensor]:
+    """A score of points under sentences of any length, and a draw for each prompt, guided by a scale of its own."""
+    sentences = ["left", "right", "up left", "up right", "down left", "down right", "up", "down"]
+    tokens, mask = texts(sentences)
+    which = torch.arange(4096) % len(sentences)
+    centres = 1.5 * (tokens * mask[..., None]).sum(1)
+    points = centres[which] + 0.2 * torch.randn(4096, 2, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    net = sds.nn.DiT((2,), dims=1, patch=2, width=32, depth=2, heads=2, context=2)
+    score = sds.NetworkScore(net, sds.VP(), "edm", sigma_data=1.3)
+    data = {"x": points, "context": tokens[which], "context_mask": mask[which]}
+    options = {"condition_dropout": 0.1, "lr": 5e-3, "warmup": 20, "decay": "cosine", "seed": 0}
+    sds.train(score, data, loss=sds.DenoisingScoreMatching("simple", "stratified"), steps=steps, **options)
+    context, words = texts(prompts)
+    guided = sds.ClassifierFreeGuidance(
+        score, scale=torch.tensor(scales), context=context, context_mask=words, one_call=True
+    )
+    drawn = sds.sample(score.process, guided, (len(prompts), 2), solver=sds.DPMSolverPP(2), steps=20, seed=1)
+    return score, drawn
+
+
 def learned(steps: int = 500) -> sds.NetworkScore:
     """A small score of two modes, to run the loops on."""
     torch.manual_seed(0)
@@ -100,6 +131,8 @@ def main() -> None:
         f"inversion: back to within {float((again - images).abs().max()):.1e}, latents of std {float(latent.std()):.2f}"
     )
     print(f"early stop: after {settled(score, (64, 2))[1]} of 60 steps")
+    drawn = text_to_image(["up left", "right", "down"], [1.0, 1.5, 2.0])[1]
+    print(f"under 'up left', 'right', 'down': {[[round(float(v), 1) for v in point] for point in drawn]}")
     rewards = fine_tune(learned(), lambda x: -(x - 2.0).square().sum(1))
     print(f"policy gradient: mean reward {rewards[0]:.2f} before, {rewards[-1]:.2f} after")
 

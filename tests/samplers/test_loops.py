@@ -16,7 +16,7 @@ DATA = LOOPS["DATA"]
 SCORE = DATA.score(sds.VP())
 
 
-@pytest.mark.parametrize("name", ["inpainting", "image_to_image", "inversion", "settled", "fine_tune"])
+@pytest.mark.parametrize("name", ["inpainting", "image_to_image", "inversion", "settled", "fine_tune", "text_to_image"])
 def test_a_loop_is_at_most_thirty_lines(name):
     assert len(inspect.getsource(LOOPS[name]).splitlines()) <= 30
 
@@ -54,3 +54,14 @@ def test_policy_gradients_raise_the_reward():
     score = LOOPS["learned"](steps=80)
     rewards = LOOPS["fine_tune"](score, lambda x: -(x - 2.0).square().sum(1), rounds=3)
     assert rewards[-1] > rewards[0] + 0.5
+
+
+def test_sentences_of_any_length_say_where_to():
+    """A point for each prompt, within the reach of its law; the score is told by its words, however they are padded."""
+    prompts = ["up left", "right", "down"] * 8
+    score, drawn = LOOPS["text_to_image"](prompts, [1.0] * 24, steps=100)
+    centres = torch.tensor([[-1.5, 1.5], [1.5, 0.0], [0.0, -1.5]])
+    assert float((drawn.reshape(8, 3, 2).mean(0) - centres).abs().max()) < 0.6
+    t, x = torch.tensor(0.5), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    told = [score.given(context=c, context_mask=m)(x, t) for c, m in (LOOPS["texts"](prompts[:3], n) for n in (2, 6))]
+    torch.testing.assert_close(*told, rtol=1e-4, atol=1e-5)
