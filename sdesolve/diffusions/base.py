@@ -94,6 +94,10 @@ class AbstractDiffusion(AbstractLinearSDE):
     def sigma(self, t: Tensor | float) -> Tensor:
         """``sigma(t)``, the standard deviation of the noise in ``x_t``; 0 at ``t = 0``."""
 
+    def log_alpha_and_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Both, for less than two calls where they are made of one number."""
+        return self.log_alpha(t), self.sigma(t)
+
     @abc.abstractmethod
     def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
         """The inverse of `log_snr`: the time in ``[0, t_max]`` at which it has this value; 0 for ``inf``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import final
 
 import torch
@@ -52,7 +53,8 @@ class TableBeta(AbstractBetaSchedule):
             alpha = square.sqrt()
             square = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))).square()
         integral = torch.cat([square.new_zeros(1), -square.log()])
-        self._integral, self._listed = Copies(integral), tuple(integral.tolist())
+        # Numbers as bytes: what searches objects for networks, or looks whether they have changed, takes them for one.
+        self._integral, self._listed = Copies(integral), struct.pack(f"{len(integral)}d", *integral.tolist())
         self.steps, self.t_max = len(square), float(len(square))
 
     def beta(self, t: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class TableBeta(AbstractBetaSchedule):
             time = float(t)  # of a step of a sampler: ten operations on one number cost as much as a small network
             if 0.0 <= time <= self.steps:
                 before = max(0, math.ceil(time) - 1)
-                start, end = self._listed[before], self._listed[before + 1]
+                start, end = struct.unpack_from("2d", self._listed, 8 * before)
                 if end != math.inf:
                     return torch.tensor(start + (time - before) * (end - start), dtype=t.dtype, device=t.device)
         B, k, w = self._place(t)

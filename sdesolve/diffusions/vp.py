@@ -176,6 +176,10 @@ class VP(AbstractScheduled):
     def sigma(self, t: Tensor | float) -> Tensor:
         return (-torch.expm1(-self.schedule.integral(as_time(t)))).sqrt()
 
+    def log_alpha_and_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        log_alpha = self.log_alpha(t)
+        return log_alpha, (-torch.expm1(2.0 * log_alpha)).sqrt()
+
     def time_at_log_snr(self, log_snr: Tensor | float) -> Tensor:
         # sigma^2 / alpha^2 = exp(B) - 1
         return self.schedule.time_at_integral(torch.log1p((-as_time(log_snr)).exp()))

@@ -442,7 +442,7 @@ class NetworkScore(nn.Module):
             )
         t = t if t.ndim == 0 else t.to(x.device)
         # alpha and sigma in the precision of the time, which a solver gives in float64, and only then in that of x.
-        log_alpha, sigma = self.process.log_alpha(t), self.process.sigma(t)
+        log_alpha, sigma = self.process.log_alpha_and_sigma(t)
         log_ratio = None
         if isinstance(self._parameterization, PreconditionsEDM):
             log_ratio = (sigma.log() - log_alpha).to(x).expand(len(x))

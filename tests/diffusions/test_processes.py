@@ -271,3 +271,12 @@ def test_rates_of_a_time_that_samples_share(process):
     t = torch.tensor(0.4, dtype=torch.float64)
     assert torch.equal(process.drift_rate(t.expand(3)), process.drift_rate(t).expand(3))
     assert torch.equal(process.squared_diffusion(t.expand(3)), process.squared_diffusion(t).expand(3))
+
+
+@given(process=processes, fraction=fractions)
+def test_both_coefficients_at_once_are_those_of_two_calls(process, fraction):
+    """To the bit: scores of networks take them so."""
+    for t in (double(fraction * process.t_max), torch.tensor([0.0, fraction * process.t_max])):
+        log_alpha, sigma = process.log_alpha_and_sigma(t)
+        assert torch.equal(log_alpha, process.log_alpha(t))
+        assert torch.equal(sigma, process.sigma(t))
