@@ -249,11 +249,13 @@ def checked_shape(shape: Sequence[int], dims: int) -> tuple[tuple[int, ...], tup
     """The shape of a state, and its last ``dims`` entries, its sides.
 
     Raises:
-        TypeError: a size that is not an integer.
+        TypeError: no sequence, or a size that is not an integer.
         ValueError: another number of sides, with or without colours; a size below 1; ``dims`` other than 1, 2 or 3.
     """
     if whole_number(dims, "dims", 1) > 3:
         raise ValueError(f"dims must be 1, 2 or 3, got {short(dims)}")
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape must be the sizes of one state, such as (3, 32, 32), got {short(shape)}")
     checked = tuple(whole_number(n, "each entry of shape", 1) for n in shape)
     if len(checked) not in (dims, dims + 1):
         sides = ("length",) if dims == 1 else _SIDES[-dims:]

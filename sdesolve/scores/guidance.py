@@ -162,6 +162,8 @@ class ClassifierFreeGuidance:
         """The guided score, of the shape of ``x: (batch, *state)``."""
         if self.used.count(True) > 1:
             self.check_rows(len(x))
+        plain = self.interval is None and all(isinstance(scale, float) for scale in self.scales)
+        scales = [] if plain else [self._at(scale, x, t) for scale in self.scales]
         values = iter(self._evaluated(x, t))
         *given, free = (next(values) if used else None for used in self.used)
         found = [g for g in given if g is not None]
@@ -174,12 +176,11 @@ class ClassifierFreeGuidance:
                     f"{tuple(free.shape)}"
                 )
         guided = free
-        if self.interval is None and all(isinstance(scale, float) for scale in self.scales):
+        if plain:
             for scale, g in zip(self.scales, given, strict=True):
                 guided = guided if g is None else guided + scale * (g - free)  # type: ignore[operator]
             return guided
         # Where scales are 1 or 0, the bits are those of a run at these alone.
-        scales = [self._at(scale, x, t) for scale in self.scales]
         for s, g in zip(scales, given, strict=True):
             guided = guided if g is None else torch.where(s == 0.0, guided, guided + s * (g - free))
         for k, g in enumerate(given):
@@ -239,7 +240,7 @@ class ClassifierFreeGuidance:
 
 def _groups(scale: Mapping[Any, Scale], conditions: Mapping[str, Tensor | float]) -> list[dict[str, Tensor | float]]:
     """Conditions by the scale that each has."""
-    groups = [(key,) if isinstance(key, str) else tuple(key) for key in scale]
+    groups = [key if isinstance(key, tuple) else (key,) for key in scale]
     named = [name for group in groups for name in group]
     if sorted(map(str, named)) != sorted(conditions):
         raise ValueError(
@@ -304,7 +305,9 @@ def _checked_scale(value: Scale | None, name: str, *, signed: bool = False) -> S
     if callable(value):
         return (lambda t: value(t) + more) if more else value
     scale = more + number(value, name)
-    return scale if signed and math.isfinite(scale) else _finite(scale, "1 + weight" if more else name)
+    if signed and not math.isfinite(scale):
+        raise ValueError(f"{name} must be finite, got {short(value)}")
+    return scale if signed else _finite(scale, "1 + weight" if more else name)
 
 
 def _checked_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -316,6 +316,10 @@ def test_one_call_for_all_parts_gives_what_several_give():
     torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
 
 
+def never(x, t):
+    raise AssertionError("called")
+
+
 def test_several_conditions_that_do_not_fit_are_refused():
     cfg, score = ClassifierFreeGuidance, sds.NetworkScore(Told(), PROCESS)
     other, two = sds.NetworkScore(Told(), PROCESS), torch.zeros(2, 3)
@@ -331,6 +335,8 @@ def test_several_conditions_that_do_not_fit_are_refused():
         (lambda: cfg(zero, zero, scale=[1.0]), TypeError, "scale must be a number"),
         (lambda: cfg(zero, zero, scale={"text": 1.0}), TypeError, "needs conditions by name"),
         (lambda: cfg(score, scale={"text": 1.0}, text=two, image=0.1), ValueError, "image, text"),
+        (lambda: cfg(score, scale={3: 1.0}, text=two), ValueError, "must name each condition once"),
+        (lambda: cfg(never, never, scale=lambda t: torch.ones(3))(X, TIMES[0]), ValueError, "one for each of 4"),
         (lambda: cfg(score, scale={"text": 1.0, "txt": 2.0}, text=two), ValueError, "'txt'"),
         (lambda: cfg([zero, zero], zero, scale=[torch.ones(3), 1.0])(X, TIMES), ValueError, "3 scal"),
         (lambda: cfg(zero, zero, scale=2.0, one_call=True), ValueError, "scores of one network"),

@@ -169,6 +169,7 @@ def test_networks_learn_a_condition_of_data_of_different_lengths(kind, tmp_path)
         (lambda: unet((4, 4, 4, 4), 2), ValueError, r"with dims=2 shape must be \(height, width\) or \(colours, he"),
         (lambda: unet((4, 4, 4), 1), ValueError, r"with dims=1 shape must be \(length,\) or \(colours, length\)"),
         (lambda: dit((4, 4), 3), ValueError, r"with dims=3 shape must be \(depth, height, width\) or \(colours"),
+        (lambda: dit(4, 1), TypeError, "shape must be the sizes of one state"),
         (lambda: unet((4,), 4), ValueError, "dims must be 1, 2 or 3"),
         (lambda: unet((8,), 1, attention=(3,)), ValueError, r"names a length that no level has; they are \[8, 4\]"),
         (lambda: unet((8, 4, 4), 3, attention=(3,)), ValueError, r"names a depth that no level has; they are \[8, 4\]"),
