@@ -48,6 +48,22 @@ def test_gradients_of_a_matrix(normals):
 
 
 @pytest.mark.parametrize(
+    ("drift", "loops"),
+    [(lambda x: x.sin(), True), (lambda x: x.flip(1), False), (lambda x: x[:, :1].expand_as(x), False)],
+    ids=["own numbers", "another's", "the first"],
+)
+def test_numbers_of_a_state_are_computed_in_a_loop_unless_they_read_each_other(drift, loops, normals):
+    x0 = normals(3, 9, dtype=torch.float64)
+    equation = sds.SDE(lambda x, t: drift(x), lambda x, t: 0.2 * torch.ones_like(x))
+    fused, eager = (
+        sds.solve(equation, x0, 0.0, 1.0, 4, solver=sds.EulerMaruyama(), seed=1, backend=backend)
+        for backend in ("fused", "eager")
+    )
+    assert ("for j in range(9)" in fused.stats.source) == loops
+    torch.testing.assert_close(fused.x1, eager.x1, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
     ("solver", "paths", "kind"),
     [(sds.SRIW1(), None, "normal"), (sds.EulerMaruyama(), torch.arange(40) + 2**32, "three-point")],
     ids=["two sources", "listed, three-point"],

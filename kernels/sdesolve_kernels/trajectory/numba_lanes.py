@@ -130,6 +130,17 @@ class Lanes:
         lines = self.compute(list(zip(rows_of, roots[:n], strict=True)), roots[n:])
         return lines, [self.vectors[p.id] for p in roots[last:]]
 
+    def update(self, first: int, expressions: Sequence[Expression]) -> list[str]:
+        """Lines that give a state its next values, all computed before any row that they read is written.
+
+        One loop over the numbers of the state, where they are alike and each reads its own number alone.
+        """
+        rerolled = reroll(self._graph, expressions)
+        if rerolled is not None and not _reads_others(rerolled):
+            return self.compute([], [self._graph.vector(expressions, (first, 1))])
+        targets = list(enumerate(expressions, first))
+        return self.compute([t for t in targets if not (isinstance(t[1].data, State) and first + t[1].data.i == t[0])])
+
     def compute(self, targets: Sequence[Target], others: Sequence[Expression] = ()) -> list[str]:
         """Lines that assign expressions to rows, all of them computed before any row that they read is written.
 
@@ -316,6 +327,13 @@ class _Schedule:
                 if self._there[k.id] < level or common:
                     found.add(k.id)
         return found
+
+
+def _reads_others(rerolled: Rerolled) -> bool:
+    """Whether entry ``j`` reads any number of the state but number ``j``, or what is computed beside the loop does."""
+    if any(m.kind is State and (m.start, m.stride) != (0, 1) for m in rerolled.strided):
+        return True
+    return any(isinstance(e.data, State) for e in topological([rerolled.template]))
 
 
 _TALLEST = 6  # rows of a tile, `_numba.products`

@@ -159,12 +159,13 @@ class _Printer(AbstractPrinter):
 
     def _load(self) -> list[str]:
         """Where the block begins, cotangents of where it ends, and what is constant along a path."""
-        lines = ["for l in range(used):", "    path = min(first + l, paths - 1)"]
-        for i in range(len(self.plan.states)):
-            lines.append(f"    s[STARTS + {i * self.lanes} + l] = x_in[path * CARRIED + {i}]")
-        for i in range(len(self.plan.states)):
-            row = self.rows.at(self.cotangent + i)
-            lines.append(f"    {row} = cotangents[path * CARRIED + {i}] if l < lanes else REAL(0)")
+        lines = [
+            "for i in range(CARRIED):",
+            "    for l in range(used):",
+            "        path = min(first + l, paths - 1)",
+            "        s[STARTS + i * LANES + l] = x_in[path * CARRIED + i]",
+            "        s[COTANGENTS + i * LANES + l] = cotangents[path * CARRIED + i] if l < lanes else REAL(0)",
+        ]
         lines += self.constant_along_a_path(self.path_invariant)
         first = self.accumulated * self.lanes
         last = (self.turned if self.matrices else self.accumulated + self.summed + self._paths) * self.lanes
@@ -217,10 +218,7 @@ class _Printer(AbstractPrinter):
                 call = f"words, noise, {g}, first, {index}, {count}, "
             call += f"used, LANES, {self.numbered}"
             lines.append(f"skip{g} = {self.fill(maker)}(s, noise{g}, {call})")
-        targets = [(self.state + i, self._real(e)) for i, e in enumerate(plan.states)]
-        computed = self.rows.compute(
-            [t for t in targets if not isinstance(t[1].data, State) or self.state + t[1].data.i != t[0]]
-        )
+        computed = self.rows.update(self.state, [self._real(e) for e in plan.states])
         step = [*self._noise("k"), *(f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in self.reads(Column))]
         return [
             *lines,

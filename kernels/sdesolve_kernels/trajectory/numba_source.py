@@ -252,12 +252,12 @@ class _Printer(AbstractPrinter):
 
     def _load(self) -> list[str]:
         """First state into its rows (what is carried besides it starts at 0), and what is constant along a path."""
-        plan, numbers = self.plan, self.plan.numbers
-        lines = ["for l in range(used):", "    path = min(first + l, paths - 1)"]
-        for i in range(len(plan.states)):
-            value = f"x_in[path * in_width + {i}]"
-            value = value if i < numbers else f"{value} if in_width > {i} else REAL(0)"
-            lines.append(f"    {self.rows.at(self.state + i)} = {value}")
+        lines = [
+            f"for i in range({len(self.plan.states)}):",
+            "    for l in range(used):",
+            "        path = min(first + l, paths - 1)",
+            f"        s[({self.state} + i) * LANES + l] = x_in[path * in_width + i] if i < in_width else REAL(0)",
+        ]
         return lines + self.constant_along_a_path(self.path_invariant)
 
     def place(self, e: Expression) -> tuple[str, str]:
@@ -295,16 +295,9 @@ class _Printer(AbstractPrinter):
                 f"used, LANES, {self.numbered})",
                 f"n{g} = {base * self.lanes} + (skip{g} + {at} * {m}) * LANES",
             ]
-        computed = self._compute(self.state, plan.states)
+        computed = self.rows.update(self.state, plan.states)
         lines += [f"c{j} = table[k * {len(plan.columns)} + {j}]" for j in self.reads(Column)]
         return lines + computed
-
-    def _compute(self, first: int, expressions: Sequence[Expression]) -> list[str]:
-        """Lines that assign expressions to rows from ``first`` on, except where a row would be assigned to itself."""
-        targets = [(first + i, e) for i, e in enumerate(expressions)]
-        return self.rows.compute(
-            [(row, e) for row, e in targets if not (isinstance(e.data, State) and self.state + e.data.i == row)]
-        )
 
     def _save(self) -> list[str]:
         """The state, or what is observed of it, to its place or into the moments."""
@@ -312,7 +305,7 @@ class _Printer(AbstractPrinter):
         row, width = self.state, self.plan.width
         if self.plan.program.observed_shape is not None:
             row = self.observed
-            lines += self._compute(row, self.plan.observed)
+            lines += self.rows.compute(list(enumerate(self.plan.observed, row)))
         start, names = row * self.lanes, list(ARGUMENTS)
         lines += [
             f"if a[{names.index('saved')}] != 0:",
