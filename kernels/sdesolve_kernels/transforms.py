@@ -9,11 +9,11 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch._C._functorch import pop_dynamic_layer_stack, push_dynamic_layer_stack
 from torch._functorch.pyfunctorch import (
     VmapInterpreter,
     retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
-    temporarily_restore_interpreter_stack,
 )
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -145,16 +145,29 @@ def values_alone(values: Mapping[int, Tensor]) -> Iterator[Callable[[], contextl
 
     @contextlib.contextmanager
     def restored() -> Iterator[None]:
-        mode.values = {}
+        depth, mode.values = len(stack), {}
         try:
-            with temporarily_restore_interpreter_stack(stack), forward_ad._set_fwd_grad_enabled(True):
+            _push(stack)
+            with forward_ad._set_fwd_grad_enabled(True):
                 yield
         finally:
+            stack.extend(pop_dynamic_layer_stack() for _ in range(depth))
             mode.values = values
 
-    mode = _Reading(values)
-    with temporarily_clear_interpreter_stack() as stack, forward_ad._set_fwd_grad_enabled(False), mode:
-        yield restored
+    mode, stack = _Reading(values), list[Any]()
+    try:
+        while is_transformed():
+            stack.append(pop_dynamic_layer_stack())
+        with forward_ad._set_fwd_grad_enabled(False), mode:
+            yield restored
+    finally:
+        _push(stack)
+
+
+def _push(stack: list[Any]) -> None:
+    """Puts interpreters back, the outermost of which is last."""
+    while stack:
+        push_dynamic_layer_stack(stack.pop())
 
 
 class _Reading(TorchFunctionMode):

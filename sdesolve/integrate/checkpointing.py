@@ -32,7 +32,7 @@ __all__ = ["AbstractRecord", "Checkpoints", "Reconstruction", "distance", "posit
 States = tuple[Tensor, ...]
 Take = Callable[[int, States], States]
 
-_MOST_KEPT = 1 << 28  # bytes of kept states, unless two steps save more
+_MOST_KEPT = 1 << 28  # bytes of kept states, unless two steps save more, and of the last steps
 _SHARE = 16  # of what all steps would save, the part that kept states may take below that
 _WHOLE = 16  # likewise, the part that the last steps may save, which are not taken again
 _LOOK = 8  # kept states between two looks at generators that nothing draws from at first
@@ -326,7 +326,7 @@ class Checkpoints(AbstractRecord):
     def _plan(self, k: int, size: int) -> None:
         state, left = max(1, self._kept[k].size), self._steps[-1] + 1 - k
         size = max(size, state)
-        self._whole -= left // _WHOLE
+        self._whole -= min(left // _WHOLE, _MOST_KEPT // size)
         left = self._whole - k
         most = max(2 * size, min(left * size // _SHARE, _MOST_KEPT))
         self._slots = max(1, most // state)

@@ -158,8 +158,8 @@ def solve(
             it, and says in ``stats`` why no earlier one could. `docs/fusing.md` says what can be fused.
         gradients: how a run that goes step by step gives gradients; values do not depend on it, and a fused run always
             has its own way. ``auto`` has torch keep what it needs of every step. ``checkpoint`` keeps some states, and
-            takes every step again on the way back: the same gradients to the bit, for at most a sixteenth of that
-            memory, or 256 MB or twice what a step needs if that is less, and once more the time of the run if all
+            takes all but the last steps again on the way back: the same gradients to the bit, for at most an eighth of
+            that memory, or 512 MB or twice what a step needs if that is less, and once more the time of the run if all
             states are kept. ``reversible`` undoes the steps of `ReversibleHeun` instead, and raises a RuntimeError in
             ``backward`` if that drifts away from states that were kept. ``none`` records nothing.
         progress: show a progress bar.
@@ -169,9 +169,10 @@ def solve(
     Returns:
         A `Solution`. Gradients flow to ``x0`` and to whatever drift and diffusion are made of; a fused run has a fused
         gradient, in memory that does not grow with the number of steps, and what has none runs in torch
-        (``stats.reason``). A second derivative runs the integration again in torch, and warns. As in torch, the
-        derivative of a floor, of rounding, of a comparison and of the step at which a path stops is 0, and noise of
-        any kind is a constant. What stops being finite is refused on the way forward, so that a gradient is of values.
+        (``stats.reason``). Forward mode is fused too: one `torch.func.jvp` or `jacfwd`, or dual tensors. A second
+        derivative runs the integration again in torch, and warns. As in torch, the derivative of a floor, of rounding,
+        of a comparison and of the step at which a path stops is 0, and noise of any kind is a constant. What stops
+        being finite is refused on the way forward, so that a gradient is of values.
 
     Raises:
         ValueError: a prior from which the divergence is infinite from the start, or that cannot be compared with; bad

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdesolve.sde import AbstractSemilinear, Noise
-from sdesolve.solvers.schedule import Schedule
+from sdesolve.solvers.schedule import Schedule, deviation
 from sdesolve.solvers.tabulated import AbstractTabulated, Evaluate, Row, Table, none_skipped
 
 
@@ -46,7 +46,7 @@ class AbstractDataMultistep(AbstractTabulated):
     def _moved(self, p: Schedule, denoise: Tensor, *, noisy: bool) -> Table:
         sigma, q2h = p.sigma, p.stochasticity**2 * p.h
         a = sigma[1:] / sigma[:-1] * torch.exp(-q2h)
-        c = sigma[1:] * (-torch.expm1(-2.0 * q2h)).sqrt()
+        c = sigma[1:] * deviation(-torch.expm1(-2.0 * q2h))
         move = torch.cat([a[:, None], self.weights(p, a), c[:, None]], dim=1)
         return Table(p.times[:-1, None], (denoise, move), (False, noisy), none_skipped(p.times, 1))
 

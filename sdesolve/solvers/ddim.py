@@ -9,7 +9,7 @@ from torch import Tensor
 from sdesolve._internal.arguments import number, short
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import Supported, supports
-from sdesolve.solvers.schedule import Schedule
+from sdesolve.solvers.schedule import Schedule, deviation
 from sdesolve.solvers.single_row import AbstractSingleRow, single_row
 from sdesolve.solvers.tabulated import Table
 
@@ -55,10 +55,10 @@ class DDIM(AbstractSingleRow):
         alpha, sigma = p.alpha[1:], p.sigma[1:]
         noise = self.eta**2 * (1.0 - (p.rho[1:] / p.rho[:-1]).square())
         b = p.sigma[:-1] * (alpha * p.rho[:-1] - sigma * (1.0 - noise).sqrt())
-        return single_row(times, alpha / p.alpha[:-1], b, sigma * noise.sqrt(), noisy=self.eta > 0)
+        return single_row(times, alpha / p.alpha[:-1], b, sigma * deviation(noise), noisy=self.eta > 0)
 
     def denoised_table(self, sde: AbstractSemilinear, times: Tensor) -> Table:
         p = Schedule.of(self, sde, times, from_noise=True)
         noise = self.eta**2 * (1.0 - (p.rho[1:] / p.rho[:-1]).square())
         a = p.sigma[1:] * (1.0 - noise).sqrt() / p.sigma[:-1]
-        return single_row(times, a, p.alpha[1:] - a * p.alpha[:-1], p.sigma[1:] * noise.sqrt(), noisy=self.eta > 0)
+        return single_row(times, a, p.alpha[1:] - a * p.alpha[:-1], p.sigma[1:] * deviation(noise), noisy=self.eta > 0)

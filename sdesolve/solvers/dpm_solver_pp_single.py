@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import supports
-from sdesolve.solvers.schedule import Schedule
+from sdesolve.solvers.schedule import Schedule, deviation
 from sdesolve.solvers.tabulated import AbstractTabulated, Evaluate, Row, Table
 
 
@@ -90,4 +90,4 @@ def _exponential_step(p: Schedule, start: Schedule, end: Schedule) -> tuple[Tens
     """``a, b, c`` of ``x' = a x + b D + c z``, exact for constant ``D``."""
     h, q2 = end.lam - start.lam, p.stochasticity**2
     a = end.sigma / start.sigma * torch.exp(-q2 * h)
-    return a, -end.alpha * torch.expm1(-(1.0 + q2) * h), end.sigma * (-torch.expm1(-2.0 * q2 * h)).sqrt()
+    return a, -end.alpha * torch.expm1(-(1.0 + q2) * h), end.sigma * deviation(-torch.expm1(-2.0 * q2 * h))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdesolve.sde import AbstractSemilinear, Noise
 from sdesolve.solvers.base import supports
-from sdesolve.solvers.schedule import Schedule
+from sdesolve.solvers.schedule import Schedule, deviation
 from sdesolve.solvers.single_row import AbstractSingleRow, clean_end, transition_variance
 from sdesolve.solvers.tabulated import Table
 
@@ -33,4 +33,4 @@ class ReverseDiffusion(AbstractSingleRow):
         p = Schedule.of(self, sde, times)
         q2 = p.stochasticity**2
         f, G2 = p.alpha[:-1] / p.alpha[1:], transition_variance(p)
-        return clean_end(p, 2.0 - f, 0.5 * (1.0 + q2) * G2, (q2 * G2).sqrt(), sde)
+        return clean_end(p, 2.0 - f, 0.5 * (1.0 + q2) * G2, deviation(q2 * G2), sde)

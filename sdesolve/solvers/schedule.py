@@ -136,6 +136,12 @@ class Schedule:
             )
 
 
+def deviation(variance: Tensor) -> Tensor:
+    """Its square root, and 0 without a derivative where there is no noise: torch's derivative there is infinite."""
+    noisy = variance > 0
+    return torch.where(noisy, variance, 1.0).sqrt() * noisy
+
+
 def check_order(order: int, most: int, name: str) -> int:
     """Refuses an order that is not 1 ... ``most``."""
     whole_number(order, "order", 1)

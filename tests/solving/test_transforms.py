@@ -105,13 +105,52 @@ def mapped(w):
     return sds.SDE(drift, lambda x, t: 0.1 * x)
 
 
-def sampled(backend, w):
+class Rate(sds.diffusions.AbstractBetaSchedule):
+    """``r_0 + 2 r_1 t``, so that the numbers of each step have tangents."""
+
+    t_min, t_max = 1e-3, 1.0
+
+    def __init__(self, r):
+        self.r = r
+
+    def beta(self, t):
+        return self.r[0] + 2 * self.r[1] * t
+
+    def integral(self, t):
+        return self.r[0] * t + self.r[1] * t * t
+
+    def time_at_integral(self, integral):
+        return ((self.r[0] ** 2 + 4 * self.r[1] * integral).sqrt() - self.r[0]) / (2 * self.r[1])
+
+
+def sampled(backend, w, r):
     """From a learned score, under `no_grad`, which leaves tangents alone."""
+    grid = torch.linspace(1.0, 0.05, 5, dtype=torch.float64)
     with torch.no_grad():
         return sds.sample(
-            VP, lambda x, t: torch.tanh(x @ w) - x, (4, 2), solver=sds.DPMSolverPP(order=2), steps=4, seed=1,
-            dtype=X0.dtype, backend=backend, full=True,
+            sds.VP(Rate(r)), lambda x, t: torch.tanh(x @ w) - x, (4, 2), solver=sds.DPMSolverPP(order=2), grid=grid,
+            seed=1, dtype=X0.dtype, backend=backend, full=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [sds.DPMSolverPP(order=2), sds.DDIM(0.0), sds.ReverseDiffusion(), sds.EDMHeun()],
+    ids=repr,
+)
+def test_parameters_of_schedules_have_gradients_where_there_is_no_noise(solver):
+    """Of the flow; the square root of a variance of 0 made them nan."""
+    grid, r = torch.linspace(1.0, 0.05, 5, dtype=torch.float64), torch.tensor([0.3, 6.0]).double()
+
+    def end(r):
+        flow = sds.VP(Rate(r)).probability_flow(lambda x, t: x.sin() - x)
+        return sds.solve(flow, X0, grid=grid, solver=solver, backend="eager").x1.sum()
+
+    slope = grad(end)(r)
+    assert slope.abs().min() > 0
+    along = (end(r + 1e-5 * r) - end(r - 1e-5 * r)) / 2e-5
+    torch.testing.assert_close((slope * r).sum(), along, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(jacfwd(end)(r), slope, rtol=1e-10, atol=0)
 
 
 def kept(sol):
@@ -140,23 +179,20 @@ FORWARDS = {
     "what is carried": (
         lambda b, x, p: run_of(
             diagonal,
-            until=sds.Crossing(lambda x, t: x[:, 0] - 1.1, 1),
+            save_at=[0.1, 0.5],
+            kl_to=lambda x, t: p[0] * x,
             carry=sds.Carry(lambda x: p[1] * x, lambda c, x, y, t, u: c + p * (y - x).abs()),
         )(b, x, p),
         (X0, THETA),
     ),
-    "a path-space KL": (
-        lambda b, x, p: run_of(diagonal, save_at=[0.1, 0.5], kl_to=lambda x, t: p[0] * x)(b, x, p),
-        (X0, THETA),
-    ),
-    "a sampler": (lambda b, w, p: sampled(b, w * p), (0.3 * normals(2, 2), normals(2, 2, seed=1))),
+    "a sampler and its schedule": (sampled, (normals(2, 2), torch.tensor([0.3, 6.0]).double())),
 }
 
 
 @pytest.mark.uncompiled
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forward_mode_is_fused(name, monkeypatch):
-    """Equal to that of the eager run: dual tensors, `jvp`, and `jacfwd` in more directions than a launch takes."""
+    """Equal to that of the eager run: dual tensors, one direction, and more than a launch takes."""
     monkeypatch.setattr(tangents, "_AT_ONCE", 2)
     run, start = FORWARDS[name]
     ways = [normals(3, *p.shape, seed=i) for i, p in enumerate(start)]
@@ -176,7 +212,12 @@ def test_forward_mode_is_fused(name, monkeypatch):
             return [forward_ad.unpack_dual(y).tangent for y in made]
 
     u = torch.zeros(3).double()
-    for differentiate in (dual, lambda b: jvp(along(b), (u,), (u + 1,))[1], lambda b: jacfwd(along(b))(u)):
+    ways_of_torch = (
+        dual,
+        lambda b: vmap(lambda v: jvp(along(b), (u,), (v,))[1], in_dims=1)(torch.ones(3, 1).double()),
+        lambda b: jacfwd(along(b))(u),
+    )
+    for differentiate in ways_of_torch:
         for given, expected in zip(*map(differentiate, ("auto", "eager")), strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-12)
     assert executions == ["fused", "eager"] * 3
