@@ -1,8 +1,8 @@
 """Reactions beside loops that one writes by hand: NumPy's Poisson numbers in leaps, and Gillespie's method in Numba.
 
 ``python -m benchmarks.reactions`` prints processor times of immigration and death, medians of interleaved rounds on one
-thread. Ours go step by step in torch: leaps a few times as long as NumPy's, whose numbers are not functions of
-coordinates, and single reactions, which a compiled loop does much faster.
+thread. Ours are functions of coordinates, and theirs are not. Single reactions are one kernel; leaps go step by step in
+torch.
 """
 
 from __future__ import annotations

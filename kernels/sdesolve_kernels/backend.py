@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sdesolve_kernels.trajectory.adaptive import AbstractAdaptive, Rule
+    from sdesolve_kernels.trajectory.adaptive import Rule
     from sdesolve_kernels.trajectory.launch import AbstractTrajectory
     from sdesolve_kernels.trajectory.plan import Plan
+    from sdesolve_kernels.trajectory.reactions import ReactionRule
 
 __all__ = [
     "Backend",
@@ -165,7 +166,7 @@ class Backend(abc.ABC):
 
         raise Unsupported(f"the {self.name} back end makes no generated kernels")
 
-    def adaptive(self, plan: Plan, rule: Rule, seconds: float = math.inf) -> AbstractAdaptive:
+    def adaptive(self, plan: Plan, rule: Rule | ReactionRule, seconds: float = math.inf) -> AbstractTrajectory:
         """Make a trajectory whose steps each path chooses.
 
         Args:

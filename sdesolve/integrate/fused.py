@@ -66,6 +66,7 @@ from sdesolve.integrate.stopping import Stopping
 from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure, is_proved
 from sdesolve.solvers.base import Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
+from sdesolve.solvers.reactions import Gillespie
 from sdesolve.solvers.tabulated import Row, torch_row
 
 _KERNELS_KEPT, _SPANS_KEPT, _ROWS_AT_ONCE = 384, 1024, 1 << 16
@@ -186,6 +187,10 @@ class Fused:
         self._wanted = wanted
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
+        if isinstance(problem.solver, Gillespie):
+            from sdesolve.integrate.fused_reactions import run_reactions  # likewise
+
+            return run_reactions(problem, self._wanted)
         if lowered.eager:
             raise CannotExecute(lowered.eager)
         if problem.solver.controller is not None:

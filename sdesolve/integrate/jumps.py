@@ -81,6 +81,11 @@ class Coordinates:
         alone = len(parts) == 1 and parts[0][0].repeat is None
         self._first_path = parts[0][0].first_path if alone else None  # of rows one after another
 
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """Number and seed of each row's path, as bits of int64."""
+        return self._path, torch.tensor([int64_bits(s) for s in self._seeds], device=self._which.device)[self._which]
+
     def of_all(self, stream: int, block: int, blocks: int) -> Tensor:
         """`words` of all rows from one block on."""
         if self._first_path is None:
@@ -120,7 +125,7 @@ def jumping(problem: Problem) -> Lowered:
     refuse_vmap("paths jump at times that depend on their values")
     _check(problem)
     make = (
-        _Leaps if isinstance(problem.solver, TauLeap) else _Events if isinstance(problem.solver, Gillespie) else _Jumps
+        _Leaps if isinstance(problem.solver, TauLeap) else Events if isinstance(problem.solver, Gillespie) else _Jumps
     )
     return make(problem).lowered()
 
@@ -551,7 +556,7 @@ class _Reacting(_Stepping):
 
 
 @final
-class _Events(_Reacting):
+class Events(_Reacting):
     """One reaction after another."""
 
     def step(self, context: StepContext, states: States) -> States:

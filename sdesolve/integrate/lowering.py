@@ -30,7 +30,7 @@ from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_di
 from sdesolve.solvers.tabulated import AbstractTabulated, Row, Table
 
 if TYPE_CHECKING:
-    from sdesolve_kernels.trajectory import Rule
+    from sdesolve_kernels.trajectory import ReactionRule, Rule
 
 States = tuple[Tensor, ...]
 
@@ -211,7 +211,7 @@ class Lowered:
     denoised: bool = False
     extra: States = ()
     within: NoiseSource | None = None
-    rule: Rule | None = None
+    rule: Rule | ReactionRule | None = None
     rows: Tensor | None = None
     eager: str = ""
 

@@ -26,7 +26,8 @@ class Gillespie(AbstractReacting):
 
     The grid only says where states are kept: paths are the same on any other (to the rounding of reaction times), as
     event ``n`` of a path is a function of ``(seed, path, n)``. Propensities that depend on time themselves are held
-    constant from one reaction, or grid point, to the next.
+    constant from one reaction, or grid point, to the next. On a CPU all reactions are one generated kernel, unless
+    ``carry=``, ``until=`` or ``at=`` is given.
 
     Args:
         max_steps: reactions that a path may have in a step of the grid before `solve` gives up.

@@ -276,6 +276,70 @@ def test_float32_states_and_repeated_runs():
         assert torch.equal(sol.jumps, run(name, dtype=torch.float32).jumps)
 
 
+PROPENSITY = torch.tensor([0.02, 0.5, 1.0], dtype=F64)
+
+
+def dimers(x, t, p):
+    """With one parameter of each path, one of all, one that is held, and time."""
+    a, b = p
+    pairs = 0.5 * x[:, 0] * (x[:, 0] - 1)
+    return torch.stack([PROPENSITY[0].to(x) * pairs, a * x[:, 1], b * (1 + t) * x[:, 0]], 1)
+
+
+NETWORKS = {
+    "one reaction": (sds.Reactions([[-1]], lambda x, t: 0.7 * x), (9.0,), None),
+    "dimers": (sds.Reactions([[-2, 2, -1], [1, -1, 0]], dimers), (30.0, 4.0), (torch.linspace(0.2, 2, 12), 0.3)),
+    "nothing to change": (sds.Reactions([[0, 1], [0, 0]], lambda x, t: torch.ones_like(x)), (0.0, 5.0), None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("dimers", F64), ("dimers", torch.float32), ("one reaction", F64), ("nothing to change", torch.float32)],
+)
+def test_a_kernel_of_reactions_has_the_counts_of_steps_in_torch(name, dtype):
+    equation, start, p = NETWORKS[name]
+    given = {"params": p and (p[0].to(dtype), torch.tensor(p[1], dtype=dtype))} if p else {}
+    grid = torch.tensor([0.5, 0.6, 1.7, 2.5], dtype=F64)
+
+    def both(backend):
+        common = {"solver": sds.Gillespie(), "backend": backend, **given}
+        seeds = sds.BrownianRows([3] * 6 + [4] * 6, list(range(12)))
+        first = sds.solve(
+            equation, states(12, *start, dtype=dtype), grid=grid[:3], noise=seeds, save_at=[0.6], **common
+        )
+        return first, sds.solve(equation, grid=grid[2:], start=first.state, **common)
+
+    for fused, eager in zip(both("fused"), both("eager"), strict=True):
+        assert fused.stats.execution == "fused"
+        for what in ("x1", "xs", "jumps"):
+            assert torch.equal(getattr(fused, what), getattr(eager, what)), what
+        assert fused.x1.dtype == dtype
+        assert torch.allclose(fused.state.jumps[0], eager.state.jumps[0], rtol=1e-5 if dtype != F64 else 1e-11)
+    assert int(fused.jumps.max()) > 3
+
+
+def test_which_reactions_are_fused_is_said():
+    assert run("exact").stats.execution == "fused"
+    carried = run("exact", carry=sds.TimeAverage(lambda x, t: x[:, 0]))
+    assert carried.stats.execution == "eager"
+    assert "follows paths" in carried.stats.reason
+    coupled = sds.Reactions([[1]], lambda x, t: x.mean(0, keepdim=True).expand(len(x), 1) + 1)
+    sol = sds.solve(coupled, states(3, 2.0), 0.0, 1.0, 2, solver=sds.Gillespie(), seed=0)
+    assert sol.stats.execution == "eager"
+    assert "couples the paths" in sol.stats.reason
+    scale = {"by": 1.0}
+    held = sds.Reactions([[1]], lambda x, t: scale["by"] * torch.ones_like(x))
+    few = sds.solve(held, states(50, 0.0), 0.0, 5.0, 1, solver=sds.Gillespie(), seed=0)
+    scale["by"] = 4.0
+    many = sds.solve(held, states(50, 0.0), 0.0, 5.0, 1, solver=sds.Gillespie(), seed=0)
+    assert within(few.x1, 5.0)
+    assert within(many.x1, 20.0)
+    with pytest.raises(sds.RateError, match="reaction 1 is -1 for path 0"):
+        sds.solve(birth_death(mu=-1.0), states(2, 1.0), 0.0, 1.0, 1, solver=sds.Gillespie(), seed=0, backend="fused")
+    assert few.stats.execution == many.stats.execution == "fused"
+
+
 # What jumps are combined with
 
 

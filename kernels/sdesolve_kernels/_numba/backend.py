@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from ..backend import Backend, Ops, installed
 
 if TYPE_CHECKING:
-    from ..trajectory.adaptive import AbstractAdaptive, Rule
+    from ..trajectory.adaptive import Rule
     from ..trajectory.launch import AbstractTrajectory
     from ..trajectory.plan import Plan
+    from ..trajectory.reactions import ReactionRule
 
 __all__ = ["NumbaBackend"]
 
@@ -37,7 +38,12 @@ class NumbaBackend(Backend):
 
         return NumbaTrajectory(plan, increments, seconds)
 
-    def adaptive(self, plan: Plan, rule: Rule, seconds: float = math.inf) -> AbstractAdaptive:
+    def adaptive(self, plan: Plan, rule: Rule | ReactionRule, seconds: float = math.inf) -> AbstractTrajectory:
         from ..trajectory.numba_adaptive import NumbaAdaptive
+        from ..trajectory.numba_reactions import NumbaReactions
+        from ..trajectory.reactions import ReactionRule
+
+        if isinstance(rule, ReactionRule):
+            return NumbaReactions(plan, rule, seconds)
 
         return NumbaAdaptive(plan, rule, seconds)

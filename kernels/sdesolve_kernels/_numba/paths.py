@@ -20,6 +20,7 @@ from .intrinsics import sqrt as sqrt
 from .philox import philox
 from .products import products
 
+word64 = np.uint64
 F32, F64, I64 = np.float32, np.float64, np.int64
 INF, NAN = np.inf, np.nan
 _U64, _2, _3 = np.uint64, np.uint64(2), np.uint64(3)
@@ -231,6 +232,31 @@ def _tree_with(kind: Any, numbers: Any) -> tuple[Any, Any, Any]:
 
 halved_float32, node_normals_float32, root_normals_float32 = _tree_with(F32, normals32)
 halved_float64, node_normals_float64, root_normals_float64 = _tree_with(F64, normals64)
+
+
+_LOG, _ONE, _ZERO = FUNCTIONS["log", "float64"], F64(1.0), F64(0.0)
+_TOP, _ALL = np.uint64(1 << 31), np.uint64((1 << 32) - 1)
+
+
+@inline
+def _tail(high: Any, low: Any) -> tuple[Any, Any]:
+    """`counts.tail`."""
+    upper = high >= _TOP
+    high, low = select(upper, _ALL - high, high), select(upper, _ALL - low, low)
+    return (F64(I64(high)) * 2.0**32 + (F64(I64(low)) + 0.5)) * 2.0**-64, upper
+
+
+@inline
+def events(out: Any, seed: Any, stream: Any, path: Any, first: Any, count: Any) -> Any:
+    """Of events from one on, uniform numbers that say which they are, then exponential ones that they wait for."""
+    for l in range(count):  # noqa: E741
+        w0, w1, w2, w3 = philox(seed, _U64(stream), path, _U64(first + l))
+        chance, upper = _tail(w0, w1)
+        z = select(upper, _ONE - chance, chance)
+        lost = select(upper, (_ONE - z) - chance, _ZERO)  # by rounding
+        u, above = _tail(w2, w3)
+        out[l] = select(above, _ONE - u, u)
+        out[count + l] = -(_LOG(z) + lost / z)
 
 
 @inline

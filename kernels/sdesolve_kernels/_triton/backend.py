@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from ..backend import Backend, Ops, installed
 
 if TYPE_CHECKING:
-    from ..trajectory.adaptive import AbstractAdaptive, Rule
+    from ..trajectory.adaptive import Rule
     from ..trajectory.launch import AbstractTrajectory
     from ..trajectory.plan import Plan
+    from ..trajectory.reactions import ReactionRule
 
 __all__ = ["TritonBackend"]
 
@@ -37,7 +38,12 @@ class TritonBackend(Backend):
 
         return TritonTrajectory(plan, increments)
 
-    def adaptive(self, plan: Plan, rule: Rule, seconds: float = math.inf) -> AbstractAdaptive:
+    def adaptive(self, plan: Plan, rule: Rule | ReactionRule, seconds: float = math.inf) -> AbstractTrajectory:
+        from ..trajectory.reactions import ReactionRule
+        from ..trajectory.tracing import Unsupported
         from ..trajectory.triton_adaptive import TritonAdaptive
+
+        if isinstance(rule, ReactionRule):
+            raise Unsupported("reactions one by one have no Triton kernel")
 
         return TritonAdaptive(plan, rule)

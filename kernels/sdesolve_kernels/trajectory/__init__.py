@@ -30,6 +30,9 @@ from sdesolve_kernels.trajectory.program import Inputs as Inputs
 from sdesolve_kernels.trajectory.program import Signature as Signature
 from sdesolve_kernels.trajectory.program import check_size as check_size
 from sdesolve_kernels.trajectory.program import trace as trace
+from sdesolve_kernels.trajectory.reactions import AbstractReactions as AbstractReactions
+from sdesolve_kernels.trajectory.reactions import ReactionLaunch as ReactionLaunch
+from sdesolve_kernels.trajectory.reactions import ReactionRule as ReactionRule
 from sdesolve_kernels.trajectory.reference import Walk as Walk
 from sdesolve_kernels.trajectory.reverse import reverse as reverse
 from sdesolve_kernels.trajectory.tangents import Pushforward as Pushforward

@@ -19,6 +19,7 @@ from sdesolve_kernels.trajectory.leaves import Column, PathInvariant, Time
 from sdesolve_kernels.trajectory.operations import BOOL, FLOATS, OPERATIONS
 from sdesolve_kernels.trajectory.plan import Plan, plan
 from sdesolve_kernels.trajectory.program import Program
+from sdesolve_kernels.trajectory.reactions import ReactionRule
 from sdesolve_kernels.trajectory.tracing import Unsupported
 
 __all__ = ["AbstractAdaptive", "AdaptiveLaunch", "AdaptiveSaved", "Rule", "clocked", "compile_adaptive"]
@@ -140,7 +141,7 @@ class AbstractAdaptive(AbstractTrajectory):
         return Saved(made.x, None, None)
 
 
-def compile_adaptive(program: Program, rule: Rule, seconds: float = math.inf) -> AbstractAdaptive:
+def compile_adaptive(program: Program, rule: Rule | ReactionRule, seconds: float = math.inf) -> AbstractTrajectory:
     """Generates and compiles the kernel of a program for its device.
 
     Args:
