@@ -69,6 +69,10 @@ class DelaySDE(AbstractSDE):
         for name, function in (("drift", drift), ("diffusion", diffusion)):
             if not callable(function) and not (name == "diffusion" and function is None):
                 raise TypeError(f"{name} must be a function of (x, t, pasts), got {kind_of(function)}")
+            if function is not None and positional(function) == 2:
+                raise TypeError(
+                    f"{name} must take (x, t, pasts), and this one takes two arguments; without pasts it is of an SDE"
+                )
         if diffusion is None and noise not in (None, "none"):
             raise TypeError(f"an equation with {noise} noise needs a diffusion; leave noise out for an ODE")
         self.noise, self.calculus = Noise.NONE, Calculus.ITO

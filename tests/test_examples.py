@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import runpy
@@ -234,6 +235,15 @@ def test_jumps_and_reactions(run):
         assert abs(found - mean) < 4 * error + slack, name
         assert abs(share - above) < 4 * 100 * (0.25 / 400) ** 0.5, name
     assert deviation > 50
+
+
+def test_delays(run):
+    row, _ = run("delays")
+    errors = [row(f"{steps} ")[-1] for steps in (4, 8, 16, 32)]
+    assert all(3.6 < coarse / fine < 4.4 for coarse, fine in itertools.pairwise(errors))
+    for gain in ("0.2", "0.4", "0.6", "0.8", "1.0", "1.2"):
+        variance, error, exact = row(gain)
+        assert abs(variance - exact) < 4 * error, gain
 
 
 def test_every_example_is_listed_and_every_link_leads_somewhere():

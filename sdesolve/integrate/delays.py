@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, cast, final
 
@@ -84,11 +85,19 @@ class Delayed(AbstractSDE):
         rows = torch.arange(len(x), device=x.device) % len(pasts[0])  # a check takes a row twice
         return tuple(past[rows] for past in pasts)
 
+    def _given(self, function: Callable[[Tensor, Tensor, Pasts], Tensor], x: Tensor, t: Tensor, what: str) -> Tensor:
+        pasts = self._pasts(x, t)
+        before = [None if past.is_inference() else past._version for past in pasts]
+        value = function(x, t, pasts)
+        if any(v is not None and past._version != v for v, past in zip(before, pasts, strict=True)):
+            raise ValueError(f"the {what} changed the past that it was given; let it work on a copy, past.clone()")
+        return value
+
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._sde.drift_given(x, t, self._pasts(x, t))
+        return self._given(self._sde.drift_given, x, t, "drift")
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._sde.diffusion_given(x, t, self._pasts(x, t))
+        return self._given(self._sde.diffusion_given, x, t, "diffusion")
 
 
 def _whole_steps(lags: tuple[float, ...], times: Tensor) -> tuple[int, ...]:

@@ -222,6 +222,7 @@ F = {"solver": sds.EulerMaruyama()}
         (lambda: sds.solve(linear(), ONE, 0.0, 2.0, 4, save_at=[0.3], **F), "put every time of save_at on the grid"),
         (lambda: sds.solve(linear(history=lambda t: torch.ones(3)), ONE, 0.0, 2.0, 4, **F), "history must return"),
         (lambda: sds.solve(linear(history=math.nan), ONE, 0.0, 2.0, 4, **F), "history must be finite"),
+        (lambda: sds.solve(sds.DelaySDE(lambda x, t, p: p[1].neg_(), lags=[1, 2]), ONE, 0, 4, 4, **F), "past"),
         (lambda: sds.solve(NOISY, X0, 0.0, 2.0, 16, kl_to=lambda x, t: -x, **F), "leave it out"),
         (lambda: sds.solve(linear(), ONE, 0.0, 2.0, 4, backend="fused", **F), "cannot be fused: delays"),
         (lambda: sds.solve(sds.DelaySDE(lambda x, t, p: p[0][0], lags=1.0), ONE, 0.0, 2.0, 4, **F), "drift must"),
@@ -236,6 +237,7 @@ def test_what_does_not_fit_is_named(call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: sds.DelaySDE(lambda x, t: -x, lags=1.0), r"must take \(x, t, pasts\)"),
         (lambda: sds.DelaySDE(1.0, lags=1.0), "drift must be a function"),
         (lambda: sds.DelaySDE(lambda x, t, p: x, noise="diagonal", lags=1.0), "needs a diffusion"),
         (lambda: sds.DelaySDE(lambda x, t, p: x, lags="1"), "must be a number"),
