@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint resolve wheel-smoke bench bench-twice bench-record peers clean
+.PHONY: demo test test-fast lint docs docs-check resolve wheel-smoke matrix bench bench-twice bench-record peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in docs/_build/index.html; warnings are errors. Sphinx is installed on first use.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -j 2 -q docs docs/_build
+
+# Its pages, pictures and search in a headless Chromium.
+docs-check: docs
+	$(BIN)/python tools/docs_check.py docs/_build
+
 # Whether pip finds all of constraints.txt for every supported Python, written down for the test; after changes to it.
 resolve: $(STAMP)
 	$(BIN)/python tests/setting_up/test_resolution.py
@@ -30,6 +38,10 @@ resolve: $(STAMP)
 # The wheel, installed without constraints beside torch 2.6 and the newest, each time into a clean environment; 8 GB.
 wheel-smoke:
 	$(PYTHON) tools/wheel_smoke.py
+
+# The same on every Python that is here and a row of torches, written into docs/support.md.
+matrix:
+	$(PYTHON) tools/wheel_smoke.py --matrix --into docs/support.md
 
 # The short version, with the table at the end; `pytest benchmarks` runs all of it, a billion draws of noise included.
 # Peers that are not there are named; `make peers` installs them.
@@ -58,10 +70,14 @@ bench-record: $(STAMP)
 peers: $(STAMP)
 	$(BIN)/python tools/environment.py $(VENV) dev,bench
 
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python tools/environment.py $(VENV) dev,docs
+	@touch $@
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sdesolve needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@$(PYTHON) tools/environment.py $(VENV) dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -14,7 +14,7 @@ anything of ours was wrong or failed, and 0 if all there was time for is right, 
 from the most to the least telling, and what does not fit into ``--budget-seconds`` is dropped and named.
 
 Needs torch, numpy and Triton; samplers, trajectories, the suite's problems and their scaling also what sdesolve
-imports: jaxtyping (with wadler_lindig), scipy, safetensors, tqdm. All but torch, numpy, scipy and Triton are pure
+imports: scipy, safetensors, tqdm. All but torch, numpy, scipy and Triton are pure
 Python or small wheels that can be carried along and put on PYTHONPATH; what is missing is named first thing, with the
 sections that go without, and peers in the report. numba is needed for ``--device cpu`` only. On a CPU the "aot_eager"
 backend of ``torch.compile`` stands in for the compiler.
@@ -39,7 +39,7 @@ _NEEDED = {
     "kernels": ("torch", "numpy"),
     "kernels on a GPU": ("triton",),
     "kernels on a CPU": ("numba",),
-    "sampler": ("scipy", "jaxtyping", "wadler_lindig", "safetensors", "tqdm"),
+    "sampler": ("scipy", "safetensors", "tqdm"),
 }
 _WRITE_EVERY = 5.0  # seconds, at most, whose measurements a killed run loses
 Record = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from sdesolve import adapters, grids, inverse, mcmc, metrics, models, nn, oracle
 from sdesolve._internal.levy_area import LevyArea
+from sdesolve._internal.version import __version__ as __version__
 from sdesolve.brownian import AbstractNoise, AbstractPath, BrownianPath, BrownianRows, Increment
 from sdesolve.carry import (
     AbstractCarry,

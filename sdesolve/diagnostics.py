@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from sdesolve_kernels.dispatch import use_backend
 
+from sdesolve._internal.version import __version__
 from sdesolve.integrate.solve import solve
 from sdesolve.sde import SDE
 from sdesolve.solvers.euler_maruyama import EulerMaruyama
@@ -32,7 +33,7 @@ def version_of(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions and devices by name: what a report of a fault should have."""
-    found = {"sdesolve": version_of("sdesolve"), "python": platform.python_version(), "platform": platform.platform()}
+    found = {"sdesolve": __version__, "python": platform.python_version(), "platform": platform.platform()}
     found |= {name: version_of(name) for name in _PACKAGES}
     found["processors"] = f"{os.cpu_count()}, torch takes {torch.get_num_threads()} threads"
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]

@@ -6,18 +6,17 @@ import abc
 import copy
 import enum
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, cast, final
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast, final
 
 import torch
-from jaxtyping import Float
 from sdesolve_kernels import matrix_product
 from torch import Tensor
 
 from sdesolve._internal.arguments import short, whole_number
 from sdesolve._internal.derivatives import linearised, slopes
 
-State = Float[Tensor, "batch *state"]
-Time = Float[Tensor, ""] | Float[Tensor, " batch"]
+State = Annotated[Tensor, "batch *state"]
+Time = Annotated[Tensor, ""] | Annotated[Tensor, "batch"]
 Field = Callable[[Tensor, Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
 """``v -> g v`` for a diffusion ``g`` at some state and time."""
@@ -81,6 +80,9 @@ class AbstractSDE(abc.ABC):
     """Whether `drift_and_diffusion` shares work between the two: solvers then call it where they need both."""
     has_diffusion: bool = True
     """Whether `diffusion` gives ``g`` itself. Else only `diffusion_product` is known, and `channels`."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(noise={self.noise.value!r}, calculus={self.calculus.value!r})"
 
     def directed(self, sign: float | Tensor) -> AbstractSDE:
         """The equation as it is integrated to later times (1) or earlier ones (-1), or ``(batch,)`` of them."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import final
+from typing import Annotated, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sdesolve._internal.modes import in_evaluation
@@ -29,9 +28,9 @@ class BoundTerms:
         dimension: of the state.
     """
 
-    prior: Float[Tensor, " batch"]
-    steps: Float[Tensor, "between batch"]
-    decoder: Float[Tensor, " batch"]
+    prior: Annotated[Tensor, "batch"]
+    steps: Annotated[Tensor, "between batch"]
+    decoder: Annotated[Tensor, "batch"]
     dimension: int
 
     @property

@@ -384,7 +384,9 @@ def _check_fusible(problem: Problem, lowered: Lowered, wanted: bool) -> None:
     if len({s.noise.swapped and s.substeps == 1 for s in lowered.sources if isinstance(s.noise, BrownianPath)}) > 1:
         raise CannotExecute("increments of two steps change places, and what is drawn within steps does not")
     if not (backend_for("trajectory", x0.device).compiles or wanted or requested_backend() != "auto"):
-        raise CannotExecute(f"no compiler of kernels for {x0.device.type} is installed")
+        kind = x0.device.type
+        mend = f": pip install 'sdesolve[{'cpu' if kind == 'cpu' else 'gpu'}]'" if kind in ("cpu", "cuda") else ""
+        raise CannotExecute(f"no compiler of kernels for {kind} is installed{mend}")
 
 
 def _swaps(lowered: Lowered) -> bool:

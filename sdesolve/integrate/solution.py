@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import math
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
@@ -85,10 +87,10 @@ class Stats:
     execution: str
     reason: str
     seed: int | None = None
-    source: str | None = None
-    accepted: Tensor | None = None
-    rejected: Tensor | None = None
-    evaluations: Tensor | None = None
+    source: str | None = dataclasses.field(default=None, repr=False)
+    accepted: Tensor | None = dataclasses.field(default=None, repr=False)
+    rejected: Tensor | None = dataclasses.field(default=None, repr=False)
+    evaluations: Tensor | None = dataclasses.field(default=None, repr=False)
     work: int | None = None
 
     @property
@@ -144,7 +146,7 @@ class Continuation:
         return f"Continuation({batch}, {self.steps} steps of {self.solver!r})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Solution:
     """The result of `solve`.
 
@@ -192,6 +194,41 @@ class Solution:
     kls: Tensor | None = None
     log_weights: Tensor | None = None
     jumps: Tensor | None = None
+
+    def _told(self) -> dict[str, str]:
+        """What a reader wants to know first, in short."""
+        x, stats, ts = self.x1, self.stats, self.ts
+        told = {"states": f"{len(x)} of shape {tuple(x.shape[1:])}, {str(x.dtype).removeprefix('torch.')}, {x.device}"}
+        if ts.numel():
+            ends = f"{float(ts[0].min()):g} to {float(ts[-1].max()):g}" if len(ts) > 1 else f"{float(ts[0].max()):g}"
+            told["saved"] = f"{len(ts)} time{'s' * (len(ts) > 1)}, {ends}"
+        told["by"] = f"{stats.solver}, {stats.steps} steps, seed {stats.seed}"
+        told["ran"] = textwrap.shorten(f"{stats.execution}: {stats.reason}", 200, placeholder=" ...")
+        beside = [name for name in _BESIDE if getattr(self, name) is not None]
+        return told | ({"beside": ", ".join(beside)} if beside else {})
+
+    def __repr__(self) -> str:
+        return "Solution\n" + "\n".join(f"  {name + ':':7} {text}" for name, text in self._told().items())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._told().items())
+        return f"<b>Solution</b><table>{rows}</table>{self._picture()}"
+
+    def _picture(self) -> str:
+        """The first number of a few paths against time, as SVG; nothing where fewer than three times were saved."""
+        if len(self.ts) < 3 or self.xs.ndim < 2 or self.ts.ndim != 1 or not len(self.x1):
+            return ""
+        x = self.xs.detach()[:, :12].reshape(len(self.ts), min(12, len(self.x1)), -1)[:, :, 0].double().cpu()
+        t = self.ts.double()
+        x, t = ((v - v.min()) / (v.max() - v.min()).clamp(min=1e-300) for v in (x, t))
+        lines = []
+        for path in x.T.nan_to_num().tolist():
+            points = " ".join(f"{240 * a:.1f},{80 - 80 * b:.1f}" for a, b in zip(t.tolist(), path, strict=True))
+            lines.append(f'<polyline points="{points}" fill="none" stroke="#4477aa" stroke-opacity="0.6"/>')
+        return f'<svg width="240" height="80" viewBox="0 -2 240 84">{"".join(lines)}</svg>'
+
+
+_BESIDE = ("mean", "variance", "sums", "carry", "stopped", "kl", "log_weight", "jumps")
 
 
 def finished(

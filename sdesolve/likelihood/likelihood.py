@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import torch
-from jaxtyping import Float
 from sdesolve_kernels import Stream, normal
 from torch import Tensor
 
@@ -49,8 +48,8 @@ class Likelihood:
         discrete: whether ``log_prob`` is of a probability of quantised data, not of a density.
     """
 
-    log_prob: Float[Tensor, " batch"]
-    standard_error: Float[Tensor, " batch"]
+    log_prob: Annotated[Tensor, "batch"]
+    standard_error: Annotated[Tensor, "batch"]
     latent: Tensor
     estimates: int
     exact: bool
@@ -109,7 +108,7 @@ def log_likelihood(
     prior: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     first_sample: int = 0,
-) -> Float[Tensor, " batch"]:
+) -> Annotated[Tensor, "batch"]:
     """Log-likelihood in nats of the data ``x``, ``(batch,)``: `estimate_likelihood` without standard errors.
 
     Arguments and errors as for `estimate_likelihood`.

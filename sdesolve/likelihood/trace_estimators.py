@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import torch
-from jaxtyping import Float
 from sdesolve_kernels import Stream
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class AbstractDivergence(abc.ABC):
         """How many independent estimates each sample gets."""
 
     @abc.abstractmethod
-    def probes(self, x: Tensor, *, seed: int, first_path: int = 0) -> Float[Tensor, "probes batch d"]:
+    def probes(self, x: Tensor, *, seed: int, first_path: int = 0) -> Annotated[Tensor, "probes batch d"]:
         """The probes for states ``x: (batch, *state)``; row ``i`` is a function of ``(seed, first_path + i)`` alone.
 
         They come from ``Stream.PROBES``, so that any estimate can be made again.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Annotated, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sdesolve._internal.arguments import short, whole_number
@@ -29,7 +28,7 @@ class FourierFeatures(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, frequencies: Float[Tensor, " m"]) -> None:
+    def __init__(self, frequencies: Annotated[Tensor, "m"]) -> None:
         super().__init__()
         if frequencies.ndim != 1 or not frequencies.numel() or not bool(frequencies.isfinite().all()):
             raise ValueError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Annotated, final
 
-from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss
 from torch import Tensor
 
@@ -48,13 +47,15 @@ class SimpleChainLoss(AbstractObjective):
     def __init__(self, chain: AbstractChain, times: Spread = "uniform") -> None:
         self._steps = _Steps(chain, times)
 
-    def per_sample(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def per_sample(
+        self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0
+    ) -> Annotated[Tensor, "batch"]:
         return self._loss(score, x0, seed, first_sample, "none")
 
-    def __call__(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, ""]:
+    def __call__(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, ""]:
         return self._loss(score, x0, seed, first_sample, "mean")
 
-    def times(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def times(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         """The steps ``k``, in the dtype of ``x0``."""
         return self._steps.draw(x0, seed, first_sample).to(x0.dtype)
 
@@ -101,14 +102,16 @@ class ChainBound(Objective):
     ) -> None:
         self._steps, self._variance, self._bits = _Steps(chain, times), variance, bits
 
-    def per_sample(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def per_sample(
+        self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0
+    ) -> Annotated[Tensor, "batch"]:
         check_data(x0)
         chain, k = self._steps.chain, self._steps.draw(x0, seed, first_sample)
         x = chain.perturb(x0, k, seed=seed, first_sample=first_sample)
         term = step_term(chain, score, x0, x, k, variance=self._variance, bits=self._bits)
         return (chain.steps * term + prior_term(chain, x0)) / max(x0.shape[1:].numel(), 1)
 
-    def times(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def times(self, score: StepScore, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         """The steps ``k``, in the dtype of ``x0``."""
         return self._steps.draw(x0, seed, first_sample).to(x0.dtype)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Float
 from sdesolve_kernels import Stream, dsm_loss, perturb
 from torch import Tensor
 
@@ -34,15 +33,15 @@ class AbstractObjective(abc.ABC):
     """
 
     @abc.abstractmethod
-    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         """Losses ``(batch,)`` of the data ``x0: (batch, *state)``."""
 
     @abc.abstractmethod
-    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         """The times ``(batch,)`` that `per_sample` draws for the same arguments."""
 
     @abc.abstractmethod
-    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, ""]:
+    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, ""]:
         """The mean of `per_sample`."""
 
     @abc.abstractmethod
@@ -54,7 +53,7 @@ class Objective(AbstractObjective):
     """An objective that is given by its losses per sample."""
 
     @final
-    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, ""]:
+    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, ""]:
         """The mean of `per_sample`."""
         return self.per_sample(score, x0, seed=seed, first_sample=first_sample).mean()
 
@@ -151,7 +150,7 @@ class DenoisingScoreMatching(AbstractObjective):
         """The forward process that was given."""
         return self._times.process
 
-    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         """Losses ``(batch,)``, each the mean over the elements of one sample.
 
         Raises:
@@ -161,11 +160,11 @@ class DenoisingScoreMatching(AbstractObjective):
         """
         return self._loss(score, x0, seed, first_sample, "none")
 
-    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, ""]:
+    def __call__(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, ""]:
         """The mean of `per_sample`, whose kernel makes the gradient in the same pass; raises what that does."""
         return self._loss(score, x0, seed, first_sample, "mean")
 
-    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         """Times ``(batch,)`` in the dtype of ``x0``.
 
         Raises:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import Annotated, NamedTuple, final
 
 import torch
-from jaxtyping import Float
 from sdesolve_kernels import Stream, perturb
 from torch import Tensor, nn
 
@@ -47,8 +46,8 @@ class PlainScore(nn.Module):
 class Parzen(NamedTuple):
     """A kernel density estimate at some points."""
 
-    log_prob: Float[Tensor, " batch"]
-    score: Float[Tensor, "batch d"]
+    log_prob: Annotated[Tensor, "batch"]
+    score: Annotated[Tensor, "batch d"]
 
 
 def parzen(x: Tensor, data: Tensor, scale: Tensor | float, bandwidth: Tensor | float) -> Parzen:
@@ -139,7 +138,7 @@ class ImplicitScoreMatching(Objective):
             raise TypeError(f"divergence must be ExactTrace(), Hutchinson() or HutchPP(), got {short(divergence)}")
         self._noising = _Noising(noise, weight)
 
-    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         x, t, weight = self._noising(score, x0, seed, first_sample)
         s, x, trained = _field(score, x, t)
         probes = self._divergence.probes(x, seed=seed, first_path=first_sample)
@@ -147,7 +146,7 @@ class ImplicitScoreMatching(Objective):
         s = flat(s)
         return weight * (s.square().sum(1) + 2.0 * divergence) / s.shape[1]
 
-    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         return self._noising.times(score, x0, seed, first_sample)
 
     def __repr__(self) -> str:
@@ -186,7 +185,7 @@ class SlicedScoreMatching(Objective):
         self._divergence, self._reduced = Hutchinson(probes, law), bool(variance_reduced)
         self._noising = _Noising(noise, weight)
 
-    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         x, t, weight = self._noising(score, x0, seed, first_sample)
         s, x, trained = _field(score, x, t)
         v = self._divergence.probes(x, seed=seed, first_path=first_sample)
@@ -195,7 +194,7 @@ class SlicedScoreMatching(Objective):
         square = s.square().sum(1) if self._reduced else (v * s).sum(2).square().mean(0)
         return weight * (square + 2.0 * divergence) / s.shape[1]
 
-    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         return self._noising.times(score, x0, seed, first_sample)
 
     def __repr__(self) -> str:
@@ -234,7 +233,7 @@ class ExplicitScoreMatching(Objective):
             )
         self._data, self._noise, self._noising = data, noise, _Noising(noise, weight)
 
-    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         x, t, weight = self._noising(score, x0, seed, first_sample)
         if x0.shape[1:] != self._data.shape[1:]:
             raise ValueError(
@@ -247,7 +246,7 @@ class ExplicitScoreMatching(Objective):
             target = parzen(flat(x), flat(self._data).to(x), process.alpha(t), process.sigma(t)).score
         return weight * (flat(s) - target).square().mean(1)
 
-    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def times(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         return self._noising.times(score, x0, seed, first_sample)
 
     def __repr__(self) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar, final
+from typing import Annotated, Literal, TypeVar, final
 
 import torch
-from jaxtyping import Float
 from sdesolve_kernels import Stream, uniform
 from torch import Tensor
 
@@ -183,7 +182,7 @@ class TrainingTimes:
         self.process, self.spread, self.t_min, self.t_max = process, spread, t_min, t_max
         self.law = UniformTime() if law is None else law
 
-    def draw(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Float[Tensor, " batch"]:
+    def draw(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Annotated[Tensor, "batch"]:
         """Times ``(batch,)`` in the dtype of ``x0``.
 
         Raises:

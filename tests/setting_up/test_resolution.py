@@ -46,7 +46,7 @@ def interpreter(version: str) -> Path | None:
 
 
 def requirements() -> list[str]:
-    """All that `make` and `make peers` ask for."""
+    """All that `make`, `make peers` and `make docs` ask for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     def extra(name: str) -> set[str]:
@@ -56,7 +56,7 @@ def requirements() -> list[str]:
             found |= extra(own[1]) if own else {line}
         return found
 
-    return sorted({*project["dependencies"], *extra("dev"), *extra("bench")})
+    return sorted({*project["dependencies"], *extra("dev"), *extra("bench"), *extra("docs")})
 
 
 def newest_pip(folder: Path) -> Path | None:
@@ -76,7 +76,7 @@ def resolve(python: Path, target: Path | str, folder: Path, plain: bool = False)
     report = folder / "report.json"
     command = [python, "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check"]
     if isinstance(target, Path):
-        command += ["--python", target, "install", "-e", f"{ROOT}[dev,bench]"]
+        command += ["--python", target, "install", "-e", f"{ROOT}[dev,bench,docs]"]
     else:
         command += ["install", "--python-version", target, "--only-binary", ":all:", "--target", folder / "none"]
         command += requirements()
