@@ -54,7 +54,7 @@ LAYERS = [
         "sdesolve.montecarlo",
     },
     {"sdesolve.training"},
-    {"sdesolve.ensembles", "sdesolve.diagnostics"},
+    {"sdesolve.ensembles", "sdesolve.diagnostics", "sdesolve.compat"},
     {"sdesolve.__main__"},
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, final
 
 import torch
@@ -28,23 +28,41 @@ class TorchSDEEquation(Protocol):
     def g(self, t: Tensor, y: Tensor, /) -> Tensor: ...
 
 
+METHODS_OF_SDE = {
+    "drift": "f",
+    "diffusion": "g",
+    "prior_drift": "h",
+    "diffusion_prod": "g_prod",
+    "drift_and_diffusion": "f_and_g",
+    "drift_and_diffusion_prod": "f_and_g_prod",
+}
+
+
 @final
 class FromTorchSDE(AbstractSDE):
     """An SDE written for torchsde, ``dY = f(t, Y) dt + g(t, Y) dW``, as one that `solve` integrates.
 
     States are ``(batch, size)``. The diffusion of scalar noise, ``(batch, size, 1)`` there, is ``(batch, size)`` here;
-    additive and general noise keep their matrices ``(batch, size, channels)``.
+    additive and general noise keep their matrices ``(batch, size, channels)``. In place of ``f`` and ``g`` an SDE may
+    have ``f_and_g``, and where its diffusion is known by products alone, ``g_prod`` or ``f_and_g_prod``.
 
     Args:
         sde: an object with ``f``, ``g``, ``noise_type`` and ``sde_type``.
+        names: its own names of these methods, by torchsde's keys: ``{"drift": "h"}`` integrates its prior.
+        channels: of the Brownian motion, where no method tells: with ``g_prod`` or ``f_and_g_prod`` alone.
 
     Raises:
-        TypeError: one of the four is missing.
+        TypeError: a method or one of the two texts is missing.
         ValueError: an unknown noise or SDE type.
     """
 
-    def __init__(self, sde: TorchSDEEquation) -> None:
-        missing = [name for name in ("f", "g") if not callable(getattr(sde, name, None))]
+    def __init__(
+        self, sde: TorchSDEEquation, names: Mapping[str, str] | None = None, channels: int | None = None
+    ) -> None:
+        named = METHODS_OF_SDE | dict(names or {})
+        has: dict[str, Any] = {own: getattr(sde, named[role], None) for role, own in METHODS_OF_SDE.items()}
+        ways = {"f": ("f", "f_and_g", "f_and_g_prod"), "g": ("g", "f_and_g", "g_prod", "f_and_g_prod")}
+        missing = [own for own, methods in ways.items() if not any(callable(has[name]) for name in methods)]
         missing += [name for name in ("noise_type", "sde_type") if not isinstance(getattr(sde, name, None), str)]
         if missing:
             raise TypeError(
@@ -57,13 +75,44 @@ class FromTorchSDE(AbstractSDE):
                 f"{short(sde.noise_type)} and {short(sde.sde_type)}"
             )
         self.noise, self.calculus = Noise(sde.noise_type), Calculus(sde.sde_type)
-        self._f, self._g = sde.f, sde.g  # what a trace may call is found among what is held
+        # What a trace may call is found among what is held.
+        self._f, self._g, self._both = has["f"], has["g"], has["f_and_g"]
+        self._product, self._both_by_product = has["g_prod"], has["f_and_g_prod"]
+        self.joint, self.has_diffusion = self._both is not None, self._g is not None or self._both is not None
+        self._channels = channels
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._f(_one_time(t), x)
+        t = _one_time(t)
+        if self._f is not None:
+            f: Tensor = self._f(t, x)
+        elif self._both is not None:
+            f = self._both(t, x)[0]
+        else:
+            f = self._both_by_product(t, x, x.new_zeros(len(x), *(self.channels(x) or x.shape[1:])))[0]
+        return f
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        g = self._g(_one_time(t), x)
+        return self._vector(self._both(_one_time(t), x)[1] if self._g is None else self._g(_one_time(t), x), x)
+
+    def drift_and_diffusion(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self._both is None:
+            return self.drift(x, t), self.diffusion(x, t)
+        f, g = self._both(_one_time(t), x)
+        return f, self._vector(g, x)
+
+    def diffusion_product(self, x: Tensor, t: Tensor, dW: Tensor) -> Tensor:
+        if self.has_diffusion:
+            return super().diffusion_product(x, t, dW)
+        if self._product is not None:
+            product: Tensor = self._product(_one_time(t), x, dW)
+        else:
+            product = self._both_by_product(_one_time(t), x, dW)[1]
+        return product
+
+    def channels(self, x: Tensor) -> tuple[int, ...] | None:
+        return None if self.has_diffusion or self._channels is None else (self._channels,)
+
+    def _vector(self, g: Tensor, x: Tensor) -> Tensor:
         return g.squeeze(-1) if self.noise is Noise.SCALAR and g.ndim == x.ndim + 1 else g
 
 

@@ -63,6 +63,8 @@ def _nested(problem: Problem, wanted: bool) -> Saved:
     assert isinstance(solver, Adaptive)
     run = Nested(problem)
     path = run.path
+    if solver.shared:
+        raise CannotExecute("paths of a batch share their steps")
     if path.repeat is not None:
         raise CannotExecute("paths are repeated, in steps that each of them chooses")
     scheme, sde, x0, save = solver.solver, problem.watched, problem.x0, problem.save

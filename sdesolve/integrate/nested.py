@@ -93,7 +93,7 @@ class Nested:
         x0, batch = problem.x0, len(problem.x0)
         self.m, self.like = math.prod(problem.increment.shape[1:]), x0.detach().new_empty(0)
         self.rows = torch.arange(batch, device=x0.device)
-        self.k = solver.order(problem.equation.noise)
+        self.k, self.shared = solver.order(problem.equation.noise), solver.shared and batch > 0
         grid = problem.times if problem.times.ndim == 2 else problem.times[:, None].expand(-1, batch)
         self.grid = grid.to(x0.device)
         none = torch.zeros(batch, dtype=torch.int64, device=x0.device)
@@ -124,7 +124,7 @@ class Nested:
                 self._attempt(going)
                 attempts += 1
                 if structured and attempts >= _LATEST and attempts & (attempts - 1) == 0:
-                    check_noise(problem, self.now.x, self._ends()[0].to(problem.time_dtype))
+                    check_noise(problem, self.now.x, self._one(self._ends()[0]).to(problem.time_dtype))
                 bar.update()
         for k, places in save.inside.items():
             for slot, theta in places:
@@ -154,7 +154,8 @@ class Nested:
         g = (g.square().sum(-1).sqrt() if is_matrix(g, x) else g).expand_as(x)
         refuse_nonfinite(f, self.grid[0])
         refuse_nonfinite(g, self.grid[0], "diffusion")
-        self.now.wanted = first_length(solver, self.k, x, f, g, self._length())
+        wanted = first_length(solver, self.k, x, f, g, self._length())
+        self.now.wanted = wanted.amin().expand_as(wanted) if self.shared else wanted
         self.sde.checking, self.sde.evaluations = False, 0
         self.sde.narrows = self.problem.time_dtype != self.like.dtype
 
@@ -206,7 +207,13 @@ class Nested:
 
     def span(self, start: Tensor, end: Tensor) -> Span:
         x, dt = self.problem.x0, (end - start).to(self.like)
-        return Span(self.problem.clock(start), self.problem.clock(end), per_sample(dt, x))
+        return Span(
+            self.problem.clock(self._one(start)), self.problem.clock(self._one(end)), per_sample(self._one(dt), x)
+        )
+
+    def _one(self, t: Tensor) -> Tensor:
+        """Times or lengths of rows, ``(batch,)``, as functions are given them: one for all where rows share steps."""
+        return t[0] if self.shared else t
 
     def _attempt(self, going: Tensor) -> None:
         now, solver = self.now, self.solver
@@ -231,7 +238,10 @@ class Nested:
             refuse_coarse_clock(now.x.detach(), start, end - start, scale, going, moves)
             self.sde.evaluations = evaluations
         size = norm(error, scale)
-        good = going & (size < 1.0) & bool_rows(x)
+        finite = bool_rows(x)
+        if self.shared:
+            size, finite = size.square().mean().sqrt().expand_as(size), finite.all()
+        good = going & (size < 1.0) & finite
         self._advance(going, good, x, size)
 
     def _moved(self, start: Tensor, end: Tensor, off: Tensor) -> Tensor:
@@ -243,7 +253,7 @@ class Nested:
             return span.dt * f + span.dt.abs().sqrt() * g
 
         span = self.span(start, end)
-        return added(self.problem.clock(start + off)) - added(span.t0)
+        return added(self.problem.clock(self._one(start + off))) - added(span.t0)
 
     def _advance(self, going: Tensor, good: Tensor, x: Tensor, size: Tensor) -> None:
         now, solver, save = self.now, self.solver, self.problem.save

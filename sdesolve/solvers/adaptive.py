@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of, short, whole_number
+from sdesolve._internal.arguments import flag, kind_of, short, whole_number
 from sdesolve.brownian import Increment, named
 from sdesolve.sde import AbstractODE, AbstractSDE, Noise
 from sdesolve.solvers.base import (
@@ -61,6 +61,8 @@ class Adaptive(AbstractWrapping):
         first_steps: how many equal parts no step goes beyond, with noise.
         max_level: how often such a part may be halved, at most 20.
         max_steps: attempts that a path may take before `solve` gives up.
+        shared: with noise, whether all paths of a batch take the same steps, by the root mean square of their errors:
+            for functions that take one time for all rows. What a path is then depends on the others; runs go in torch.
 
     Raises:
         TypeError: ``solver`` has no step of its own, or an argument is no number.
@@ -83,6 +85,7 @@ class Adaptive(AbstractWrapping):
         first_steps: int = 1,
         max_level: int = 20,
         max_steps: int = 100_000,
+        shared: bool = False,
     ) -> None:
         _check(solver)
         StepController(rtol, atol, max_steps)
@@ -91,7 +94,7 @@ class Adaptive(AbstractWrapping):
             whole_number(first_steps, "first_steps", 1),
             whole_number(max_level, "max_level", 1),
         )
-        self.max_steps = whole_number(max_steps, "max_steps", 1)
+        self.max_steps, self.shared = whole_number(max_steps, "max_steps", 1), flag(shared, "shared")
         if self.max_level > 20:
             raise ValueError(
                 f"max_level must be at most 20, the depth of the tree under a step, got {short(max_level)}"
