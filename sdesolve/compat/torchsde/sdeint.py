@@ -36,6 +36,7 @@ from sdesolve.solvers.sra import SRA1
 from sdesolve.solvers.sri import SRIW1
 
 Number = float | Tensor
+_BUDGET = 1 << 30  # bytes that `sdeint_adjoint` lets torch keep, as `sdeint` does; beyond, steps are taken again
 _APART = 10.0  # states of ReversibleHeun, over the way that the solution has gone: beyond, it has blown up
 _ANY = frozenset(NOISE_TYPES.all())
 _COMMUTING = _ANY - {NOISE_TYPES.general}
@@ -136,9 +137,10 @@ def sdeint_adjoint(
     """`sdeint` with gradients in memory that does not grow with the number of steps beyond a budget.
 
     They are the exact gradients of the steps that were taken, those of `sdeint` itself, where torchsde's are those of
-    another equation, solved backwards: steps are taken again from states that were kept (``gradients="checkpoint"`` of
-    `solve`). So ``adjoint_method``, ``adjoint_adaptive``, ``adjoint_rtol``, ``adjoint_atol`` and ``adjoint_options``
-    have no effect, but that their names are looked at. Adaptive runs keep every step.
+    another equation, solved backwards. Where torch would keep more than 1 GiB of all steps, they are taken again from
+    states that were kept (``gradients="checkpoint"`` of `solve`). So ``adjoint_method``,
+    ``adjoint_adaptive``, ``adjoint_rtol``, ``adjoint_atol`` and ``adjoint_options`` have no effect, but that their
+    names are looked at. Adaptive runs keep every step.
 
     Args:
         sde: as of `sdeint`; a module, unless ``adjoint_params`` are given.
@@ -196,6 +198,9 @@ def _integrated(
     solver = _solver(method, noise_type, grad_free)
     grid = steps_of(times, float(dt))
     noise = _noise(bm, grid)
+    if gradients == "checkpoint" and torch.is_grad_enabled():
+        step = solver.evaluations * _kept_by(equation, y0, times[0])
+        gradients = "auto" if (len(grid) - 1) * step <= _BUDGET else "checkpoint"
     if extra_solver_state is None or method != METHODS.reversible_heun:
         sol = solve(equation, y0, grid=grid, solver=solver, noise=noise, save_at=times, gradients=gradients)
     else:
@@ -208,6 +213,24 @@ def _integrated(
         f, g = equation.drift_and_diffusion(z, times[-1].to(z))
         carried = f, g.unsqueeze(-1) if noise_type == NOISE_TYPES.scalar else g, z
     return _returned(sol.xs, carried, logqp, extra)
+
+
+def _kept_by(equation: AbstractSDE, y0: Tensor, t0: Tensor) -> int:
+    """Bytes that torch keeps of one evaluation for its gradient."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(v: Tensor) -> Tensor:
+        if not isinstance(v, nn.Parameter):
+            kept[v.untyped_storage().data_ptr()] = v
+        return v
+
+    y, t = y0.detach().requires_grad_(), t0.to(y0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        if equation.has_diffusion:
+            equation.drift_and_diffusion(y, t)
+        else:
+            equation.drift(y, t)
+    return sum(v.untyped_storage().nbytes() for v in kept.values()) + 8 * y.nbytes
 
 
 def _returned(ys: Tensor, carried: tuple[Tensor, ...], logqp: bool, extra: bool) -> Any:
