@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_NEAR = 2.0**-10  # of a step: nearer than that, a step ends at the time that was asked for in place of its own end
+_SPREAD = 0.1  # of a step: what an interval has more than whole steps is spread over them up to here
+_NEAR = 2.0**-10  # of a step: grids that differ by less are one, written in other precisions
 
 
 def steps_of(times: Sequence[float] | Tensor, dt: float) -> Tensor:
-    """Steps of length ``dt`` from the first time on, the last one shorter, that also end at each of ``times``.
+    """Each interval between ``times`` in equal steps: of length ``dt`` where it is a multiple of that, else near it.
 
     Args:
         times: increasing, ``(n,)``.
-        dt: positive.
+        dt: positive; steps are at most ``1.1 dt`` long.
 
     Returns:
         Float64 times on the host.
@@ -26,11 +27,13 @@ def steps_of(times: Sequence[float] | Tensor, dt: float) -> Tensor:
     if not dt > 0.0:
         raise ValueError(f"dt must be positive, got {dt}")
     ends = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    count = max(int(float(ends[-1] - ends[0]) / dt + 1.0 - _NEAR), 1)
-    steps = ends[0] + dt * torch.arange(count, dtype=torch.float64)
-    after = torch.searchsorted(ends, steps).clamp(1, max(len(ends) - 1, 1))
-    apart = torch.minimum((steps - ends[after.clamp(max=len(ends) - 1)]).abs(), (steps - ends[after - 1]).abs())
-    return torch.cat([ends, steps[apart > _NEAR * dt]]).sort().values
+    counts = (ends.diff() / dt - _SPREAD).ceil().clamp(min=1).long()
+    first = counts.cumsum(0) - counts
+    within = (torch.arange(int(counts.sum())) - first.repeat_interleave(counts)) / counts.repeat_interleave(
+        counts
+    ).double()
+    starts, lengths = (v.repeat_interleave(counts) for v in (ends[:-1], ends.diff()))
+    return torch.cat([starts + lengths * within, ends[-1:]])
 
 
 def same_times(a: Tensor, b: Tensor) -> bool:

@@ -73,8 +73,9 @@ def sdeint(
 ) -> Any:
     """Integrates ``dY = f(t, Y) dt + g(t, Y) dW`` from ``y0`` at ``ts[0]`` to each of ``ts``: torchsde's, on `solve`.
 
-    Steps have the length ``dt`` and end at each of ``ts`` too, so that states there are those of the scheme; torchsde
-    goes past them and takes points of the chord. ``docs/coming_from_torchsde.md`` lists what else differs.
+    Steps end at each of ``ts``, so that states there are those of the scheme; torchsde goes past them and takes points
+    of the chord. Between two of them they are equal, of length ``dt`` where that divides the interval.
+    ``docs/coming_from_torchsde.md`` lists what else differs.
 
     Args:
         sde: with ``noise_type``, ``sde_type`` and ``f`` and ``g``, or ``f_and_g``, ``g_prod``, ``f_and_g_prod``.
@@ -84,7 +85,7 @@ def sdeint(
             seed from torch's default generator, if left out.
         method: ``euler``, ``milstein``, ``srk``, ``euler_heun``, ``heun``, ``midpoint``, ``log_ode`` or
             ``reversible_heun``; by default ``srk`` (``euler`` for general noise), ``midpoint`` for Stratonovich SDEs.
-        dt: length of steps.
+        dt: length of steps, which may be a tenth longer.
         adaptive: let each path choose its steps by its own error (`Adaptive`).
         rtol, atol: tolerances of these.
         dt_min: the shortest that they may be, up to the next power of 2 times the time in all.
