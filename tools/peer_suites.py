@@ -1,10 +1,10 @@
-"""Runs the test suite of torchsde or torchdiffeq on `sdesolve.compat`: their files with the import exchanged.
+"""Runs the test suite of torchsde on `sdesolve.compat`: their files with the import exchanged.
 
     PYTHONPATH=.:kernels python tools/peer_suites.py torchsde CHECKOUT [pytest's arguments]
 
 ``CHECKOUT`` is a clone of the peer's repository, which is only read: its tests are copied to a temporary folder, with
 ``from sdesolve.compat import torchsde`` in place of ``import torchsde``. ``--theirs`` leaves the import as it is.
-Needs pytest and scipy. Cases of torchdiffeq are the sub-tests of its loops; pytest from version 9 counts them.
+Needs pytest and scipy. The whole takes long; pytest's ``-k`` chooses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ found = types.ModuleType("sdesolve.compat.torchsde.types")
 vars(found).update({"Callable": typing.Callable, "Optional": typing.Optional}, **{n: typing.Any for n in names})
 sys.modules[found.__name__] = found
 """
-SUITES = {"torchsde": "test_*.py", "torchdiffeq": "*_tests.py"}
+SUITES = {"torchsde": "test_*.py"}
 
 
 def exchanged(text: str, peer: str) -> str:
