@@ -466,6 +466,8 @@ class BrownianPath(AbstractStreams, AbstractPath):
             unit, scale = self._areas(of, first, n, batch, m, like), dt / self.substeps
         else:
             unit, scale = self._composed(of, first, n, batch, m, like).reshape(n, *shape), (dt / self.substeps).sqrt()
+        if scale.numel() == 1 and scale.dim() == 1 and dtype in (torch.float32, torch.float64):
+            return unit * float(scale)  # a copy of it to a device would wait for that
         scale = scale.to(like)
         return unit * scale.reshape(*scale.shape, *(1,) * (unit.ndim - scale.ndim))
 

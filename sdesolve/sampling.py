@@ -22,7 +22,7 @@ from sdesolve._internal.transforms import runs_as_it_is
 from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows, drawn_seed
 from sdesolve.diffusions.base import AbstractDiffusion
 from sdesolve.integrate.checks import check_drift, check_state
-from sdesolve.integrate.cuda_graph import StraightSampler, captured
+from sdesolve.integrate.cuda_graph import StraightSampler, captured, settings_of
 from sdesolve.integrate.hooks import Callback, Hook, RecordedScore
 from sdesolve.integrate.narrow import function_in, is_narrow, narrowed
 from sdesolve.integrate.save_at import SaveAt
@@ -230,7 +230,8 @@ def sample(
         if solver.controller is not None:
             raise ValueError(f"{type(solver).__name__} decides on its steps as it goes, which a CUDA graph cannot hold")
         where = device
-        key = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
+        what = (id(score), id(process), solver, tuple(times.tolist()), shape, stochasticity, denoise, dtype, where)
+        key = (*what, *settings_of(where))
         if not isinstance(path, BrownianPath) or not path.plain or path.first_step:
             raise ValueError("a captured sampler takes seed= or noise=BrownianPath(seed, first_path) only")
 

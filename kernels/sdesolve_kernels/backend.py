@@ -65,10 +65,10 @@ class Ops(Protocol):
     the result to `out` (of any strides, possibly one of the inputs) and returns it.
     """
 
-    def fill(self, kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, offset: int) -> Any:
+    def fill(self, kind: str, out: Tensor, *, seed: Index, stream: int, first_path: Index, offset: Index) -> Any:
         """Write entries ``offset, offset + 1, ...`` of each path: "normal", "uniform" or "words" (then int64).
 
-        `out` has shape ``(paths, ...)``; `seed` and `first_path` are unsigned.
+        `out` has shape ``(paths, ...)``; `seed` and `first_path` are unsigned, or tensors on the device of `out`.
         """
 
     def euler_maruyama_step(

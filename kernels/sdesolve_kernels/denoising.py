@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backend import NoiseOffset, Residual
 from .checks import coefficient, no_gradient, noise_offset, same_as_state, state
-from .dispatch import implementation
+from .dispatch import implementation, requested_backend, under
 from .gradients import reduced, scaled
 from .library import NOISE, CallContext, call_context, define, keep, kept, recording, usual
 from .reference_steps import compute_dtype
@@ -99,13 +99,18 @@ class _LossAndGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        loss, ctx.gradient = _empty_loss(*inputs), empty_like(inputs[0])
+        loss, ctx.gradient, ctx.backend = _empty_loss(*inputs), empty_like(inputs[0]), requested_backend()
         _loss_into(loss, ctx.gradient, inputs)
         keep(ctx, *inputs)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        made: tuple[Any, ...] = under(ctx.backend, _LossAndGradient._gradients, ctx, upstream)
+        return made
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         inputs = kept(ctx)
         # Handed out once, because whoever gets a gradient may write to it.
         gradient, ctx.gradient = ctx.gradient, None

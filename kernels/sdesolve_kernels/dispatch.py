@@ -15,7 +15,7 @@ from ._reference.backend import ReferenceBackend
 from ._triton.backend import TritonBackend
 from .backend import Backend, Ops
 
-__all__ = ["backend_for", "implementation", "register_backend", "requested_backend", "use_backend"]
+__all__ = ["backend_for", "implementation", "register_backend", "requested_backend", "under", "use_backend"]
 
 _backends: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), NumbaBackend(), TritonBackend())}
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("sdesolve_backend", default="auto")
@@ -90,6 +90,14 @@ _chosen = functools.cache(_choose)
 def requested_backend() -> str:
     """What `use_backend` asked for; "auto" outside of it."""
     return _requested.get()
+
+
+def under(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` where `name` is asked for: gradients on the back end of the value, in whichever thread."""
+    if _requested.get() == name:
+        return function(*args)
+    with use_backend(name):
+        return function(*args)
 
 
 def backend_for(op: str, device: torch.device) -> Backend:

@@ -44,9 +44,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     score, given_size, given_alpha, offset = kept(ctx)
     _, wants_score, _, wants_size, wants_alpha, *_ = ctx.needs_input_grad
     wide = compute_dtype(grad.dtype)
+    # Numbers stay numbers: as tensors they would have to be copied to the device, which waits for it.
     size, alpha = (
-        c.to(device=grad.device, dtype=wide) if isinstance(c, Tensor) else grad.new_tensor(c, dtype=wide)
-        for c in (given_size, given_alpha)
+        c.to(device=grad.device, dtype=wide) if isinstance(c, Tensor) else c for c in (given_size, given_alpha)
     )
     delta = alpha * size
     grad_score = scaled(grad, delta) if wants_score else None
@@ -140,7 +140,7 @@ def langevin_step(
     if out is None:
         return _op.call(context, recording(x, score, size, alpha), x, score, mode, size, alpha, noise)
     if not plain:
-        check_output(out, x)
+        check_output(out, x, beside=(score, size, alpha))
     no_gradient(
         "langevin_step with out=", "out is overwritten unseen by autograd", x=x, score=score, size=size, alpha=alpha
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import Index, NoiseOffset
-from .checks import FLOATS
+from .checks import FLOATS, overlaps
+from .dispatch import requested_backend, under
 
 __all__ = [
     "NOISE",
@@ -93,6 +94,8 @@ def usual(x: Any, alike: Sequence[Any], coefficients: Sequence[Any] = (), out: A
         if out is not x and (type(out) is not Tensor or out.dtype is not dtype or out.shape != shape):
             return False
         if not out.is_contiguous() or out.requires_grad or (out is not x and out.device != x.device):
+            return False
+        if any(overlaps(out, s) for s in (x, *alike, *coefficients)):
             return False
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
@@ -229,16 +232,18 @@ def define(
     """
 
     def padded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        made = backward(ctx, *grads)
+        made = under(ctx.backend, backward, ctx, *grads)
         return *made, *(None,) * (len(ctx.needs_input_grad) - len(made))
 
     def flat_function(*args: Any) -> Any:
         return function(*_nested(args, read))
 
     def flat_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = requested_backend()
         setup(ctx, *_nested(inputs))
 
     def forward(ctx: Any, *args: Any) -> Any:
+        ctx.backend = requested_backend()
         setup(ctx, *args)
         return function(*args)
 

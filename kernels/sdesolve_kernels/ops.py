@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_out, integer
+from .checks import FLOATS, check_out, index, integer
 from .dispatch import backend_for, implementation
 from .streams import Stream
 from .transforms import is_transformed, outside_transforms
 
 __all__ = ["normal", "uniform", "words"]
+
+
+def _place(name: str, value: Any, high: int, bound: str) -> int | Tensor:
+    """An integer, or one on a device, which is read there: reading it here would wait, and a capture would keep it."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return index(name, value, high, bound, read=False)
+    return integer(name, value, 0, high, bound)
 
 
 def _fill(
@@ -31,18 +38,18 @@ def _fill(
     """Validate, allocate, dispatch: the same for every op that makes noise."""
     paths = integer("paths", paths, 0, 1 << 63, "2^63")
     count = integer("count", count, 0, 1 << 58, "2^58")
-    where = {
-        "seed": integer("seed", seed, 0, 1 << 64, "2^64"),
+    where: dict[str, Any] = {
+        "seed": _place("seed", seed, 1 << 64, "2^64"),
         "stream": integer("stream", stream, 0, 256, "256"),
-        "first_path": integer("first_path", first_path, 0, 1 << 64, "2^64"),
-        "offset": integer("offset", offset, 0, 1 << 58, "2^58"),
+        "first_path": _place("first_path", first_path, 1 << 64, "2^64"),
+        "offset": _place("offset", offset, 1 << 58, "2^58"),
     }
-    if where["first_path"] + paths > 1 << 64:
+    if not isinstance(where["first_path"], Tensor) and where["first_path"] + paths > 1 << 64:
         raise ValueError(
             f"first_path + paths must be at most 2^64, got {where['first_path']} + {paths}; path indices would wrap "
             "and repeat noise"
         )
-    if where["offset"] + count > 1 << 58:
+    if not isinstance(where["offset"], Tensor) and where["offset"] + count > 1 << 58:
         raise ValueError(
             f"offset + count must be at most 2^58, got {where['offset']} + {count}; use another stream or seed"
         )
@@ -92,10 +99,11 @@ def normal(
     Args:
         paths: Number of rows, >= 0.
         count: Number of entries of each path, >= 0.
-        seed: In [0, 2^64).
+        seed: In [0, 2^64). It, `first_path` and `offset` may be 0-d int64 tensors on the device: a captured graph then
+            draws anew at each replay.
         stream: In [0, 256); see `Stream`.
-        first_path: Index of the first row's path, with first_path + paths <= 2^64.
-        offset: Index of the first entry, with offset + count <= 2^58.
+        first_path: SupportsIndex of the first row's path, with first_path + paths <= 2^64.
+        offset: SupportsIndex of the first entry, with offset + count <= 2^58.
         dtype: float32 (if neither this nor `out` says otherwise), float64, float16 or bfloat16. All come from the same
             words; the 16-bit types are rounded.
         device: Where to make them; torch's default device if not given. Must not contradict `out`.

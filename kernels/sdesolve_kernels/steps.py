@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from .backend import NoiseOffset
-from .checks import FLOATS, alike, check_output, coefficient, index, no_gradient, noise_offset, same_as_state, state
+from .checks import (
+    FLOATS,
+    alike,
+    check_output,
+    coefficient,
+    index,
+    no_gradient,
+    noise_offset,
+    overlaps,
+    same_as_state,
+    state,
+)
 from .dispatch import implementation
 from .gradients import noise_product, reduced, root, scaled
 from .library import NOISE, CallContext, call_context, define, define_out, keep, kept, read, recording, usual
@@ -115,7 +126,7 @@ def euler_maruyama_step(
         if isinstance(dt, Tensor):
             no_gradient("euler_maruyama_step", "it is a number of the time grid", dt=dt)
         if out is not None:
-            check_output(out, x)
+            check_output(out, x, beside=(f, g, dt))
     noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
     record = recording(x, f, g)
     if out is None:
@@ -225,7 +236,7 @@ def linear_step(
     Source: the coefficients are what papers differ in; see the solvers that make the tables.
     """
     terms = len(history)
-    if usual(x, history, (), out) and _usual_table(table, x, terms, row):
+    if usual(x, history, (), out) and _usual_table(table, x, terms, row) and (out is None or not overlaps(out, table)):
         context = CallContext.PLAIN
     else:
         state("x", x)
@@ -239,7 +250,7 @@ def linear_step(
         if recording(table):
             no_gradient("linear_step", "it holds the numbers of a scheme", table=table)
         if out is not None:
-            check_output(out, x)
+            check_output(out, x, beside=(*history, table))
     plain = context is CallContext.PLAIN
     noise = noise_offset(x, seed, stream, first_path, step, plain) if stochastic or not plain else _NO_NOISE
     record = recording(x, *history)
@@ -327,7 +338,7 @@ def perturb(
         alpha, sigma = coefficient("alpha", alpha, x0), coefficient("sigma", sigma, x0)
         context = call_context(x0, alpha, sigma)
         if out is not None:
-            check_output(out, x0, "x0")
+            check_output(out, x0, "x0", beside=(alpha, sigma))
     noise = noise_offset(x0, seed, stream, first_path, step, context is CallContext.PLAIN)
     if out is None:
         return _perturb_op.call(context, recording(x0, alpha, sigma), x0, alpha, sigma, noise)

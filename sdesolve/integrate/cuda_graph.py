@@ -6,12 +6,14 @@ seed and first path live in device memory, so that each replay draws new samples
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import final
 
 import torch
 from sdesolve_kernels import Stream, perturb
+from sdesolve_kernels.dispatch import requested_backend
 from torch import Tensor
 
 from sdesolve.brownian import BrownianPath, Place
@@ -120,29 +122,43 @@ class CapturedSampler:
     """
 
     def __init__(self, sampler: StraightSampler, device: torch.device) -> None:
-        self._seed = torch.zeros((), dtype=torch.int64, device=device)
-        self._first_path = torch.zeros((), dtype=torch.int64, device=device)
-        # Kernels compile and libraries set themselves up on the first calls, which a capture must not see.
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                sampler(self._seed, self._first_path)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = sampler(self._seed, self._first_path)
+        self._device = device
+        # Memory that is made in inference mode could not be written to outside of it. A capture takes place on one
+        # stream of the device that it is for: torch's own is made on the device of its first capture.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
+            self._seed = torch.zeros((), dtype=torch.int64, device=device)
+            self._first_path = torch.zeros((), dtype=torch.int64, device=device)
+            # Kernels compile and libraries set themselves up on the first calls, which a capture must not see.
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    sampler(self._seed, self._first_path)
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=side):
+                self._result = sampler(self._seed, self._first_path)
         self._sampler = sampler
+        self._replaying = threading.Lock()
 
     def __call__(self, seed: int, first_path: int = 0) -> Tensor:
         """Draws the batch of rows ``first_path ...`` for a seed."""
-        self._seed.fill_(_signed(seed))
-        self._first_path.fill_(_signed(first_path))
-        self._graph.replay()
-        return self._result.clone()
+        # Two threads would write one seed, and read one result.
+        with self._replaying, torch.cuda.device(self._device):
+            self._seed.fill_(_signed(seed))
+            self._first_path.fill_(_signed(first_path))
+            self._graph.replay()
+            return self._result.clone()
 
 
 _captured: OrderedDict[object, CapturedSampler] = OrderedDict()
+
+
+def settings_of(device: torch.device) -> tuple[object, ...]:
+    """What is set outside of a sampler and decides which kernels it runs: part of the key of a capture."""
+    autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return (requested_backend(), *autocast, *precision)
 
 
 def captured(key: object, build: Callable[[], StraightSampler], device: torch.device) -> CapturedSampler:

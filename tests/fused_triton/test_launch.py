@@ -7,6 +7,7 @@ option that it does not know, shows here first.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,15 @@ def test_what_the_launchers_pass_is_what_triton_takes():
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     assert len(set(run.stdout.split())) == 11  # every kernel
+
+
+def test_launches_that_are_kept_are_those_of_triton():
+    """What is passed to a compiled kernel past Triton's handling of arguments, under a driver that launches nothing."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    environment.pop("TRITON_INTERPRET", None)
+    script = [str(Path(__file__).parent / "host" / "operations.py")]
+    if environment.get("HYPOTHESIS_PROFILE") == "thorough":
+        script.append("all")
+    run = subprocess.run([sys.executable, *script], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert re.search(r"\d+ calls, \d+ of \d+ anew", run.stdout)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backend import Index
 from ..threads import split
 from .noise import columns, rows
 
@@ -34,7 +35,7 @@ def _two_levels(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, i
     return outer_stride, inner_stride, inner
 
 
-def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, offset: int) -> None:
+def fill(kind: str, out: Tensor, *, seed: Index, stream: int, first_path: Index, offset: Index) -> None:
     """Write numbers of `kind` ("normal", "uniform", "words") into a CPU tensor of shape ``(paths, ...)``, any strides.
 
     The dimensions after the first hold the entries of a path in row-major order. The type is a floating one, and int64
@@ -58,7 +59,8 @@ def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, off
     strides = (out.stride(0), outer_stride, inner_stride)
     span = 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride(), strict=True))
     flat = out.detach().as_strided((span,), (1,)).numpy()
-    counter = np.array((seed, stream, first_path, offset), dtype=np.uint64)
+    offset = int(offset)
+    counter = np.array((int(seed), stream, int(first_path), offset), dtype=np.uint64)
 
     # How many entries of a path lie together before the next path's begin. Short runs, many paths: lanes along paths.
     run = inner if outer_stride > strides[0] else count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, reference_steps
-from ..backend import Coefficient, NoiseOffset, Residual
+from ..backend import Coefficient, Index, NoiseOffset, Residual
 
 __all__ = [
     "dsm_gradient",
@@ -46,12 +46,17 @@ def _tensor(c: Coefficient, device: torch.device | None = None) -> Tensor:
     return torch.as_tensor(c, dtype=None if isinstance(c, Tensor) else torch.float64, device=device)
 
 
-def fill(kind: str, out: Tensor, *, seed: int, stream: int, first_path: int, offset: int) -> Tensor:
+def fill(kind: str, out: Tensor, *, seed: Index, stream: int, first_path: Index, offset: Index) -> Tensor:
     """See `sdesolve_kernels.normal`, `uniform` and `words`."""
     make: Any = {"normal": reference.normal, "uniform": reference.uniform, "words": reference.numbered_words}[kind]
     dtype = {} if kind == "words" else {"dtype": out.dtype}
     rows, count = len(out), out[0].numel()
-    where = {"seed": seed, "stream": stream, "first_path": first_path, "offset": offset}
+    where = {
+        "seed": int(seed) % (1 << 64),
+        "stream": stream,
+        "first_path": int(first_path) % (1 << 64),
+        "offset": int(offset),
+    }
     return _written(out, make(rows, count, **where, device=out.device, **dtype).reshape(out.shape))
 
 

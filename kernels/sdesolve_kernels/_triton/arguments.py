@@ -8,20 +8,34 @@ their new values at every replay.
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ..backend import int64_bits
 from .fill import fill_kernel
-from .geometry import Geometry
+from .geometry import Geometry, Grid, tuning
 from .tiles import NUMBER, PER_SAMPLE, SHARED
 
-__all__ = ["Launch", "bits", "coefficient", "launch", "prepare", "record", "recording", "result", "state"]
+__all__ = [
+    "Launch",
+    "bits",
+    "coefficient",
+    "constants",
+    "launch",
+    "launch_kept",
+    "places",
+    "record",
+    "recording",
+    "result",
+    "state",
+]
 
 NUM_WARPS = 4
 # Interpreted when TRITON_INTERPRET was set before triton was imported.
@@ -47,6 +61,10 @@ class Launch(NamedTuple):
 
 
 _recorder: list[Launch] | None = None
+_kept: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+_MOST_KEPT = 4096
+# Compiled kernels of Triton 3.2 are launched without constants.
+_TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 @contextlib.contextmanager
@@ -73,24 +91,68 @@ def record(item: Callable[[], Launch]) -> bool:
     return True
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], device: torch.device, arguments: dict[str, Any]) -> None:
-    """Run a kernel on the current stream of ``device``."""
+def launch(kernel: Any, grid: Grid, device: torch.device, arguments: dict[str, Any]) -> Any:
+    """Run a kernel on the current stream of ``device``; what Triton compiled for it."""
     if record(lambda: Launch(kernel, grid, arguments, NUM_WARPS)):
-        return
+        return None
     # Fusion on: it is what the instruction counts are for, and saying so keeps the bits the same from Triton 3.10 on,
     # where the default changes.
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
+            return kernel[grid](**arguments, **options)
+    return kernel[grid](**arguments, **options)
+
+
+def launch_kept(
+    kernel: Any, device: torch.device, key: tuple[Any, ...], values: list[Any],
+    make: Callable[[], tuple[Grid, dict[str, Any]]],
+) -> None:  # fmt: skip
+    """Run a kernel as `launch` does; from the second launch of a kind on past Triton's handling of arguments.
+
+    That takes two thirds of the host's time of a step: it sorts arguments by name, asks each what it is, and compares
+    the globals of the kernel.
+
+    Args:
+        kernel: To run.
+        device: Where.
+        key: With the kernel, the device and which tensors start at a multiple of 16 bytes it decides the grid, the
+            constants, and all that a compiled kernel depends on: dtypes of tensors, and the tags of `coefficient`.
+        values: The arguments, in the order of the kernel's parameters, but constants, which come last.
+        make: The grid and the constants by name; called where they are not known yet.
+    """
+    if _recorder is not None or INTERPRETED:
+        grid, constant = make()
+        launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=False)) | constant)
+        return
+    aligned = 1
+    for value in values:
+        if type(value) is not int:
+            aligned += aligned + (value.data_ptr() % 16 == 0)
+    whole = id(kernel), device, aligned, tuning(), key
+    kept = _kept.get(whole)
+    if kept is None:
+        grid, constant = make()
+        compiled = launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=False)) | constant)
+        if len(_kept) >= _MOST_KEPT:
+            _kept.clear()
+        rest = [constant[name] for name in kernel.arg_names[len(values) :]] if _TAKES_CONSTANTS else []
+        _kept[whole] = compiled[grid], rest
+        return
+    run, rest = kept
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(*values, *rest)
     else:
-        kernel[grid](**arguments, **options)
+        run(*values, *rest)
 
 
-def prepare(x: Tensor, tile: Geometry, integers: Mapping[str, int | Tensor], stream: int) -> dict[str, Any]:
-    """Arguments that all tiled kernels share; ``integers`` holds seed, first_path, step and possibly row."""
-    loaded, values = 0, {}
-    for name, value in integers.items():
+def places(x: Tensor, *integers: int | Tensor) -> tuple[list[int], int]:
+    """Integers as kernels take them, and flags of those that are addresses: seed, first path, step and perhaps row."""
+    if type(integers[0]) is int and type(integers[1]) is int and type(integers[2]) is int and type(integers[-1]) is int:
+        return [int64_bits(value) for value in integers], 0  # type: ignore[arg-type]
+    loaded, values = 0, []
+    for name, value in zip(_FLAGS, integers, strict=False):
         if isinstance(value, Tensor):
             if value.dtype != torch.int64 or value.ndim != 0 or value.device != x.device:
                 raise ValueError(
@@ -98,12 +160,15 @@ def prepare(x: Tensor, tile: Geometry, integers: Mapping[str, int | Tensor], str
                     f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
                 )
             loaded |= _FLAGS[name]
-            values[name] = value.data_ptr()
+            values.append(value.data_ptr())
         else:
-            values[name] = int64_bits(value)
-    return {
-        **values,
-        "stream_id": int(stream),
+            values.append(int64_bits(value))
+    return values, loaded
+
+
+def constants(x: Tensor, tile: Geometry, loaded: int, **own: Any) -> dict[str, Any]:
+    """Constants of a tiled kernel: those that all of them share, and its own."""
+    return own | {
         "LOADED": loaded,
         "VEC": tile.vec,
         "LANES": tile.lanes,
@@ -119,13 +184,17 @@ def bits(value: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
-def coefficient(name: str, c: Tensor | float, x: Tensor) -> tuple[Any, int]:
-    """What to pass for a coefficient of ``x``, and how: a number, a pointer to one, or to one a row."""
+def coefficient(name: str, c: Tensor | float, x: Tensor) -> tuple[Any, int, Any]:
+    """What to pass for a coefficient of ``x``; how: a number, a pointer to one, or to one a row; and its tag.
+
+    Two coefficients with one tag are the same to a compiled kernel. Triton types integers by their value, and has
+    kernels of their own for 1 and multiples of 16.
+    """
     if not isinstance(c, Tensor):
-        return bits(float(c)), _KIND["number"]
+        return _number(float(c))
     if c.ndim == 0:
         if c.device != x.device and c.device.type == "cpu":
-            return bits(float(c)), _KIND["number"]
+            return _number(float(c))
         kind = "shared"
     elif c.shape == x.shape[:1]:
         kind = "per_sample"
@@ -133,14 +202,24 @@ def coefficient(name: str, c: Tensor | float, x: Tensor) -> tuple[Any, int]:
         raise ValueError(f"{name} must be a number, () or ({x.shape[0]},), got shape {tuple(c.shape)}")
     if c.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like the state, got {c.device}")
-    return c.resolve_neg().contiguous(), _KIND[kind]
+    return c.resolve_neg().contiguous(), _KIND[kind], (kind, c.dtype)
+
+
+def _number(value: float) -> tuple[int, int, Any]:
+    return _kept_number(value) if value else _kept_number.__wrapped__(value)  # -0.0 and 0.0 are equal, and two numbers
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_number(value: float) -> tuple[int, int, Any]:
+    number = bits(value)
+    return number, _KIND["number"], (number == 1, number % 16 == 0, -(1 << 31) <= number < 1 << 31)
 
 
 def state(name: str, v: Tensor, x: Tensor) -> Tensor:
     """``v`` dense in row-major order and of the shape of ``x``; a copy where it is not."""
     if v.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {v.device}")
-    return v.expand(x.shape).resolve_neg().contiguous()
+    return (v if v.shape == x.shape else v.expand(x.shape)).resolve_neg().contiguous()
 
 
 def result(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..backend import Backend, Ops, installed
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ class TritonBackend(Backend):
     compiles = True
 
     def missing(self) -> str:
+        if torch.version.hip is not None:  # whose devices torch calls "cuda" too
+            return "a GPU of NVIDIA's, for which the kernels are written,"
         return "" if installed("triton") else "triton"
 
     def ops(self) -> Ops:

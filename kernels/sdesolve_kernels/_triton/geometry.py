@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["Geometry", "geometry", "grid", "row_grid", "splits_of", "tuned"]
+__all__ = ["Geometry", "Grid", "geometry", "grid", "row_grid", "splits_of", "tree", "tuned", "tuning"]
 
 # Lanes a program, of 128 threads: two a thread where a lane is 16 bytes of float32 (26 instructions an element at two,
 # 33 at one: what a tile pays once is spread further) and where it is one element; else one, because a lane is then
@@ -20,6 +20,13 @@ _ENOUGH_PROGRAMS = 2 * 16 * 148
 _MOST_LOOPS = 8  # by then what is paid once a program is 1.5 instructions an element, and the tail stays short
 
 _CHUNKS_PER_SPLIT = 8  # 8192 float32 elements: one program a row for images of 32 x 32, and rows of 10^6 still spread
+
+
+Grid = tuple[int, int, int]
+
+
+# Of the second pass of a reduction: lanes along splits, rows, and both together, of a program.
+_MOST_LANES, _MOST_ROWS, _IN_SECOND_PASS = 1024, 1024, 4096
 
 
 class Geometry(NamedTuple):
@@ -43,6 +50,11 @@ class _Tuning(NamedTuple):
 
 
 _tuning = _Tuning()
+
+
+def tuning() -> _Tuning:
+    """What `tuned` has set."""
+    return _tuning
 
 
 @contextlib.contextmanager
@@ -96,7 +108,7 @@ def _geometry(m: int, itemsize: int, aligned: bool, block: int | None) -> Geomet
     return Geometry(vec, lanes, block, aligned, chunks)
 
 
-def grid(batch: int, tile: Geometry) -> tuple[int, int, int]:
+def grid(batch: int, tile: Geometry) -> Grid:
     """Programs along the rows, and column tiles in two dimensions, each within CUDA's limits."""
     row_tiles = -(-batch // tile.rows)
     y = min(tile.chunks, _CHUNKS_PER_Z)
@@ -112,7 +124,14 @@ def splits_of(tile: Geometry) -> tuple[int, int]:
     return per_split, -(-tile.chunks // per_split)
 
 
-def row_grid(batch: int, tile: Geometry, splits: int) -> tuple[int, int, int]:
+def tree(splits: int) -> tuple[int, int]:
+    """Lanes along the splits of a row that a program of the second pass of a reduction adds up, and rows of such a
+    program. Both depend on the shape of one row alone, and so does the order of the sum."""
+    lanes = 1 << (min(splits, _MOST_LANES) - 1).bit_length()
+    return lanes, min(_MOST_ROWS, _IN_SECOND_PASS // lanes)
+
+
+def row_grid(batch: int, tile: Geometry, splits: int) -> Grid:
     """Grid of a reduction: a program for every row tile and split of a row; these do not loop over rows."""
     _, y, z = grid(1, tile._replace(chunks=splits))
     return -(-batch // tile.rows), y, z

@@ -1,7 +1,7 @@
 """Kernels of the Langevin corrector: norms, step size, update.
 
 The norms are sums in a fixed order: within a program over tiles of constant size, then over the splits of a row, then
-over groups of 1024 rows, then over groups. No atomics; the cut depends on the shape of one row alone, so a sample's
+over groups of rows, then over groups. No atomics; the cut depends on the shape of one row alone, so a sample's
 norm has the same bits whatever the batch around it.
 """
 
@@ -78,23 +78,26 @@ def _store_size(size_ptr, snr, ratio):
 @triton.jit(do_not_specialize=PLAIN)
 def size_kernel(
     partial_ptr, size_ptr, sums_ptr, size_c, expected_c, batch: tl.int64, splits: tl.int64, groups: tl.int64,
-    MODE: tl.constexpr, SIZE: tl.constexpr, ONE_GROUP: tl.constexpr, GROUP: tl.constexpr,
+    MODE: tl.constexpr, SIZE: tl.constexpr, ONE_GROUP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """``2 (snr n / s)^2`` of each sample, or of the batch if it is one group of rows; else the group's sums of norms.
 
-    In float64 all through: this is one program for every 1024 rows.
+    In float64 all through: this is one program for a group of rows, with a number of lanes for the splits of each.
     """
     batch, splits = batch.to(tl.int64), splits.to(tl.int64)
-    row0 = tl.program_id(0).to(tl.int64) * GROUP
-    row = tl.arange(0, GROUP)
-    there = row < tl.minimum(batch - row0, GROUP).to(tl.int32)
-    s = tl.zeros([GROUP], tl.float64)
-    n = tl.zeros([GROUP], tl.float64)
-    for split in range(splits):
-        part = partial_ptr + split * batch + row0 + row
-        s += tl.load(part, mask=there, other=0.0).to(tl.float64)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    there = row < tl.minimum(batch - row0, ROWS).to(tl.int32)
+    s = tl.zeros([ROWS, LANES], tl.float64)
+    n = tl.zeros([ROWS, LANES], tl.float64)
+    for start in range(0, splits, LANES):
+        split = start + tl.arange(0, LANES)
+        part = partial_ptr + (row0 + row)[:, None] + split[None, :] * batch
+        inside = there[:, None] & (split < splits)[None, :]
+        s += tl.load(part, mask=inside, other=0.0).to(tl.float64)
         if MODE != DIMENSION:
-            n += tl.load(part + splits * batch, mask=there, other=0.0).to(tl.float64)
+            n += tl.load(part + splits * batch, mask=inside, other=0.0).to(tl.float64)
+    s, n = tl.sum(s, 1), tl.sum(n, 1)
     s, n = tl.sqrt(s), tl.sqrt(n)
     snr = coefficient(size_c, 0, batch, SIZE, 1, 1, True)
     if MODE == SAMPLE:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import coefficient, launch, prepare, result, state
+from .arguments import coefficient, constants, launch_kept, places, result, state
 from .fill import NORMAL, UNIFORM, WORDS, fill_kernel
-from .geometry import Geometry, geometry, grid
+from .geometry import Geometry, Grid, geometry, grid
 from .steps import ABSENT, ADDED, FACTOR, euler_maruyama_kernel, linear_kernel, perturb_kernel
 from .tiles import PER_SAMPLE, SHARED
 
@@ -55,12 +55,16 @@ def fill(
     dense = (
         out if out.is_contiguous() and not out.is_neg() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     )
-    # Nothing is loaded, so registers are left for two lanes a thread in 8-byte types too.
-    two = 256 if aligned and out.element_size() == 8 else None
-    tile = geometry(m, out.element_size(), aligned, two)
-    shared = prepare(out, tile, {"seed": seed, "first_path": first_path, "step": offset}, stream)
-    own = {"out_ptr": dense, "batch": batch, "m": m, "stride": stride, "OP": _OPS[op]}
-    launch(fill_kernel, grid(batch, tile), out.device, own | shared)
+    integers, loaded = places(out, seed, first_path, offset)
+
+    def make() -> tuple[Grid, dict[str, Any]]:
+        # Nothing is loaded, so registers are left for two lanes a thread in 8-byte types too.
+        two = 256 if aligned and out.element_size() == 8 else None
+        tile = geometry(m, out.element_size(), aligned, two)
+        return grid(batch, tile), constants(out, tile, loaded, OP=_OPS[op])
+
+    values = [dense, batch, m, stride, integers[0], int(stream), *integers[1:]]
+    launch_kept(fill_kernel, out.device, (op, batch, m, out.dtype, aligned, loaded), values, make)
     if dense is not out:
         out.copy_(dense)
     return out
@@ -79,18 +83,26 @@ def euler_maruyama_step(
     dense, out = result(x, out)
     if x.numel() == 0:
         return out
-    m, tile = tile_of(x)
-    if isinstance(g, Tensor) and g.shape == x.shape and g.ndim > 0:
-        g_c, g_kind = state("g", g, x), _FULL
+    shape, dtype = x.shape, x.dtype
+    if isinstance(g, Tensor) and g.shape == shape and len(shape) > 0 and g.ndim > 0:
+        full, (g_c, g_kind, g_tag) = state("g", g, x), (0, _FULL, None)
     else:
-        g_c, g_kind = coefficient("g", g, x)
-    dt_c, dt_kind = coefficient("dt", dt, x)
-    own = {
-        "x_ptr": x.resolve_neg().contiguous(), "f_ptr": state("f", f, x), "g_c": g_c, "dt_c": dt_c, "out_ptr": dense,
-        "batch": x.shape[0], "m": m, "G": g_kind, "DT": dt_kind,
-    }  # fmt: skip
-    shared = prepare(x, tile, {"seed": seed, "first_path": first_path, "step": step}, stream)
-    launch(euler_maruyama_kernel, grid(x.shape[0], tile), x.device, own | shared)
+        full, (g_c, g_kind, g_tag) = None, coefficient("g", g, x)
+    dt_c, dt_kind, dt_tag = coefficient("dt", dt, x)
+    integers, loaded = places(x, seed, first_path, step)
+
+    def make() -> tuple[Grid, dict[str, Any]]:
+        _, tile = tile_of(x)
+        return grid(shape[0], tile), constants(x, tile, loaded, G=g_kind, DT=dt_kind)
+
+    drift = state("f", f, x)
+    full = drift if full is None else full
+    values = [
+        x.resolve_neg().contiguous(), drift, full, g_c, dt_c, dense,
+        shape[0], math.prod(shape[1:]), integers[0], int(stream), *integers[1:],
+    ]  # fmt: skip
+    key = shape, dtype, drift.dtype, full.dtype, g_kind, g_tag, dt_kind, dt_tag, loaded
+    launch_kept(euler_maruyama_kernel, x.device, key, values, make)
     return out if dense is out else out.copy_(dense)
 
 
@@ -121,17 +133,21 @@ def linear_step(
     dense, out = result(x, out)
     if x.numel() == 0:
         return out
-    m, tile = tile_of(x)
     x_dense = x.resolve_neg().contiguous()
     terms_dense = [state(f"history[{i}]", s, x) for i, s in enumerate(history)]
-    own = {
-        "x_ptr": x_dense,
-        **{f"s{i}_ptr": terms_dense[i] if i < terms else x_dense for i in range(4)},
-        "table_ptr": table.resolve_neg().contiguous(), "out_ptr": dense, "batch": x.shape[0], "m": m,
-        "TERMS": terms, "STOCHASTIC": stochastic, "KIND": PER_SAMPLE.value if table.ndim == 3 else SHARED.value,
-    }  # fmt: skip
-    shared = prepare(x, tile, {"seed": seed, "first_path": first_path, "step": step, "row": row}, stream)
-    launch(linear_kernel, grid(x.shape[0], tile), x.device, own | shared)
+    integers, loaded = places(x, seed, first_path, step, row)
+
+    def make() -> tuple[Grid, dict[str, Any]]:
+        _, tile = tile_of(x)
+        kind = PER_SAMPLE.value if table.ndim == 3 else SHARED.value
+        return grid(x.shape[0], tile), constants(x, tile, loaded, TERMS=terms, STOCHASTIC=stochastic, KIND=kind)
+
+    values = [
+        x_dense, *terms_dense, *(4 - terms) * [x_dense], table.resolve_neg().contiguous(), dense,
+        x.shape[0], math.prod(x.shape[1:]), integers[3], integers[0], int(stream), *integers[1:3],
+    ]  # fmt: skip
+    key = x.shape, x.dtype, *(s.dtype for s in terms_dense), table.dtype, terms, stochastic, table.ndim, loaded
+    launch_kept(linear_kernel, x.device, key, values, make)
     return out if dense is out else out.copy_(dense)
 
 
@@ -141,15 +157,20 @@ def _perturbed(
     dense, out = result(x, out)
     if x.numel() == 0:
         return out
-    m, tile = tile_of(x)
-    alpha_c, alpha_kind = coefficient("alpha", alpha, x)
-    sigma_c, sigma_kind = coefficient("sigma", sigma, x)
-    own = {
-        "x_ptr": x.resolve_neg().contiguous(), "alpha_c": alpha_c, "sigma_c": sigma_c, "out_ptr": dense,
-        "batch": x.shape[0], "m": m, "ALPHA": alpha_kind, "SIGMA": sigma_kind, "NOISE": noise,
-    }  # fmt: skip
-    integers = {name: where[name] for name in ("seed", "first_path", "step")}
-    launch(perturb_kernel, grid(x.shape[0], tile), x.device, own | prepare(x, tile, integers, where["stream"]))
+    alpha_c, alpha_kind, alpha_tag = coefficient("alpha", alpha, x)
+    sigma_c, sigma_kind, sigma_tag = coefficient("sigma", sigma, x)
+    integers, loaded = places(x, where["seed"], where["first_path"], where["step"])
+
+    def make() -> tuple[Grid, dict[str, Any]]:
+        _, tile = tile_of(x)
+        return grid(x.shape[0], tile), constants(x, tile, loaded, ALPHA=alpha_kind, SIGMA=sigma_kind, NOISE=noise)
+
+    values = [
+        x.resolve_neg().contiguous(), alpha_c, sigma_c, dense,
+        x.shape[0], math.prod(x.shape[1:]), integers[0], int(where["stream"]), *integers[1:],
+    ]  # fmt: skip
+    key = x.shape, x.dtype, alpha_kind, alpha_tag, sigma_kind, sigma_tag, noise, loaded
+    launch_kept(perturb_kernel, x.device, key, values, make)
     return out if dense is out else out.copy_(dense)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import bits, coefficient, launch, prepare, result, state
+from .arguments import coefficient, constants, launch_kept, places, result, state
 from .denoising import denoising_kernel, loss_kernel, mean_kernel
-from .geometry import row_grid, splits_of
+from .geometry import Grid, row_grid, splits_of, tree
 from .launch import Index, tile_of
 from .launch_langevin import GROUP
 
 __all__ = ["DenoisingLoss", "dsm_loss_parts"]
+
+# Programs that look at whether a gradient is what it has to be: enough to write it anew at full speed where it is not.
+_WHERE_MADE = 2048
 
 
 class DenoisingLoss(NamedTuple):
@@ -55,36 +58,47 @@ def dsm_loss_parts(
         if loss_out is not None:
             loss_out.fill_(torch.nan)
         return DenoisingLoss(loss_out, out)
+    if made and dense is not None and dense is not out:
+        dense.copy_(out)  # type: ignore[arg-type]
     m, tile = tile_of(output)
     per_split, splits = splits_of(tile)
     output = output.resolve_neg().contiguous()
-    p_c, p_kind = coefficient("p", p, output)
-    q_c, q_kind = coefficient("q", q, output)
-    weight_c, weight_kind = coefficient("weight", weight, output)
-    upstream_c, upstream_kind = coefficient("upstream", upstream, output)
+    p_c, p_kind, p_tag = coefficient("p", p, output)
+    q_c, q_kind, q_tag = coefficient("q", q, output)
+    weight_c, weight_kind, weight_tag = coefficient("weight", weight, output)
+    upstream_c, upstream_kind, upstream_tag = coefficient("upstream", upstream, output)
     partial = torch.empty((splits, batch), dtype=compute, device=device) if loss else output
-    own = {
-        "o_ptr": output, "x0_ptr": output if x0 is None else state("x0", x0, output),
-        "p_c": p_c, "q_c": q_c, "weight_c": weight_c, "upstream_c": upstream_c,
-        "share_c": bits(2.0 / (m * batch if mean else m)),
-        "grad_ptr": output if dense is None else dense, "partial_ptr": partial,
-        "batch": batch, "m": m, "chunks": tile.chunks,
-        "DATA": x0 is not None, "LOSS": loss, "GRAD": grad, "MADE": made, "P": p_kind, "Q": q_kind,
-        "WEIGHT": weight_kind, "UPSTREAM": upstream_kind, "CHUNKS": per_split,
-    }  # fmt: skip
-    shared = prepare(output, tile, {"seed": seed, "first_path": first_path, "step": step}, stream)
-    launch(denoising_kernel, row_grid(batch, tile, splits), device, own | shared)
+    data = output if x0 is None else state("x0", x0, output)
+    integers, loaded = places(output, seed, first_path, step)
+
+    def make() -> tuple[Grid, dict[str, Any]]:
+        own = {"DATA": x0 is not None, "LOSS": loss, "GRAD": grad, "MADE": made, "CHUNKS": per_split}
+        kinds = {"P": p_kind, "Q": q_kind, "WEIGHT": weight_kind, "UPSTREAM": upstream_kind}
+        programs, y, z = row_grid(batch, tile, splits)
+        if made:
+            programs = min(programs, max(1, _WHERE_MADE // (y * z)))
+        return (programs, y, z), constants(output, tile, loaded, **own, **kinds)
+
+    share = 2.0 / (m * batch if mean else m)
+    share_c, _, share_tag = coefficient("share", share, output)
+    values = [
+        output, data, p_c, q_c, weight_c, upstream_c, share_c, output if dense is None else dense, partial,
+        batch, m, tile.chunks, integers[0], int(stream), *integers[1:],
+    ]  # fmt: skip
+    tags = p_kind, p_tag, q_kind, q_tag, weight_kind, weight_tag, upstream_kind, upstream_tag, share_tag
+    key = batch, m, output.dtype, data.dtype, x0 is None, loss, grad, made, loaded, *tags
+    launch_kept(denoising_kernel, device, key, values, make)
     if loss:
-        groups = -(-batch // GROUP)
+        lanes, rows = tree(splits)
+        groups = -(-batch // rows)
         sums = torch.empty((groups,), dtype=torch.float64, device=device) if mean and groups > 1 else partial
-        own = {
-            "partial_ptr": partial, "weight_c": weight_c, "loss_ptr": loss_out, "sums_ptr": sums, "batch": batch,
-            "m": m, "splits": splits, "WEIGHT": weight_kind, "MEAN": mean, "ONE_GROUP": groups == 1, "GROUP": GROUP,
-        }  # fmt: skip
-        launch(loss_kernel, (groups, 1, 1), device, own)
+        own = {"WEIGHT": weight_kind, "MEAN": mean, "ONE_GROUP": groups == 1, "ROWS": rows, "LANES": lanes}
+        values = [partial, weight_c, loss_out, sums, batch, m, splits]
+        last = batch, m, output.dtype, loss_out.dtype if loss_out is not None else None, mean, weight_kind, weight_tag
+        launch_kept(loss_kernel, device, last, values, lambda: ((groups, 1, 1), own))
         if mean and groups > 1:
-            own = {"sums_ptr": sums, "mean_ptr": loss_out, "batch": batch, "groups": groups, "GROUP": GROUP}
-            launch(mean_kernel, (1, 1, 1), device, own)
+            values = [sums, loss_out, batch, groups]
+            launch_kept(mean_kernel, device, last, values, lambda: ((1, 1, 1), {"GROUP": GROUP}))
     if out is not None and dense is not out:
         out.copy_(dense)  # type: ignore[arg-type]
     return DenoisingLoss(loss_out, out)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import bits, coefficient, launch, prepare, result, state
-from .geometry import grid, row_grid, splits_of
+from .arguments import coefficient, constants, launch_kept, places, result, state
+from .geometry import Grid, grid, row_grid, splits_of, tree
 from .langevin import BATCH, DIMENSION, SAMPLE, langevin_kernel, norms_kernel, size_kernel, total_size_kernel
 from .launch import Index, tile_of
 
 __all__ = ["chi_mean", "langevin_size", "langevin_step"]
 
 _MODES = {"sample": SAMPLE.value, "batch": BATCH.value, "dimension": DIMENSION.value}
-GROUP = 1024  # rows that one program of the small kernels sums
+GROUP = 1024  # sums of groups of rows that the last kernel of a reduction takes at once
 
 
+@functools.lru_cache
 def chi_mean(m: int) -> float:
     """``E|z|`` of ``m`` standard normals."""
     return math.sqrt(2.0) * math.exp(math.lgamma((m + 1) / 2) - math.lgamma(m / 2))
@@ -27,29 +30,36 @@ def langevin_size(
     score: Tensor, *, mode: str, snr: Tensor | float, seed: Index, stream: int, first_path: Index, step: Index
 ) -> Tensor:
     """``2 (snr n / s)^2`` from norms of score and noise: ``(batch,)`` in mode "sample", else ``()``."""
+    batch, device, dtype = score.shape[0], score.device, score.dtype
     m, tile = tile_of(score)
-    batch, kind = score.shape[0], _MODES[mode]
     per_split, splits = splits_of(tile)
-    groups = -(-batch // GROUP)
-    compute = torch.float64 if score.dtype == torch.float64 else torch.float32
-    partial = torch.empty((2, splits, batch), dtype=compute, device=score.device)
-    size = torch.empty((batch,) if mode == "sample" else (), dtype=compute, device=score.device)
-    own = {
-        "s_ptr": score, "partial_ptr": partial, "batch": batch, "m": m, "splits": splits, "chunks": tile.chunks,
-        "WITH_NOISE": mode != "dimension", "CHUNKS": per_split,
-    }  # fmt: skip
-    shared = prepare(score, tile, {"seed": seed, "first_path": first_path, "step": step}, stream)
-    launch(norms_kernel, row_grid(batch, tile, splits), score.device, own | shared)
-    snr_c, snr_kind = coefficient("size", snr, score)
-    finish = {
-        "size_ptr": size, "size_c": snr_c, "expected_c": bits(chi_mean(m)), "batch": batch, "groups": groups,
-        "MODE": kind, "SIZE": snr_kind, "GROUP": GROUP,
-    }  # fmt: skip
-    sums = partial if groups == 1 else torch.empty((2, groups), dtype=torch.float64, device=score.device)
-    own = {"partial_ptr": partial, "sums_ptr": sums, "splits": splits, "ONE_GROUP": groups == 1}
-    launch(size_kernel, (groups, 1, 1), score.device, own | finish)
+    lanes, rows = tree(splits)
+    groups = -(-batch // rows)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    partial = torch.empty((2, splits, batch), dtype=compute, device=device)
+    size = torch.empty((batch,) if mode == "sample" else (), dtype=compute, device=device)
+    integers, loaded = places(score, seed, first_path, step)
+
+    def norms() -> tuple[Grid, dict[str, Any]]:
+        own = {"WITH_NOISE": mode != "dimension", "CHUNKS": per_split}
+        return row_grid(batch, tile, splits), constants(score, tile, loaded, **own)
+
+    values = [score, partial, batch, m, splits, tile.chunks, integers[0], int(stream), *integers[1:]]
+    launch_kept(norms_kernel, device, (mode, batch, m, dtype, loaded), values, norms)
+    snr_c, snr_kind, snr_tag = coefficient("size", snr, score)
+    expected_c, _, expected_tag = coefficient("E|z|", chi_mean(m), score)
+    sums = partial if groups == 1 else torch.empty((2, groups), dtype=torch.float64, device=device)
+
+    def sizes() -> tuple[Grid, dict[str, Any]]:
+        own = {"ONE_GROUP": groups == 1, "ROWS": rows, "LANES": lanes}
+        return (groups, 1, 1), {"MODE": _MODES[mode], "SIZE": snr_kind, **own}
+
+    key = mode, batch, m, dtype, snr_kind, snr_tag, expected_tag
+    launch_kept(size_kernel, device, key, [partial, size, sums, snr_c, expected_c, batch, splits, groups], sizes)
     if mode != "sample" and groups > 1:
-        launch(total_size_kernel, (1, 1, 1), score.device, {"sums_ptr": sums} | finish)
+        values = [sums, size, snr_c, expected_c, batch, groups]
+        last = {"MODE": _MODES[mode], "SIZE": snr_kind, "GROUP": GROUP}
+        launch_kept(total_size_kernel, device, key, values, lambda: ((1, 1, 1), last))
     return size
 
 
@@ -69,16 +79,22 @@ def langevin_step(
     dense, out = result(x, out)
     if x.numel() == 0:
         return out
-    m, tile = tile_of(x)
     score = state("score", score, x)
-    where = {"seed": seed, "first_path": first_path, "step": step}
     if mode != "fixed":
+        where = {"seed": seed, "first_path": first_path, "step": step}
         size = langevin_size(score, mode=mode, snr=size, stream=stream, **where)
-    alpha_c, alpha_kind = coefficient("alpha", alpha, x)
-    size_c, size_kind = coefficient("size", size, x)
-    own = {
-        "x_ptr": x.resolve_neg().contiguous(), "s_ptr": score, "alpha_c": alpha_c, "size_c": size_c, "out_ptr": dense,
-        "batch": x.shape[0], "m": m, "ALPHA": alpha_kind, "SIZE": size_kind,
-    }  # fmt: skip
-    launch(langevin_kernel, grid(x.shape[0], tile), x.device, own | prepare(x, tile, where, stream))
+    alpha_c, alpha_kind, alpha_tag = coefficient("alpha", alpha, x)
+    size_c, size_kind, size_tag = coefficient("size", size, x)
+    integers, loaded = places(x, seed, first_path, step)
+
+    def make() -> tuple[Grid, dict[str, Any]]:
+        _, tile = tile_of(x)
+        return grid(x.shape[0], tile), constants(x, tile, loaded, ALPHA=alpha_kind, SIZE=size_kind)
+
+    values = [
+        x.resolve_neg().contiguous(), score, alpha_c, size_c, dense,
+        x.shape[0], math.prod(x.shape[1:]), integers[0], int(stream), *integers[1:],
+    ]  # fmt: skip
+    key = x.shape, x.dtype, score.dtype, alpha_kind, alpha_tag, size_kind, size_tag, loaded
+    launch_kept(langevin_kernel, x.device, key, values, make)
     return out if dense is out else out.copy_(dense)

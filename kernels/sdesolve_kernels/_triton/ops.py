@@ -19,7 +19,8 @@ def _with_offset(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A launcher, which takes the parts of a `NoiseOffset` as keywords, as an op."""
 
     def op(*args: Any, noise: NoiseOffset, **options: Any) -> Tensor:
-        return launcher(*args, **noise._asdict(), **options)
+        seed, stream, first_path, step = noise
+        return launcher(*args, seed=seed, stream=stream, first_path=first_path, step=step, **options)
 
     return op
 

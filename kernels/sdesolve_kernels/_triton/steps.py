@@ -22,11 +22,10 @@ from .tiles import (
 )
 
 # Integers change from call to call and must not compile a kernel anew when they happen to be 1 or a multiple of 16.
-# Coefficients may be numbers in an integer's clothing (`tiles.NUMBER`); not ``g_c``, which may be a whole tensor too,
-# whose alignment counts.
+# Coefficients may be numbers in an integer's clothing (`tiles.NUMBER`).
 PLAIN = [
     "batch", "m", "chunks", "seed", "stream_id", "first_path", "step", "stride", "row", "splits", "groups",
-    "dt_c", "alpha_c", "sigma_c", "size_c", "p_c", "q_c", "weight_c", "upstream_c", "share_c", "expected_c",
+    "g_c", "dt_c", "alpha_c", "sigma_c", "size_c", "p_c", "q_c", "weight_c", "upstream_c", "share_c", "expected_c",
 ]  # fmt: skip
 
 # What `perturb_kernel` does with noise.
@@ -35,12 +34,12 @@ ABSENT, ADDED, FACTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit(do_not_specialize=PLAIN)
 def euler_maruyama_kernel(
-    x_ptr, f_ptr, g_c, dt_c, out_ptr,
+    x_ptr, f_ptr, g_ptr, g_c, dt_c, out_ptr,
     batch: tl.int64, m: tl.int64, seed: tl.int64, stream_id: tl.int64, first_path: tl.int64, step: tl.int64,
     G: tl.constexpr, DT: tl.constexpr, LOADED: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr, INTERPRETED: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """``out = x + f dt + g sqrt|dt| z``; ``G`` is 3 for a ``g`` of the state's shape, else how ``g_c`` is passed."""
+    """``out = x + f dt + g sqrt|dt| z``; ``G`` is 3 for a whole ``g`` at ``g_ptr``, else how ``g_c`` is passed."""
     ROWS: tl.constexpr = BLOCK // LANES
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     seed, first_path, step = integer(seed, LOADED & 1), integer(first_path, LOADED & 2), integer(step, LOADED & 4)
@@ -61,7 +60,7 @@ def euler_maruyama_kernel(
         c = tl.sqrt(tl.abs(dt))
         z = noise(seed, stream_id, first_path + row0, q, VEC, LANES, BLOCK, INTERPRETED, DOUBLE)
         if G == 3:
-            g = tl.load(g_c + base + offset, mask=mask).to(dtype)
+            g = tl.load(g_ptr + base + offset, mask=mask).to(dtype)
             c = over_elements(c, DT, VEC, LANES, BLOCK) * g
         elif G == PER_SAMPLE:
             g = coefficient(g_c, row0, batch, G, LANES, BLOCK, DOUBLE)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sdesolve_kernels._triton import launch, selfcheck
+from sdesolve_kernels._triton import geometry, launch, selfcheck
 from sdesolve_kernels._triton.launch_denoising import dsm_loss_parts
-from sdesolve_kernels._triton.launch_langevin import langevin_step
+from sdesolve_kernels._triton.launch_langevin import langevin_size, langevin_step
 
 F32, F64, BF16, F16 = selfcheck.DTYPES
 # One shape for each layout of the tiles gets every check.
@@ -104,3 +104,37 @@ def test_inputs_are_left_alone():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(3, 5))
+
+
+def test_a_gradient_that_is_there_stays_in_an_output_of_any_strides():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    one, two = torch.ones(()), torch.full((), 2.0)
+    made = dsm_loss_parts(x, None, 0.0, 1.0, 1.0, grad=True, mean=True, **WHERE).grad
+    gradient = {"loss": False, "grad": True, "mean": True, "made": True, **WHERE}
+    for out in (torch.empty(3, 8), torch.empty(8, 3).t(), torch.empty(3, 16)[:, ::2]):
+        for upstream, expected in ((one, made), (two, 2.0 * made)):
+            out.copy_(made)
+            dsm_loss_parts(x, None, 0.0, 1.0, 1.0, upstream=upstream, out=out, **gradient)
+            assert torch.equal(out, expected)
+
+
+def test_the_splits_of_a_row_are_added_in_lanes(monkeypatch):
+    """More splits than lanes, more groups of rows than one."""
+    monkeypatch.setattr(geometry, "_CHUNKS_PER_SPLIT", 1)
+    monkeypatch.setattr(geometry, "_MOST_LANES", 2)
+    monkeypatch.setattr(geometry, "_IN_SECOND_PASS", 4)
+    x, s = (torch.randn(3, 40, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    with geometry.tuned(block=4):
+        splits = geometry.splits_of(launch.tile_of(x)[1])[1]
+        size = langevin_size(s, mode="batch", snr=0.1, **WHERE)
+        each = langevin_size(s, mode="sample", snr=0.1, **WHERE)
+        loss = dsm_loss_parts(x, s, 1.0, 0.0, 1.0, **WHERE).loss
+        mean = dsm_loss_parts(x, s, 1.0, 0.0, 1.0, mean=True, **WHERE).loss
+    assert (splits, geometry.tree(splits)) == (3, (2, 2))
+    z = launch.fill("normal", torch.empty(3, 40), seed=1, stream=0).double()
+    norms = s.double().norm(dim=1)
+    torch.testing.assert_close(size.double(), 2 * (0.1 * z.norm(dim=1).mean() / norms.mean()) ** 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(each.double(), 2 * (0.1 * z.norm(dim=1) / norms) ** 2, rtol=1e-5, atol=0)
+    expected = (x - s).double().square().mean(1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.double(), expected.mean(), rtol=1e-5, atol=0)
