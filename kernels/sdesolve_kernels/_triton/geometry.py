@@ -26,7 +26,7 @@ Grid = tuple[int, int, int]
 
 
 # Of the second pass of a reduction: lanes along splits, rows, and both together, of a program.
-_MOST_LANES, _MOST_ROWS, _IN_SECOND_PASS = 1024, 512, 2048
+_MOST_LANES, _MOST_ROWS, _IN_SECOND_PASS = 1024, 256, 2048
 
 
 class Geometry(NamedTuple):
