@@ -8,9 +8,15 @@ and the same code on a machine without one, in a minute::
 
     PYTHONPATH=.:kernels python benchmarks/gpu.py --device cpu --quick --out cpu.json
 
+In two calls of four minutes, the second of which takes over what the first found; what is measured anew takes the place
+of what was there::
+
+    PYTHONPATH=.:kernels python benchmarks/gpu.py --only checks large small memory trajectories --out gpu.json
+    PYTHONPATH=.:kernels python benchmarks/gpu.py --only sampler compiled problems tools --after gpu.json --out gpu.json
+
 A kernel is timed in a dtype only if every check of it in that dtype held; the rest goes on. The report is written every
 few seconds, so a run that is killed keeps what it had; a section that fails leaves its traceback. The exit code is 1 if
-anything of ours was wrong or failed, and 0 if all there was time for is right, goals reached or not. Sizes are measured
+anything of ours was wrong or failed, and 0 if all there was time for is right, goals reached or not. Parts are measured
 from the most to the least telling, and what does not fit into ``--budget-seconds`` is dropped and named.
 
 Needs torch, numpy and Triton; samplers, trajectories, the suite's problems and their scaling also what sdesolve
@@ -25,6 +31,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -41,6 +48,7 @@ _NEEDED = {
     "kernels on a CPU": ("numba",),
     "sampler": ("scipy", "safetensors", "tqdm"),
 }
+_PARTS = ("checks", "large", "small", "memory", "trajectories", "sampler", "compiled", "problems", "scaling", "tools")
 _WRITE_EVERY = 5.0  # seconds, at most, whose measurements a killed run loses
 Record = dict[str, Any]
 Work = Callable[[], Iterable[Record]]
@@ -52,11 +60,28 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help='"cuda", or "cpu" as a stand-in')
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds: to see that everything runs")
     parser.add_argument("--tiny", action="store_true", help="with --quick: one dtype, one shape, launchers unchecked")
-    parser.add_argument("--budget-seconds", type=float, default=520.0, help="largest sizes are dropped to keep to it")
+    parser.add_argument("--only", nargs="+", choices=_PARTS, metavar="PART", help=", ".join(_PARTS))
+    parser.add_argument("--after", type=Path, help="report of an earlier call on the same tree, to go on from")
+    parser.add_argument("--budget-seconds", type=float, default=220.0, help="what comes last is dropped to keep to it")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="for the report")
     parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="check processes")
     parser.add_argument("--spoil", help="break this kernel's ops on purpose, to see its gate close")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.only = tuple(options.only or _PARTS)
+    if "checks" not in options.only and options.after is None:
+        parser.error(
+            "nothing is timed that was not checked: name checks too, or give the report of a call --after which"
+        )
+    return options
+
+
+def _sources() -> str:
+    """What the kernels are made from, and what checks them: checks of one tree say nothing about another."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in ("kernels", "benchmarks"):
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _missing() -> dict[str, list[str]]:
@@ -74,8 +99,26 @@ class Run:
         self.report: Record = {
             "schema": 1, "complete": False, "command": command, "date": options.date, "options": shown,
             "missing": _missing(), "missing_peers": {}, "machine": {}, "checks": {}, "sections": {},
-            "measurements": [], "refused": [], "dropped": [], "targets": [],
+            "measurements": [], "refused": [], "dropped": [], "targets": [], "sources": _sources(), "calls": [],
         }  # fmt: skip
+        if options.after is not None:
+            self._go_on(json.loads(options.after.read_text()))
+        self.report["calls"].append({"command": command, "date": options.date})
+
+    def _go_on(self, earlier: Record) -> None:
+        if earlier.get("sources") != self.report["sources"]:
+            raise SystemExit(
+                f"{self.options.after} is of another tree, whose checks do not hold here; run without --after"
+            )
+        for name in ("missing_peers", "checks", "sections", "measurements", "refused", "calls"):
+            self.report[name] = earlier[name]
+        self.report["dropped"] = [name for name in earlier["dropped"] if self._part(name) not in self.options.only]
+
+    @staticmethod
+    def _part(section: str) -> str:
+        """The part that a section belongs to."""
+        first = section.partition(",")[0].partition(":")[0]
+        return "problems" if first == "problem" else first
 
     def left(self) -> float:
         """Seconds of the budget that are left."""
@@ -90,19 +133,27 @@ class Run:
         draft.replace(out)
         self._written = time.monotonic()
 
-    def section(self, name: str, work: Work, needs: float = 0.0) -> None:
-        """Runs a part; its records go to the report as they come. ``needs``: seconds below which it is dropped."""
+    def section(self, name: str, work: Work, needs: float = 0.0) -> bool:
+        """Whether a section ran; its records go to the report as they come.
+
+        It is not run if its part was not asked for, and dropped if fewer than ``needs`` seconds are left.
+        """
+        if self._part(name) not in self.options.only:
+            return False
         if self.left() < needs:
             self.report["dropped"].append(name)
             print(f"[{name}] dropped: {self.left():.0f} s left, {needs:.0f} needed", flush=True)
-            return
-        start, before = time.monotonic(), len(self.report["measurements"])
+            return False
+        # What an earlier call found under this name is measured anew.
+        kept = [m for m in self.report["measurements"] if m.get("under") != name]
+        self.report["measurements"][:] = kept
+        start, before = time.monotonic(), len(kept)
         print(f"[{name}] {self.left():.0f} s left", flush=True)
         state: Record = {"status": "running"}
         self.report["sections"][name] = state
         try:
             for record in work():
-                self.report["measurements"].append(record)
+                self.report["measurements"].append({**record, "under": name})
                 if time.monotonic() - self._written > _WRITE_EVERY:
                     self.write()
                 if self.left() < 0:
@@ -117,6 +168,7 @@ class Run:
         state["seconds"] = round(time.monotonic() - start, 2)
         state["records"] = len(self.report["measurements"]) - before
         self.write()
+        return True
 
 
 def main(argv: list[str] | None = None) -> Record:
@@ -157,7 +209,7 @@ def _sections(run: Run) -> None:
     run.write()
     if options.spoil:
         spoil(options.spoil)
-    gates = Gates()
+    gates = Gates(report["checks"] if "checks" not in options.only else None)
     run.section("checks", functools.partial(_checks, run, gates))
     report["checks"] = gates.summary()
     run.write()
@@ -172,8 +224,9 @@ def _sections(run: Run) -> None:
     refused: list[Record] = report["refused"]
 
     def add(section: str, size: Size, dtype: torch.dtype, work: Work, needs: float) -> None:
-        run.section(f"{section}, {size.name}, {str(dtype).removeprefix('torch.')}", work, needs if gpu else 0.0)
-        where.release()  # of the states, which end with the section
+        name = f"{section}, {size.name}, {str(dtype).removeprefix('torch.')}"
+        if run.section(name, work, needs if gpu else 0.0):
+            where.release()  # of the states, which end with the section
 
     def add_large(size: Size, needs: float, check: bool = False) -> None:
         for dtype in dtypes:
@@ -193,9 +246,11 @@ def _sections(run: Run) -> None:
                 work = functools.partial(compiled, where, gates, case, size, dtype, count, backend, refused)
                 add(f"compiled, {case.name}", size, dtype, work, needs)
 
-    # When time is short the largest size is what goes first, then comparisons with the compiler, the last sizes first.
-    add_large(sizes[64], 10, check=True)
-    add_large(sizes[256], 15)
+    # The sizes that say most about the device's memory first; then what is short; comparisons with the compiler and
+    # with others last, which is what goes when time is short.
+    add_large(sizes[256], 10, check=True)
+    add_large(sizes[1024], 15)
+    add_large(sizes[64], 10)
     for size in shapes:
         for dtype in dtypes:
             work = functools.partial(small, where, gates, size, dtype, 3 if quick else 9, 4 if quick else 20, refused)
@@ -204,17 +259,14 @@ def _sections(run: Run) -> None:
     if "sampler" in report["missing"]:
         report["sections"]["sampler"] = {"status": f"skipped: missing {report['missing']['sampler']}", "seconds": 0.0}
     else:
-        run.section("sampler", functools.partial(_sampler, run, where), 30 if gpu else 0)
-        work = functools.partial(_trajectories, run, where)
-        run.section("trajectories", work, 60 if gpu else 0)
+        run.section("trajectories", functools.partial(_trajectories, run, where), 45 if gpu else 0)
+        run.section("sampler", functools.partial(_sampler, run, where), 25 if gpu else 0)
+    add_compiled(sizes[256], 10)
+    run.section("tools", functools.partial(_tools, where, options.quick), 40 if gpu else 0)
+    if "sampler" not in report["missing"]:
         _contests(run, where)
-    add_large(sizes[1024], 150)
-    add_compiled(sizes[256], 20)
     for size in shapes[quick:]:
-        add_compiled(size, 20)
-    if not quick:
-        add_compiled(sizes[64], 25)
-        add_compiled(sizes[1024], 30)
+        add_compiled(size, 15)
     report["checks"] = gates.summary()
     report["targets"] = judge(report["measurements"], refused, where.stand_in)
 
@@ -258,13 +310,19 @@ def _contests(run: Run, where: Any) -> None:
     from benchmarks.gpu_suite import contest, contests, scaling
 
     options, report = run.options, run.report
-    needs = 0.0 if where.stand_in else 25.0
+    needs = 0.0 if where.stand_in else 60.0  # all contenders of a problem, JAX's compiler among them
     for problem, names in contests(where, options.quick, options.tiny):
         work = functools.partial(
             contest, where, problem, names, options.quick, report["missing_peers"], report["refused"]
         )
         run.section(f"problem, {problem.name}", work, needs)
-    run.section("scaling", functools.partial(scaling, where, options.quick, options.tiny), 2 * needs)
+    run.section("scaling", functools.partial(scaling, where, options.quick, options.tiny), needs)
+
+
+def _tools(where: Any, quick: bool) -> Iterator[Record]:
+    from benchmarks.gpu_tools import tools
+
+    return tools(where, quick)
 
 
 def _trajectories(run: Run, where: Any) -> Iterator[Record]:

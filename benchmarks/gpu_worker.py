@@ -135,11 +135,14 @@ def in_processes(
 class Gates:
     """Which kernels may be timed, by dtype; closed until the op's own checks are done and hold."""
 
-    def __init__(self) -> None:
-        self._passed: dict[tuple[str, str], int] = {}
-        self._finished: set[tuple[str, str]] = set()
-        self.failures: list[Record] = []
-        self.errors: list[Record] = []
+    def __init__(self, earlier: dict[str, Any] | None = None) -> None:
+        """``earlier``: the `summary` of another call's, to go on from."""
+        found: dict[str, Any] = earlier or {}
+        gates = {tuple(name.split(" ")): gate for name, gate in found.get("gates", {}).items()}
+        self._passed: dict[tuple[str, str], int] = {key: gate["passed"] for key, gate in gates.items()}
+        self._finished: set[tuple[str, str]] = {key for key, gate in gates.items() if gate["why"] != "not checked"}
+        self.failures: list[Record] = list(found.get("failures", []))
+        self.errors: list[Record] = list(found.get("errors", []))
 
     def add(self, records: list[Record]) -> None:
         """Takes what checks found."""

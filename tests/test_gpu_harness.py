@@ -32,6 +32,63 @@ def run(tmp_path_factory):
     return json.loads(out.read_text()), done.stdout
 
 
+def started(*options):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick", "--tiny", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_a_second_call_goes_on_from_the_first(run, tmp_path):
+    first, _ = run
+    before, after = tmp_path / "first.json", tmp_path / "second.json"
+    before.write_text(json.dumps(first))
+    done = started("--only", "memory", "tools", "--after", str(before), "--out", str(after))
+    assert done.returncode == 1  # what failed in the first call still does
+    second = json.loads(after.read_text())
+    assert second["checks"] == first["checks"]
+    assert len(second["calls"]) == 2
+    both = zip(first["measurements"], second["measurements"], strict=False)
+    assert {old["under"] for old, new in both if old != new} <= {m["under"] for m in second["measurements"]}
+    assert [m for m in second["measurements"] if m["section"] == "large"] == [
+        m for m in first["measurements"] if m["section"] == "large"
+    ]
+    counts = [sum(m["section"] == "memory" for m in report["measurements"]) for report in (first, second)]
+    assert counts[0] == counts[1] > 0
+    before.write_text(json.dumps({**first, "sources": "another"}))
+    done = started("--only", "memory", "--after", str(before), "--out", str(after))
+    assert "is of another tree" in done.stderr
+    done = started("--only", "memory", "--out", str(after))
+    assert (done.returncode, "name checks too" in done.stderr) == (2, True)
+
+
+def test_what_the_vendors_tools_say_is_reported(harness, tmp_path, monkeypatch):
+    from benchmarks import gpu_targets, gpu_tools
+
+    where = harness.device.Cpu()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = list(gpu_tools.tools(where, True))
+    assert [m["missing"] for m in missing] == ["compute-sanitizer", "compute-sanitizer", "ncu"]
+    header = '"ID","Kernel Name","Metric Name","Metric Value"'
+    rows = '"0","normal","lts__t_sector_hit_rate.pct","1,024.5"\n"0","normal","gpu__time_duration.sum","7"'
+    programs = {
+        "compute-sanitizer": "#!/bin/sh\nif [ $2 = racecheck ]; then echo a race; exit 9; fi\n",
+        "ncu": f"#!/bin/sh\ncat <<'END'\n==PROF== connected\n{header}\n{rows}\nEND\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    memory, race, counted = gpu_tools.tools(where, True)
+    assert memory["ok"]
+    assert (race["ok"], race["problem"]) == (False, "a race")
+    assert counted["values"] == {"lts__t_sector_hit_rate.pct": 1024.5, "gpu__time_duration.sum": 7.0}
+    report = {"measurements": [memory, race, counted, missing[0]], "checks": {}, "refused": [], "sections": {}}
+    assert len(gpu_targets.failures(report)) == 1
+    shown = gpu_targets.table({**report, "dropped": [], "targets": []})
+    assert "a race" in shown
+    assert "compute-sanitizer is not here" in shown
+
+
 @pytest.fixture
 def harness():
     """The harness's modules."""
@@ -53,7 +110,7 @@ def test_the_report_is_whole(run):
     assert {s["status"] for s in report["sections"].values()} == {"done"}
     assert not report["checks"]["errors"]
     seen = {m["section"] for m in report["measurements"]}
-    assert seen == {"large", "small", "compiled", "memory", "sampler", "trajectories", "problems", "scaling"}
+    assert seen == {"large", "small", "compiled", "memory", "sampler", "trajectories", "problems", "scaling", "tools"}
     for m in report["measurements"]:
         for times in m.get("us", {}).values():
             assert 0 < times["lower"] <= times["median"] <= times["upper"]
@@ -174,9 +231,10 @@ def test_targets_are_judged_by_their_worst_size(harness):
         return {"section": "large", "case": "euler_maruyama_step", "dtype": "float32", "size": size,
                 "ratios": {"of copy": {"median": ratio}, "eager / ours": {"median": 7.0}}}  # fmt: skip
 
-    rows = harness.targets.judge([measured("64 MiB", 0.81), measured("256 MiB", 0.95)], [], stand_in=False)
+    sizes = [measured("64 MiB", 0.5), measured("256 MiB", 0.81), measured("1024 MiB", 0.95)]
+    rows = harness.targets.judge(sizes, [], stand_in=False)
     assert rows[0]["verdict"] == "missed by 10.0%"
-    assert rows[0]["worst_size"] == "64 MiB"
+    assert rows[0]["worst_size"] == "256 MiB"  # what is smaller stays in the cache
     assert rows[2]["verdict"] == "reached"
     assert rows[-1]["verdict"] == "not measured"
     refused = [{"case": "normal", "dtype": "float32", "why": "checks failed"}]
