@@ -659,18 +659,31 @@ class BrownianPath(AbstractStreams, AbstractPath):
             m: channels.
             like: has the dtype and device of the result.
         """
-        bridges, width = self._bridges, 3 * m
+        at = ((((steps + self.first_step) ^ self.swapped) << (_BRIDGE_DEPTH + 1)) + nodes) * 3 * m
+        z = self._bridges._of_rows(rows, at, 3 * m, like)
+        return (-z if self.mirrored else z).reshape(-1, 3, m)
+
+    @survives_forks
+    def normals(self, rows: Tensor, steps: Tensor, draws: int, like: Tensor) -> Tensor:
+        """The normals of a step of each row's own, ``draws`` a step: ``(rows, draws)``.
+
+        Args:
+            rows: of the batch, ``(rows,)``, int64.
+            steps: likewise, which step.
+            draws: how many.
+            like: has the dtype and device of the result.
+        """
+        return self._of_rows(rows, self.first_step + steps * draws, draws, like)
+
+    def _of_rows(self, rows: Tensor, at: Tensor, width: int, like: Tensor) -> Tensor:
+        """Normals ``at ... at + width - 1`` of the sequence of each row's path."""
         path = rows + self.first_row
         path = (path if self.repeat is None else path % self.repeat) + int64_bits(self.first_path)
-        at = ((((steps + self.first_step) ^ self.swapped) << (_BRIDGE_DEPTH + 1)) + nodes) * width
         block = torch.arange((width + 6) // 4, dtype=torch.int64, device=rows.device)
-        words = torch.stack(
-            reference.words(bridges.seed, bridges.stream, path[:, None], (at >> 2)[:, None] + block), -1
-        )
+        words = torch.stack(reference.words(self.seed, self.stream, path[:, None], (at >> 2)[:, None] + block), -1)
         words = words.flatten(1)
         z = torch.stack(reference.box_muller(words[:, 0::2], words[:, 1::2]), -1).flatten(1)
-        z = z.gather(1, (at & 3)[:, None] + torch.arange(width, device=rows.device)).to(like)
-        return (-z if self.mirrored else z).reshape(-1, 3, m)
+        return z.gather(1, (at & 3)[:, None] + torch.arange(width, device=rows.device)).to(like)
 
     @survives_forks
     def beginning(self, step: int, theta: float, levels: Tensor, m: int, like: Tensor) -> tuple[Tensor, ...]:

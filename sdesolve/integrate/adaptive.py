@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from sdesolve._internal.progress import progress_bar
 from sdesolve._internal.transforms import refuse_vmap
+from sdesolve.carry import Passage
+from sdesolve.crossing import Crossing
+from sdesolve.integrate.following import side_of
 from sdesolve.integrate.problem import Problem
-from sdesolve.integrate.save_at import SavePlan
 from sdesolve.integrate.solution import AdaptiveCounts, DivergenceError, Reached, Saved, StepLimitError
 from sdesolve.integrate.structure import treats_rows_alike
 from sdesolve.sde import per_sample
 from sdesolve.solvers.adaptive import Adaptive
+from sdesolve.solvers.base import Span
 from sdesolve.solvers.embedded import AbstractEmbedded, Attempt, Slope
 
+if TYPE_CHECKING:
+    from sdesolve.integrate.following import Following
+    from sdesolve.integrate.lowering import Lowered, NoiseSource
+
+_ROOT_STEPS = 60  # that no bracket needs
 _FEW, _LEAST = 0.8, 16  # arrived samples leave where at most this share of at least so many is still going
 
 
-def integrate_adaptively(problem: Problem) -> Saved:
-    """Takes every sample from the first to the last of ``problem.times``, in steps of its own.
+def integrate_adaptively(problem: Problem, lowered: Lowered) -> Saved:
+    """Takes every sample from the first to the last of ``problem.times``, in steps of its own that end at each of them.
 
     Samples that have arrived stand still in the batch. They leave it when they are many and a trace of the drift shows
     that it treats all rows alike: one may hold something for each row, such as labels, and use it at some times only.
+    What follows or changes the samples keeps them in.
+
+    Args:
+        problem: the integration.
+        lowered: has what follows the samples at their start, and its normals.
 
     Raises:
         ValueError: tolerances below the resolution of the state's dtype; a call under `torch.func.vmap`.
@@ -39,74 +54,234 @@ def integrate_adaptively(problem: Problem) -> Saved:
     solver = solver.pair() if isinstance(solver, Adaptive) else solver
     assert isinstance(solver, AbstractEmbedded)
     refuse_coarse_tolerance(solver.rtol, x)
-    plan.at_grid_point(0, x)
-
     drift = float_drift(problem)
     # Forward differentiation by an expanded tensor fails.
-    t, t1 = (end.expand(len(x)).to(x.device).contiguous() for end in problem.times)
+    t, t1, end = (problem.times[k].expand(len(x)).to(x.device).contiguous() for k in (0, 1, -1))
     slope = drift(x, t)
     refuse_nonfinite(slope, t)
     h = first_step(drift, solver, x, slope, t, t1)
     none = torch.zeros_like(t, dtype=torch.int64)
-    batch = _Samples(torch.arange(len(x), device=x.device), x, slope, t, t1, h, none.bool(), none, none)
-    whole, starts, narrows = batch, problem.watched.evaluations, functools.cache(lambda: treats_rows_alike(problem))
+    rows = torch.arange(len(x), device=x.device)
+    batch = _Samples(rows, x, slope, t, t1, h, none.bool(), none, none, none + 1, lowered.extra)
+    run = _Run(problem, solver, drift, lowered.within, end)
+    run.keep(0, batch, rows >= 0)
+    whole, starts = batch, problem.watched.evaluations
+    narrows = functools.cache(lambda: not (problem.roots or problem.changes) and treats_rows_alike(problem))
     with progress_bar(problem.progress, unit="attempt", leave=False) as bar:
         while True:
-            going = batch.t != batch.t1
+            going = run.going(batch)
             count = int(going.sum())
             if not count:
                 break
             if len(going) >= _LEAST and count <= _FEW * len(going) and narrows():
                 whole = whole.updated(batch)
                 batch = batch.at(going.nonzero().squeeze(1))
-            batch = _attempted(drift, solver, batch, plan, whole)
+                going = going[going]
+            batch = run.attempted(batch, going, whole)
             bar.update()
     whole = whole.updated(batch)
-    plan.at_grid_point(1, whole.x)
+    for k in plan.on_grid:  # samples that have stopped stand still, and those that left the batch have arrived
+        run.keep(k, whole, (whole.goal <= k) if k < problem.steps else rows >= 0)
+    plan.settle()
     accepted, rejected = whole.accepted, whole.rejected
-    counts = AdaptiveCounts(accepted, rejected, starts + solver.evaluations * (accepted + rejected))
+    counts = AdaptiveCounts(accepted, rejected, starts + solver.evaluations * (accepted + rejected), whole.t)
     steps = int(accepted.amax()) if len(x) else 0
     return Saved(
         whole.x,
         plan.states(),
-        None,
+        plan.variances() if plan.moments else None,
         steps,
         problem.watched.evaluations,
         "eager",
         "steps differ between samples",
         adaptive=counts,
+        memory=whole.beside,
+        work=int((accepted + rejected).sum()) if whole.beside else None,
     )
 
 
-def _attempted(drift: Slope, solver: AbstractEmbedded, batch: _Samples, plan: SavePlan, whole: _Samples) -> _Samples:
-    """The samples after one attempt of each; those of a whole batch that are still going."""
-    rows, x, slope, t, t1, h, held, accepted, rejected = batch
-    active = t != t1
-    t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
-    dt = t_next - t
-    attempt = solver.attempt(drift, x, slope, t, dt)
-    scale = solver.controller.scale(torch.maximum(x.abs(), attempt.x.abs()))
-    error = norm(attempt.error, scale)
-    good = active & (error < 1.0)  # nan is not
-    if x.dtype != torch.float64:
-        refuse_coarse_clock(
-            x, t, dt, scale, active, lambda off: per_sample(dt.to(x.dtype), x) * (drift(x, t + off) - slope)
-        )
-    _save(plan, solver, batch, attempt, t_next, good, len(whole.t))
-    h = solver.controller.next_step(dt, error, solver.error_order, held | ~good).where(active, h)
-    held = active & ~good
-    x, slope, t = _chosen(good, attempt.x, x), _chosen(good, attempt.slopes[-1], slope), t_next.where(good, t)
-    accepted, rejected = accepted + good, rejected + held
-    late = (accepted + rejected >= solver.max_steps) & (t != t1)
-    smallest = 10 * torch.finfo(x.dtype).eps * t.abs()
-    h = torch.maximum(h, 1e-15 * t.abs())  # a step that leaves t where it is would be repeated for ever
-    after = _Samples(rows, x, slope, t, t1, h, held, accepted, rejected)
-    if bool((stuck := (held & (h < smallest)) | late).any()):
-        reached = whole.updated(after)
-        how = f"in max_steps={solver.max_steps} steps that its time can resolve"
-        states = Reached(reached.x, reached.t, reached.accepted, reached.rejected)
-        raise beyond_reach(solver, rows[stuck], error[stuck], how, states)
-    return after
+@final
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One run.
+
+    Attributes:
+        problem: the integration.
+        solver: takes its steps.
+        drift: of times in float64.
+        within: normals of a step.
+        end: the last times, of all samples.
+    """
+
+    problem: Problem
+    solver: AbstractEmbedded
+    drift: Slope
+    within: NoiseSource | None
+    end: Tensor
+
+    def going(self, batch: _Samples) -> Tensor:
+        """Which samples have neither arrived nor stopped."""
+        going, following = batch.goal <= self.problem.steps, self.problem.following
+        return going & (batch.beside[-3] == 0) if following is not None and following.stops else going
+
+    def keep(self, k: int, batch: _Samples, rows: Tensor) -> None:
+        """Keeps what was asked for at a grid point, of these rows."""
+        slots = self.problem.save.on_grid.get(k, [])
+        if slots and (not len(rows) or bool(rows.any())):
+            for slot in slots:
+                self.problem.save.reach(slot, rows, batch.x, *batch.beside)
+
+    def attempted(self, batch: _Samples, active: Tensor, whole: _Samples) -> _Samples:
+        """The samples after one attempt of each; those of a whole batch that are still going."""
+        rows, x, slope, t, t1, h, held, accepted, rejected, goal, beside = batch
+        drift, solver, problem = self.drift, self.solver, self.problem
+        t_next = torch.where((t1 - t).abs() <= h, t1, t + h.copysign(t1 - t)).where(active, t)
+        dt = t_next - t
+        attempt = solver.attempt(drift, x, slope, t, dt)
+        scale = solver.controller.scale(torch.maximum(x.abs(), attempt.x.abs()))
+        error = norm(attempt.error, scale)
+        good = active & (error < 1.0)  # nan is not
+        if x.dtype != torch.float64:
+            refuse_coarse_clock(
+                x, t, dt, scale, active, lambda off: per_sample(dt.to(x.dtype), x) * (drift(x, t + off) - slope)
+            )
+        self._save(batch, attempt, t_next, good, len(whole.t))
+        cut = good & (t_next == t1) & (goal < problem.steps)  # which says nothing against longer steps
+        longer = solver.controller.next_step(dt, error, solver.error_order, held | ~good)
+        h = torch.where(cut, torch.maximum(longer, h), longer).where(active, h)
+        held = active & ~good
+        x_next, slope_next = attempt.x, attempt.slopes[-1]
+        if problem.following is not None and bool(good.any()):
+            x_next, slope_next, t_next, beside = self._followed(problem.following, batch, attempt, t_next, good)
+        x, slope, t = _chosen(good, x_next, x), _chosen(good, slope_next, slope), t_next.where(good, t)
+        accepted, rejected = accepted + good, rejected + held
+        after = _Samples(rows, x, slope, t, t1, h, held, accepted, rejected, goal, beside)
+        arrived = good & (t == t1)
+        if problem.times.ndim == 1 and len(problem.times) > 2:
+            after = self._arrived(after, arrived)
+        else:
+            after = after._replace(goal=goal + arrived)
+        late = (accepted + rejected >= solver.max_steps) & self.going(after)
+        smallest = 10 * torch.finfo(x.dtype).eps * t.abs()
+        # A step that leaves t where it is would be repeated for ever.
+        after = after._replace(h=torch.maximum(after.h, 1e-15 * t.abs()))
+        if bool((stuck := (held & (h < smallest)) | late).any()):
+            reached = whole.updated(after)
+            how = f"in max_steps={solver.max_steps} steps that its time can resolve"
+            states = Reached(reached.x, reached.t, reached.accepted, reached.rejected)
+            raise beyond_reach(solver, rows[stuck], error[stuck], how, states)
+        return after
+
+    def _followed(
+        self, following: Following, batch: _Samples, attempt: Attempt, t_next: Tensor, good: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """States, slopes and times at the ends of accepted steps, and what is carried there."""
+        problem, within, x = self.problem, self.within, batch.x
+        end = t_next.where(good, batch.t)
+        dt = (end - batch.t).to(x.dtype)
+        span = Span(problem.clock(batch.t), problem.clock(end), per_sample(dt, x))
+        z = None if within is None else within.path.normals(batch.rows, batch.accepted, within.draws, x.detach())
+        free = all(isinstance(b, Crossing) for b in following.boundaries)  # who is pushed back leaves the curve
+        curve = functools.partial(self.solver.between, x, attempt, end - batch.t) if free else None
+        meets = None if curve is None else functools.partial(self._met, following, curve)
+        states = (x, *batch.beside)
+        x_next, *beside = following.passed(problem.watched, states, (attempt.x,), span, z, meets, curve)
+        slope = attempt.slopes[-1]
+        if following.stops:
+            share = beside[-1].double()
+            end = torch.where(good & (share < 1.0), batch.t + share * (end - batch.t), end)
+        if curve is None and bool((moved := good & (x_next != attempt.x).reshape(len(x), -1).any(1)).any()):
+            slope = _chosen(moved, self.drift(x_next, end), slope)
+        chosen = tuple(_chosen(good, a, b) for a, b in zip(beside, batch.beside, strict=True))
+        return x_next, slope, end, chosen
+
+    def _met(
+        self, following: Following, curve: Callable[[Tensor], Tensor], b: Crossing, passage: Passage, _: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the solver's own curve between the ends of a step first meets a boundary.
+
+        It is looked at at quarters of the step, and the root within one of them is found by the Illinois method.
+        """
+        t, length = passage.t, passage.t_next - passage.t
+
+        def level(theta: Tensor) -> Tensor:
+            return following.level(b, curve(theta.double()), t + theta.to(t.dtype) * length)
+
+        with torch.no_grad():
+            before = following.level(b, passage.x, t)
+            side = side_of(b, before)
+            low, high, f_low = torch.zeros_like(before), torch.ones_like(before), side * before
+            f_high = side * following.level(b, passage.x_next, passage.t_next)
+            hit = f_high <= 0
+            if not b.bridge:
+                return hit, high, passage.x_next
+            for quarter in (0.75, 0.5, 0.25):
+                there = torch.full_like(before, quarter)
+                f = side * level(there)
+                beyond = f <= 0
+                high, f_high = torch.where(beyond, there, high), torch.where(beyond, f, f_high)
+                hit = hit | beyond
+                ahead = ~beyond & (high > there) & (low < there)
+                low, f_low = torch.where(ahead, there, low), torch.where(ahead, f, f_low)
+            if bool(hit.any()):
+                high = _root(lambda theta: side * level(theta), low, high, f_low, f_high, hit)
+            theta = torch.where(hit, high, 1.0)
+        return hit, theta, torch.where(per_sample(theta == 1.0, passage.x), passage.x_next, curve(theta.double()))
+
+    def _arrived(self, batch: _Samples, arrived: Tensor) -> _Samples:
+        """The samples with those that are at a grid point changed and kept there, and on their way to the next."""
+        problem, drift, times = self.problem, self.drift, self.problem.times.to(batch.t.device)
+        changes = problem.changes
+        for k in batch.goal[arrived].unique().tolist():
+            here = arrived & (batch.goal == k)
+            if changes is not None and k in changes.points:
+                x, *beside = changes.at_point(problem, k, (batch.x, *batch.beside), here)
+                batch = batch._replace(x=x, beside=tuple(beside))
+                if k < problem.steps:
+                    slope = _chosen(here, drift(x, batch.t), batch.slope)
+                    refuse_nonfinite(_chosen(here, slope, torch.zeros_like(slope)), batch.t)
+                    start, end = batch.t, torch.where(here, times[k + 1], batch.t1)
+                    h = first_step(drift, self.solver, x, slope, start, end)
+                    batch = batch._replace(slope=slope, h=torch.where(here, h, batch.h), held=batch.held & ~here)
+            self.keep(k, batch, here)
+        goal = batch.goal + arrived
+        return batch._replace(goal=goal, t1=torch.where(arrived, times[goal.clamp(max=problem.steps)], batch.t1))
+
+    def _save(self, batch: _Samples, attempt: Attempt, t_next: Tensor, good: Tensor, n: int) -> None:
+        """Keeps what the accepted steps reached or passed of the times in the plan, for a whole batch of ``n``."""
+        t, plan = batch.t, self.problem.save
+        for slot in (slot for places in plan.inside.values() for slot, _ in places):
+            time = float(plan.ts[slot])
+            here = good & (((t < time) & (time <= t_next)) | ((t_next <= time) & (time < t)))
+            if bool(here.any()):
+                theta = ((time - t) / (t_next - t)).where(here, 1.0)
+                x = self.solver.between(batch.x, attempt, t_next - t, theta)
+                if len(x) < n:
+                    x = x.new_zeros(n, *x.shape[1:]).index_copy(0, batch.rows, x)
+                    here = here.new_zeros(n).index_copy(0, batch.rows, here)
+                clock = () if self.problem.following is None else (self.problem.clock(plan.ts[slot]).expand(n),)
+                plan.reach(slot, here, x, *clock)
+
+
+def _root(
+    f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, f_low: Tensor, f_high: Tensor, rows: Tensor
+) -> Tensor:
+    """The upper ends of brackets of roots, ``f(low) > 0 >= f(high)``, as narrow as the dtype has them."""
+    close, kept = 4.0 * torch.finfo(low.dtype).eps, torch.zeros_like(low)
+    for i in range(_ROOT_STEPS):
+        if not bool((rows & (high - low > close) & (f_high != 0)).any()):
+            break
+        secant = low + (high - low) * (f_low / (f_low - f_high)).nan_to_num(0.5).clamp(0.0, 1.0)
+        near = 0.5 * close
+        middle = 0.5 * (low + high) if i % 3 == 2 else torch.minimum(torch.maximum(secant, low + near), high - near)
+        value = f(middle)
+        beyond = value <= 0
+        # An end that stays twice counts half.
+        f_low = torch.where(beyond, torch.where(kept == 1, 0.5 * f_low, f_low), value)
+        f_high = torch.where(beyond, value, torch.where(kept == -1, 0.5 * f_high, f_high))
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+        kept = torch.where(beyond, 1.0, -1.0)
+    return high
 
 
 def refuse_coarse_clock(
@@ -151,8 +326,11 @@ def float_drift(problem: Problem) -> Slope:
 
 
 class _Samples(NamedTuple):
-    """Where samples are, a row each; ``rows`` says which of the whole batch they are, ``held`` whose last attempt was
-    rejected."""
+    """Where samples are, a row each.
+
+    ``rows`` says which of the whole batch they are, ``held`` whose last attempt was rejected, ``goal`` which grid point
+    is next, at ``t1``, and ``beside`` has what follows them.
+    """
 
     rows: Tensor
     x: Tensor
@@ -163,14 +341,16 @@ class _Samples(NamedTuple):
     held: Tensor
     accepted: Tensor
     rejected: Tensor
+    goal: Tensor
+    beside: tuple[Tensor, ...]
 
     def at(self, index: Tensor) -> _Samples:
-        return _Samples(*(v.index_select(0, index) for v in self))
+        return tree_map(lambda v: v.index_select(0, index), self)
 
     def updated(self, some: _Samples) -> _Samples:
         if len(some.t) == len(self.t):
             return some
-        return _Samples(*(v.index_copy(0, some.rows, w) for v, w in zip(self, some, strict=True)))
+        return tree_map(lambda v, w: v.index_copy(0, some.rows, w), self, some)
 
 
 def first_step(drift: Slope, solver: AbstractEmbedded, x: Tensor, slope: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
@@ -194,29 +374,6 @@ def norm(v: Tensor, scale: Tensor) -> Tensor:
 
 def _chosen(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(per_sample(mask, a), a, b)
-
-
-def _save(
-    plan: SavePlan,
-    solver: AbstractEmbedded,
-    batch: _Samples,
-    attempt: Attempt,
-    t_next: Tensor,
-    good: Tensor,
-    n: int,
-) -> None:
-    """Keeps what the accepted steps reached or passed of the times in the plan, for a whole batch of ``n``."""
-    t = batch.t
-    for slot in (slot for slot, _ in plan.inside.get(0, ())):
-        time = float(plan.ts[slot])
-        here = good & (((t < time) & (time <= t_next)) | ((t_next <= time) & (time < t)))
-        if bool(here.any()):
-            theta = ((time - t) / (t_next - t)).where(here, 1.0)
-            x = solver.between(batch.x, attempt, t_next - t, theta)
-            if len(x) < n:
-                x = x.new_zeros(n, *x.shape[1:]).index_copy(0, batch.rows, x)
-                here = here.new_zeros(n).index_copy(0, batch.rows, here)
-            plan.fill(slot, x, here)
 
 
 def refuse_coarse_tolerance(rtol: float, x: Tensor) -> None:

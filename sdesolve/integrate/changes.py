@@ -66,6 +66,11 @@ class Changes:
         """Of each map that changes the end of a step, one such step."""
         return {min(points) - 1 for points in (p - {0} for p in self._points) if points}
 
+    @property
+    def given(self) -> list[Any]:
+        """The times of each pair, as they were given."""
+        return self._given
+
     def place(self, times: Tensor, rounding: float, first: int) -> None:
         """Finds the times on the grid, ``times`` from grid point ``first`` on.
 
@@ -147,6 +152,20 @@ class Changes:
                     f"the {what} couples the paths: when the state of row 0 changes, what it returns for other rows "
                     "does. Each row is a function of its own path"
                 )
+
+    def at_point(self, problem: Problem, k: int, states: States, here: Tensor) -> States:
+        """What is carried, with the rows that are at grid point ``k`` changed there."""
+        following, t = problem.following, problem.clock(problem.times[k])
+        for i, points in enumerate(self._points):
+            if k not in points:
+                continue
+            x, stops = states[0], following is not None and following.stops
+            rows = here & (states[-3] == 0) if stops else here
+            states = (torch.where(per_sample(rows, x), self._called(i, x, t), x), *states[1:])
+            if following is not None and stops:
+                after = following.taken_across(x, states, t)
+                states = (*states[:-3], torch.where(rows, after[-3], states[-3]), *states[-2:])
+        return states
 
     def follow(self, problem: Problem, lowered: Lowered) -> Lowered:
         """The step, with the state changed after it.

@@ -483,7 +483,9 @@ class Eager:
 
     def run(self, problem: Problem, lowered: Lowered) -> Saved:
         if problem.solver.controller is not None:
-            return integrate_adaptively(problem) if problem.equation.noise is Noise.NONE else Nested(problem).run()
+            if problem.equation.noise is Noise.NONE:
+                return integrate_adaptively(problem, lowered)
+            return Nested(problem, lowered).run()
         return self.begin(problem, lowered).finish()
 
     def begin(self, problem: Problem, lowered: Lowered) -> Stepwise:

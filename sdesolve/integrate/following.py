@@ -27,8 +27,11 @@ from sdesolve.integrate.probing import agree, unnoticed
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.solution import DivergenceError
 from sdesolve.sde import AbstractSDE, per_sample
+from sdesolve.solvers.base import Span
 
 States = tuple[Tensor, ...]
+# Whether paths meet a boundary in a step, at which share of it, and where.
+Meets = Callable[[Crossing, Passage, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 class Stops(NamedTuple):
@@ -172,18 +175,44 @@ class Following:
     def _step(
         self, sde: AbstractSDE, step: Callable[[StepContext, States], States], context: StepContext, states: States
     ) -> States:
+        parts = self.parts(states)
+        after = step(context, (parts.x, *parts.memory))
+        return self.passed(sde, states, after, context.span, context.within() if self.normals else None)
+
+    def passed(
+        self,
+        sde: AbstractSDE,
+        states: States,
+        after: States,
+        span: Span,
+        z: Tensor | None,
+        meets: Meets | None = None,
+        curve: Callable[[Tensor], Tensor] | None = None,
+    ) -> States:
+        """What is carried after a step.
+
+        Args:
+            sde: the equation.
+            states: what is carried before the step.
+            after: the state after it, and the solver's memory, as the solver makes them.
+            span: the step in time.
+            z: standard normals, ``(batch, normals)``.
+            meets: where paths meet a boundary, if not where a Brownian bridge between the ends does.
+            curve: the states at fractions of the step, ``(batch,)``, float64, where the solver knows them.
+        """
         x, memory, carried, clock, stops = self.parts(states)
-        x_next, *after = step(context, (x, *memory))
-        span = context.span
+        x_next, *after_memory = after
         dt = span.dt.reshape(-1) if span.dt.ndim else span.dt
-        z = context.within() if self.normals else None
         used = 0 if self.carry is None else self.carry.normals
-        passage = Passage(sde, x, x_next, span.t0, span.t1, dt, z, self._at)
+        passage = Passage(sde, x, x_next, span.t0, span.t1, dt, z, self._at, curve)
         hit: Tensor | None = None
         if self.boundaries:
-            passage, ended = self._bounded(passage, used)
+            passage, ended = self._bounded(passage, used, meets or self._met)
             if stops is not None:
                 assert ended is not None
+                if curve is not None:
+                    share = ended.share.double()
+                    passage = dataclasses.replace(passage, curve=lambda theta: curve(share * theta))
                 running = stops.which == 0
                 hit = running & (ended.which != 0)
                 life = stops.life + (running & (dt != 0) if self._padded else running).to(x.dtype)
@@ -195,7 +224,7 @@ class Following:
             own = dataclasses.replace(passage, z=None if not used or z is None else z[:, :used])
             before = tree_unflatten(list(carried), self._spec)
             new = self._checked(self.carry.advance(before, own), carried)
-        made = [passage.x_next, *after, *new, *(passage.t_next.expand(len(x)) for _ in clock)]
+        made = [passage.x_next, *after_memory, *new, *(passage.t_next.expand(len(x)) for _ in clock)]
         old = [x, *memory, *carried, *clock]
         if hit is not None:
             made = [torch.where(_rows(running, b), a, b) for a, b in zip(made, old, strict=True)]
@@ -207,12 +236,16 @@ class Following:
         for i, b in enumerate(self.boundaries):
             if isinstance(b, Crossing):
                 old, new = (self._at(b.level, (y,), (t,)) for y in (before, x))
-                side = torch.where(old < 0, -1.0, 1.0) if b.direction == 0 else -float(b.direction)
+                side = side_of(b, old)
                 met = torch.where(new.isnan(), math.nan, i + 1.0)
                 which = torch.where((which == 0) & ((side * new <= 0) | new.isnan()), met, which)
         return (*states[:-3], which, *states[-2:])
 
-    def _bounded(self, passage: Passage, used: int) -> tuple[Passage, Stops | None]:
+    def level(self, b: AbstractBoundary, x: Tensor, t: Tensor) -> Tensor:
+        """The level of a boundary at states and their times."""
+        return cast(Tensor, self._at(b.level, (x,), (t,)))
+
+    def _bounded(self, passage: Passage, used: int, meets: Meets) -> tuple[Passage, Stops | None]:
         """The step as boundaries leave it: reflected, and ended where it meets one; and where that is."""
         x = passage.x
         z = passage.z
@@ -229,7 +262,7 @@ class Following:
         which, share, end = zero, zero + 1.0, free
         for i, b in enumerate(self.boundaries):
             if isinstance(b, Crossing):
-                hit, theta, there = self._met(b, passage, numbers.get(i))
+                hit, theta, there = meets(b, passage, numbers.get(i))
                 first = hit & ((which == 0) | (theta < share))
                 which, share = torch.where(first, i + 1.0, which), torch.where(first, theta, share)
                 end = torch.where(_rows(first, end), there, end)
@@ -257,7 +290,7 @@ class Following:
         x, x_next = passage.x, passage.x_next
         level = functools.partial(self._at, b.level)
         before, after = level((x,), (passage.t,)), level((x_next,), (passage.t_next,))
-        side = torch.where(before < 0, -1.0, 1.0) if b.direction == 0 else -float(b.direction)
+        side = side_of(b, before)
         a, c = side * before, side * after
         if z is None:
             return c <= 0, torch.ones_like(a), x_next
@@ -322,7 +355,7 @@ class Following:
                 self._choose(self._observable, "observable", x, *ends, more)
 
     def _has_rows_of_times(self, problem: Problem) -> bool:
-        return self.stops or problem.times.ndim == 2
+        return self.stops or problem.times.ndim == 2 or problem.solver.controller is not None
 
     def _choose_functions(self, problem: Problem) -> None:
         """As `_choose`, for all functions of ``(x, t)`` that the functionals call."""
@@ -441,8 +474,13 @@ class Following:
                 failure = failure or met
         raise failure or ValueError("the update of a carry is not right for a time per path, t of shape (batch,)")
 
-    def refuse_nan(self, problem: Problem, stops: Stops) -> None:
+    def refuse_nan(self, problem: Problem, stops: Stops, reached: Tensor | None = None) -> None:
         """Refuses a level that became nan along a path.
+
+        Args:
+            problem: the integration.
+            stops: where paths have stopped.
+            reached: when, in steps that each path chooses; else the grid says it.
 
         Raises:
             DivergenceError: it did; says in which step, at which time, and for which path.
@@ -452,11 +490,15 @@ class Following:
             return
         row = int(bad.nonzero()[0])
         step = int(stops.life[row]) - 1
-        time = float(problem.times[step].flatten()[row if problem.times.ndim == 2 else 0])
+        where = f"in step {step} of {problem.steps}, which starts"
+        if reached is None:
+            time = float(problem.times[step].flatten()[row if problem.times.ndim == 2 else 0])
+        else:
+            where, time = f"in step {step} of its own, which ends", float(reached[row])
         stopped = int(((stops.which > 0) & ~bad).sum())
         raise DivergenceError(
-            f"the level of a boundary became nan for path {row + problem.first_path} in step {step} of "
-            f"{problem.steps}, which starts at t = {time:.6g}; {int(bad.sum())} of {len(bad)} paths are "
+            f"the level of a boundary became nan for path {row + problem.first_path} {where} at t = {time:.6g}; "
+            f"{int(bad.sum())} of {len(bad)} paths are "
             f"affected, {stopped} had stopped before. check_finite=False "
             "keeps them all: such paths are held where they are, and count as running",
             step=step,
@@ -464,11 +506,17 @@ class Following:
             path=row + problem.first_path,
         )
 
-    def stopped(self, problem: Problem, stops: Stops) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def stopped(
+        self, problem: Problem, stops: Stops, reached: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Which paths have stopped, when, at which boundary (-1 for none), and how many steps each has taken."""
         stopped = stops.which > 0
         times = problem.times.to(stops.which.device)
         life = stops.life.detach().long()
+        boundary = torch.where(stopped, stops.which.nan_to_num().long() - 1, -1)
+        never = math.inf * (times[-1] - times[0]).sign()
+        if reached is not None:
+            return stopped, torch.where(stopped, reached, never), boundary, life
         k = (life - 1).clamp(0, problem.steps - 1)
         if times.ndim == 2:
             rows = torch.arange(len(k), device=k.device)
@@ -476,9 +524,12 @@ class Following:
         else:
             t0, t1 = times[k], times[k + 1]
         time = t0 + stops.share.detach().double() * (t1 - t0)
-        never = math.inf * (times[-1] - times[0]).sign()
-        boundary = torch.where(stopped, stops.which.nan_to_num().long() - 1, -1)
         return stopped, torch.where(stopped, time, never), boundary, (life - problem.first).clamp_min(0)
+
+
+def side_of(b: Crossing, before: Tensor) -> Tensor | float:
+    """What makes the level positive where paths run, from what it is before a step."""
+    return torch.where(before < 0, -1.0, 1.0) if b.direction == 0 else -float(b.direction)
 
 
 def first_passage(a: Tensor, b: Tensor, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

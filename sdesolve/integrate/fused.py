@@ -196,7 +196,7 @@ class Fused:
         if problem.solver.controller is not None:
             from sdesolve.integrate.fused_adaptive import run_adaptively  # which is made of what follows
 
-            return run_adaptively(problem, self._wanted)
+            return run_adaptively(problem, lowered, self._wanted)
         problem, lowered = _numbered(problem, lowered)
         kernel, guards = prepared(problem, lowered, self._wanted)
         stopping: Stopping | None = None

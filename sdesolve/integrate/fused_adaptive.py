@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from sdesolve_kernels import Stream
@@ -38,7 +39,7 @@ from sdesolve.solvers.embedded import AbstractEmbedded
 _REASON = "the whole trajectory is one generated kernel, in steps that each path chooses"
 
 
-def run_adaptively(problem: Problem, wanted: bool) -> Saved:
+def run_adaptively(problem: Problem, lowered: Lowered, wanted: bool) -> Saved:
     """Carries an adaptive integration out.
 
     Raises:
@@ -49,19 +50,23 @@ def run_adaptively(problem: Problem, wanted: bool) -> Saved:
         raise CannotExecute(
             f"compiling takes seconds, so {type(problem.solver).__name__} is fused where backend='fused' asks for it"
         )
-    return _nested(problem, wanted) if problem.equation.noise is not Noise.NONE else _free(problem, wanted)
+    following = problem.following
+    if problem.changes is not None or (following is not None and (following.boundaries or following.carry)):
+        raise CannotExecute("carry=, until= and at= follow steps that each path chooses in torch alone")
+    run = _free if problem.equation.noise is Noise.NONE else _nested
+    return run(problem, lowered, wanted)
 
 
 def _inner(problem: Problem, solver: AbstractEmbedded | Adaptive) -> Problem:
     """The problem of one attempt: tolerances, and what is saved, are none of a kernel's business."""
     scheme = solver.solver if isinstance(solver, Adaptive) else solver
-    return dataclasses.replace(problem, solver=scheme, save=SavePlan(problem.times, None))
+    return dataclasses.replace(problem, solver=scheme, save=SavePlan(problem.times, None), following=None)
 
 
-def _nested(problem: Problem, wanted: bool) -> Saved:
+def _nested(problem: Problem, given: Lowered, wanted: bool) -> Saved:
     solver = problem.solver
     assert isinstance(solver, Adaptive)
-    run = Nested(problem)
+    run = Nested(problem, given)
     path = run.path
     if solver.shared:
         raise CannotExecute("paths of a batch share their steps")
@@ -85,7 +90,7 @@ def _nested(problem: Problem, wanted: bool) -> Saved:
     kernel, guards = prepared(inner, lowered, wanted)
     problem.watched.checking = True
     run.look()
-    save.at_grid_point(0, x0)
+    _kept(problem, save.on_grid.get(0, []), x0)
     marks = sorted(
         [(float(k), k, slots, None) for k, slots in save.on_grid.items() if k]
         + [(k + theta, k, [slot], theta) for k, places in save.inside.items() for slot, theta in places]
@@ -106,12 +111,19 @@ def _nested(problem: Problem, wanted: bool) -> Saved:
     for (_, k, slots, theta), x, steps in zip(marks, saved.states, saved.steps, strict=True):
         if theta is not None:
             x = between(run, k, theta, x, steps[:, 0].to(torch.int64).to(x0.device))
-        for slot in slots:
-            save.fill(slot, x, run.rows >= 0)
+        _kept(problem, slots, x)
     return _made(problem, trajectory, saved, solver.evaluations, 0)
 
 
-def _free(problem: Problem, wanted: bool) -> Saved:
+def _kept(problem: Problem, slots: Sequence[int], x: Tensor) -> None:
+    """Keeps what was asked for of states that all paths have reached."""
+    for slot in slots:
+        t = problem.clock(problem.save.ts[slot])
+        clock = () if problem.following is None else (t.expand(len(x)),)
+        problem.save.reach(slot, torch.ones(len(x), dtype=torch.bool, device=x.device), x, *clock)
+
+
+def _free(problem: Problem, _: Lowered, wanted: bool) -> Saved:
     given, x0, save = problem.solver, problem.x0, problem.save
     assert isinstance(given, Adaptive | AbstractEmbedded)
     pair = given.pair() if isinstance(given, Adaptive) else given
@@ -137,7 +149,7 @@ def _free(problem: Problem, wanted: bool) -> Saved:
     refuse_nonfinite(slope, t)
     h = first_step(at_start, pair, x0, slope, t, t1)
     starts, way = problem.watched.evaluations, math.copysign(1.0, float(t1[0] - t[0]))
-    save.at_grid_point(0, x0)
+    _kept(problem, save.on_grid.get(0, []), x0)
     slots = [slot for slot, _ in save.inside.get(0, ())]
     marks = [way * float(save.ts[slot]) for slot in slots]
     launch = AdaptiveLaunch(
@@ -151,8 +163,8 @@ def _free(problem: Problem, wanted: bool) -> Saved:
     for slot, x, steps in zip(slots, saved.states, saved.steps, strict=True):
         start, dt = steps.unbind(1)
         attempt = pair.attempt(drift, x, drift(x, start), start, dt)
-        save.fill(slot, pair.between(x, attempt, dt, (save.ts[slot] - start) / dt), start == start)
-    save.at_grid_point(1, saved.x)
+        _kept(problem, [slot], pair.between(x, attempt, dt, (save.ts[slot] - start) / dt))
+    _kept(problem, save.on_grid.get(1, []), saved.x)
     return _made(problem, trajectory, saved, pair.evaluations, starts)
 
 
@@ -190,14 +202,17 @@ def _ran(
 def _made(problem: Problem, trajectory: AbstractAdaptive, saved: AdaptiveSaved, evaluations: int, before: int) -> Saved:
     accepted, rejected = (saved.counts[:, i].clone() for i in (0, 1))
     counts = AdaptiveCounts(accepted, rejected, before + evaluations * (accepted + rejected))
+    save, following = problem.save, problem.following
+    save.settle()
     return Saved(
         saved.x,
-        problem.save.states(),
-        None,
+        save.states(),
+        save.variances() if save.moments else None,
         int(accepted.max()),
         int(counts.evaluations.max()),
         "fused",
         _REASON,
         trajectory.source,
         adaptive=counts,
+        memory=() if following is None else (problem.clock(saved.t),),
     )

@@ -21,6 +21,9 @@ from sdesolve.integrate.adaptive import (
     refuse_coarse_tolerance,
     refuse_nonfinite,
 )
+from sdesolve.integrate.changes import Changes
+from sdesolve.integrate.following import Following
+from sdesolve.integrate.lowering import Lowered
 from sdesolve.integrate.problem import Problem
 from sdesolve.integrate.solution import AdaptiveCounts, Reached, Saved
 from sdesolve.integrate.structure import check_noise, check_noise_ahead, has_structure
@@ -66,6 +69,8 @@ class _Paths:
         previous: logarithm of the error of the last accepted one.
         held: whether the last attempt was rejected.
         accepted, rejected: counts.
+        beside: what follows the paths.
+        reached: the times of the states.
     """
 
     x: Tensor
@@ -78,13 +83,20 @@ class _Paths:
     held: Tensor
     accepted: Tensor
     rejected: Tensor
+    beside: tuple[Tensor, ...]
+    reached: Tensor
 
 
 @final
 class Nested:
-    """One run."""
+    """One run.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: the integration.
+        lowered: has what follows the paths at their start, and its normals.
+    """
+
+    def __init__(self, problem: Problem, lowered: Lowered) -> None:
         solver = problem.solver
         assert isinstance(solver, Adaptive)
         refuse_vmap(f"{type(solver).__name__} chooses its steps by the values of the state")
@@ -100,7 +112,11 @@ class Nested:
         zero = torch.zeros(batch, dtype=torch.float64, device=x0.device)
         self.root = functools.lru_cache(8)(lambda step: self.path.roots(step, batch, self.m, self.like))
         self.waiting = x0.new_empty(0)  # second halves, by level
-        self.now = _Paths(x0, none, none, none, self.root(0), zero + math.inf, zero, none.bool(), none, none)
+        self.within = lowered.within
+        self.now = _Paths(
+            x0, none, none, none, self.root(0), zero + math.inf, zero, none.bool(), none, none, lowered.extra,
+            self.grid[0],
+        )  # fmt: skip
         save = problem.save
         self.inside = {slot: (x0, none) for places in save.inside.values() for slot, _ in places}
 
@@ -114,12 +130,12 @@ class Nested:
         problem.watched.checking = True
         check_noise_ahead(problem)
         structured = has_structure(problem)
-        save.at_grid_point(0, problem.x0)
+        self._keep(0, self.rows >= 0)
         self.look()
         attempts = 0
         self.waiting = self.like.new_zeros(self.solver.max_level + 1, len(self.rows), 3, self.m)
         with progress_bar(problem.progress, unit="attempt", leave=False) as bar:
-            while bool((going := self.now.root < problem.steps).any()):
+            while bool((going := self._going()).any()):
                 self._halve(going)
                 self._attempt(going)
                 attempts += 1
@@ -128,36 +144,62 @@ class Nested:
                 bar.update()
         for k, places in save.inside.items():
             for slot, theta in places:
-                save.fill(slot, self._between(k, slot, theta), going)
+                save.reach(slot, going, self._between(k, slot, theta), *self._clock(save.ts[slot]))
         now = self.now
+        for k in save.on_grid:  # paths that have stopped stand still
+            self._keep(k, (now.root < k) & ~going)
+        save.settle()
         evaluations = self.solver.evaluations * (now.accepted + now.rejected)
         steps = int(now.accepted.amax()) if len(now.x) else 0
         return Saved(
             now.x,
             save.states(),
-            None,
+            save.variances() if save.moments else None,
             steps,
             problem.watched.evaluations,
             "eager",
             "steps differ between paths",
-            adaptive=AdaptiveCounts(now.accepted, now.rejected, evaluations),
+            adaptive=AdaptiveCounts(now.accepted, now.rejected, evaluations, now.reached),
+            memory=now.beside,
+            work=int((now.accepted + now.rejected).sum()) if now.beside else None,
         )
+
+    def _going(self) -> Tensor:
+        going, following = self.now.root < self.problem.steps, self.problem.following
+        return going & (self.now.beside[-3] == 0) if following is not None and following.stops else going
+
+    def _keep(self, k: int, rows: Tensor) -> None:
+        """Keeps what was asked for at a grid point, of these rows."""
+        slots = self.problem.save.on_grid.get(k, [])
+        if slots and (not len(rows) or bool(rows.any())):
+            for slot in slots:
+                self.problem.save.reach(slot, rows, self.now.x, *self.now.beside)
+
+    def _clock(self, t: Tensor) -> tuple[Tensor, ...]:
+        """What an observable of a time between grid points is called with beside the state."""
+        following = self.problem.following
+        return () if following is None else (self.problem.clock(t).expand(len(self.rows)),)
 
     def look(self) -> None:
         """Calls both functions once, checked, and chooses the length of the first steps."""
-        x, solver = self.problem.x0.detach(), self.solver
+        self.now.wanted = self._first(self.problem.x0.detach(), 0)
+        self.sde.checking, self.sde.evaluations = False, 0
+        self.sde.narrows = self.problem.time_dtype != self.like.dtype
+
+    def _first(self, x: Tensor, k: int) -> Tensor:
+        """Lengths of first steps, from grid point ``k``."""
+        solver = self.solver
         with torch.no_grad():
-            t = self.problem.clock(self.problem.times[0])
+            t = self.problem.clock(self.problem.times[k])
             f = self.sde.drift(x, t)
             ones = x.new_ones(self.problem.increment.shape)
             g = self.sde.diffusion(x, t) if self.sde.has_diffusion else self.sde.diffusion_product(x, t, ones)
         g = (g.square().sum(-1).sqrt() if is_matrix(g, x) else g).expand_as(x)
-        refuse_nonfinite(f, self.grid[0])
-        refuse_nonfinite(g, self.grid[0], "diffusion")
+        if not k:
+            refuse_nonfinite(f, self.grid[0])
+            refuse_nonfinite(g, self.grid[0], "diffusion")
         wanted = first_length(solver, self.k, x, f, g, self._length())
-        self.now.wanted = wanted.amin().expand_as(wanted) if self.shared else wanted
-        self.sde.checking, self.sde.evaluations = False, 0
-        self.sde.narrows = self.problem.time_dtype != self.like.dtype
+        return wanted.amin().expand_as(wanted) if self.shared else wanted
 
     def _ends(self, level: Tensor | None = None, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ends of the next cells; of those that have arrived, the end of the grid twice."""
@@ -242,7 +284,25 @@ class Nested:
         if self.shared:
             size, finite = size.square().mean().sqrt().expand_as(size), finite.all()
         good = going & (size < 1.0) & finite
-        self._advance(going, good, x, size)
+        beside, end = now.beside, end.where(good, now.reached)
+        following = self.problem.following
+        if following is not None and bool(good.any()):
+            x, *rest = self._followed(following, x, start, end.where(good, start))
+            beside = tuple(rest)
+            if following.stops:
+                share = beside[-1].double()
+                end = torch.where(good & (share < 1.0), start + share * (end - start), end)
+        now.reached = end
+        self._advance(going, good, x, size, beside)
+
+    def _followed(self, following: Following, x: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, ...]:
+        """What is carried after a step of every row, were it accepted."""
+        now, within = self.now, self.within
+        z = None if within is None else within.path.normals(self.rows, now.accepted, within.draws, self.like)
+        evaluations = self.sde.evaluations
+        made = following.passed(self.sde, (now.x, *now.beside), (x,), self.span(start, end), z)
+        self.sde.evaluations = evaluations
+        return made
 
     def _moved(self, start: Tensor, end: Tensor, off: Tensor) -> Tensor:
         """What a step adds to the state more, of drift and of noise of a deviation, if it begins ``off`` later."""
@@ -255,7 +315,7 @@ class Nested:
         span = self.span(start, end)
         return added(self.problem.clock(self._one(start + off))) - added(span.t0)
 
-    def _advance(self, going: Tensor, good: Tensor, x: Tensor, size: Tensor) -> None:
+    def _advance(self, going: Tensor, good: Tensor, x: Tensor, size: Tensor, beside: tuple[Tensor, ...]) -> None:
         now, solver, save = self.now, self.solver, self.problem.save
         log = size.clamp(min=LEAST_ERROR).log()
         growth = (SAFETY * (-0.4 / self.k * log + 0.1 / self.k * now.previous).exp()).nan_to_num(SHRINK)
@@ -268,14 +328,17 @@ class Nested:
         now.accepted, now.rejected, now.held = now.accepted + good, now.rejected + bad, bad
         self._record(good, x)
         now.x = torch.where(per_sample(good, x), x, now.x)
+        if beside is not now.beside:
+            now.beside = tuple(torch.where(per_sample(good, a), a, b) for a, b in zip(beside, now.beside, strict=True))
         tries = now.accepted + now.rejected
         self._pop(good)
-        going = now.root < self.problem.steps
-        for k, slots in save.on_grid.items():
-            here = good & (now.root == k) & (now.index == 0) & (now.level == 0)
-            if k and bool(here.any()):
-                for slot in slots:
-                    save.fill(slot, now.x, here)
+        arrived = good & (now.index == 0) & (now.level == 0)
+        if self.problem.changes is not None:
+            self._change(self.problem.changes, arrived)
+        for k in save.on_grid:
+            if k:
+                self._keep(k, arrived & (now.root == k))
+        going = self._going()
         stuck = (bad & (now.level >= self._deepest)) | (going & (tries >= solver.max_steps))
         if bool(stuck.any()):
             reached = Reached(now.x, self._ends()[0], now.accepted, now.rejected)
@@ -284,6 +347,20 @@ class Nested:
                 f"1/{solver.first_steps} of the way (max_level, first_steps)"
             )
             raise beyond_reach(solver, stuck.nonzero()[:, 0], size[stuck], how, reached, self.problem.first_path)
+
+    def _change(self, changes: Changes, arrived: Tensor) -> None:
+        """Changes states at grid points, from where their paths begin anew."""
+        now = self.now
+        for k in changes.points:
+            here = arrived & (now.root == k)
+            if k and bool(here.any()):
+                now.x, *beside = changes.at_point(self.problem, k, (now.x, *now.beside), here)
+                now.beside = tuple(beside)
+                if k < self.problem.steps:
+                    evaluations = self.sde.evaluations
+                    now.wanted = torch.where(here, self._first(now.x.detach(), k), now.wanted)
+                    self.sde.evaluations = evaluations
+                    now.previous = torch.where(here, 0.0, now.previous)
 
     def _record(self, good: Tensor, after: Tensor) -> None:
         """Keeps where the steps began that times inside them are reached from, and the states at times they end at."""

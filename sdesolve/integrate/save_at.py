@@ -91,11 +91,14 @@ class SavePlan:
         kept = self.observed(states)
         if self.beside is not None and not self.moments:
             self._beside[slot] = torch.stack(states[self.beside])
-        if self.moments:
-            kept = kept.double()
-            self._variances[slot] = kept.var(0) if len(kept) > 1 else torch.full_like(kept[0], math.nan)
-            kept = kept.mean(0)
         self._states[slot] = kept
+        if self.moments:
+            self._summed(slot, kept)
+
+    def _summed(self, slot: int, kept: Tensor) -> None:
+        kept = kept.double()
+        self._variances[slot] = kept.var(0) if len(kept) > 1 else torch.full_like(kept[0], math.nan)
+        self._states[slot] = kept.mean(0)
 
     def _place(self, grid: Tensor, save_at: Iterable[float] | Tensor, rounding: float, offset: int) -> None:
         forwards = bool(grid.flatten()[-1] > grid.flatten()[0])
@@ -170,6 +173,17 @@ class SavePlan:
         old = self._states[slot]
         self._states[slot] = x if old is None else torch.where(per_sample(rows, x), x, old)
 
+    def reach(self, slot: int, rows: Tensor, *states: Tensor) -> None:
+        """`fill` with what is kept of states, the first of what is carried."""
+        self.fill(slot, self.observed(states), rows)
+
+    def settle(self) -> None:
+        """Makes moments of what samples have reached one after another."""
+        if self.moments:
+            for slot, kept in enumerate(self._states):
+                if kept is not None:
+                    self._summed(slot, kept)
+
     def end_at(self, time: Tensor, *states: Tensor) -> None:
         """Leaves out what was asked for of times beyond ``time``, where a run is stopped.
 
@@ -194,6 +208,25 @@ class SavePlan:
     def variances(self) -> Tensor:
         """Variances over the batch, ``(times, *values)``."""
         return torch.stack([x for x in self._variances if x is not None])
+
+
+def with_points(grid: Tensor, given: Iterable[Any], rounding: float) -> Tensor:
+    """The grid with times put on it, for runs whose steps end at each of its points.
+
+    Args:
+        grid: ``(steps + 1,)``.
+        given: collections of times. What is wrong with one is said where it is placed.
+        rounding: how far times of the grid may be from those that were meant.
+    """
+    forwards = bool(grid[-1] > grid[0])
+    for times in given:
+        read = read_times(sorted(times) if isinstance(times, Set) else times, "at")
+        values = read.values.reshape(-1)
+        inside = (values - grid[0]) * (grid[-1] - values) > 0
+        _, on = located(grid, values[inside], max(read.rounding, rounding), "at")
+        grid = torch.cat([grid, values[inside][~on]]).unique()
+        grid = grid if forwards else grid.flip(0)
+    return grid
 
 
 def located(grid: Tensor, values: Tensor, rounding: float, name: str) -> tuple[Tensor, Tensor]:

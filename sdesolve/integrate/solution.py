@@ -54,11 +54,15 @@ class Saved:
 
 
 class AdaptiveCounts(NamedTuple):
-    """What each sample's steps took, ``(batch,)`` each: steps, attempts thrown away, drift evaluations."""
+    """What each sample's steps took, ``(batch,)`` each: steps, attempts thrown away, drift evaluations.
+
+    With ``until=`` also the times, float64, that samples have come to.
+    """
 
     accepted: Tensor
     rejected: Tensor
     evaluations: Tensor
+    reached: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from sdesolve.integrate.non_finite import watch_loss
 from sdesolve.integrate.path_measure import Prior, check_at_end, check_at_start, prior_of
 from sdesolve.integrate.plans import PLANNED, Call
 from sdesolve.integrate.problem import Gradients, Problem, Watched, reads_noise
-from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan
+from sdesolve.integrate.save_at import Observable, SaveAt, SavePlan, with_points
 from sdesolve.integrate.solution import Continuation, Saved, Solution, finished
 from sdesolve.jumps import AbstractJumping, JumpSDE, Reactions
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
@@ -104,7 +104,9 @@ def solve(
         t1: end time, on either side of ``t0``; likewise.
         steps: number of equal steps. Times are ``t0 + (t1 - t0) k / steps``, computed in float64 for each ``k``.
         solver: the scheme, such as ``EulerMaruyama()``. An adaptive one (`DormandPrince`) takes no ``steps`` or
-            ``grid``, and ``save_at`` only as times, whose states its interpolant gives.
+            ``grid``, and ``save_at`` only as times, whose states its interpolant gives. What follows paths sees each
+            accepted step; steps end at times of ``at``, and with ``until`` or an observable of what is carried at those
+            of ``save_at``, on paths whose first cells end there. An ODE meets a `Crossing` on the curve of its solver.
         grid: explicit times instead of ``t0, t1, steps``: ``(steps + 1,)`` or ``(steps + 1, batch)``, monotone. Rows
             with fewer steps are padded by repeating their last time: a step of no length leaves a row alone.
         start: go on from the ``state`` of another `Solution`, with its noise and what the solver remembers, in place of
@@ -135,8 +137,9 @@ def solve(
             ``kl_to`` see the step end at the state before the change, and the next begin at the one after it. A path
             that is taken across a `Crossing` stops there and then (at ``t0`` it is refused), and one that has stopped
             is not changed. Other times are put on the grid by ``grid=torch.cat([grid, missing]).unique()`` (in
-            float64; backwards with ``.flip(0)``): such steps are others, and take other increments. Solvers that go by
-            earlier steps, as multistep ones do, and those that choose their own steps take no ``at``.
+            float64; backwards with ``.flip(0)``): such steps are others, and take other increments. Solvers that choose
+            their steps do it by themselves, and begin anew after a change. Those that go by earlier steps, as multistep
+            ones do, take no ``at``.
         reduce: ``"moments"`` keeps mean and variance over the batch at each time in place of every path; ``"sums"``
             exact `Sums` of them, without gradients, which add up over batches to the same bits however paths are split.
             Where gradients are wanted of moments of one number at one time, as of a loss that is an ``observable``, a
@@ -230,14 +233,18 @@ def solve(
         with outside_transforms():  # grids are kept for later calls
             times, rounding = _grid_of(t0, t1, steps, grid, len(x0))
     else:
-        given = any(value is not None for value in (steps, grid, observable, carry, until, at, reduce))
-        if given or isinstance(save_at, str) or backend == "kernel":
+        if steps is not None or grid is not None or isinstance(save_at, str) or backend == "kernel":
             raise ValueError(
                 f"{type(solver).__name__} chooses its own steps: give t0 and t1, and save_at=[times] for states "
-                "between; no steps, grid, observable, carry, until, at, reduce or kernel backend"
+                "between; no steps, grid or kernel backend"
             )
         parts = solver.first_steps if isinstance(solver, Adaptive) and sde.noise is not Noise.NONE else 1
         times, rounding = _grid_of(t0, t1, parts, None, len(x0))
+        if times.ndim == 1:
+            ends = [] if changes is None else changes.given
+            if save_at is not None and (boundaries or (observable is not None and positional(observable) > 2)):
+                ends = [*ends, save_at]
+            times = with_points(times, ends, rounding)
     if paths is not None:
         if noise is not None:
             raise ValueError("paths is short for noise=BrownianRows(seed, paths); give one of them")
@@ -421,12 +428,13 @@ def _solution(problem: Problem, backend: Backend) -> Solution:
         memory = (*parts.memory, *parts.carried, *(parts.stops or ()))
         outcome["carry"] = following.result(parts.carried)
         if parts.stops is not None:
+            reached = adaptive and adaptive.reached
             if problem.check_finite:
-                following.refuse_nan(problem, parts.stops)
+                following.refuse_nan(problem, parts.stops, reached)
             outcome["stopped"], outcome["stop_time"], outcome["boundary"], accepted = following.stopped(
-                problem, parts.stops
+                problem, parts.stops, reached
             )
-    if problem.check_finite and torch.is_grad_enabled() and not is_transformed():
+    if problem.check_finite and solver.controller is None and torch.is_grad_enabled() and not is_transformed():
         watch_loss(problem, saved, outcome.get("carry"), functools.partial(_again, problem))
     seed = noise.seed if isinstance(noise, BrownianPath) and problem.random else None
     carried = (None, ()) if following is None else (following.carry, following.boundaries)

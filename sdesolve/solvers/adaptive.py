@@ -52,7 +52,9 @@ class Adaptive(AbstractWrapping):
     leaves runs whose steps come near that rounding, if the equation reads the time, to torch, which looks at each step.
 
     A state at a time of ``save_at`` inside a step is a step of its own from where that began, on the same path: asking
-    for it changes nothing else.
+    for it changes nothing else. Where a carry is observed, or paths stop (``until``), and at changes (``at``), steps
+    end at the times: with noise, each of the ``first_steps`` parts that holds one is cut there before it is halved,
+    which makes it another Brownian path.
 
     Args:
         solver: a one-step solver of fixed steps, or an embedded one, whose tolerances these replace.
