@@ -219,7 +219,6 @@ def test_what_is_no_change_is_refused(at, error, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"solver": sds.DormandPrince(), "steps": None}, "chooses its own steps"),
         ({"t1": torch.linspace(1.0, 2.0, 5)}, "grid of its own"),
         ({"save_at": [0.9, 2.0]}, "whose end at= changes"),
         ({"at": [(1.0, lambda x: x / 0.0)]}, "at= changes the end of this step"),
