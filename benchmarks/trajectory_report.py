@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,33 @@ def launches() -> dict[str, tuple[int, Launch]]:
     return found
 
 
+def adaptive() -> dict[str, tuple[int, Launch]]:
+    """Likewise, of kernels whose lanes choose their steps; they take the longest to compile."""
+
+    def wells(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 4 * (x - x**3) + t
+
+    def lorenz(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a, b, c = x.unbind(1)
+        return torch.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c], 1)
+
+    def noisy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 0.3 * x
+
+    cases: dict[str, tuple[Any, int, Any]] = {
+        "Dormand-Prince 3": (sds.ODE(lorenz), 3, sds.DormandPrince()),
+        "SPaRK 2": (sds.SDE(wells, lambda x, t: 0.5 * torch.ones_like(x), "additive", "stratonovich"), 2, sds.SPaRK()),
+        "SPaRK 3": (sds.SDE(lorenz, noisy, "diagonal", "stratonovich"), 3, sds.SPaRK()),
+        "Milstein 4": (sds.SDE(wells, noisy, "diagonal"), 4, sds.Milstein()),
+    }
+    found = {}
+    for label, (sde, d, scheme) in cases.items():
+        with on_the_host(), recording() as made, contextlib.suppress(sds.StepLimitError):  # nothing runs
+            sds.solve(sde, torch.ones(64, d), 0.0, 1.0, solver=sds.Adaptive(scheme), seed=0, backend="fused")
+        found[f"adaptive {label} float32"] = 4, made[-1]
+    return found
+
+
 def _fitted() -> dict[str, tuple[sds.SDE, torch.Tensor]]:
     """Equations whose parameters get gradients, and where their paths start."""
     found = {}
@@ -110,7 +138,8 @@ def _fitted() -> dict[str, tuple[sds.SDE, torch.Tensor]]:
 
 def report(architectures: list[int], only: str = "") -> Found:
     """Figures by architecture and case."""
-    chosen = {label: case for label, case in launches().items() if only in label}
+    made = {} if only.startswith("adaptive") else launches()
+    chosen = {label: case for label, case in {**made, **adaptive()}.items() if re.search(only, label)}
     return {
         f"sm_{a}": {label: figures(launch, a, itemsize) for label, (itemsize, launch) in chosen.items()}
         for a in architectures
@@ -121,7 +150,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     add_options(parser)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="regular expression: cases in whose name it is found")
     options = parser.parse_args()
     return finish(report(options.arch, options.only), options, TABLE)
 

@@ -12,6 +12,8 @@ import pytest
 from sdesolve_kernels.report import hold
 
 ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "benchmarks" / "trajectory_report.py"
+TABLE = ROOT / "benchmarks" / "results" / "trajectory_report.json"
 MODELS = ("geometric", "linear", "stress", "heston", "lotka-volterra", "lorenz", "mixture")
 
 
@@ -28,7 +30,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory):
     file = tmp_path_factory.mktemp("report") / "figures.json"
-    run(str(ROOT / "benchmarks" / "trajectory_report.py"), "--arch", "90", "--json", str(file))
+    run(str(REPORT), "--arch", "90", "--only", "^(?!adaptive)", "--json", str(file))
     return json.loads(file.read_text())
 
 
@@ -53,11 +55,14 @@ def test_instructions(hopper):
 
 
 def test_no_worse_than_the_committed_table(hopper):
-    committed = json.loads((ROOT / "benchmarks" / "results" / "trajectory_report.json").read_text())
+    committed = json.loads(TABLE.read_text())
     for version, figures in committed.items():
         assert figures.keys() >= {"sm_80", "sm_90"}, version
-        for rows in figures.values():
-            assert rows.keys() == hopper["figures"]["sm_90"].keys(), version
+        for architecture, rows in figures.items():
+            assert {row for row in rows if "adaptive" not in row} == hopper["figures"]["sm_90"].keys(), version
+            # Triton 3.2 itself crashes on two half steps of Milstein's scheme in 4 components.
+            many = 3 if version == "3.2.0" else 4
+            assert sum("adaptive" in row for row in rows) == many * (architecture == "sm_90"), version
             assert not any(row["spills"] or row["local"] for row in rows.values()), version
     assert hold(hopper["figures"], hopper["triton"], committed) == []
 
@@ -103,44 +108,16 @@ for item in made:
 """
 
 
-ADAPTIVE = """
-import sys
-
-import sdesolve as sds
-import torch
-from sdesolve_kernels._triton.arguments import recording
-from sdesolve_kernels.report import figures
-from trajectory_report import on_the_host
-
-def lorenz(x, t):
-    a, b, c = x.unbind(1)
-    return torch.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c], 1)
-
-wells, noisy = lambda x, t: 4 * (x - x**3) + t, lambda x, t: 0.3 * x
-cases = {
-    "2": (sds.SDE(wells, lambda x, t: 0.5 * torch.ones_like(x), "additive", "stratonovich"), 2, sds.SPaRK()),
-    "3": (sds.SDE(lorenz, noisy, "diagonal", "stratonovich"), 3, sds.SPaRK()),
-    "4": (sds.SDE(wells, noisy, "diagonal"), 4, sds.Milstein()),
-    "ode": (sds.ODE(lorenz), 3, sds.DormandPrince()),
-}
-for name in sys.argv[1:]:
-    equation, d, scheme = cases[name]
-    with on_the_host(), recording() as made:
-        try:
-            sds.solve(equation, torch.ones(64, d), 0.0, 1.0, solver=sds.Adaptive(scheme), seed=0, backend="fused")
-        except sds.StepLimitError:  # nothing ran
-            pass
-    found = figures(made[-1], 90, 4)
-    assert "waiting" in made[-1].arguments and found["registers"] > 40, name
-    print(found["spills"], found["local"])
-"""
-
-
-@pytest.mark.parametrize(
-    "models", [("2", "ode"), pytest.param(("3", "4"), marks=pytest.mark.thorough)], ids=lambda models: "-".join(models)
-)
-def test_adaptive_kernels_do_not_spill(models):
-    assert run("-c", ADAPTIVE, *models).split() == ["0"] * 2 * len(models)
+@pytest.mark.parametrize("models", ["SPaRK 2|Dormand", pytest.param("SPaRK 3|Milstein", marks=pytest.mark.thorough)])
+def test_adaptive_kernels_do_not_spill(models, tmp_path):
+    file = tmp_path / "figures.json"
+    run(str(REPORT), "--arch", "90", "--only", f"adaptive ({models})", "--json", str(file))
+    found = json.loads(file.read_text())
+    rows = found["figures"]["sm_90"]
+    assert len(rows) == 2
+    assert not any(row["spills"] or row["local"] for row in rows.values())
+    assert all(row["registers"] > 40 for row in rows.values())
+    assert hold(found["figures"], found["triton"], json.loads(TABLE.read_text())) == []
 
 
 def test_values_compile_nothing_anew():

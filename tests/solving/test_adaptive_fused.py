@@ -151,3 +151,27 @@ def test_limits_and_gradients():
     assert "gradients are wanted" in sol.stats.reason
     sol.x1.sum().backward()
     assert bool(leaf.grad.abs().gt(0).all())
+
+
+@pytest.mark.parametrize("backend", ["auto", "fused", "eager"])
+def test_tolerances_that_a_dtype_cannot_resolve_are_refused_before_anything_runs(backend):
+    calls = []
+
+    def drift(x, t):
+        calls.append(t)
+        return -x
+
+    noisy = sds.SDE(drift, lambda x, t: torch.ones_like(x), noise="diagonal", calculus="stratonovich")
+    for dtype, rtol in ((torch.float32, 4e-7), (torch.float64, 8e-16)):
+        x0 = torch.ones(3, 2, dtype=dtype)
+        for equation, make in (
+            (noisy, lambda rtol: sds.Adaptive(sds.SPaRK(), rtol)),
+            (sds.ODE(drift), lambda rtol: sds.Adaptive(sds.Heun(), rtol)),
+            (sds.ODE(drift), sds.DormandPrince),
+        ):
+            with pytest.raises(ValueError, match=f"below what {dtype} resolves: take at least") as caught:
+                sds.solve(equation, x0, 0.0, 1.0, solver=make(rtol), seed=0, backend=backend)
+            assert not calls
+            least = float(str(caught.value).split("at least ")[1].split(",")[0])
+            sds.solve(equation, x0, 0.0, 1e-6, solver=make(1.01 * least), seed=0, backend="eager")  # as it advises
+            calls.clear()

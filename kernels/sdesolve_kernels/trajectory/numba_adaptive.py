@@ -498,12 +498,15 @@ class _Printer(AbstractPrinter):
         if self.rounds:
             coarse = f"t != end and h < F64({COARSE!r}) * fabs(t)"
             control.append(f"{at('STUCK')} = select({coarse}, I64(3), {at('STUCK')})")
+        ended = f"{at('PATH')} != 0 and ({at('T0')} == {at('END')} or {at('STUCK')} != 0)"
+        control.append(f"done += I64({ended})")
         retire = [
-            "for l in range(used):",
-            f"    if {at('PATH')} != 0 and ({at('T0')} == {at('END')} or {at('STUCK')} != 0):",
-            *indented(self._retire(at("STUCK"), at("T0")), 2),
+            "if done > 0:",
+            "    for l in range(used):",
+            f"        if {ended}:",
+            *indented(self._retire(at("STUCK"), at("T0")), 3),
         ]
-        return [*keep, "for l in range(used):", *indented(control, 1), *retire]
+        return [*keep, "done = I64(0)", "for l in range(used):", *indented(control, 1), *retire]
 
 
 class _Arguments(ctypes.Structure):
