@@ -222,7 +222,8 @@ class _Run:
                 high, f_high = torch.where(beyond, there, high), torch.where(beyond, f, f_high)
                 hit = hit | beyond
                 ahead = ~beyond & (high > there) & (low < there)
-                low, f_low = torch.where(ahead, there, low), torch.where(ahead, f, f_low)
+                low = torch.where(ahead, there, torch.where(beyond, 0.0, low))
+                f_low = torch.where(ahead, f, torch.where(beyond, side * before, f_low))
             if bool(hit.any()):
                 high = _root(lambda theta: side * level(theta), low, high, f_low, f_high, hit)
             theta = torch.where(hit, high, 1.0)
