@@ -8,7 +8,9 @@ from typing import NamedTuple, final
 
 import torch
 from sdesolve_kernels import Stream, normal
+from sdesolve_kernels.library import has_tangent
 from sdesolve_kernels.threads import survives_forks
+from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve._internal.arguments import number, short
@@ -234,14 +236,50 @@ def inverse_log_snr(process: AbstractDiffusion, log_snr: Tensor | float) -> Tens
         process: one whose `AbstractDiffusion.log_snr` falls with time.
         log_snr: any shape, which the result has too.
     """
-    log_snr = as_time(log_snr)
-    low, high = torch.zeros_like(log_snr, dtype=torch.float64), torch.full_like(log_snr, process.t_max).double()
-    while True:
-        middle = 0.5 * (low + high)
-        if not bool(((middle > low) & (middle < high)).any()):
-            return high.where(log_snr < math.inf, 0.0).to(log_snr.dtype)
-        noisier = process.log_snr(middle) < log_snr
-        low, high = low.where(noisier, middle), high.where(~noisier, middle)
+    given = as_time(log_snr)
+    with torch.no_grad():
+        log_snr = given.detach()
+        low, high = torch.zeros_like(log_snr, dtype=torch.float64), torch.full_like(log_snr, process.t_max).double()
+        while True:
+            middle = 0.5 * (low + high)
+            if not bool(((middle > low) & (middle < high)).any()):
+                break
+            noisier = (process.log_snr(middle) < log_snr).detach()
+            low, high = low.where(noisier, middle), high.where(~noisier, middle)
+        t = high.where(log_snr < math.inf, 0.0)
+    return implicit_time(process, t.detach(), 0.5 * given.double()).to(given.dtype)
+
+
+def implicit_time(process: AbstractDiffusion, t: Tensor, half: Tensor) -> Tensor:
+    """``t``, at which half the log-SNR of ``process`` is ``half``, with the derivatives that this equation gives it.
+
+    What a search finds depends on its values by comparisons, which have no derivative. Two steps of Newton's method
+    from there change no value and have the first three derivatives of the solution, with respect to ``half`` and to
+    what the process is made of: ``d lambda / dt = -g^2 / (2 sigma^2)``. None at zero noise and outside of the process.
+
+    Args:
+        process: any.
+        t: as found, without derivatives; they are not looked at.
+        half: half the log-SNR, of the shape of ``t``.
+    """
+    now = _half_log_snr(process, t)
+    if not (is_transformed() or now.requires_grad or half.requires_grad or has_tangent(now, half)):
+        return t
+    with torch.no_grad():
+        inside = (process.sigma(t) > 0) & (process.squared_diffusion(t) > 0)
+        inside &= (_half_log_snr(process, t) - half).abs() < 1e-3
+        inside, elsewhere = inside.detach(), torch.full_like(t, 0.5 * process.t_max)
+        level = _half_log_snr(process, elsewhere).detach()
+    # Times without a derivative are solved for elsewhere: what is infinite there would make it nan.
+    solution, half = torch.where(inside, t, elsewhere), torch.where(inside, half, level)
+    for _ in range(2):
+        slope = -0.5 * process.squared_diffusion(solution) / process.sigma(solution).square()
+        solution = solution - (_half_log_snr(process, solution) - half) / slope
+    return t + torch.where(inside, solution - solution.detach(), 0.0)
+
+
+def _half_log_snr(process: AbstractDiffusion, t: Tensor) -> Tensor:
+    return process.log_alpha(t) - process.sigma(t).log()
 
 
 def as_time(t: Tensor | float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdesolve._internal.arguments import short, whole_number
-from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.diffusions.base import AbstractDiffusion, implicit_time
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSemilinear
 from sdesolve.solvers.base import AbstractSolver
@@ -107,12 +107,13 @@ class Schedule:
 
     def time_of(self, lam: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """The times between ``start`` and ``end`` with half log-SNR ``lam``, by bisection to the last bit or so."""
-        noisy, clean = torch.maximum(start, end), torch.minimum(start, end)
-        for _ in range(80):
-            middle = 0.5 * (noisy + clean)
-            too_clean = self.process.log_alpha(middle) - self.process.sigma(middle).log() > lam
-            clean, noisy = torch.where(too_clean, middle, clean), torch.where(too_clean, noisy, middle)
-        return 0.5 * (noisy + clean)
+        with torch.no_grad():
+            noisy, clean = torch.maximum(start, end).detach(), torch.minimum(start, end).detach()
+            for _ in range(80):
+                middle = 0.5 * (noisy + clean)
+                too_clean = (self.process.log_alpha(middle) - self.process.sigma(middle).log() > lam).detach()
+                clean, noisy = torch.where(too_clean, middle, clean), torch.where(too_clean, noisy, middle)
+        return implicit_time(self.process, (0.5 * (noisy + clean)).detach(), lam)
 
     def _check(self, name: str) -> None:
         clean = self.sigma == 0
