@@ -503,7 +503,8 @@ def _executed(problem: Problem, backend: Backend) -> tuple[Saved, str]:
             saved = _executor(name, backend).run(problem, lowered)
         except CannotExecute as met:
             if backend != "auto":
-                raise ValueError(f"{_REFUSED[name]}: {met}. backend='auto' runs it in another way") from None
+                why = f": {reason}" if (reason := str(met) or lowered.eager) else ""
+                raise ValueError(f"{_REFUSED[name]}{why}. backend='auto' runs it in another way") from None
             passed.append(f"{_PASSED[name]}{met}")
         else:
             return saved, "; ".join(filter(None, [saved.reason, *passed])) or "requested"

@@ -257,3 +257,10 @@ def test_the_steps_that_an_error_names_work():
     steps = int(str(met.value).split("steps=")[-1].split()[0])
     assert steps == 12
     assert sds.solve(sde, ONE, 0.0, 1.2, steps, **F).stats.steps == 12
+
+
+def test_why_no_kernel_does_its_steps():
+    equation = sds.DelaySDE(lambda x, t, pasts: -pasts[0], lags=[1.0], history=1.0)
+    for backend in ("kernel", "fused"):
+        with pytest.raises(ValueError, match=r": delays read states of earlier steps, which no kernel keeps"):
+            sds.solve(equation, torch.ones(3, 1), 0.0, 2.0, 4, solver=sds.EulerMaruyama(), seed=0, backend=backend)
