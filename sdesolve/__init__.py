@@ -49,6 +49,7 @@ from sdesolve.ensembles import (
     ValueHistogram,
     ensemble,
 )
+from sdesolve.flows import ExactInterpolant, FlowModel, FlowSDE, StochasticInterpolant, gaussian_bridge
 from sdesolve.integrate.hooks import SamplingStep
 from sdesolve.integrate.solution import DivergenceError, RateError, Solution, Stats, StepLimitError
 from sdesolve.integrate.solve import solve
@@ -73,6 +74,7 @@ from sdesolve.montecarlo.euler_law import EulerLaw, euler_law, pseudo_log_likeli
 from sdesolve.montecarlo.multilevel import MultilevelEstimate, multilevel
 from sdesolve.montecarlo.quasi import QuasiEstimate, quasi_monte_carlo
 from sdesolve.montecarlo.sensitivity import Sensitivity, sensitivity
+from sdesolve.parallel import ParallelSample, sample_in_parallel
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sampling import sample, tweedie
 from sdesolve.scores import (
@@ -163,8 +165,11 @@ from sdesolve.solvers import (
 )
 from sdesolve.solvers.correctors import LangevinCorrector
 from sdesolve.sums import Sums
+from sdesolve.training.bridges import fit_bridge
 from sdesolve.training.chain_objectives import ChainBound, SimpleChainLoss
 from sdesolve.training.checkpoints import load, save
+from sdesolve.training.distillation import FlowMap, FlowMapDistillation
+from sdesolve.training.flow_matching import FlowMatching
 from sdesolve.training.hub import load_score, push_to_hub, save_pretrained
 from sdesolve.training.losses import DenoisingScoreMatching, Objective
 from sdesolve.training.score_matching import (
@@ -186,25 +191,26 @@ __all__ = [
     "ClassifierGuidance", "Clip", "ControlPath", "CosineBeta", "Crossing", "DPMSolver", "DPMSolverPP", "DPMSolverPP2S",
     "DelaySDE", "DenoisingScoreMatching", "Discount", "Discounted", "DivergenceError", "DormandPrince", "DoubleWell",
     "Draws", "DynamicThreshold", "EDMHeun", "EnergyScore", "Ensemble", "EulerHeun", "EulerLaw", "EulerMaruyama",
-    "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "Gaussian", "GaussianMixture", "GeneralShARK",
-    "GeometricBrownianMotion",
+    "ExactInterpolant", "ExactTrace", "ExplicitScoreMatching", "FeatureMoments", "FlowMap", "FlowMapDistillation",
+    "FlowMatching", "FlowModel", "FlowSDE", "Gaussian", "GaussianMixture", "GeneralShARK", "GeometricBrownianMotion",
     "Gillespie", "Heston", "Heun", "Histogram", "HutchPP", "Hutchinson", "ImplicitEuler", "ImplicitScoreMatching",
     "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "JumpSDE", "LangevinCorrector", "LevyArea", "Likelihood",
     "Likelihoods", "LinearBeta", "LinearDiffusion", "LinearInterpolant", "LinearMultistep", "LogNormalNoise", "LogODE",
     "LotkaVolterra", "MergedMoments", "Midpoint", "Milstein", "Moments", "MultilevelEstimate", "NetworkScore", "Noise",
-    "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "PlainScore", "PredictorCorrector",
+    "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "ParallelSample", "PlainScore", "PredictorCorrector",
     "ProbabilityFlow", "QuantileSketch", "Quantisation", "QuasiEstimate", "RateError", "Rates", "Reactions",
     "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE", "ReversibleHeun", "Rodas4", "Row", "RunningMaximum",
     "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "SamplingStep",
     "Sensitivity", "ShARK", "SimpleChainLoss", "SlicedScoreMatching", "SlowRK", "Solution", "Span", "SplitStepEuler",
-    "Stats", "StepLimitError", "StochasticTable", "SubVP", "Sums", "Table", "TableBeta", "Tamed", "TauLeap",
-    "ThresholdedScore", "TimeAverage", "TrainingTimes", "Transitions", "Truncated", "Tsit5", "UnderdampedLangevin",
-    "UniPC", "UniformLogSNR", "UniformTime", "ValueHistogram", "W2Ito1", "WeakTable", "adapters", "correlated",
-    "decode", "drop_labels", "encode", "ensemble", "estimate_likelihood", "euler_law", "grids", "inverse", "load",
-    "load_score", "log_likelihood", "mcmc", "metrics", "models", "multilevel", "nn", "noised_cross_entropy",
-    "operators", "oracle", "pseudo_log_likelihood", "push_to_hub", "quasi_monte_carlo", "run_chain", "sample", "save",
-    "save_pretrained", "sensitivity", "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train",
-    "transitions", "tweedie", "variational_bound",
+    "Stats", "StepLimitError", "StochasticInterpolant", "StochasticTable", "SubVP", "Sums", "Table", "TableBeta",
+    "Tamed", "TauLeap", "ThresholdedScore", "TimeAverage", "TrainingTimes", "Transitions", "Truncated", "Tsit5",
+    "UnderdampedLangevin", "UniPC", "UniformLogSNR", "UniformTime", "ValueHistogram", "W2Ito1", "WeakTable", "adapters",
+    "correlated", "decode", "drop_labels", "encode", "ensemble", "estimate_likelihood", "euler_law", "fit_bridge",
+    "gaussian_bridge", "grids", "inverse", "load", "load_score", "log_likelihood", "mcmc", "metrics", "models",
+    "multilevel", "nn", "noised_cross_entropy", "operators", "oracle", "pseudo_log_likelihood", "push_to_hub",
+    "quasi_monte_carlo", "run_chain", "sample", "sample_in_parallel", "save", "save_pretrained", "sensitivity",
+    "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train", "transitions", "tweedie",
+    "variational_bound",
 ]  # fmt: skip
 
 

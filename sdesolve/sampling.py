@@ -173,7 +173,7 @@ def sample(
         TypeError: as `solve`.
         DivergenceError: as `solve`.
     """
-    score = score if given is None else _given(score, given)
+    score = score if given is None else given_to(score, given)
     _check_model(process, score)
     score = score if threshold is None else ThresholdedScore(process, score, threshold)
     solver = EulerMaruyama() if solver is None else solver
@@ -285,11 +285,12 @@ def tweedie(process: AbstractDiffusion, score: Score, x: Tensor, t: Tensor) -> T
     return (x + per_sample(process.sigma(t).square(), x) * s) / per_sample(process.alpha(t), x)
 
 
-def _given(score: Score, conditions: Mapping[str, Tensor | float]) -> Score:
+def given_to(score: Score, conditions: Mapping[str, Tensor | float]) -> Score:
+    """The score under conditions, those of its networks."""
     if isinstance(score, ThresholdedScore):
-        return ThresholdedScore(score.process, _given(score.score, conditions), score.threshold)
+        return ThresholdedScore(score.process, given_to(score.score, conditions), score.threshold)
     if isinstance(score, ClassifierFreeGuidance):
-        return score.of(*(_given(part, conditions) for part in score.conditionals), score.unconditional)
+        return score.of(*(given_to(part, conditions) for part in score.conditionals), score.unconditional)
     if not isinstance(score, NetworkScore):
         raise TypeError(f"given is for a NetworkScore, or guidance by one, got {kind_of(score)}; bind it in the score")
     return score.given(**conditions)  # type: ignore[arg-type]

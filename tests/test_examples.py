@@ -252,3 +252,16 @@ def test_every_example_is_listed_and_every_link_leads_somewhere():
     assert {file.name for file in EXAMPLES.glob("*.py")} <= targets
     for target in targets:
         assert (EXAMPLES / target).exists(), target
+
+
+@pytest.mark.thorough
+def test_flows(run):
+    row, _ = run("flows")
+    distance, off = row("learned flow, 40 steps")
+    assert distance < row("exact flow, one step")[0] / 3
+    assert off < row("exact flow, one step")[1] / 3
+    calls, evaluations, off = row("In parallel:")
+    assert evaluations >= 2.5 * calls
+    assert off < 1e-3
+    found, exact = row("arrival, xx")
+    assert found == pytest.approx(exact, abs=0.15)

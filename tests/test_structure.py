@@ -49,6 +49,8 @@ LAYERS = [
         "sdesolve.oracle",
         "sdesolve.metrics",
         "sdesolve.plotting",
+        "sdesolve.flows",
+        "sdesolve.parallel",
         "sdesolve.likelihood",
         "sdesolve.adapters",
         "sdesolve.montecarlo",

@@ -38,3 +38,4 @@ class Stream(enum.IntEnum):
     PASSAGE = 20  # within a step, given its ends: extremes, whether a boundary was met, and when
     SCRAMBLING = 21  # matrices and shifts that Sobol points are scrambled with; the dimension in place of the path
     PARTS = 22  # of a Brownian motion over a step that a jump cuts in two
+    PAIRING = 23  # training: which sample of a source goes with which of a target

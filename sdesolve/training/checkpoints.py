@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from sdesolve._internal.arguments import kind_of, number, short
 from sdesolve._internal.modes import modules_within
+from sdesolve.flows.interpolant import FlowModel
 from sdesolve.scores.network import NetworkScore
 from sdesolve.training import recipes
+from sdesolve.training.distillation import FlowMap
 
 VERSION = 2
 WEIGHTS, TRAINING, BLOCK = "weights", "training", "block"
@@ -166,6 +168,10 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
         result["(process)"] = module.process.identity()
         if module.normalizer is not None and module.normalizer.bounded:
             result["(range of data)"] = f"{module.normalizer.low:.6g} to {module.normalizer.high:.6g}"
+    if isinstance(module, FlowMap):
+        result["(process of the map)"] = module.process.identity()
+    if isinstance(module, FlowModel):
+        result["(interpolant)"] = module.interpolant.identity()
     return result
 
 
