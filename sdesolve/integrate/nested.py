@@ -106,6 +106,8 @@ class Nested:
         self.m, self.like = math.prod(problem.increment.shape[1:]), x0.detach().new_empty(0)
         self.rows = torch.arange(batch, device=x0.device)
         self.k, self.shared = solver.order(problem.equation.noise), solver.shared and batch > 0
+        if self.shared and problem.following is not None and problem.following.stops:
+            raise ValueError("paths that stop at until= take steps of their own; leave shared= out")
         grid = problem.times if problem.times.ndim == 2 else problem.times[:, None].expand(-1, batch)
         self.grid = grid.to(x0.device)
         none = torch.zeros(batch, dtype=torch.int64, device=x0.device)

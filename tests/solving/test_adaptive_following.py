@@ -148,3 +148,6 @@ def test_gradients_flow_through_what_is_carried_and_what_does_not_fuse_says_so()
     for wrong, why in ((3.0, r"outside"), (math.nan, "at")):
         with pytest.raises(ValueError, match=why):
             sds.solve(DECAY, x0, 0.0, 2.0, solver=PAIRS[0], at=[(wrong, lambda x: x)])
+    shared = sds.Adaptive(sds.SPaRK(), 1e-2, shared=True)
+    with pytest.raises(ValueError, match="leave shared= out"):
+        sds.solve(NOISY, x0, 0.0, 1.0, solver=shared, seed=1, until=sds.Crossing(lambda x, t: x[:, 0] - 9))
