@@ -6,7 +6,7 @@ import abc
 import functools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, final
 
 import torch
@@ -15,6 +15,7 @@ from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sdesolve._internal.ahead import Ahead
 from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, Increment, Place, named
 from sdesolve.integrate.adaptive import integrate_adaptively
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _CHUNK_NORMALS = 64
 _CHUNK_ELEMENTS = 1 << 20
 _SPANS = 64  # steps whose times are made tensors at once
+_MOST_AHEAD = 1 << 13  # steps of a run whose score makes its numbers for all times at once
 _LOOK, _FEW, _LEAST = 4, 0.9, 16  # paths that stop: steps between looks; as in `adaptive`
 
 
@@ -66,8 +68,11 @@ class AbstractSteppedContext(StepContext):
     """What step ``k`` reads, for executors that go from step to step."""
 
     def __init__(self, lowered: Lowered, numbers: Tensor | None) -> None:
-        self._k, self._correcting = 0, lowered.correcting
-        self._numbers = None if numbers is None else numbers.unbind(0)
+        self._k, self._correcting, self._table = 0, lowered.correcting, numbers
+        self._clocks = lowered.clocks
+        self._ahead: Ahead | None = None
+        if numbers is not None and numbers.ndim == 2 and lowered.clocks and len(numbers) <= _MOST_AHEAD:
+            self._ahead = Ahead(numbers[:, : lowered.clocks].T.reshape(-1))
         self._skipped = None if lowered.skipped is None else lowered.skipped.tolist()
 
     @property
@@ -82,10 +87,23 @@ class AbstractSteppedContext(StepContext):
     def narrow(self, rows: Tensor | None) -> None:
         """Goes on with these rows alone; all of them for ``None``."""
 
+    @functools.cached_property
+    def _numbers(self) -> tuple[Tensor, ...]:
+        """Rows of the table."""
+        assert self._table is not None
+        return self._table.unbind(0)
+
     @final
     def number(self, column: int) -> Tensor:
-        assert self._numbers is not None
+        if self._ahead is not None and column < self._clocks:
+            return self._ahead.each[column * len(self._ahead.each) // self._clocks + self._k]
         return self._numbers[self._k][column]
+
+    @final
+    def times_ahead(self) -> AbstractContextManager[None]:
+        """Within, the score makes numbers of all times of the run at once, unless gradients may be wanted of them."""
+        hidden = torch.is_grad_enabled() or is_transformed() or forward_ad._current_level >= 0
+        return nullcontext() if self._ahead is None or hidden else self._ahead.known()
 
     @final
     def skips(self, part: int) -> bool:
@@ -164,7 +182,7 @@ class KernelContext(AbstractSteppedContext):
     def __init__(self, lowered: Lowered, dtype: torch.dtype, device: torch.device) -> None:
         table = None if lowered.table is None else lowered.table.to(dtype=dtype, device=device)
         super().__init__(lowered, table)
-        self._table, self._rows = table, dict[int, Tensor]()
+        self._rows = dict[int, Tensor]()
         self._draws = lowered.driving[0].draws if lowered.driving else 0
 
     @abc.abstractmethod
@@ -229,6 +247,7 @@ class Steps:
         self._spans_from = 0
         self._whole: States = ()  # of all rows, where paths that have stopped have left the batch
         self._rows = torch.zeros(0)  # that are left
+        self.times_ahead = context.times_ahead
 
     def narrowed(self, states: States, rows: Tensor) -> States:
         """States of these rows alone, with which steps go on."""
@@ -369,7 +388,7 @@ class Stepwise:
         """
         problem = self.problem
         left = problem.steps - self.k
-        with progress_bar(problem.progress, total=left, unit="step", leave=False) as bar:
+        with progress_bar(problem.progress, total=left, unit="step", leave=False) as bar, self._steps.times_ahead():
             for i in range(left):
                 if i % _LOOK == 0 and self._leave():
                     self._stand_still()

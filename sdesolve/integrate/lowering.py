@@ -199,6 +199,7 @@ class Lowered:
         rule: how steps are chosen, where each path chooses its own (`fused_adaptive`).
         rows: numbers of the rows' paths, counted from the first path, where a kernel is to read them from a list.
         eager: why no kernel does the step, for one that none does.
+        clocks: how many columns of the table, from the first on, are times that the score is called at.
     """
 
     step: Callable[[StepContext, States], States]
@@ -214,6 +215,7 @@ class Lowered:
     rule: Rule | ReactionRule | None = None
     rows: Tensor | None = None
     eager: str = ""
+    clocks: int = 0
 
     @property
     def sources(self) -> tuple[NoiseSource, ...]:
@@ -412,8 +414,10 @@ def _tabulated(problem: Problem, solver: AbstractTabulated, table: Table, denois
     source = NoiseSource(problem.noise.in_draws(table.draws), table.draws, lambda: (table.draws, *state))
     numbers = torch.cat([table.times, *table.rows], dim=1)
     driving = (source,) if table.draws else ()
-    denoised = denoise is not None
-    return Lowered(step, solver.memory, driving, table=numbers, skipped=table.skipped, denoised=denoised)
+    denoised, clocks = denoise is not None, table.times.shape[1]
+    return Lowered(
+        step, solver.memory, driving, table=numbers, skipped=table.skipped, denoised=denoised, clocks=clocks
+    )  # fmt: skip
 
 
 def _corrected(problem: Problem, solver: PredictorCorrector, predictor: Lowered) -> Lowered:

@@ -231,7 +231,6 @@ class _Laws(AbstractSteppedContext):
         self._x, self._law = x, None
 
     def row(self, columns: slice, draw: int | None) -> Row:
-        assert self._numbers is not None
         numbers = self._numbers[self._k][columns]
         if draw is None:
             return torch_row(numbers, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, final
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from sdesolve._internal.ahead import numbers_ahead
 from sdesolve._internal.arguments import short
 from sdesolve._internal.precision import NARROW, are_networks_in_their_own
 from sdesolve.diffusions.base import AbstractDiffusion, AbstractInterpolant
@@ -232,6 +234,12 @@ def _is_straight(process: AbstractDiffusion) -> bool:
     return all(abs(float(process.alpha(t)) + float(process.sigma(t)) - 1.0) < 1e-6 for t in times)
 
 
+def _of_numbers(process: object) -> bool:
+    """Whether an object, and what it holds, is of this library and numbers: what it gives at times it gives at each."""
+    held = vars(process).values() if type(process).__module__.startswith("sdesolve.") else (process,)
+    return all(isinstance(v, float | int | str | None) or (v is not process and _of_numbers(v)) for v in held)
+
+
 _DROPOUT = {"label": "label_dropout=0.1 as well"}
 _DROPOUT_OF = "condition_dropout=0.1 and its null value as well"
 
@@ -440,16 +448,38 @@ class NetworkScore(nn.Module):
                 f"expected x of shape (batch, *state) and t of shape () or (batch,), got x {tuple(x.shape)} and t "
                 f"{tuple(t.shape)}"
             )
+        key = self.predicts, x.dtype, x.device
+        c = numbers_ahead(t, self.process, key, functools.partial(self._at_each, x)) or self._at(x, t)
+        alpha, sigma, log_ratio, turn = c
+        if log_ratio is not None:
+            log_ratio = log_ratio.expand(len(x))
+        if t.ndim == 0:
+            return Coefficients(alpha, sigma, log_ratio, turn)
+        turn = None if turn is None else Turn(*(per_sample(r, x) for r in turn))
+        return Coefficients(per_sample(alpha, x), per_sample(sigma, x), log_ratio, turn)
+
+    def _at(self, x: Tensor, t: Tensor) -> Coefficients:
+        """The coefficients at any times, of their shape and in the precision of ``x``."""
         t = t if t.ndim == 0 else t.to(x.device)
         # alpha and sigma in the precision of the time, which a solver gives in float64, and only then in that of x.
         log_alpha, sigma = self.process.log_alpha_and_sigma(t)
         log_ratio = None
         if isinstance(self._parameterization, PreconditionsEDM):
-            log_ratio = (sigma.log() - log_alpha).to(x).expand(len(x))
+            log_ratio = (sigma.log() - log_alpha).to(x)
         alpha, turn = log_alpha.exp(), None
         if isinstance(self._parameterization, PredictsFlow):
-            turn = Turn(*(per_sample(c.to(x.dtype), x) for c in self._turn(t, alpha, sigma)))
-        return Coefficients(per_sample(alpha.to(x.dtype), x), per_sample(sigma.to(x.dtype), x), log_ratio, turn)
+            turn = Turn(*(r.to(x.dtype) for r in self._turn(t, alpha, sigma)))
+        return Coefficients(alpha.to(x.dtype), sigma.to(x.dtype), log_ratio, turn)
+
+    def _at_each(self, x: Tensor, times: Tensor) -> list[Coefficients]:
+        """`_at` each of ``times``, ``(n,)``, in one evaluation; nothing for a process that is not of this library."""
+        if not _of_numbers(self.process):
+            return []
+        alpha, sigma, log_ratio, turn = self._at(x, times)
+        n = len(times)
+        ratios = [None] * n if log_ratio is None else log_ratio.expand(n).unbind(0)
+        turns = [None] * n if turn is None else map(Turn, *(r.expand(n).unbind(0) for r in turn))
+        return list(map(Coefficients, alpha.expand(n).unbind(0), sigma.expand(n).unbind(0), ratios, turns))
 
     def _turn(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Turn:
         if isinstance(self.process, AbstractInterpolant):
