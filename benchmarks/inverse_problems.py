@@ -28,6 +28,7 @@ PROCESS = sds.VP()
 CHANNELS, PLACES = 2, 4
 SHAPE = (CHANNELS, PLACES)
 SAMPLES = 20_000
+PARTICLES = 256  # of each run; runs are pooled
 
 Method = Callable[..., Any]
 METHODS: dict[str, Method] = {
@@ -110,7 +111,10 @@ def chain_error(sde: Any, solver: Any, posterior: sds.Gaussian, steps: int) -> f
 
 
 def mixture_errors(noise_std: float, steps: int) -> dict[str, float | None]:
-    """Sliced Wasserstein-1 distance to exact posterior samples, and between two sets of these."""
+    """Sliced Wasserstein-1 distance to exact posterior samples, and between two sets of these.
+
+    Particles are those of independent runs, each drawn with equal weights.
+    """
     means = torch.tensor([[-2.0, 1.0], [0.0, -1.5], [2.0, 1.2], [2.2, -1.0]])
     prior = sds.GaussianMixture(means, torch.tensor([0.3, 0.4, 0.25, 0.5]))
     A = Mask(torch.tensor([False, True]))
@@ -141,6 +145,15 @@ def mixture_errors(noise_std: float, steps: int) -> dict[str, float | None]:
     print(f"mixture        two exact samples   {found}", flush=True)
     for label, score in scores.items():
         found[label] = distance(score, sds.SDEDPMSolverPP())
+        print(f"mixture        {label:20s}", found[label], flush=True)
+    potential = sds.inverse.ObservationPotential(PROCESS, A, y, noise_std)
+    for label, guidance in (("twisted particles", 1.0), ("bootstrap particles", 0.0)):
+        runs = sds.sequential_monte_carlo(
+            PROCESS, prior.score(PROCESS), potential, (math.ceil(SAMPLES / PARTICLES), 2), particles=PARTICLES,
+            solver=sds.SDEDPMSolverPP(), steps=steps, seed=6, guidance=guidance, dtype=torch.float64,
+        )  # fmt: skip
+        x = runs.draw().flatten(0, 1)[:SAMPLES]
+        found[label] = float(sds.metrics.sliced_wasserstein(x, truth, p=1.0))
         print(f"mixture        {label:20s}", found[label], flush=True)
     return found
 

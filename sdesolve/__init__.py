@@ -74,6 +74,7 @@ from sdesolve.montecarlo.euler_law import EulerLaw, euler_law, pseudo_log_likeli
 from sdesolve.montecarlo.multilevel import MultilevelEstimate, multilevel
 from sdesolve.montecarlo.quasi import QuasiEstimate, quasi_monte_carlo
 from sdesolve.montecarlo.sensitivity import Sensitivity, sensitivity
+from sdesolve.montecarlo.sequential import Particles, sequential_monte_carlo
 from sdesolve.parallel import ParallelSample, sample_in_parallel
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sampling import sample, tweedie
@@ -197,7 +198,8 @@ __all__ = [
     "ImplicitSquareRoot", "Increment", "Integral", "Jacobi", "JumpSDE", "LangevinCorrector", "LevyArea", "Likelihood",
     "Likelihoods", "LinearBeta", "LinearDiffusion", "LinearInterpolant", "LinearMultistep", "LogNormalNoise", "LogODE",
     "LotkaVolterra", "MergedMoments", "Midpoint", "Milstein", "Moments", "MultilevelEstimate", "NetworkScore", "Noise",
-    "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "ParallelSample", "PlainScore", "PredictorCorrector",
+    "NoiseLadder", "Objective", "Occupation", "OrnsteinUhlenbeck", "ParallelSample", "Particles", "PlainScore",
+    "PredictorCorrector",
     "ProbabilityFlow", "QuantileSketch", "Quantisation", "QuasiEstimate", "RateError", "Rates", "Reactions",
     "Rectified", "Reflection", "ReverseDiffusion", "ReverseSDE", "ReversibleHeun", "Rodas4", "Row", "RunningMaximum",
     "RunningMinimum", "SASolver", "SDEDPMSolverPP", "SDEDPMSolverPP2S", "SKenCarp", "SPaRK", "SamplingStep",
@@ -209,8 +211,8 @@ __all__ = [
     "gaussian_bridge", "grids", "inverse", "load", "load_score", "log_likelihood", "mcmc", "metrics", "models",
     "multilevel", "nn", "noised_cross_entropy", "operators", "oracle", "pseudo_log_likelihood", "push_to_hub",
     "quasi_monte_carlo", "run_chain", "sample", "sample_in_parallel", "save", "save_pretrained", "sensitivity",
-    "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train", "transitions", "tweedie",
-    "variational_bound",
+    "sequential_monte_carlo", "show_versions", "solve", "supports", "to_ito", "to_stratonovich", "train",
+    "transitions", "tweedie", "variational_bound",
 ]  # fmt: skip
 
 

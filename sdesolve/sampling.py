@@ -174,7 +174,7 @@ def sample(
         DivergenceError: as `solve`.
     """
     score = score if given is None else given_to(score, given)
-    _check_model(process, score)
+    check_model(process, score)
     score = score if threshold is None else ThresholdedScore(process, score, threshold)
     solver = EulerMaruyama() if solver is None else solver
     if not isinstance(solver, AbstractSolver):
@@ -195,7 +195,7 @@ def sample(
             )
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {short(dtype)}{hint}")
     shape, dtype, device = _like(x0, shape, dtype, device)
-    times = _times(process, solver, steps, grid, from_time)
+    times = sampling_times(process, solver, steps, grid, from_time)
     if bool((process.sigma(times[-1]) == 0).any()):
         denoise = False  # nothing is left to remove
     full = flag(full, "full") or save_at is not None
@@ -296,7 +296,8 @@ def given_to(score: Score, conditions: Mapping[str, Tensor | float]) -> Score:
     return score.given(**conditions)  # type: ignore[arg-type]
 
 
-def _check_model(process: AbstractDiffusion, score: Score) -> None:
+def check_model(process: AbstractDiffusion, score: Score) -> None:
+    """Refuses what is no forward process, and a score that is none or was made for other noise."""
     if not isinstance(process, AbstractDiffusion):
         hint = ""
         if isinstance(process, ReverseSDE | ProbabilityFlow):
@@ -346,7 +347,8 @@ def _scores_within(score: Score) -> tuple[Score, ...]:
     return (score.score,) if isinstance(score, ClassifierGuidance | AbstractPosteriorScore | ThresholdedScore) else ()
 
 
-def _shape(shape: object) -> tuple[int, ...]:
+def state_shape(shape: object) -> tuple[int, ...]:
+    """``(batch, *state)`` as integers."""
     if isinstance(shape, int) or not isinstance(shape, Sequence):
         raise TypeError(f"shape must be (batch, *state), such as (64, 2), got {short(shape)}")
     return tuple(whole_number(n, "each entry of shape", 0) for n in shape)
@@ -359,9 +361,9 @@ def _like(
     if x0 is None:
         if shape is None:
             raise TypeError("give the shape of the result, (batch, *state), or x0, the states to start from")
-        return _shape(shape), dtype or torch.float32, device_of(device)
+        return state_shape(shape), dtype or torch.float32, device_of(device)
     check_state(x0)
-    for name, given, own in (("shape", shape and _shape(shape), tuple(x0.shape)), ("dtype", dtype, x0.dtype)):
+    for name, given, own in (("shape", shape and state_shape(shape), tuple(x0.shape)), ("dtype", dtype, x0.dtype)):
         if given is not None and given != own:
             raise ValueError(f"{name} of the samples is that of x0, {own}, got {given}; leave it out")
     if device is not None and device_of(device) != x0.device:
@@ -391,9 +393,10 @@ def _own_grid(process: AbstractDiffusion, steps: int, first: float) -> Tensor:
     return torch.cat([torch.tensor([first], dtype=torch.float64), process.time_grid(high)[-steps:]])
 
 
-def _times(
+def sampling_times(
     process: AbstractDiffusion, solver: AbstractSolver, steps: int | None, grid: Tensor | None, from_time: float | None
 ) -> Tensor:
+    """The grid that `sample` takes for these arguments, ``(steps + 1,)``, float64 on the host."""
     if from_time is not None:
         from_time = number(from_time, "from_time")
         if grid is not None:

@@ -39,3 +39,4 @@ class Stream(enum.IntEnum):
     SCRAMBLING = 21  # matrices and shifts that Sobol points are scrambled with; the dimension in place of the path
     PARTS = 22  # of a Brownian motion over a step that a jump cuts in two
     PAIRING = 23  # training: which sample of a source goes with which of a target
+    RESAMPLING = 24  # which particles of a sequential Monte Carlo run go on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import cast, final
 
 import torch
@@ -20,10 +21,11 @@ from sdesolve.integrate.problem import Problem, Watched
 from sdesolve.integrate.save_at import SavePlan
 from sdesolve.reverse import Score
 from sdesolve.sde import AbstractSDE
-from sdesolve.solvers.base import AbstractSolver
+from sdesolve.solvers.base import AbstractSolver, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector
 from sdesolve.solvers.tabulated import Row, torch_row
 
+Reach = Callable[[Tensor, Tensor], Tensor]
 _TAKE = "take Ancestral, EulerMaruyama, ReverseDiffusion, DDIM(eta) or SDEDPMSolverPP"
 
 
@@ -139,16 +141,7 @@ def transitions(
         ValueError: the solver's steps are not Gaussian, or have no noise; states and times that are not as many.
         TypeError: no process, score, solver, or states that are no tensor.
     """
-    if not isinstance(process, AbstractDiffusion):
-        raise TypeError(f"process must be a linear diffusion such as VP(), got {kind_of(process)}")
-    if not isinstance(solver, AbstractSolver):
-        raise TypeError(f"solver must be a solver object such as Ancestral(), got {kind_of(solver)}")
-    name = type(solver).__name__
-    c = solver.sampling_stochasticity if stochasticity is None else stochasticity
-    if c == 0:
-        raise ValueError(f"{name} follows the probability flow, whose steps are functions and no laws: {_TAKE}")
-    if isinstance(solver, PredictorCorrector) or solver.controller is not None:
-        raise ValueError(f"the law of a whole step of {name} is not Gaussian: {_TAKE}")
+    check_gaussian_solver(process, solver, stochasticity)
     if not isinstance(xs, Tensor) or xs.ndim < 2 or len(xs) < 2:
         got = f"shape {tuple(xs.shape)}" if isinstance(xs, Tensor) else kind_of(xs)
         raise TypeError(f"xs must hold at least two states, (steps + 1, batch, *state), got {got}")
@@ -159,25 +152,82 @@ def transitions(
             f"ts must hold a time for each of the {len(xs)} states, or one for each of their {xs.shape[1]} rows too, "
             f"got {tuple(times.shape)}"
         )
-    sde = process.reverse(score, c).directed(-1.0)
-    check_pair(solver, sde)
-    problem = Problem(solver, sde, Watched(sde, times), BrownianPath(0), times, xs[0], SavePlan(times, None))
-    _check_gaussian(problem, name)
-    return _followed(problem, lower(problem), xs)
+    laws = StepLaws(process, score, xs[0], times, solver, stochasticity)
+    found = [laws.step(k, xs[k], lambda mean, std, to=xs[k + 1]: to) for k in range(len(times) - 1)]  # type: ignore[misc]
+    return Transitions(torch.stack([mean for _, mean, _ in found]), torch.stack([std for _, _, std in found]))
 
 
-def _followed(problem: Problem, lowered: Lowered, xs: Tensor) -> Transitions:
-    context, states = _Laws(lowered, xs[0]), lowered.start(xs[0])
-    means, stds = [], []
-    for k, span in enumerate(problem.spans(0, problem.steps)):
-        context.arrives(xs[k + 1])
-        context.begin(k, span)
-        states = lowered.step(context, (xs[k], *states[1:]))
-        mean, std = context.law(states[0])
-        means.append(mean)
-        stds.append(std)
-        problem.watched.checking = False
-    return Transitions(torch.stack(means), torch.stack(stds))
+@final
+class StepLaws:
+    """The laws of the steps of a sampler, one after another, for states that are chosen on the way.
+
+    Args:
+        process: the forward diffusion.
+        score: ``grad_x log p_t(x)``.
+        x: the first states, or others like them, ``(batch, *state)``.
+        times: the grid, float64 on the host.
+        solver: as for `transitions`.
+        stochasticity: likewise.
+
+    Raises:
+        ValueError: as `transitions`.
+        TypeError: as `transitions`.
+    """
+
+    def __init__(
+        self,
+        process: AbstractDiffusion,
+        score: Score,
+        x: Tensor,
+        times: Tensor,
+        solver: AbstractSolver,
+        stochasticity: float | None,
+    ) -> None:
+        c = check_gaussian_solver(process, solver, stochasticity)
+        sde = process.reverse(score, c).directed(-1.0)
+        check_pair(solver, sde)
+        self._problem = Problem(solver, sde, Watched(sde, times), BrownianPath(0), times, x, SavePlan(times, None))
+        _check_gaussian(self._problem, type(solver).__name__)
+        self._begin(lower(self._problem))
+
+    @classmethod
+    def _of(cls, problem: Problem, lowered: Lowered) -> StepLaws:
+        laws = cls.__new__(cls)
+        laws._problem = problem
+        laws._begin(lowered)
+        return laws
+
+    def _begin(self, lowered: Lowered) -> None:
+        x = self._problem.x0
+        self._lowered, self._context, self._memory = lowered, _Laws(lowered, x), lowered.start(x)[1:]
+
+    def step(self, k: int, x: Tensor, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
+        """What step ``k`` from ``x`` leads to, made by ``reach`` of its mean and standard deviation, and these two."""
+        self._context.begin(k, self._problem.spans(k, 1)[0])
+        self._context.reach = reach
+        states = self._lowered.step(self._context, (x, *self._memory))
+        self._memory = states[1:]
+        self._problem.watched.checking = False
+        return states[0], *self._context.law(states[0])
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with what is remembered of these rows."""
+        self._memory = tuple(m.index_select(0, rows) for m in self._memory)
+
+
+def check_gaussian_solver(process: AbstractDiffusion, solver: AbstractSolver, stochasticity: float | None) -> float:
+    """The stochasticity of a sampler, which is refused where its kind tells that its steps are not Gaussian."""
+    if not isinstance(process, AbstractDiffusion):
+        raise TypeError(f"process must be a linear diffusion such as VP(), got {kind_of(process)}")
+    if not isinstance(solver, AbstractSolver):
+        raise TypeError(f"solver must be a solver object such as Ancestral(), got {kind_of(solver)}")
+    name = type(solver).__name__
+    c = solver.sampling_stochasticity if stochasticity is None else stochasticity
+    if c == 0:
+        raise ValueError(f"{name} follows the probability flow, whose steps are functions and no laws: {_TAKE}")
+    if isinstance(solver, PredictorCorrector) or solver.controller is not None:
+        raise ValueError(f"the law of a whole step of {name} is not Gaussian: {_TAKE}")
+    return c
 
 
 def _check_gaussian(problem: Problem, name: str) -> None:
@@ -196,7 +246,7 @@ def _check_gaussian(problem: Problem, name: str) -> None:
         problem, equation=sde, watched=Watched(sde, times), times=times, x0=x, save=SavePlan(times, None)
     )
     try:
-        _followed(bare, _table_alone(bare), torch.stack([x, x]))
+        StepLaws._of(bare, _table_alone(bare)).step(0, x, lambda mean, std: x)
     except _NotGaussian:
         raise ValueError(
             f"the law of a step of {name} is not Gaussian: it takes noise before its last evaluation of the score, or "
@@ -219,16 +269,17 @@ class _NotGaussian(Exception):
 
 @final
 class _Laws(AbstractSteppedContext):
-    """Steps whose noise is that which leads to a given state; keeps what it was added to."""
+    """Steps whose noise is that which leads to a state of another's choice; keeps what it was added to."""
 
     def __init__(self, lowered: Lowered, like: Tensor) -> None:
         super().__init__(lowered, None if lowered.table is None else lowered.table.to(like))
         self._draws = sum(source.draws for source in lowered.driving)
         self._x, self._law = like, cast("tuple[Tensor, Tensor] | None", None)
+        self.reach: Reach = lambda mean, std: mean
 
-    def arrives(self, x: Tensor) -> None:
-        """The state at the end of the next step."""
-        self._x, self._law = x, None
+    def begin(self, k: int, span: Span) -> None:
+        super().begin(k, span)
+        self._law = None
 
     def row(self, columns: slice, draw: int | None) -> Row:
         numbers = self._numbers[self._k][columns]
@@ -237,6 +288,7 @@ class _Laws(AbstractSteppedContext):
 
         def reached(x: Tensor, *terms: Tensor) -> Tensor:
             self._law = torch_row(numbers, None)(x, *terms), numbers[-1]
+            self._x = self.reach(*self._law)
             return self._x
 
         return reached
