@@ -51,6 +51,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sdesolve._internal.progress import progress_bar
 from sdesolve.brownian import AbstractNoise, BrownianPath, BrownianRows, GivenNormals, Increment
+from sdesolve.integrate import refusals
 from sdesolve.integrate.checks import all_finite
 from sdesolve.integrate.executors import CannotExecute, Eager
 from sdesolve.integrate.fused_gradient import Again, check_without_hooks, compare_gradients, differentiated
@@ -198,7 +199,14 @@ class Fused:
 
             return run_adaptively(problem, lowered, self._wanted)
         problem, lowered = _numbered(problem, lowered)
-        kernel, guards = prepared(problem, lowered, self._wanted)
+        refusal = "" if self._wanted else refusals.kept(problem)
+        if refusal:
+            raise CannotExecute(refusal)
+        try:
+            kernel, guards = prepared(problem, lowered, self._wanted)
+        except CannotExecute as met:
+            refusals.keep(problem, str(met))
+            raise
         stopping: Stopping | None = None
         if _leaves(problem, kernel.adjoint is not None or kernel.pushed):
             stopping = Stopping(kernel.trajectory, sum(map(math.prod, lowered.shapes(problem.x0)[1:-3])))
