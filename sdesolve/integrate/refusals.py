@@ -38,7 +38,9 @@ _refusals: dict[Hashable, _Refusal] = {}
 def kept(problem: Problem) -> str:
     """Why no kernel was made for a call of this kind with this network; nothing, if that is to be asked again."""
     net = _network(problem)
-    held = None if net is None else _refusals.get(_key(problem, net))
+    if net is None:
+        return ""
+    held = _refusals.get(_key(problem, net))
     if held is None or held.net() is not net or held.left == 0 or held.glance != _glance(net):
         return ""
     held.left -= 1
