@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar, final
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 _HOST_DTYPES = (torch.float32, torch.float64)
 _KNOWN = 256  # values that are remembered
+_NUMBERS = (bool, int, float, str, type(None))
+_METHODS = (types.FunctionType, property, staticmethod, classmethod)
 R = TypeVar("R")
 T = TypeVar("T", bound=Tensor | tuple[Tensor | None, ...])
 
@@ -62,6 +65,25 @@ class Copies(Generic[T]):
         # A copy made in inference mode could not take part in a gradient later.
         with torch.inference_mode(False), torch.no_grad():
             return self._convert(self._constant, dtype, device)
+
+
+def numbers_of(thing: object) -> Hashable | None:
+    """What an object of this library is, if it holds numbers and such objects alone; `None` for any other.
+
+    Equal for objects that compute the same: their classes, the methods that these have now, and the numbers.
+    """
+    kind = type(thing)
+    if not kind.__module__.startswith("sdesolve.") or not hasattr(thing, "__dict__"):
+        return None
+    held: list[Hashable] = [kind]
+    for base in kind.__mro__[:-1]:
+        held += [value for value in vars(base).values() if isinstance(value, _METHODS)]
+    for name, value in vars(thing).items():
+        part = (type(value), repr(value)) if isinstance(value, _NUMBERS) else numbers_of(value)
+        if part is None:
+            return None
+        held += (name, part)
+    return tuple(held)
 
 
 def remembered(function: Callable[..., R]) -> Callable[..., R]:

@@ -11,12 +11,14 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, final
 
 import torch
+from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
+from sdesolve._internal.copies import numbers_of
 from sdesolve._internal.levy_area import VARIANCES, LevyArea, composed_area, composition, weighted_sum
 from sdesolve.brownian import AbstractNoise, AbstractStreams, BrownianPath, Increment, Part, named
 from sdesolve.integrate import pure_noise
@@ -24,6 +26,7 @@ from sdesolve.integrate.clock import check_clock
 from sdesolve.integrate.path_measure import PathMeasure, lengths
 from sdesolve.integrate.problem import Problem
 from sdesolve.jumps import AbstractJumping
+from sdesolve.reverse import ProbabilityFlow, ReverseSDE
 from sdesolve.sde import AbstractSDE, AbstractSemilinear, Field, Noise, per_sample
 from sdesolve.solvers.base import AbstractOneStep, AbstractRemembering, Span
 from sdesolve.solvers.predictor_corrector import PredictorCorrector, reversed_diffusion
@@ -321,7 +324,7 @@ def _lowered(problem: Problem) -> Lowered:
     noise, by_steps = problem.noise, isinstance(solver, AbstractOneStep)
     if isinstance(solver, AbstractTabulated) and isinstance(problem.equation, AbstractSemilinear):
         denoise = pure_noise.denoiser(problem)
-        table = (solver.denoised_table if denoise else solver.table)(problem.equation, problem.times)
+        table = _table(solver, problem.equation, problem.times, denoised=denoise is not None)
         if table is not None and (noise.timeless or not (table.draws and by_steps)):
             if table.draws and not noise.timeless:
                 raise ValueError(
@@ -332,6 +335,31 @@ def _lowered(problem: Problem) -> Lowered:
     if not isinstance(solver, AbstractOneStep):
         raise TypeError(f"{type(solver).__name__} has no step for {type(problem.equation).__name__}")
     return one_step(problem, solver)
+
+
+_tables: dict[Hashable, Table] = {}
+_TABLES_KEPT, _MOST_TIMES = 64, 1 << 10
+
+
+def _table(solver: AbstractTabulated, sde: AbstractSemilinear, times: Tensor, *, denoised: bool) -> Table | None:
+    """The table of a solver, kept by the values of all that it is made of where these are numbers alone."""
+    make = solver.denoised_table if denoised else solver.table
+    hidden = is_transformed() or torch.is_inference_mode_enabled()
+    if hidden or times.ndim != 1 or len(times) > _MOST_TIMES or not isinstance(sde, ReverseSDE | ProbabilityFlow):
+        return make(sde, times)
+    held = numbers_of(solver), numbers_of(sde.forward)
+    if None in held:
+        return make(sde, times)
+    stochasticity = sde.stochasticity if isinstance(sde, ReverseSDE) else 0.0
+    key = held, type(sde), stochasticity, denoised, times.numpy().tobytes(), torch.get_default_dtype()
+    table = _tables.get(key)
+    if table is None:
+        table = make(sde, times.clone())  # which holds a part of them, and the user may write into his own
+        if len(_tables) >= _TABLES_KEPT:
+            _tables.clear()
+        if table is not None:
+            _tables[key] = table
+    return table
 
 
 def one_step(problem: Problem, solver: AbstractOneStep) -> Lowered:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdesolve._internal.ahead import numbers_ahead
 from sdesolve._internal.arguments import short
+from sdesolve._internal.copies import numbers_of
 from sdesolve._internal.precision import NARROW, are_networks_in_their_own
 from sdesolve.diffusions.base import AbstractDiffusion, AbstractInterpolant
 from sdesolve.nn.labels import Given, LabelledNetwork, check_rows
@@ -232,12 +233,6 @@ def _check_meaning(predicts: str, process: AbstractDiffusion) -> None:
 def _is_straight(process: AbstractDiffusion) -> bool:
     times = (process.t_min, 0.5 * (process.t_min + process.t_max), process.t_max)
     return all(abs(float(process.alpha(t)) + float(process.sigma(t)) - 1.0) < 1e-6 for t in times)
-
-
-def _of_numbers(process: object) -> bool:
-    """Whether an object, and what it holds, is of this library and numbers: what it gives at times it gives at each."""
-    held = vars(process).values() if type(process).__module__.startswith("sdesolve.") else (process,)
-    return all(isinstance(v, float | int | str | None) or (v is not process and _of_numbers(v)) for v in held)
 
 
 _DROPOUT = {"label": "label_dropout=0.1 as well"}
@@ -473,7 +468,7 @@ class NetworkScore(nn.Module):
 
     def _at_each(self, x: Tensor, times: Tensor) -> list[Coefficients]:
         """`_at` each of ``times``, ``(n,)``, in one evaluation; nothing for a process that is not of this library."""
-        if not _of_numbers(self.process):
+        if numbers_of(self.process) is None:
             return []
         alpha, sigma, log_ratio, turn = self._at(x, times)
         n = len(times)

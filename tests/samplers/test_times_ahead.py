@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import sdesolve as sds
+from sdesolve._internal.copies import numbers_of
+from sdesolve.integrate import lowering
 from sdesolve.scores import network
 
 
@@ -42,8 +44,8 @@ _RUNS: dict[str, tuple[sds.AbstractDiffusion, str, dict[str, object]]] = {
 def test_bits_are_those_of_each_time_for_itself(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     process, predicts, options = _RUNS[name]
     seen: list[tuple[Tensor, list[float]]] = []
-    for of_numbers in (network._of_numbers, lambda process: False):
-        monkeypatch.setattr(network, "_of_numbers", of_numbers)
+    for found in (network.numbers_of, lambda process: None):
+        monkeypatch.setattr(network, "numbers_of", found)
         net = _Pooled()
         score = sds.NetworkScore(net, process, predicts)  # type: ignore[arg-type]
         x = sds.sample(process, score, _SHAPE, steps=11, seed=1, dtype=dtype, backend="eager", **options)
@@ -86,5 +88,42 @@ def test_only_processes_of_this_library_and_numbers_are_asked_at_many_times() ->
     patched = sds.VP()
     patched.sigma = lambda t: t  # type: ignore[method-assign]
     of_functions = sds.LinearDiffusion(lambda t: torch.exp(-0.5 * t**2), lambda t: torch.sqrt(-torch.expm1(-(t**2))))
-    assert not any(map(network._of_numbers, (patched, of_functions)))
-    assert all(map(network._of_numbers, (sds.VP(), sds.VP(sds.CosineBeta()), sds.VE(), sds.EDM(), sds.Rectified())))
+    assert all(numbers_of(process) is None for process in (patched, of_functions))
+    for make in (sds.VP, lambda: sds.VP(sds.CosineBeta()), sds.VE, sds.EDM, sds.Rectified):
+        assert numbers_of(make()) == numbers_of(make()) is not None
+    assert numbers_of(sds.VP(sds.LinearBeta(0.1, 12.0))) != numbers_of(sds.VP())
+    assert numbers_of(sds.DDIM(0.5)) != numbers_of(sds.DDIM()) is not None
+
+
+def test_tables_are_kept_by_the_values_of_all_that_they_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "_tables", {})
+    made: list[Tensor] = []
+    original, original_sigma = sds.DDIM.table, sds.VP.sigma
+
+    def counted(self: sds.DDIM, sde: object, times: Tensor) -> object:
+        made.append(times)
+        return original(self, sde, times)  # type: ignore[arg-type]
+
+    def drawn(process: sds.AbstractDiffusion, solver: sds.DDIM, grid: Tensor) -> Tensor:
+        score = sds.NetworkScore(net, process)
+        return sds.sample(process, score, _SHAPE, solver=solver, grid=grid, seed=0)
+
+    monkeypatch.setattr(sds.DDIM, "table", counted)
+    process, solver, net = sds.VP(), sds.DDIM(), _Pooled()
+    grid = process.time_grid(6)
+    with torch.inference_mode():
+        first = drawn(process, solver, grid)
+    for _ in range(3):
+        assert torch.equal(drawn(process, sds.DDIM(), grid.clone()), first)
+    assert len(made) == 2  # in inference mode, and outside
+    grid[1:3] -= 0.01
+    moved = drawn(process, solver, grid)
+    assert torch.equal(drawn(sds.VP(), solver, grid + 0.0), moved)
+    assert torch.equal(drawn(process, solver, process.time_grid(6)), first)
+    assert len(made) == 3
+    solver.eta = 0.5
+    noisy = drawn(process, solver, grid)
+    assert len(made) == 4
+    monkeypatch.setattr(sds.VP, "sigma", lambda self, t: 0.9 * original_sigma(self, t))
+    assert not torch.equal(drawn(process, solver, grid), noisy)
+    assert len(made) == 5
