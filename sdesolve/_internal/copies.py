@@ -75,11 +75,11 @@ def numbers_of(thing: object) -> Hashable | None:
     kind = type(thing)
     if not kind.__module__.startswith("sdesolve.") or not hasattr(thing, "__dict__"):
         return None
-    held: list[Hashable] = [kind]
+    held: list[Hashable] = [kind.__qualname__, id(kind)]
     for base in kind.__mro__[:-1]:
         held += [value for value in vars(base).values() if isinstance(value, _METHODS)]
     for name, value in vars(thing).items():
-        part = (type(value), repr(value)) if isinstance(value, _NUMBERS) else numbers_of(value)
+        part: Hashable = (type(value), repr(value)) if isinstance(value, _NUMBERS) else numbers_of(value)
         if part is None:
             return None
         held += (name, part)

@@ -31,6 +31,10 @@ class _Refusal:
     left: int  # calls for which it stands
     wait: int
 
+    def of(self, net: object) -> bool:
+        """Whether it is of this network, and not of an earlier one in its place."""
+        return self.net() is net
+
 
 _refusals: dict[Hashable, _Refusal] = {}
 
@@ -41,7 +45,7 @@ def kept(problem: Problem) -> str:
     if net is None:
         return ""
     held = _refusals.get(_key(problem, net))
-    if held is None or held.net() is not net or held.left == 0 or held.glance != _glance(net):
+    if held is None or held.left == 0 or not held.of(net) or held.glance != _glance(net):
         return ""
     held.left -= 1
     return held.reason
@@ -54,7 +58,7 @@ def keep(problem: Problem, reason: str) -> None:
         return
     key, glance = _key(problem, net), _glance(net)
     before = _refusals.get(key)
-    same = before is not None and before.net() is net and before.glance == glance
+    same = before is not None and before.of(net) and before.glance == glance
     wait = min(2 * before.wait, _LONGEST) if before is not None and same else 1
     if before is None and len(_refusals) >= _KEPT:
         _refusals.clear()
