@@ -1,4 +1,4 @@
-"""Runs the test suite of torchsde on `sdesolve.compat`: their files with the import exchanged.
+"""Runs the test suite of torchsde or torchdiffeq on `sdesolve.compat`: their files with the import exchanged.
 
     PYTHONPATH=.:kernels python tools/peer_suites.py torchsde CHECKOUT [pytest's arguments]
 
@@ -34,7 +34,7 @@ found = types.ModuleType("sdesolve.compat.torchsde.types")
 vars(found).update({"Callable": typing.Callable, "Optional": typing.Optional}, **{n: typing.Any for n in names})
 sys.modules[found.__name__] = found
 """
-SUITES = {"torchsde": "test_*.py"}
+SUITES = {"torchsde": "test_*.py", "torchdiffeq": "*_tests.py"}
 
 
 def exchanged(text: str, peer: str) -> str:

@@ -1,1 +1,1 @@
-"""Other libraries by their own names, on the solvers and the noise of this one: `torchsde`."""
+"""Other libraries by their own names, on the solvers and the noise of this one: `torchsde` and `torchdiffeq`."""
