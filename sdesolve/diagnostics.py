@@ -9,7 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from sdesolve_kernels.dispatch import use_backend
+from sdesolve_kernels.dispatch import backend_for, use_backend
 
 from sdesolve._internal.version import __version__
 from sdesolve.integrate.solve import solve
@@ -65,8 +65,11 @@ def check_kernels(device: str) -> tuple[bool, str]:
         device: where.
 
     Returns:
-        Whether it has, and what was found.
+        Whether it has, and what was found; without a compiler of kernels nothing can differ, and what to install.
     """
+    if not backend_for("trajectory", torch.device(device)).compiles:
+        extra = "cpu" if device == "cpu" else "gpu"
+        return True, f"no kernels, runs go step by step in torch; for kernels pip install 'sdesolve[{extra}]'"
     sde = SDE(
         lambda x, t: x - x.pow(3) + torch.sin(t), lambda x, t: 0.3 * (1 + x.square()).sqrt(), noise="diagonal",
         calculus="stratonovich",

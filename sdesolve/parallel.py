@@ -12,11 +12,13 @@ from torch import Tensor
 from sdesolve._internal.arguments import number, short, whole_number
 from sdesolve.brownian import drawn_seed
 from sdesolve.diffusions.base import AbstractDiffusion
+from sdesolve.nn.labels import Given
 from sdesolve.reverse import Score
-from sdesolve.sampling import given_to, sample, tweedie
+from sdesolve.sampling import check_model, check_same_process, given_to, sample, tweedie
 from sdesolve.scores.base import ExactScore
+from sdesolve.scores.guidance import ClassifierFreeGuidance
 from sdesolve.scores.network import NetworkScore
-from sdesolve.sde import Field
+from sdesolve.scores.threshold import ThresholdedScore
 from sdesolve.solvers.base import AbstractSolver
 
 
@@ -60,7 +62,8 @@ def sample_in_parallel(
 
     Args:
         process: the forward diffusion.
-        score: ``grad_x log p_t(x)``, called with a time for each row.
+        score: ``grad_x log p_t(x)``, called with rows of several times, and a time for each. Conditions of networks and
+            scales of guidance go with their samples; what else a score holds for each sample does not.
         shape: of the samples, ``(batch, *state)``.
         solver: any of fixed steps.
         window: evaluations that a call has at most; all of them by default.
@@ -83,6 +86,8 @@ def sample_in_parallel(
         window = whole_number(window, "window", 1)
     if not number(tolerance, "tolerance") >= 0.0:
         raise ValueError(f"tolerance must not be negative, got {short(tolerance)}")
+    score = score if given is None else given_to(score, given)
+    check_model(process, score)
     seed = drawn_seed() if seed is None else seed
     replay = _Replay()
     own_clock = copy.copy(process)
@@ -94,7 +99,9 @@ def sample_in_parallel(
         made: Tensor = sample(process, recorded, shape, solver=solver, seed=seed, backend="eager", **options)
         return made
 
-    denoised = _denoiser(process, score, given, len(trajectory()))
+    batch = len(trajectory())
+    check_same_process(process, score, batch)
+    denoised = _denoiser(process, score, batch)
     n, calls, done = len(replay.seen), 1, 1
     x, t = replay.seen[0]
     replay.values = [denoised(x, t)] * n
@@ -102,7 +109,7 @@ def sample_in_parallel(
         trajectory()
         end = n if window is None else min(done + window, n)
         states, times = zip(*replay.seen[done:end], strict=True)
-        new = denoised(torch.cat(states), torch.cat(times)).split(len(x))
+        new = denoised(torch.cat(states), torch.cat(times)).tensor_split(end - done)
         calls += 1
         change = [_largest(a - b) for a, b in zip(new, replay.values[done:end], strict=True)]
         replay.values[done:] = [*new, *[new[-1]] * (n - end)]
@@ -131,27 +138,38 @@ class _Replay:
         return self.values[len(self.seen) - 1] if self.values else torch.zeros_like(x)
 
 
-def _denoiser(
-    process: AbstractDiffusion, score: Score, given: Mapping[str, Tensor | float] | None, batch: int
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _denoiser(process: AbstractDiffusion, score: Score, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
     """``E[x_0 | x_t]`` of rows that are ``batch`` samples several times over."""
 
-    def of(times: int) -> Field:
-        bound = score
-        if given is not None:
-            rows = {k: isinstance(v, Tensor) and v.ndim > 0 and len(v) == batch for k, v in given.items()}
-            bound = given_to(score, {k: torch.cat([v] * times) if rows[k] else v for k, v in given.items()})  # type: ignore[list-item]
-        if isinstance(bound, NetworkScore):
-            return bound.data
-        if isinstance(bound, ExactScore):
-            return bound.denoise
-        return lambda x, t: tweedie(process, bound, x, t)
-
     def denoised(x: Tensor, t: Tensor) -> Tensor:
+        bound = _repeated(score, batch, len(x) // max(batch, 1))
         with torch.no_grad():
-            return of(len(x) // max(batch, 1))(x, t)
+            if isinstance(bound, NetworkScore):
+                return bound.data(x, t)
+            if isinstance(bound, ExactScore):
+                return bound.denoise(x, t)
+            return tweedie(process, bound, x, t)
 
     return denoised
+
+
+def _repeated(score: Score, batch: int, times: int) -> Score:
+    """The score with what it has for each of ``batch`` samples repeated: conditions, and scales of guidance."""
+
+    def rows(value: Any) -> Any:
+        each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+        return torch.cat([value] * times) if each else value
+
+    if times <= 1:
+        return score
+    if isinstance(score, ThresholdedScore):
+        return ThresholdedScore(score.process, _repeated(score.score, batch, times), score.threshold)
+    if isinstance(score, ClassifierFreeGuidance):
+        parts = (_repeated(part, batch, times) for part in score.parts)
+        return score.of(*parts, scales=[rows(scale) for scale in score.scales])
+    if isinstance(score, NetworkScore) and isinstance(score.net, Given):
+        return score.given(**{name: rows(value) for name, value in score.net.conditions.items()})
+    return score
 
 
 _OPTIONS = {"steps", "grid", "stochasticity", "denoise", "dtype", "device", "from_time"}

@@ -317,9 +317,12 @@ def check_same_process(process: AbstractDiffusion, score: Score, samples: int | 
     the ends and in the middle of the working interval.
 
     Raises:
+        TypeError: what is called like a score and says, by ``no_score``, that it is none.
         ValueError: they differ by more than a thousandth; a network lacks a condition that it was never trained
             without, or has one with rows for another number of ``samples``.
     """
+    if (no_score := getattr(score, "no_score", None)) is not None:
+        raise TypeError(no_score)
     for inner in _scores_within(score):
         check_same_process(process, inner, samples)
     if isinstance(score, NetworkScore):

@@ -44,9 +44,10 @@ def check_nested(problem: Problem) -> BrownianPath:
     """
     path = problem.noise
     if not isinstance(path, BrownianPath) or path.kind != "normal" or path.substeps != 1:
+        given = repr(path) if isinstance(path, BrownianPath) else type(path).__name__
         raise ValueError(
             "steps that each path chooses need halves of the steps of a Brownian path, which has normal increments and "
-            f"substeps=1: give seed= or a BrownianPath, not {path!r}"
+            f"substeps=1: give one seed, seed=0, or a BrownianPath, not {given}"
         )
     m = math.prod(problem.increment.shape[1:])
     if (path.first_step + problem.steps + 1) * 3 * max(m, 1) >= 1 << 37:

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from sdesolve._internal.arguments import short, whole_number
 from sdesolve.nn.embeddings import FourierFeatures
-from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork, Takes, ValueEmbedding, place_mask
+from sdesolve.nn.labels import LabelEmbedding, LabelledNetwork, Takes, ValueEmbedding, check_rows, place_mask
 from sdesolve.nn.layers import attended, kept, zeroed
 from sdesolve.nn.rebuilding import rebuildable
 from sdesolve.nn.unet import checked_shape
@@ -128,7 +128,8 @@ class DiT(LabelledNetwork):
             t: times.
             label: classes, ``(batch,)``.
             values: a continuous condition, ``(batch, values)``; a row with a nan is as if not given.
-            context: a sequence condition, ``(batch, tokens, context)``; a token with a nan is as if not there.
+            context: a sequence condition, ``(batch, tokens, context)`` or one row for all, ``(1, tokens, context)``; a
+                token with a nan is as if not there.
             context_mask: which of its tokens are there, ``(batch, tokens)`` of booleans; all by default.
             mask: where a sample has data, ``(batch, *sides)`` of booleans; everywhere by default.
 
@@ -145,7 +146,7 @@ class DiT(LabelledNetwork):
         count = h.shape[1]
         keys = None if there is None else self._cut(there).any(2)
         if context is not None:
-            told, known = self._told(context, context_mask)
+            told, known = self._told(context, context_mask, len(x))
             keys = torch.cat([known.new_ones(h.shape[:2]) if keys is None else keys, known], 1)
             h = torch.cat([h, told], 1)
         elif context_mask is not None:
@@ -156,7 +157,7 @@ class DiT(LabelledNetwork):
         h = self.outlet(self.norm(h[:, :count]) * (1 + scale) + shift)
         return kept(self._joined(h), there).reshape(x.shape)
 
-    def _told(self, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _told(self, context: Tensor, mask: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:
         """Tokens of a sequence condition, and which of them are there."""
         if self.told is None:
             raise ValueError("this network was built without a context and takes none; build it with context=n")
@@ -164,6 +165,8 @@ class DiT(LabelledNetwork):
             raise ValueError(
                 f"this network takes a context (batch, tokens, {self.context}), got shape {tuple(context.shape)}"
             )
+        check_rows("context", context, samples)
+        context = context.expand(samples, -1, -1)
         there = place_mask(mask, context, tuple(context.shape[1:2]), "context_mask")
         known = ~context.isnan().any(2)
         known = known if there is None else known & there[:, 0]

@@ -208,11 +208,11 @@ class ClassifierFreeGuidance:
                     f"there are {len(scale)} scales and {samples} samples; give one for all, or one for each"
                 )
 
-    def of(self, *parts: Score) -> ClassifierFreeGuidance:
-        """The same guidance, by other scores: conditional ones, then the unconditional one."""
+    def of(self, *parts: Score, scales: Sequence[Scale] | None = None) -> ClassifierFreeGuidance:
+        """The same guidance, by other scores: conditional ones, then the unconditional one; at ``scales``, if given."""
         one_call = self._together is not None and all(isinstance(part, NetworkScore) for part in parts)
         return ClassifierFreeGuidance(
-            parts[:-1], parts[-1], scale=self.scales, interval=self.interval, one_call=one_call
+            parts[:-1], parts[-1], scale=scales or self.scales, interval=self.interval, one_call=one_call
         )
 
     def _used(self) -> tuple[bool, ...]:

@@ -68,6 +68,7 @@ def fit_bridge(
         raise ValueError(f"pairing must be 'independent' or 'entropic', got {pairing!r}: rounds make the other pairs")
     check_data(source)
     check_data(target)
+    source = source.to(target)
     rounds, solver_steps = whole_number(rounds, "rounds", 1), whole_number(solver_steps, "solver_steps", 1)
     results = [train(model, target, loss=FlowMatching(source, pairing), steps=steps, seed=seed, **options)]
     for k in range(1, rounds):

@@ -37,6 +37,8 @@ class FlowMap(nn.Module):
         TypeError: an argument of another type.
     """
 
+    no_score = "a FlowMap is no score, but the way of the flow from time to time: draw by model.sample(shape, seed=0)"
+
     def __init__(self, net: Callable[[Tensor, Tensor, Tensor], Tensor], process: AbstractDiffusion) -> None:
         super().__init__()
         check_process(process)
@@ -117,7 +119,7 @@ class FlowMapDistillation(Objective):
         to_data: share of the samples with ``t = 0``; the others take a later time of the grid.
 
     Raises:
-        TypeError: ``teacher`` is no function; a model that is no `FlowMap`.
+        TypeError: ``teacher`` is no score; a model that is no `FlowMap`.
         ValueError: fewer than one step, a share outside [0, 1]; a teacher of another process than the map's.
     """
 
@@ -127,6 +129,8 @@ class FlowMapDistillation(Objective):
         if not 0.0 <= to_data <= 1.0:
             raise ValueError(f"to_data must be a share, in [0, 1], got {short(to_data)}")
         self._teacher, self._steps, self._to_data = teacher, whole_number(steps, "steps", 1), float(to_data)
+        if isinstance(teacher, FlowMap):
+            raise TypeError("teacher must be a score, and a FlowMap is none; give the score that it was distilled from")
 
     def per_sample(self, score: Score, x0: Tensor, *, seed: int, first_sample: int = 0) -> Tensor:
         """Losses ``(batch,)`` of the data ``x0: (batch, *state)`` for a `FlowMap`, each the mean over its elements."""

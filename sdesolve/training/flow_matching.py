@@ -72,6 +72,8 @@ class FlowMatching(Objective):
             check_data(source)
             if len(source) == 0:
                 raise ValueError("source has no samples")
+            if not bool(source.isfinite().all()):
+                raise ValueError("source holds nan or inf; leave these samples out")
         elif source is not None and not isinstance(source, AbstractData):
             raise TypeError(
                 f"source must be a tensor of samples, a Gaussian or a GaussianMixture, got {kind_of(source)}"

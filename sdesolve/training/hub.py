@@ -75,8 +75,8 @@ def load_score(
     _, header = checkpoints.read(path)
     if "recipe" not in header:
         raise ValueError(
-            f"{path} does not say how its score was made, as its network is none of sdesolve.nn nor decorated with "
-            "nn.rebuildable: make the score as it was made, and load(score, path)"
+            f"{path} does not say how its score was made: its network is none of sdesolve.nn nor decorated with "
+            "nn.rebuildable, or its process is made of functions. Make the score as it was made, and load(score, path)"
         )
     try:
         score = recipes.made(header["recipe"], networks)

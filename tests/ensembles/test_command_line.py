@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import types
 
 import pytest
 import torch
@@ -105,3 +106,9 @@ def test_the_doctor_finds_kernels_good_and_bad(capsys, monkeypatch):
     monkeypatch.setattr(diagnostics, "solve", wrong)
     assert main(["doctor"]) == 1
     assert "cpu: BAD" in capsys.readouterr().out
+
+
+def test_the_doctor_says_where_there_are_no_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(diagnostics, "backend_for", lambda op, device: types.SimpleNamespace(compiles=False))
+    assert main(["doctor"]) == 0
+    assert "cpu: good, no kernels, runs go step by step in torch; for kernels pip install" in capsys.readouterr().out

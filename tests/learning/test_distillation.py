@@ -103,6 +103,16 @@ REFUSED = {
     "process": (lambda: sds.FlowMap(lambda x, s, t: x, 3), TypeError, "forward process"),
     "net": (lambda: sds.FlowMap(3, sds.VP()), TypeError, "net must be a function"),
     "teacher": (lambda: sds.FlowMapDistillation(3), TypeError, "teacher must be a score"),
+    "as a score": (lambda: sds.sample(sds.VP(), MAP, (3, 2), steps=4, seed=0), TypeError, r"draw by model.sample\("),
+    "as a threshold's": (
+        lambda: sds.sample_in_parallel(
+            sds.VP(), sds.ThresholdedScore(sds.VP(), MAP, sds.Clip(-1, 1)), (3, 2), solver=sds.DDIM(), steps=4, seed=0
+        ),
+        TypeError,
+        "is no score",
+    ),
+    "likelihood": (lambda: sds.log_likelihood(sds.VP(), MAP, X), TypeError, "is no score"),
+    "map as teacher": (lambda: sds.FlowMapDistillation(MAP), TypeError, "a FlowMap is none"),
     "share": (lambda: sds.FlowMapDistillation(MAP, to_data=2), ValueError, "must be a share"),
     "steps": (lambda: sds.FlowMapDistillation(MAP, 0), ValueError, "steps"),
     "student": (lambda: sds.FlowMapDistillation(DATA.score(sds.VP()))(X, X, seed=0), TypeError, "trains a FlowMap"),

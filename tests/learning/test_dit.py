@@ -88,6 +88,8 @@ def test_a_context_is_its_known_tokens():
     torch.testing.assert_close(net(x, T, context=unknown), value)
     other = net(x, T, context=CONTEXT.roll(1, 0), context_mask=CONTEXT_MASK).detach()
     assert float((other - value)[:2].abs().max()) > 1e-6
+    one = net(x, T, context=CONTEXT[:1, :2])
+    torch.testing.assert_close(one, net(x, T, context=CONTEXT[:1, :2].expand(len(x), -1, -1)))
     mixed = net(x, T, context=CONTEXT[:, [2, 0, 3, 1]], context_mask=CONTEXT_MASK[:, [2, 0, 3, 1]])
     torch.testing.assert_close(mixed, value)  # no order
 
@@ -183,6 +185,8 @@ def test_networks_learn_a_condition_of_data_of_different_lengths(kind, tmp_path)
         (lambda: dit((6,), 1)(torch.ones(2, 6), HALF, context=CONTEXT), ValueError, "without a context"),
         (lambda: dit((6,), 1, context=4)(torch.ones(3, 6), HALF, context=CONTEXT.float()), ValueError,
          r"\(batch, tokens, 4\)"),
+        (lambda: dit((6,), 1, context=5)(torch.ones(2, 6), HALF, context=CONTEXT.float()), ValueError,
+         "context has 3 rows and there are 2 samples"),
         (
             lambda: dit((6,), 1, context=5)(torch.ones(3, 6), HALF, context=CONTEXT.float(),
                                             context_mask=CONTEXT_MASK[:, 1:]),

@@ -261,6 +261,7 @@ REFUSED = {
         r"one shape, got \(5,\) and \(2,\)",
     ),
     "empty": (lambda: sds.FlowMatching(torch.ones(0, 2)), ValueError, "no samples"),
+    "not finite": (lambda: sds.FlowMatching(X / 0), ValueError, "source holds nan or inf"),
     "list": (lambda: sds.FlowMatching([1.0]), TypeError, "source must be"),
     "no pairs": (lambda: sds.FlowMatching(pairing="given")(NOISY, X[:, :1], seed=0), ValueError, r"pairs \(batch, 2"),
     "source of pairs": (lambda: sds.FlowMatching(X, "given"), ValueError, "leave out source"),
@@ -313,6 +314,18 @@ REFUSED = {
         "rounds make the other",
     ),
 }
+
+
+def test_a_bridge_takes_its_source_in_the_precision_of_the_target():
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        net, noise = sds.nn.MLP(2, width=4, depth=1), sds.nn.MLP(2, width=4, depth=1)
+        model = sds.FlowModel(net, sds.StochasticInterpolant(), noise)
+        options = {"rounds": 2, "steps": 1, "solver_steps": 2, "batch_size": 4, "progress": False}
+        sds.fit_bridge(model, torch.ones(8, 2, dtype=dtype), torch.zeros(8, 2), **options)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("case", REFUSED)

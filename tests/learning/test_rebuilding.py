@@ -117,6 +117,9 @@ def test_ones_own_networks(tmp_path):
     two = sds.LinearDiffusion(lambda t: 1 - 0.5 * t, lambda t: t)
     with pytest.raises(ValueError, match="this score has LinearDiffusion, which"):
         sds.save_pretrained(sds.NetworkScore(sds.nn.MLP(2), two), tmp_path / "folder")
+    sds.save(sds.NetworkScore(sds.nn.MLP(2, width=4), two), tmp_path / "two")
+    with pytest.raises(ValueError, match="or its process is made of functions"):
+        sds.load_score(tmp_path / "two")
     assert not (tmp_path / "folder").exists()
     with pytest.raises(TypeError, match="must be a NetworkScore, got"):
         sds.save_pretrained(nn.Linear(2, 2), tmp_path / "folder")

@@ -81,6 +81,33 @@ def test_conditions_go_with_their_rows():
     torch.testing.assert_close(made.x, one_by_one, rtol=1e-9, atol=1e-9)
 
 
+def test_what_a_score_has_for_each_sample_goes_with_it():
+    process, shift = sds.VP(), torch.arange(6.0, dtype=torch.float64)
+    score = sds.NetworkScore(Counted(process), process, "data")
+    given = score.given(shift=shift)
+    guided = sds.ClassifierFreeGuidance(given, score, scale=shift + 0.5)
+    several = sds.ClassifierFreeGuidance([given, score.given(shift=1.0)], score, scale=[2 - shift, 0.5], one_call=False)
+    clipped = sds.ThresholdedScore(process, guided, sds.Clip(-1, 1))
+    options = {"solver": sds.DDIM(), "steps": 10, **OPTIONS}
+    for each in (given, guided, several, clipped):
+        one_by_one = sds.sample(process, each, (6, 2), backend="eager", **options)
+        made = sds.sample_in_parallel(process, each, (6, 2), tolerance=0.0, window=4, **options)
+        torch.testing.assert_close(made.x, one_by_one, rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match=r"there are 5 samples|6 scales and 5 samples"):
+            sds.sample_in_parallel(process, each, (5, 2), **options)
+
+
+def test_no_samples():
+    made = sds.sample_in_parallel(VP, DATA.score(VP), (0, 2), solver=sds.DDIM(), steps=4, **OPTIONS)
+    assert made.x.shape == (0, 2)
+
+
+@pytest.mark.parametrize("score", [DATA.score(RECTIFIED), sds.NetworkScore(Counted(VP), sds.EDM(), "data")])
+def test_a_score_of_another_process_is_refused(score):
+    with pytest.raises(ValueError, match="the score was made for"):
+        sds.sample_in_parallel(VP, score, (2, 2), solver=sds.DDIM(), steps=4, seed=0)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

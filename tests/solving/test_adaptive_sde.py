@@ -198,3 +198,8 @@ def test_a_scheme_for_one_equation_is_for_that_equation_alone():
     sde = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * x)
     with pytest.raises(ValueError, match="Adaptive integrates CIR alone, got SDE"):
         sds.solve(sde, torch.ones(3, 2), 0.0, 1.0, solver=sds.Adaptive(ForCIR()), seed=0)
+
+
+def test_seeds_of_rows_are_refused_by_what_to_give_in_their_place():
+    with pytest.raises(ValueError, match="give one seed, seed=0, or a BrownianPath, not BrownianRows"):
+        sds.solve(double_well(), torch.ones(2, 1), 0.0, 1.0, solver=sds.Adaptive(sds.ShARK(), 1e-2), seed=[1, 2])
