@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 from sdesolve_kernels import Stream
-from sdesolve_kernels.trajectory import AbstractReactions, ReactionLaunch, ReactionRule
+from sdesolve_kernels.trajectory import AbstractReactions, ReactionLaunch, ReactionRule, Unsupported
 from torch import Tensor
 
 from sdesolve._internal.progress import progress_bar
@@ -47,7 +47,10 @@ def run_reactions(problem: Problem, wanted: bool) -> Saved:
 
     def step(context: StepContext, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = states[0]
-        return x, equation.propensities(x, context.span.t0.expand(len(x))).to(x.dtype)
+        a = equation.propensities(x, context.span.t0.expand(len(x)))
+        if torch.promote_types(a.dtype, x.dtype) != x.dtype:
+            raise Unsupported(f"propensities are of {a.dtype}, and a kernel of counts in {x.dtype} would round them")
+        return x, a.to(x.dtype)
 
     rule = ReactionRule(tuple(map(tuple, equation.stoichiometry.tolist())))
     lowered = Lowered(step, extra=(x0.new_zeros(len(x0), m),), rule=rule)

@@ -328,6 +328,14 @@ def test_which_reactions_are_fused_is_said():
     sol = sds.solve(coupled, states(3, 2.0), 0.0, 1.0, 2, solver=sds.Gillespie(), seed=0)
     assert sol.stats.execution == "eager"
     assert "couples the paths" in sol.stats.reason
+    rare = sds.Reactions([[1]], lambda x, t: torch.full_like(x, 3e-50, dtype=F64))
+    runs = [
+        sds.solve(rare, states(3, 0.0, dtype=torch.float32), 0.0, 1e51, 2, solver=sds.Gillespie(), seed=0, backend=b)
+        for b in ("auto", "eager")
+    ]
+    assert "a kernel of counts in torch.float32 would round them" in runs[0].stats.reason
+    assert torch.equal(runs[0].x1, runs[1].x1)
+    assert int(runs[1].jumps.min()) > 0
     scale = {"by": 1.0}
     held = sds.Reactions([[1]], lambda x, t: scale["by"] * torch.ones_like(x))
     few = sds.solve(held, states(50, 0.0), 0.0, 5.0, 1, solver=sds.Gillespie(), seed=0)

@@ -159,6 +159,10 @@ def kept(sol):
     return tuple(t.nan_to_num(posinf=0.0) for t in more if t is not None)
 
 
+def moments_of(sol):
+    return sol.mean, sol.variance
+
+
 def run_of(make, **options):
     """A run of an equation made of parameters."""
     options = {"t0": 0.0, "t1": 0.5, "steps": 3, "solver": EM, "seed": 1, **options}
@@ -221,6 +225,49 @@ def test_forward_mode_is_fused(name, monkeypatch):
         for given, expected in zip(*map(differentiate, ("auto", "eager")), strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-12)
     assert executions == ["fused", "eager"] * 3
+
+
+@pytest.mark.uncompiled
+def test_a_kernel_is_for_the_tensors_that_have_tangents():
+    """Which have changes between calls that hold the same, and with the times, whether the solver's numbers do."""
+
+    class Late(Rate):
+        def integral(self, t):
+            return super().integral(t) if float(t.max()) > 0.5 else Rate(self.r.detach()).integral(t)
+
+    start = normals(2, 2), torch.tensor([0.3, 6.0]).double()
+
+    def end(backend, first, given):
+        w, r = given
+        sol = sds.sample(
+            sds.VP(Late(r)), lambda x, t: torch.tanh(x @ w) - x, (3, 2), solver=sds.DPMSolverPP(order=2), seed=1,
+            grid=torch.linspace(first, 0.05, 4, dtype=torch.float64), dtype=X0.dtype, backend=backend, full=True,
+        )  # fmt: skip
+        assert backend == "eager" or sol.stats.execution == "fused"
+        return sol.x1
+
+    def along(backend, first, moving):
+        def moved(*values):
+            return end(backend, first, [values[moving.index(i)] if i in moving else p for i, p in enumerate(start)])
+
+        return jvp(moved, tuple(start[i] for i in moving), tuple(start[i].cos() for i in moving))
+
+    for first in (0.4, 1.0):
+        for moving in ([1], [0], [0, 1]):
+            for found, expected in zip(*(along(b, first, moving) for b in ("auto", "eager")), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(end("auto", first, start), end("eager", first, start), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.uncompiled
+@pytest.mark.filterwarnings("error:var")
+def test_one_path_has_a_variance_that_is_none_and_no_tangent_of_it():
+    run = run_of(diagonal, reduce="moments")
+    for backend in ("auto", "eager"):
+        sol, moved = jvp(lambda p, b=backend: moments_of(run(b, X0[:1], p)), (THETA,), (THETA,))
+        assert sol[1].isnan().all()
+        assert torch.equal(moved[1], torch.zeros_like(moved[1]))
+        assert moved[0].abs().min() > 0
 
 
 def test_tangents_of_a_kernel_have_the_same_bits_for_any_number_of_threads():

@@ -199,6 +199,8 @@ def test_ties_and_edges_are_those_of_torch(interpreted):
 
     def edges(x, t):
         y = torch.relu(x) + x.abs() + x.clamp(0, 1) + torch.maximum(x, limit) + x.norm(dim=1, keepdim=True)
+        y = y + torch.nn.functional.relu6(x) + torch.nn.functional.hardtanh(x + 1)
+        y = y + torch.nn.functional.hardswish(x + 3) + torch.nn.functional.hardswish(x - 3)
         y = y + torch.relu(limit) + limit.clamp(min=0) + x.std(1, keepdim=True) + x.remainder(2.0)
         y = y * theta + x.amax(1, keepdim=True) + x.max(dim=1)[0][:, None] * theta[0]
         return y + theta[1] * x.amin(1, keepdim=True) + theta[2] * x.min(1, keepdim=True).values

@@ -191,6 +191,23 @@ def softplus(tracer: Tracer, func: Any, a: Traced, beta: float = 1, threshold: f
     return tracer.traced(mapped(functools.partial(formula(rule), tracer.graph), a.elements), a.dtype)
 
 
+def _within(x: Term, low: float, high: float) -> Term:
+    """Between two numbers; its derivative at both is 0, which that of `clamp` is not."""
+    return x.like(high).clamp_max(x.like(low).clamp_min(x))
+
+
+@handles("hardtanh")
+def hardtanh(tracer: Tracer, func: Any, a: Traced, min_val: float = -1.0, max_val: float = 1.0) -> Traced:
+    """The nearest number between two."""
+    if not a.dtype.is_floating_point:
+        raise Unsupported("it calls hardtanh of whole numbers; clamp is the same")
+    rule = formula(lambda x: _within(x, min_val, max_val))
+    return tracer.traced(mapped(functools.partial(rule, tracer.graph), a.elements), a.dtype)
+
+
+pointwise("hardswish", formula(lambda x: x * _within(x + 3.0, 0.0, 6.0) / 6.0))
+
+
 @handles("gelu")
 def gelu(tracer: Tracer, func: Any, a: Traced, *, approximate: str = "none") -> Traced:
     """``x Phi(x)``, exact or by tanh."""

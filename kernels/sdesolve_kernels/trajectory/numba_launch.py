@@ -93,10 +93,11 @@ class NumbaTrajectory(AbstractTrajectory):
         return NumbaReverse(reverse, self._increments, seconds)
 
     def run(self, launch: Launch) -> Saved:
-        if self._better is not None:  # compiled when runs have taken as long as that takes
+        better = self._better  # which another thread may take at any time
+        if better is not None:  # compiled when runs have taken as long as that takes
             steps = launch.end - launch.first_step
-            if self._spent + VECTOR * self._cost_of_lane * steps > 1e9 * seconds_to_compile(self._better.source):
-                better, self._better = self._better, None
+            if self._spent + VECTOR * self._cost_of_lane * steps > 1e9 * seconds_to_compile(better.source):
+                self._better = None
                 self._use(better)
         begin = time.perf_counter_ns()
         with single_threaded_if_forked():

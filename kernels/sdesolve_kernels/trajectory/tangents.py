@@ -156,7 +156,9 @@ class Pushforward(AbstractTrajectory):
             return Saved(x1, states, None, memory)
         with single_threaded():
             wide = states.double()
-            return Saved(x1, None, Moments(wide.mean(1), wide.var(1)), memory)
+            mean = wide.mean(1)
+            variance = wide.var(1) if wide.shape[1] > 1 else torch.full_like(mean, math.nan)
+            return Saved(x1, None, Moments(mean, variance), memory)
 
     def _ran(self, launch: Launch, tangents: Sequence[Tensor | None], count: int) -> tuple[Saved, Saved]:
         """A run of plain tensors, and its tangents, each behind an axis of directions.
