@@ -22,6 +22,7 @@ from sdesolve.solvers.base import AbstractOneStep
 EAGER = "delays read states of earlier steps, which no kernel keeps; steps run in torch"
 _ROUNDING = 1e-6  # of a step, that grid points and lags may be off
 _MOST_STEPS = 10_000_000
+_DEEPEST = 1_000_000  # states of the past
 
 
 @final
@@ -112,6 +113,11 @@ def _whole_steps(lags: tuple[float, ...], times: Tensor) -> tuple[int, ...]:
     if bool(((times - equal).abs() > _ROUNDING * dt).any()):
         raise ValueError("delays need steps of equal length, those of the run gone on with included; give t1 and steps")
     counts = [lag / dt for lag in lags]
+    if max(counts) > _DEEPEST:
+        raise ValueError(
+            f"a lag of {max(lags):.6g} is {max(counts):.6g} steps of {dt:.6g}, and as many earlier states are kept, at "
+            f"most {_DEEPEST}; take longer steps"
+        )
     off = [lag for lag, count in zip(lags, counts, strict=True) if abs(count - round(count)) > _ROUNDING or count < 0.5]
     if off:
         raise ValueError(

@@ -226,6 +226,7 @@ F = {"solver": sds.EulerMaruyama()}
         (lambda: sds.solve(NOISY, X0, 0.0, 2.0, 16, kl_to=lambda x, t: -x, **F), "leave it out"),
         (lambda: sds.solve(linear(), ONE, 0.0, 2.0, 4, backend="fused", **F), "cannot be fused: delays"),
         (lambda: sds.solve(sds.DelaySDE(lambda x, t, p: p[0][0], lags=1.0), ONE, 0.0, 2.0, 4, **F), "drift must"),
+        (lambda: sds.solve(sds.DelaySDE(lambda x, t, p: p[0], lags=1e308), ONE, 0.0, 2.0, 4, **F), "longer steps"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(call, message):
