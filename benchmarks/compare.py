@@ -145,7 +145,11 @@ def goals(report: Report) -> list[tuple[str, str, str]]:
     if _kept_on_fewer(report.machine):
         return []
     found = [
-        (f"{t['target']}, at least {t['wanted']:g}", "-" if t["got"] is None else f"{t['got']:.3g}", t["verdict"])
+        (
+            f"{t['target']}, at least {t['wanted']:g}, predicted {t['predicted']:g}",
+            "-" if t["got"] is None else f"{t['got']:.3g}",
+            t["verdict"],
+        )
         for t in report.targets
     ]
     if "stand_in" in report.machine:

@@ -271,7 +271,8 @@ def test_the_tables_that_are_shown_are_those_of_the_files():
     if not (RESULTS / "gpu.json").exists():
         shown = block("gpu.json").splitlines()
         for target in gpu_targets.judge([], [], stand_in=False):
-            assert f"| {target['target']}, at least {target['wanted']:g} | - | not measured yet |" in shown
+            goal = f"{target['target']}, at least {target['wanted']:g}, predicted {target['predicted']:g}"
+            assert f"| {goal} | - | not measured yet |" in shown
 
 
 def test_what_is_missed_has_a_reason():

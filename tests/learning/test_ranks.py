@@ -216,3 +216,31 @@ def test_under_torchrun(alone, tmp_path):
 def test_arguments():
     with pytest.raises(ValueError, match="reduction must be 'exact' or 'fast'"):
         trained(reduction="slow")
+
+
+IMAGES = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("source", ["tensors", "loader"])
+def test_a_labelled_u_net_from_tensors_or_a_loader(source, tmp_path):
+    """With attention, dropout and labels that are left out at random; each rank takes its parts of the loader's batch."""
+
+    def action(rank):
+        torch.manual_seed(rank)
+        net = sds.nn.UNet((1, 8, 8), channels=4, multipliers=(1, 2), blocks=1, attention=(4,), classes=3, dropout=0.2)
+        score = sds.NetworkScore(net, sds.VP())
+        labels = torch.arange(24) % 3
+        pairs = torch.utils.data.TensorDataset(IMAGES, labels)
+        given = {"labels": labels, "batch_size": 6}
+        if source == "loader":
+            given = {"batch_size": None}
+        data = IMAGES if source == "tensors" else torch.utils.data.DataLoader(pairs, batch_size=6, shuffle=True)
+        found = sds.train(
+            score, data, loss=sds.DenoisingScoreMatching(), steps=2, accumulate=3, label_dropout=0.3, ema=0.9,
+            progress=False, **given,
+        )  # fmt: skip
+        values = [*score.state_dict().values(), found.losses]
+        return hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in values)).hexdigest()
+
+    answers = on_ranks(3, action, tmp_path / "store")
+    assert answers == [action(0)] * 3
