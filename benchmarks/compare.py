@@ -137,6 +137,12 @@ def _brief(row: Record | None) -> str:
     return f"{100 * row['share'][1]:.0f}% of {_limit(row)}" if "share" in row else f"{row['ratio'][1]:.3g}"
 
 
+def _goal(target: dict[str, object]) -> str:
+    """A goal of a GPU's, with what was expected before anything ran."""
+    predicted = f", predicted {target['predicted']:g}" if "predicted" in target else ""
+    return f"{target['target']}, at least {target['wanted']:g}{predicted}"
+
+
 def goals(report: Report) -> list[tuple[str, str, str]]:
     """Each goal whose problem took part: what is wanted, what was found, and the verdict.
 

@@ -148,7 +148,7 @@ def table(report: Record) -> str:
     lines += [f"dropped for time: {name}" for name in report["dropped"]]
     lines += ["", f"{'target':54}{'wanted':>8}{'predicted':>10}{'got':>8}  {'worst at':9} verdict"]
     for t in report["targets"]:
-        figures = f"{t['wanted']:>8}{t['predicted']:>10}{_number(t['got']):>8}"
+        figures = f"{t['wanted']:>8}{t.get('predicted', '-'):>10}{_number(t['got']):>8}"
         lines.append(f"{t['target']:54}{figures}  {t['worst_size'] or '-':9} {t['verdict']}")
     return "\n".join(lines)
 

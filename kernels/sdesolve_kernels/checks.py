@@ -6,7 +6,6 @@ import enum
 import math
 import numbers
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from .backend import NoiseOffset, int64_bits
 from .streams import Stream
-from .transforms import is_transformed
 
 __all__ = [
     "FLOATS",
@@ -26,7 +24,6 @@ __all__ = [
     "integer",
     "no_gradient",
     "noise_offset",
-    "overlaps",
     "same_as_state",
     "state",
 ]
@@ -120,42 +117,11 @@ def same_as_state(name: str, v: Tensor, x: Tensor, of: str = "x") -> None:
         raise ValueError(f"{name} must be on {x.device} like {of}, got {v.device}; move it with .to({str(x.device)!r})")
 
 
-def overlaps(out: Tensor, v: Any) -> bool:
-    """Whether writing to `out` changes entries of another tensor that a kernel has yet to read.
-
-    A tensor in another than row-major order is copied before the kernel runs.
-    """
-    if v is out or not isinstance(v, Tensor) or not v.is_contiguous() or not out.is_contiguous():
-        return False
-    if v.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
-        return False
-    first, start = out.data_ptr(), v.data_ptr()
-    if first == start and v.shape == out.shape and v.dtype is out.dtype:
-        return False  # the same entries
-    return start < first + out.numel() * out.element_size() and first < start + v.numel() * v.element_size()
-
-
-def check_output(out: Tensor, x: Tensor, of: str = "x", *, beside: Sequence[Any] = ()) -> None:
-    """Refuse an `out` that the new state does not fit into, or that shares memory with what is read for it.
-
-    Args:
-        out: Where the new state goes.
-        x: The state.
-        of: Its name.
-        beside: What else is read.
-    """
+def check_output(out: Tensor, x: Tensor, of: str = "x") -> None:
+    """Refuse an `out` that the new state does not fit into."""
     if out is not x:
         same_as_state("out", out, x, of)
     check_own_memory(out)
-    if _has_memory(out) and any(overlaps(out, v) for v in (x, *beside) if isinstance(v, Tensor) and _has_memory(v)):
-        raise ValueError(
-            "out shares memory with a part of what is read, which would change under way; pass the very tensor that "
-            "is read, or one with memory of its own"
-        )
-
-
-def _has_memory(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_transformed()
 
 
 def coefficient(name: str, c: Any, x: Tensor, or_like: str = "") -> float | Tensor:

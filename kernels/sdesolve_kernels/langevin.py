@@ -140,7 +140,7 @@ def langevin_step(
     if out is None:
         return _op.call(context, recording(x, score, size, alpha), x, score, mode, size, alpha, noise)
     if not plain:
-        check_output(out, x, beside=(score, size, alpha))
+        check_output(out, x)
     no_gradient(
         "langevin_step with out=", "out is overwritten unseen by autograd", x=x, score=score, size=size, alpha=alpha
     )

@@ -103,7 +103,7 @@ def matrix_step(
         no_gradient("matrix_step", "it is a number of the time grid", dt=dt)
     if out is None:
         return _step_op.call(context, recording(x, f, g), x, f, g, dt, noise)
-    check_output(out, x, beside=(f, g, dt))
+    check_output(out, x)
     if recording(x, f, g):
         no_gradient("matrix_step with out=", "out is overwritten unseen by autograd", x=x, f=f, g=g)
     _step_out(context, out, x, f, g, dt, noise)

@@ -17,7 +17,6 @@ from .checks import (
     index,
     no_gradient,
     noise_offset,
-    overlaps,
     same_as_state,
     state,
 )
@@ -126,7 +125,7 @@ def euler_maruyama_step(
         if isinstance(dt, Tensor):
             no_gradient("euler_maruyama_step", "it is a number of the time grid", dt=dt)
         if out is not None:
-            check_output(out, x, beside=(f, g, dt))
+            check_output(out, x)
     noise = noise_offset(x, seed, stream, first_path, step, context is CallContext.PLAIN)
     record = recording(x, f, g)
     if out is None:
@@ -236,7 +235,7 @@ def linear_step(
     Source: the coefficients are what papers differ in; see the solvers that make the tables.
     """
     terms = len(history)
-    if usual(x, history, (), out) and _usual_table(table, x, terms, row) and (out is None or not overlaps(out, table)):
+    if usual(x, history, (), out) and _usual_table(table, x, terms, row):
         context = CallContext.PLAIN
     else:
         state("x", x)
@@ -250,7 +249,7 @@ def linear_step(
         if recording(table):
             no_gradient("linear_step", "it holds the numbers of a scheme", table=table)
         if out is not None:
-            check_output(out, x, beside=(*history, table))
+            check_output(out, x)
     plain = context is CallContext.PLAIN
     noise = noise_offset(x, seed, stream, first_path, step, plain) if stochastic or not plain else _NO_NOISE
     record = recording(x, *history)
@@ -338,7 +337,7 @@ def perturb(
         alpha, sigma = coefficient("alpha", alpha, x0), coefficient("sigma", sigma, x0)
         context = call_context(x0, alpha, sigma)
         if out is not None:
-            check_output(out, x0, "x0", beside=(alpha, sigma))
+            check_output(out, x0, "x0")
     noise = noise_offset(x0, seed, stream, first_path, step, context is CallContext.PLAIN)
     if out is None:
         return _perturb_op.call(context, recording(x0, alpha, sigma), x0, alpha, sigma, noise)

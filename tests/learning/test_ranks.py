@@ -223,7 +223,7 @@ IMAGES = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("source", ["tensors", "loader"])
 def test_a_labelled_u_net_from_tensors_or_a_loader(source, tmp_path):
-    """With attention, dropout and labels that are left out at random; each rank takes its parts of the loader's batch."""
+    """With attention, dropout, labels left out at random; each rank takes its parts of the loader's batch."""
 
     def action(rank):
         torch.manual_seed(rank)

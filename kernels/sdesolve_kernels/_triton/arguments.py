@@ -222,15 +222,35 @@ def state(name: str, v: Tensor, x: Tensor) -> Tensor:
     return (v if v.shape == x.shape else v.expand(x.shape)).resolve_neg().contiguous()
 
 
-def result(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the kernel writes, and what the caller gets: two tensors when ``out`` is not dense in row-major order."""
+def result(x: Tensor, out: Tensor | None, *read: Any) -> tuple[Tensor, Tensor]:
+    """Where the kernel writes, and what the caller gets.
+
+    They are two tensors where ``out`` is not dense in row-major order, or shares memory with a part of ``x`` or of what
+    else is ``read``, which programs that run later would find changed.
+    """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    elif out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        return out, out
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}; "
             f"got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
-    return (
-        out if out.is_contiguous() and not out.is_neg() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    ), out
+    if out.is_contiguous() and not out.is_neg() and not any(_overlaps(out, v) for v in (x, *read)):
+        return out, out
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), out
+
+
+def _overlaps(out: Tensor, v: Any) -> bool:
+    """Whether writing to `out` changes entries of another tensor that a kernel has yet to read.
+
+    A tensor in another than row-major order is copied before the kernel runs.
+    """
+    if v is out or not isinstance(v, Tensor) or not v.is_contiguous():
+        return False
+    if v.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return False
+    first, start = out.data_ptr(), v.data_ptr()
+    if first == start and v.shape == out.shape and v.dtype is out.dtype:
+        return False  # the same entries
+    return start < first + out.numel() * out.element_size() and first < start + v.numel() * v.element_size()

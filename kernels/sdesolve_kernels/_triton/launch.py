@@ -80,7 +80,7 @@ def euler_maruyama_step(
     *, seed: Index, stream: int, first_path: Index, step: Index, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``x + f dt + g sqrt|dt| z``; ``dt`` is a number, ``()`` or ``(batch,)``, and ``g`` any of these or like ``x``."""
-    dense, out = result(x, out)
+    dense, out = result(x, out, f, g, dt)
     if x.numel() == 0:
         return out
     shape, dtype = x.shape, x.dtype
@@ -130,7 +130,7 @@ def linear_step(
         if not -table.shape[0] <= row < table.shape[0]:
             raise ValueError(f"row must index the table's {table.shape[0]} rows, got {row}")
         row %= table.shape[0]
-    dense, out = result(x, out)
+    dense, out = result(x, out, *history, table)
     if x.numel() == 0:
         return out
     x_dense = x.resolve_neg().contiguous()
@@ -154,7 +154,7 @@ def linear_step(
 def _perturbed(
     x: Tensor, alpha: Tensor | float, sigma: Tensor | float, noise: int, out: Tensor | None, where: dict[str, Any]
 ) -> Tensor:
-    dense, out = result(x, out)
+    dense, out = result(x, out, alpha, sigma)
     if x.numel() == 0:
         return out
     alpha_c, alpha_kind, alpha_tag = coefficient("alpha", alpha, x)

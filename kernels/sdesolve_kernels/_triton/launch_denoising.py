@@ -49,7 +49,7 @@ def dsm_loss_parts(
         made: `out` holds the gradient for an upstream of 1, a tensor ``()``: the kernel leaves it at that if it is 1.
         seed, stream, first_path, step: Where the noise is.
     """
-    dense, out = result(output, out) if grad else (None, None)
+    dense, out = result(output, out, x0, p, q, weight, upstream) if grad else (None, None)
     compute = torch.float64 if output.dtype == torch.float64 else torch.float32
     batch, device = output.shape[0], output.device
     if loss and loss_out is None:

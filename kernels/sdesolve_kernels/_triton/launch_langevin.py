@@ -76,7 +76,7 @@ def langevin_step(
         raise ValueError(f"mode must be 'fixed', 'batch', 'sample' or 'dimension', got {mode!r}")
     if mode != "fixed" and isinstance(size, Tensor) and size.ndim > 0:
         raise ValueError(f"size is a signal-to-noise ratio in mode {mode!r}: one number, got {tuple(size.shape)}")
-    dense, out = result(x, out)
+    dense, out = result(x, out, score, size, alpha)
     if x.numel() == 0:
         return out
     score = state("score", score, x)

@@ -21,7 +21,7 @@ def matrix_step(
     *, seed: int | Tensor, stream: int, first_path: int | Tensor, step: int | Tensor, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``x + f dt + sqrt|dt| g z`` for ``g: (batch, *state, channels)``, or 1 for the batch."""
-    dense, out = result(x, out)
+    dense, out = result(x, out, f, g, dt)
     if x.numel() == 0:
         return out
     dt_c, kind, tag = coefficient("dt", dt, x)
@@ -32,7 +32,7 @@ def matrix_step(
 
 def matrix_product(g: Tensor, v: Tensor, *, out: Tensor) -> Tensor:
     """``g v`` of each row, for ``v: (batch, channels)``."""
-    dense, out = result(out, out)
+    dense, out = result(out, out, g, v)
     _launch(g, v, dense, [dense, dense], 0, (2, None), ([0, 0, 0], 0), 0, step=False)
     return out if dense is out else out.copy_(dense)
 

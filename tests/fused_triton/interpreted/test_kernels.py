@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from sdesolve_kernels._triton import geometry, launch, selfcheck
+from sdesolve_kernels._triton.arguments import recording
 from sdesolve_kernels._triton.launch_denoising import dsm_loss_parts
 from sdesolve_kernels._triton.launch_langevin import langevin_size, langevin_step
+from sdesolve_kernels._triton.launch_matrices import matrix_step
 
 F32, F64, BF16, F16 = selfcheck.DTYPES
 # One shape for each layout of the tiles gets every check.
@@ -138,3 +140,32 @@ def test_the_splits_of_a_row_are_added_in_lanes(monkeypatch):
     expected = (x - s).double().square().mean(1)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(mean.double(), expected.mean(), rtol=1e-5, atol=0)
+
+
+def test_an_output_over_a_part_of_what_is_read():
+    """On a GPU, programs that run later would read what others have written."""
+    memory = torch.randn(9 * 8, generator=torch.Generator().manual_seed(2))
+    x, later, apart = memory[:64].view(8, 8), memory[8:].view(8, 8), torch.zeros(8, 8)
+    table, g = torch.tensor([[1.0, 0.5, 0.1]], dtype=torch.float64), torch.ones(8, 8, 2)
+    kept = memory.clone()
+    calls = [
+        lambda out: launch.euler_maruyama_step(x, apart, 0.1, 0.1, **WHERE, out=out),
+        lambda out: launch.euler_maruyama_step(apart, x, 0.1, 0.1, **WHERE, out=out),
+        lambda out: launch.euler_maruyama_step(apart, apart, x, 0.1, **WHERE, out=out),
+        lambda out: launch.linear_step(apart, [x], table, 0, **WHERE, out=out),
+        lambda out: langevin_step(apart, x, mode="fixed", size=0.1, alpha=1.0, **WHERE, out=out),
+        lambda out: matrix_step(x, apart, g, 0.1, **WHERE, out=out),
+        lambda out: launch.perturb(apart, memory[8:16], 0.1, **WHERE, out=out),
+        lambda out: dsm_loss_parts(x, None, 0.0, 1.0, 1.0, grad=True, **WHERE, out=out).grad,
+    ]
+    for k, call in enumerate(calls):
+        with recording() as launches:
+            call(later)
+        assert launches[0].arguments.get("grad_ptr", launches[0].arguments.get("out_ptr")) is not later, k
+        memory.copy_(kept)
+        expected = call(torch.zeros(8, 8))
+        assert torch.equal(call(later), expected), k
+        memory.copy_(kept)
+    with recording() as launches:
+        launch.euler_maruyama_step(x, apart, 0.1, 0.1, **WHERE, out=x)
+    assert launches[0].arguments["out_ptr"] is x  # the very tensor that is read
