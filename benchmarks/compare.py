@@ -152,7 +152,7 @@ def goals(report: Report) -> list[tuple[str, str, str]]:
         return []
     found = [
         (
-            f"{t['target']}, at least {t['wanted']:g}, predicted {t['predicted']:g}",
+            _goal(t),
             "-" if t["got"] is None else f"{t['got']:.3g}",
             t["verdict"],
         )
