@@ -76,6 +76,8 @@ class AbstractSDE(abc.ABC):
     calculus: Calculus
     own_component: bool = False
     """Whether diagonal noise has been taken to have each ``g_i`` depend on ``x_i`` alone, which `solve` then checks."""
+    taken_as_diagonal: bool = False
+    """Whether such a dependence on other components is known, and left out of schemes that have no terms for it."""
     joint: bool = False
     """Whether `drift_and_diffusion` shares work between the two: solvers then call it where they need both."""
     has_diffusion: bool = True

@@ -27,7 +27,7 @@ def has_structure(problem: Problem) -> bool:
     if not problem.x0.numel():
         return False
     if sde.noise is Noise.DIAGONAL:
-        return solver.own_component_diffusion or sde.own_component
+        return not sde.taken_as_diagonal and (solver.own_component_diffusion or sde.own_component)
     if sde.noise is Noise.GENERAL:
         return solver.commutative_noise
     forward = sde.forward if isinstance(sde, ReverseSDE | ProbabilityFlow) else sde
@@ -70,6 +70,12 @@ def check_noise_ahead(problem: Problem) -> None:
                     continue
                 if not fits:
                     raise ValueError(_MESSAGES[problem.equation.noise].format(type(problem.solver).__name__))
+
+
+def is_diagonal(sde: AbstractSDE, x: Tensor, t: Tensor) -> bool:
+    """Whether, at ``(x, t)``, each ``g_i`` of diagonal noise depends on its own ``x_i`` alone."""
+    with torch.no_grad():
+        return _is_own_component(sde, x.detach(), t)
 
 
 def is_proved(problem: Problem) -> bool:

@@ -312,3 +312,30 @@ def test_other_arguments_are_looked_at():
         ours.BrownianInterval(size=(2, 2))(0.0, 0.5, return_U=True)
     with pytest.warns(UserWarning, match="outside"):
         assert torch.equal(ours.BrownianInterval(size=(2, 2))(2.0, 3.0), torch.zeros(2, 2))
+
+
+class Coupled(Equation):
+    """Noise that is declared diagonal, and mixes components."""
+
+    def g(self, t, y):
+        self.calls += 1
+        return 0.5 + 0.2 * y.roll(1, 1).sin()
+
+
+@pytest.mark.parametrize("method", ["milstein", "srk"])
+def test_diagonal_noise_that_mixes_components_runs_as_there_with_a_warning(method):
+    motion = interval("diagonal", entropy=5)
+
+    def ends(n, how):
+        return ours.sdeint(Coupled("diagonal"), start(), TIMES, bm=motion, method=how, dt=1.0 / n)[-1].detach()
+
+    with pytest.warns(UserWarning, match=f"depends on another component than its own, and {method} has no terms"):
+        few, many = (ends(n, method) for n in (8, 256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine = ends(1024, "euler")
+        ours.sdeint(Equation("diagonal"), start(), TIMES, method=method, dt=0.25)
+    assert (many - fine).abs().max() < 0.5 * (few - fine).abs().max()
+    assert (many - fine).abs().max() < 0.05  # strong order 1/2: about .2 sqrt(1/256) of noise between components
+    with pytest.raises(ValueError, match="needs every diffusion component"):
+        sds.solve(FromTorchSDE(Coupled("diagonal")), start(), 0.0, 1.0, 8, solver=sds.SRIW1(), seed=0)

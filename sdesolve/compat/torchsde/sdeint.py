@@ -21,6 +21,7 @@ from sdesolve.conversions import to_stratonovich
 from sdesolve.integrate.problem import Gradients
 from sdesolve.integrate.solution import Continuation
 from sdesolve.integrate.solve import solve
+from sdesolve.integrate.structure import is_diagonal
 from sdesolve.sde import AbstractSDE, Noise
 from sdesolve.solvers.adaptive import Adaptive
 from sdesolve.solvers.base import AbstractOneStep
@@ -197,6 +198,14 @@ def _integrated(
         sol = solve(form, y0, times[0], times[-1], solver=chosen, noise=noise, save_at=times)
         return _returned(sol.xs, (), logqp, extra)
     solver = _solver(method, noise_type, grad_free)
+    if equation.noise is Noise.DIAGONAL and solver.own_component_diffusion and y0.numel():
+        equation.taken_as_diagonal = not is_diagonal(equation, y0, times[0].to(y0))
+        if equation.taken_as_diagonal:
+            warnings.warn(
+                f"some g_i of this diagonal noise depends on another component than its own, and {method} has no terms "
+                "for that: it runs, as in torchsde, with strong order 0.5; method='euler' has that too, for less",
+                stacklevel=3,
+            )
     grid = steps_of(times, float(dt))
     noise = _noise(bm, grid)
     if gradients == "checkpoint" and torch.is_grad_enabled():
