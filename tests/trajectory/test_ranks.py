@@ -55,6 +55,8 @@ CALLS = {
     "stack": "torch.stack([a, b], -1)",
     "clamp": "a.clamp(-0.5, 0.5) + a.clamp(max=b)",
     "clip": "A.clip(a, 0.1)",
+    "hardtanh": "A.hardtanh(a, -0.5, 0.25) + A.hardtanh(b)",
+    "hardswish": "A.hardswish(2.0 * a) + A.hardswish(b)",
     "clamp_max": "A.clamp_max(a, 0.1) + A.clamp_max(a, b)",
     "clamp_min": "A.clamp_min(a, 0.1) + A.clamp_min(a, b)",
     "constant_pad_nd": "A.constant_pad_nd(a, [1, 2], 3.0)",
