@@ -58,5 +58,6 @@ def setup(app) -> None:
     app.connect("autodoc-process-docstring", equations, priority=100)  # before napoleon
     app.connect("source-read", relink)
 
+
 # Several classes have an attribute of one name, such as ``x``; which of them a mention means is plain where it stands.
 suppress_warnings = ["ref.python"]
