@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from .noise import columns, rows
 
 __all__ = ["fill"]
 
+_entries: dict[tuple[Any, torch.dtype], Callable[..., None]] = {}
 _GRAIN = 1 << 17  # numbers a thread makes at least: 60 us of work in float32, a little more than the handing over
 
 
@@ -48,17 +52,23 @@ def fill(kind: str, out: Tensor, *, seed: Index, stream: int, first_path: Index,
         fill(kind, wide, seed=seed, stream=stream, first_path=first_path, offset=offset)
         out.copy_(wide)
         return
-    paths, count = out.shape[0], out.numel() // out.shape[0]
-    levels = _two_levels(out.shape[1:], out.stride()[1:])
-    if levels is None:
-        plain = torch.empty_like(out, memory_format=torch.contiguous_format)
-        fill(kind, plain, seed=seed, stream=stream, first_path=first_path, offset=offset)
-        out.copy_(plain)
-        return
-    outer_stride, inner_stride, inner = levels
-    strides = (out.stride(0), outer_stride, inner_stride)
-    span = 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride(), strict=True))
-    flat = out.detach().as_strided((span,), (1,)).numpy()
+    paths = out.shape[0]
+    count = out.numel() // paths
+    if out.is_contiguous():
+        outer_stride, inner_stride, inner = 0, 1, count
+        strides = (count, 0, 1)
+        flat = (out.detach() if out.requires_grad else out).view(-1).numpy()
+    else:
+        levels = _two_levels(out.shape[1:], out.stride()[1:])
+        if levels is None:
+            plain = torch.empty_like(out, memory_format=torch.contiguous_format)
+            fill(kind, plain, seed=seed, stream=stream, first_path=first_path, offset=offset)
+            out.copy_(plain)
+            return
+        outer_stride, inner_stride, inner = levels
+        strides = (out.stride(0), outer_stride, inner_stride)
+        span = 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride(), strict=True))
+        flat = out.detach().as_strided((span,), (1,)).numpy()
     offset = int(offset)
     counter = np.array((int(seed), stream, int(first_path), offset), dtype=np.uint64)
 
@@ -75,8 +85,17 @@ def fill(kind: str, out: Tensor, *, seed: Index, stream: int, first_path: Index,
         kernel, total, cost = rows(kind), paths * blocks, 4
         tile_size = 512  # 8 KiB of words, 8 or 16 KiB of numbers
     tile_size = min(tile_size, total)
-    split(
-        lambda start, stop: kernel(flat, strides, inner, counter, count, start, stop, tile_size),
-        total,
-        -(-_GRAIN // cost),
-    )
+    grain = -(-_GRAIN // cost)
+    entry = _entries.get((kernel, out.dtype), kernel)
+    if total < 2 * grain:
+        entry(flat, strides, inner, counter, count, 0, total, tile_size)
+        if entry is kernel:
+            _keep_entries(kernel)
+        return
+    split(lambda start, stop: entry(flat, strides, inner, counter, count, start, stop, tile_size), total, grain)
+
+
+def _keep_entries(kernel: Any) -> None:
+    """Calls this kernel by the signature of a dtype from now on: Numba looks at no argument's type, 2 us of 3."""
+    for (out, *_), compiled in kernel.overloads.items():
+        _entries[kernel, getattr(torch, str(out.dtype))] = compiled.entry_point
