@@ -67,7 +67,7 @@ SAMPLERS: dict[str, AbstractSolver] = {
 EVALUATIONS = (5, 10, 20, 50)
 BEST, BEST_EVALUATIONS = "DPMSolverPP(2)", 35
 SNAPSHOTS, CHECKPOINT_EVERY, ROUNDS, NEIGHBOURS_FROM, COLUMNS = 6, 200, 3, 10_000, 12
-LIKELIHOOD_STEPS = 20
+LIKELIHOOD_STEPS, FEWER = 20, (20, 10, 5)
 Features = Callable[[Tensor], Tensor]
 
 
@@ -404,7 +404,7 @@ def picture(images: Images, score: sds.NetworkScore, recipe: Recipe, folder: Pat
     for step in snapshot_steps(recipe):
         sds.load(score, snapshot(folder / "training", step))
         rows[f"{step} steps of training"] = drawn(COLUMNS, BEST_EVALUATIONS)
-    rows |= {f"{n} evaluations": drawn(COLUMNS, n) for n in (20, 10, 5)}
+    rows |= {f"{n} evaluations": drawn(COLUMNS, n) for n in FEWER}
     rows |= {"other draws" + " " * k: x for k, x in enumerate(drawn(5 * COLUMNS, BEST_EVALUATIONS).split(COLUMNS)) if k}
     figure = plotting.image_grid(
         torch.cat(list(rows.values())), columns=COLUMNS, row_labels=list(rows), value_range=(-1, 1)

@@ -97,8 +97,9 @@ def test_cifar_batches_are_read_and_nothing_else_is_run(tmp_path, protocol):
 
 def test_a_run_goes_on_where_it_was_stopped(fashion, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SAMPLERS", {name: bench.SAMPLERS[name] for name in (bench.BEST, "EDMHeun()")})
-    monkeypatch.setattr(bench, "BEST_EVALUATIONS", 3)
-    monkeypatch.setattr(bench, "LIKELIHOOD_STEPS", 8)
+    smaller = {"BEST_EVALUATIONS": 3, "LIKELIHOOD_STEPS": 8, "SNAPSHOTS": 1, "FEWER": (2,), "ROUNDS": 2}
+    for name, value in smaller.items():
+        monkeypatch.setattr(bench, name, value)
     out = tmp_path / "out"
     arguments = [
         "--data", "fashion", "--folder", str(fashion), "--size", "tiny", "--out", str(out), "--device", "cpu",
@@ -110,7 +111,7 @@ def test_a_run_goes_on_where_it_was_stopped(fashion, tmp_path, monkeypatch, caps
 
     def stopping(*given):
         calls.append(given)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return made(*given)
 
