@@ -27,7 +27,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,7 +66,7 @@ SAMPLERS: dict[str, AbstractSolver] = {
 }
 EVALUATIONS = (5, 10, 20, 50)
 BEST, BEST_EVALUATIONS = "DPMSolverPP(2)", 35
-SNAPSHOTS, CHECKPOINT_EVERY, ROUNDS, NEIGHBOURS_FROM, COLUMNS = 6, 200, 3, 10_000, 12
+SNAPSHOTS, ROUNDS, NEIGHBOURS_FROM, COLUMNS = 6, 3, 10_000, 12
 LIKELIHOOD_STEPS, FEWER = 20, (20, 10, 5)
 Features = Callable[[Tensor], Tensor]
 
@@ -83,8 +83,12 @@ class Recipe:
     steps: int
     lr: float
     ema: float
+    warmup: int = 200
+    decay: Literal["constant", "cosine"] = "cosine"
+    attention: tuple[int, ...] | None = None
 
 
+LOSS = sds.DenoisingScoreMatching("simple", "stratified", law=sds.LogNormalNoise(-1.2, 1.2))
 SIZES = {
     "tiny": Recipe(4, (1, 1, 1), 1, 0.0, 4, 3, 1e-3, 0.9),  # a smoke test
     "small": Recipe(16, (1, 3, 4), 1, 0.0, 64, 4000, 2e-3, 0.999),
@@ -142,14 +146,14 @@ def as_pixels(x: Tensor) -> Tensor:
     return PIXELS.value(PIXELS.quantise(x.clamp(-1.0, 1.0)))
 
 
-def make_score(recipe: Recipe, data: Tensor, device: torch.device, seed: int = 0) -> sds.NetworkScore:
-    """The network with fresh weights, preconditioned for the deviation of the data."""
-    torch.manual_seed(seed)
+def make_score(recipe: Recipe, data: Tensor, process: Any = PROCESS) -> sds.NetworkScore:
+    """The network with fresh weights, preconditioned for the deviation of the data and on their device."""
+    torch.manual_seed(0)
     net = sds.nn.UNet(
         tuple(data.shape[1:]), channels=recipe.channels, multipliers=recipe.multipliers, blocks=recipe.blocks,
-        dropout=recipe.dropout,
+        dropout=recipe.dropout, attention=recipe.attention,
     )  # fmt: skip
-    return sds.NetworkScore(net.to(device), PROCESS, "edm", sigma_data=round(float(data.std()), 3))
+    return sds.NetworkScore(net.to(data.device), process, "edm", sigma_data=round(float(data.std()), 3))
 
 
 def snapshot(folder: Path, step: int) -> Path:
@@ -162,7 +166,9 @@ def snapshot_steps(recipe: Recipe) -> list[int]:
     return sorted({max(1, recipe.steps >> k) for k in range(SNAPSHOTS)})
 
 
-def learn(score: sds.NetworkScore, data: Tensor, recipe: Recipe, folder: Path, autocast: torch.dtype | None) -> None:
+def learn(
+    score: sds.NetworkScore, data: Tensor, recipe: Recipe, folder: Path, autocast: torch.dtype | None, loss: Any = LOSS
+) -> None:  # fmt: skip
     """Trains the network, or takes up what ``folder`` holds of its training.
 
     ``seconds.json`` has the processor time (on a GPU the time) that had been spent at each step that was kept.
@@ -170,7 +176,7 @@ def learn(score: sds.NetworkScore, data: Tensor, recipe: Recipe, folder: Path, a
     folder.mkdir(parents=True, exist_ok=True)
     times, clock = folder / "seconds.json", time.process_time if not data.is_cuda else time.perf_counter
     seconds = json.loads(times.read_text()) if times.exists() else {}
-    begun, kept = clock(), snapshot_steps(recipe)
+    begun, kept, every = clock(), snapshot_steps(recipe), max(200, recipe.steps // 500)
     before: float | None = None
 
     def callback(report: StepReport) -> None:
@@ -180,15 +186,15 @@ def learn(score: sds.NetworkScore, data: Tensor, recipe: Recipe, folder: Path, a
         if report.step in kept:
             with report.average.swap():
                 sds.save(score, snapshot(folder, report.step))
-        if report.step in kept or report.step % CHECKPOINT_EVERY == 0:
+        if report.step in kept or report.step % every == 0:
             seconds[str(report.step)] = before + clock() - begun
             times.write_text(json.dumps(seconds, indent=1) + "\n")
             print(f"step {report.step} of {recipe.steps}, loss {report.loss:.4f}", flush=True)
 
     sds.train(
-        score, data, loss=sds.DenoisingScoreMatching("simple", "stratified", law=sds.LogNormalNoise(-1.2, 1.2)),
-        steps=recipe.steps, batch_size=recipe.batch, lr=recipe.lr, warmup=200, decay="cosine", ema=recipe.ema,
-        autocast=autocast, checkpoint=folder, checkpoint_every=CHECKPOINT_EVERY, progress=False, callback=callback,
+        score, data, loss=loss, steps=recipe.steps, batch_size=recipe.batch, lr=recipe.lr, warmup=recipe.warmup,
+        decay=recipe.decay, ema=recipe.ema, autocast=autocast, checkpoint=folder, checkpoint_every=every,
+        progress=False, callback=callback,
     )  # fmt: skip
 
 
@@ -206,12 +212,11 @@ def grid_of(solver: AbstractSolver, evaluations: int) -> Tensor:
 
 
 def draws(
-    score: Any, shape: tuple[int, ...], n: int, solver: AbstractSolver, grid: Tensor, folder: Path, block: int,
-    process: Any = PROCESS,
+    score: Any, shape: tuple[int, ...], n: int, solver: AbstractSolver, grid: Tensor, folder: Path, block: int
 ) -> Tensor:  # fmt: skip
     """``n`` draws, ``(n, *state)``, made block by block: blocks that ``folder`` holds are not made again."""
     device = next(score.net.parameters()).device
-    task = sds.Draws(process, score, shape, solver=solver, grid=grid, seed=0, device=device)
+    task = sds.Draws(score.process, score, shape, solver=solver, grid=grid, seed=0, device=device)
     run = sds.ensemble(task, paths=n, block=min(block, n), out=folder)
     run()
     return as_pixels(run.result()["x"][:].cpu())
@@ -221,7 +226,7 @@ class Judge:
     """Distances of draws to held-out images, beside those of other real images.
 
     Args:
-        images: the data.
+        images: the data; ``held`` is what draws are compared with, ``learned`` the other real images.
         features: of images on [-1, 1].
         most: draws at most; no more of the images that were learned from are looked at.
         folder: keeps the features of the real images.
@@ -345,7 +350,7 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
     folder = options.out / f"{images.name}-{options.size}"
     folder.mkdir(parents=True, exist_ok=True)
     data = training_data(images).to(device)
-    score = make_score(recipe, data, device)
+    score = make_score(recipe, data)
     learn(score, data, recipe, folder / "training", None if options.float32 else torch.bfloat16)
     features: Any = Pooled() if options.features == "pooled" else ImageNet(device)
     results = Results(

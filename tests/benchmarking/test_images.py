@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sdesolve as sds
+from benchmarks import cifar10 as cifar_bench
 from benchmarks import images as bench
 from benchmarks.image_data import cifar10, fashion_mnist, read_cifar_batch, read_idx
 
@@ -67,12 +68,18 @@ class Call:
         return self.made
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_cifar_batches_are_read_and_nothing_else_is_run(tmp_path, protocol):
+def write_cifar(folder, protocol):
+    """Six files of the layout of CIFAR-10, with four images each."""
     data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
     whole = {b"batch_label": b"one", b"labels": [1, 2, 3, 4], b"data": data, b"filenames": [b"a"] * 4}
     for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
-        (tmp_path / name).write_bytes(pickle.dumps(whole, protocol))
+        (folder / name).write_bytes(pickle.dumps(whole, protocol))
+    return data, whole
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_cifar_batches_are_read_and_nothing_else_is_run(tmp_path, protocol):
+    data, whole = write_cifar(tmp_path, protocol)
     found = cifar10(tmp_path)
     assert found.learned.shape == (20, 3, 32, 32)
     assert torch.equal(found.held.flatten(1), torch.from_numpy(data))
@@ -93,6 +100,30 @@ def test_cifar_batches_are_read_and_nothing_else_is_run(tmp_path, protocol):
         file.write_bytes(other)
         with pytest.raises(ValueError, match=said):
             read_cifar_batch(file)
+
+
+class Means(torch.nn.Module):
+    """What stands for Inception: takes bytes."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features
+        return x.float().mean((2, 3))
+
+
+@pytest.mark.parametrize("family", cifar_bench.FAMILIES)
+def test_the_cifar_protocol_runs_on_tiny_files(tmp_path, family, capsys, monkeypatch):
+    write_cifar(tmp_path, 2)
+    monkeypatch.setattr(torch.jit, "load", lambda file, map_location: Means())
+    arguments = [
+        "--data", str(tmp_path), "--family", family, "--out", str(tmp_path), "--device", "cpu", "--tiny", "--float32",
+        "--draws", "5", "--solver-steps", "3", "--block", "3", "--inception", str(tmp_path / "net.pt"),
+    ]  # fmt: skip
+    cifar_bench.main(arguments)
+    found = json.loads("{" + capsys.readouterr().out.partition("\n{")[2])["distances"]
+    assert [found[name]["draws"] for name in ("all draws", "as many draws as test images")] == [5, 4]
+    assert found["real images"]["images"] == 4
+    assert all(0 <= row["frechet"] < 255**2 for row in found.values())
+    assert (tmp_path / f"{family}-tiny" / "images.png").exists()
 
 
 def test_a_run_goes_on_where_it_was_stopped(fashion, tmp_path, monkeypatch, capsys):
