@@ -115,3 +115,13 @@ def test_types_beside_the_states(state, backend, difference, normals):
         )  # fmt: skip
     for name, f, value in zip(chosen, functions, sol.xs[0].unbind(1), strict=True):
         assert difference(value, f(x0)) < 100 * torch.finfo(torch.float32).eps, name
+
+
+def test_units_of_a_narrow_layer_are_computed_once(normals):
+    """The layer after them is sums here and no product: each would compute them again."""
+    first, last = weights(4, 10), weights(10, 4)
+    ran = sds.solve(
+        sds.SDE(lambda x, t: torch.tanh(x @ first) @ last, lambda x, t: torch.ones_like(x)), normals(3, 4), 0.0, 1.0, 2,
+        solver=sds.EulerMaruyama(), seed=0, backend="fused",
+    )  # fmt: skip
+    assert ran.stats.source.count("tanh_float64(") == 1

@@ -1,6 +1,6 @@
 """Matrix products of expressions: written out where they are small, kept whole where they are not.
 
-A product of a row of the state with a matrix of shared parameters of more than a few hundred entries stays one
+A product of a row of the state with a matrix of shared parameters of more than 60 entries stays one
 `Expression`, which generated code computes in a loop: written out, a network's layer would be thousands of lines.
 """
 
@@ -20,7 +20,7 @@ from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name
 
 __all__ = ["Matrix"]
 
-_WRITTEN_OUT = 96  # entries
+_WRITTEN_OUT = 60  # entries
 
 
 @final

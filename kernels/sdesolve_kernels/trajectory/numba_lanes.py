@@ -127,7 +127,7 @@ class Lanes:
         rows_of = [row for row, _ in (*targets, *plain)]
         roots = with_vectors(self._graph, [*(e for _, e in (*targets, *plain)), *vectors, *products])
         n, last = len(rows_of), len(roots) - len(products)
-        lines = self.compute(list(zip(rows_of, roots[:n], strict=True)), roots[n:])
+        lines = self._compute(list(zip(rows_of, roots[:n], strict=True)), roots[n:])
         return lines, [self.vectors[p.id] for p in roots[last:]]
 
     def update(self, first: int, expressions: Sequence[Expression]) -> list[str]:
@@ -137,14 +137,17 @@ class Lanes:
         """
         rerolled = reroll(self._graph, expressions)
         if rerolled is not None and not _reads_others(rerolled):
-            return self.compute([], [self._graph.vector(expressions, (first, 1))])
+            return self._compute([], with_vectors(self._graph, [self._graph.vector(expressions, (first, 1))]))
         targets = list(enumerate(expressions, first))
         return self.compute([t for t in targets if not (isinstance(t[1].data, State) and first + t[1].data.i == t[0])])
 
-    def compute(self, targets: Sequence[Target], others: Sequence[Expression] = ()) -> list[str]:
-        """Lines that assign expressions to rows, all of them computed before any row that they read is written.
+    def compute(self, targets: Sequence[Target]) -> list[str]:
+        """Lines that assign expressions to rows, all of them computed before any row that they read is written."""
+        made = with_vectors(self._graph, [e for _, e in targets])
+        return self._compute([(row, e) for (row, _), e in zip(targets, made, strict=True)])
 
-        Products and vectors among `others` are computed too; the vectors of products stay in rows (`vectors`).
+    def _compute(self, targets: Sequence[Target], others: Sequence[Expression] = ()) -> list[str]:
+        """As `compute`; products and vectors among `others` are computed too, and their vectors stay in rows.
 
         One loop over lanes, if there is neither a matrix product nor a long sum of terms that are alike. Otherwise one
         up to each depth of those, which leaves in rows of their own whatever later loops need.
