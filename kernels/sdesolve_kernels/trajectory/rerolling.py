@@ -189,7 +189,7 @@ def with_vectors(graph: Graph, roots: Sequence[Expression]) -> list[Expression]:
     lists: dict[tuple[int, ...], tuple[Expression, ...]] = {}
     roots = _with_split_sums(graph, roots)
     for e in topological(roots):
-        if e.op in ("product", "sum", "vector") and len(e.args) >= FEWEST:
+        if e.op in ("product", "sum", "vector") and reroll(graph, e.args) is not None:
             _walk(e, users, lists)
     vectors: dict[int, tuple[Expression, ...]] = {}
     for key, of in sorted(users.items(), key=lambda item: item[0]):
