@@ -40,6 +40,7 @@ STEPS = {
     ),
     "state and its square": lambda x, t: (x * x - x.roll(3, 1)) @ A,
     "twice": lambda x, t: (x @ A) * (x @ A.T),
+    "products written out": lambda x, t: (A * torch.tanh(x)[:, None]).sum(-1),
     "sums": lambda x, t: x * x.square().sum(1, keepdim=True) + (x * b).sum(1, keepdim=True) - x.mean(1, keepdim=True),
     "sums of parts": lambda x, t: (
         x * (x[:, ::2] * b[:10]).sum(1, keepdim=True) * x[:, ORDER[:9]].tanh().sum(1, keepdim=True)
@@ -118,10 +119,16 @@ def test_types_beside_the_states(state, backend, difference, normals):
 
 
 def test_units_of_a_narrow_layer_are_computed_once(normals):
-    """The layer after them is sums here and no product: each would compute them again."""
-    first, last = weights(4, 10), weights(10, 4)
+    """Small products after it are sums here, each of which would compute them again; large ones are found in sums."""
+    first, last, wide = weights(4, 10), weights(10, 4), weights(8, 10)
+
+    def drift(x, t):
+        units = torch.tanh(x @ first)
+        return units @ last + (wide * units[:, None]).sum(-1)[:, 2:6]
+
     ran = sds.solve(
-        sds.SDE(lambda x, t: torch.tanh(x @ first) @ last, lambda x, t: torch.ones_like(x)), normals(3, 4), 0.0, 1.0, 2,
-        solver=sds.EulerMaruyama(), seed=0, backend="fused",
+        sds.SDE(drift, lambda x, t: torch.ones_like(x)), normals(3, 4), 0.0, 1.0, 2, solver=sds.EulerMaruyama(), seed=0,
+        backend="fused",
     )  # fmt: skip
     assert ran.stats.source.count("tanh_float64(") == 1
+    assert ran.stats.source.count("product_") >= 1

@@ -18,7 +18,7 @@ from sdesolve_kernels.trajectory.leaves import Shared
 from sdesolve_kernels.trajectory.pointwise import HANDLERS, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, cast, dtype_name, mapped
 
-__all__ = ["Matrix"]
+__all__ = ["Matrix", "written_product"]
 
 _WRITTEN_OUT = 60  # entries
 
@@ -84,6 +84,41 @@ def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
         else:
             out[i] = [_dot(g, a[i], b[:, j], dtype) for j in range(b.shape[1])]
     return out
+
+
+def written_product(g: Graph, terms: np.ndarray, dtype: str) -> np.ndarray | None:
+    """``terms: (paths, *rows, k)`` added along the last axis as products, if they are ``(M * v)`` with a large ``M``."""
+    if terms.ndim < 3 or terms[0].size <= _WRITTEN_OUT or dtype not in FLOATS:
+        return None
+    made: np.ndarray = np.empty(terms.shape[:-1], dtype=object)
+    for path, own in enumerate(terms.reshape(len(terms), -1, terms.shape[-1])):
+        found = _factors(own)
+        if found is None:
+            return None
+        product = g.product(*found, dtype)
+        elements = np.empty(len(own), dtype=object)
+        elements[:] = [g.element(product, i) for i in range(len(own))]
+        made[path] = elements.reshape(terms.shape[1:-1])
+    return made
+
+
+def _factors(terms: np.ndarray) -> tuple[Matrix, list[Expression]] | None:
+    """``M`` and ``v``, if ``terms: (rows, k)`` are ``M_ij v_j`` with ``M`` in one shared parameter."""
+    factors: np.ndarray = np.empty(terms.shape, dtype=object)
+    vector: list[Expression] = []
+    for (i, j), e in np.ndenumerate(terms):
+        if e.op != "mul":
+            return None
+        m, v = e.args if e.args[0].op == "shared" else e.args[::-1]
+        if m.op != "shared" or v.op == "shared":
+            return None
+        if i == 0:
+            vector.append(v)
+        elif v is not vector[j]:
+            return None
+        factors[i, j] = m
+    whole = shared_matrix(factors)
+    return None if whole is None else (whole, vector)
 
 
 def _operands(tracer: Tracer, a: Traced, b: Traced) -> tuple[np.ndarray, np.ndarray, str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sdesolve_kernels.trajectory.expressions import BOOL, FLOATS, I64, Expression, Graph
+from sdesolve_kernels.trajectory.matrices import written_product
 from sdesolve_kernels.trajectory.pointwise import EXTREMES, HANDLERS, elements_of, handles
 from sdesolve_kernels.trajectory.tracing import Traced, Tracer, Unsupported, cast, dtype_name, mapped
 
@@ -51,8 +52,11 @@ def _sum(
 ) -> Traced:
     dtype = _sum_dtype(a, dtype)
     name = dtype_name(dtype)
-    e = cast(tracer.graph, a.elements, name)
-    return tracer.traced(_reduced(e, _axes(a, dim), keepdim, _chain(tracer, "add", 0.0, name)), dtype)
+    e, axes = cast(tracer.graph, a.elements, name), _axes(a, dim)
+    product = written_product(tracer.graph, np.moveaxis(e, axes[0], -1), name) if len(axes) == 1 else None
+    if product is not None:
+        return tracer.traced(np.expand_dims(product, axes[0]) if keepdim else product, dtype)
+    return tracer.traced(_reduced(e, axes, keepdim, _chain(tracer, "add", 0.0, name)), dtype)
 
 
 @handles("mean")
