@@ -87,7 +87,7 @@ def matmul(g: Graph, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def written_product(g: Graph, terms: np.ndarray, dtype: str) -> np.ndarray | None:
-    """``terms: (paths, *rows, k)`` added along the last axis as products, if they are ``(M * v)`` with a large ``M``."""
+    """``terms: (paths, *rows, k)`` added along the last axis as products, if each is ``(M * v)`` of a large ``M``."""
     if terms.ndim < 3 or terms[0].size <= _WRITTEN_OUT or dtype not in FLOATS:
         return None
     made: np.ndarray = np.empty(terms.shape[:-1], dtype=object)
