@@ -1,13 +1,13 @@
-"""The CIFAR-10 protocol of Song et al. 2021, for those who have its files: ``python -m benchmarks.cifar10 --folder DIR``.
+"""The CIFAR-10 protocol of Song et al. 2021, for those who have its files: ``python -m benchmarks.cifar10 --folder F``.
 
-The setting of the published FID of 2.20 (table 2, NCSN++ of double depth on VE) and 2.41 (DDPM++ of double depth on a
-VP process), with the library's parts: Adam at 2e-4 with 5,000 steps of warm-up, batches of 128 with mirrored images,
-dropout 0.1, averaged weights of decay 0.999 (VE) or 0.9999 (VP), 950,000 steps; 50,000 draws by the predictor of
-reverse diffusion and a Langevin corrector, 1,000 steps of two evaluations each, and a last denoising step.
+The setting of the published FID of 2.20 (table 3, NCSN++ of double depth on VE; ``--family ddpm++`` is DDPM++ of double
+depth on VP) with the library's parts: AdamW at 2e-4 with 5,000 steps of warm-up, 950,000 steps, batches of 128 with
+mirrored images, dropout 0.1, averaged weights of decay 0.999 (VE) or 0.9999 (VP); 50,000 draws by 1,000 steps of
+reverse diffusion, each with one of a Langevin corrector, and a last denoising step.
 
 What differs: the network is this library's U-Net at their widths and depths, under EDM's preconditioning, without
-NCSN++'s progressive inputs and filtered resampling; pixels are on [-1, 1] for both, so that VE has twice their noise
-levels, the same process in other units.
+NCSN++'s progressive inputs and filtered resampling. Pixels are on [-1, 1] for both, so that VE has twice their noise
+levels, the same process in other units. The published 2.41 of DDPM++ is by Euler-Maruyama without a corrector.
 
 Draws are compared with the 50,000 images learned from, as published. With ``--inception FILE``, a TorchScript of the
 Inception network that FID is defined by, called as ``net(uint8 images, return_features=True)``, the distance is the
@@ -88,7 +88,7 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     results = Results(folder / "results.json", setting)
     # The images learned from are what is compared with, the test images what other real ones score.
-    judge = Judge(Images(images.name, images.held, images.learned), features, len(images.held), folder)
+    judge = Judge(Images(images.name, images.held, images.learned), features, len(images.held), folder, device)
     few = min(len(images.held), options.draws)
     results.keep("distances", "all draws", lambda: judge.row(drawn))
     results.keep("distances", "as many draws as test images", lambda: judge.row(drawn[:few]))

@@ -19,13 +19,15 @@ known. ``--size small`` trains in under 40 minutes on two cores; others are for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +68,7 @@ SAMPLERS: dict[str, AbstractSolver] = {
 }
 EVALUATIONS = (5, 10, 20, 50)
 BEST, BEST_EVALUATIONS = "DPMSolverPP(2)", 35
-SNAPSHOTS, ROUNDS, NEIGHBOURS_FROM, COLUMNS = 6, 3, 10_000, 12
+SNAPSHOTS, ROUNDS, MOST_NEIGHBOURS, COLUMNS = 6, 3, 10_000, 12
 LIKELIHOOD_STEPS, FEWER = 20, (20, 10, 5)
 Features = Callable[[Tensor], Tensor]
 
@@ -224,6 +226,14 @@ def draws(
     return as_pixels(run.result()["x"][:].cpu())
 
 
+@contextlib.contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """A folder for the blocks of some draws, which is removed when they have been looked at."""
+    place = folder / "draws" / re.sub(r"\W+", "-", name)
+    yield place
+    shutil.rmtree(place)
+
+
 class Judge:
     """Distances of draws to held-out images, beside those of other real images.
 
@@ -232,10 +242,14 @@ class Judge:
         features: of images on [-1, 1].
         most: draws at most; no more of the images that were learned from are looked at.
         folder: keeps the features of the real images.
+        device: where neighbours are looked for.
     """
 
-    def __init__(self, images: Images, features: Features, most: int, folder: Path) -> None:
-        self.features, file = features, folder / f"features-{most}.safetensors"
+    def __init__(
+        self, images: Images, features: Features, most: int, folder: Path, device: torch.device | str = "cpu"
+    ) -> None:
+        self.features, self.device = features, device
+        file = folder / f"features-{most}.safetensors"
         if not file.exists():
             parts = {"learned": images.learned[:most], "held": images.held}
             save_file({name: self.of(PIXELS.value(x.long())) for name, x in parts.items()}, file)
@@ -259,9 +273,9 @@ class Judge:
         return {"draws": len(z), "frechet": float(metrics.frechet_distance(z, self.held))} | self._shares(z)
 
     def _shares(self, z: Tensor) -> dict[str, float]:
-        """Of at most `NEIGHBOURS_FROM` on both sides, for the time grows with their square."""
-        n = min(len(z), len(self.held), NEIGHBOURS_FROM)
-        found = metrics.precision_recall(self.held[:n], z[:n])
+        """Of at most `MOST_NEIGHBOURS` on both sides, for the time grows with their square."""
+        n = min(len(z), len(self.held), MOST_NEIGHBOURS)
+        found = metrics.precision_recall(self.held[:n].to(self.device), z[:n].to(self.device))
         return {"precision": float(found.precision), "recall": float(found.recall)}
 
 
@@ -364,13 +378,12 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
         },
     )  # fmt: skip
     shape = tuple(data.shape[1:])
-    judge = Judge(images, features, max(options.draws, options.table_draws), folder)
+    judge = Judge(images, features, max(options.draws, options.table_draws), folder, device)
 
     def row(sampler: str, evaluations: int, n: int) -> dict[str, float]:
-        solver, place = SAMPLERS[sampler], folder / "draws"
-        found = judge.row(draws(score, shape, n, solver, grid_of(solver, evaluations), place, options.block))
-        shutil.rmtree(place)
-        return found
+        solver = SAMPLERS[sampler]
+        with scratch(folder, f"{sampler}-{evaluations}-{n}") as place:
+            return judge.row(draws(score, shape, n, solver, grid_of(solver, evaluations), place, options.block))
 
     for n in sorted({options.draws, options.table_draws}):
         results.keep("floor", str(n), functools.partial(judge.floor, n))
@@ -385,7 +398,8 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
     sds.load(score, snapshot(folder / "training", recipe.steps))
     best = f"{BEST}, {BEST_EVALUATIONS}"
     results.keep("best", best, functools.partial(row, BEST, BEST_EVALUATIONS, options.draws))
-    held, place = images.held[: options.likelihoods], folder / "likelihoods"
+    held = images.held[: options.likelihoods]
+    place = folder / f"likelihoods-{len(held)}"
     results.keep("bits", str(len(held)), functools.partial(bits, score, held, options.block, place))
     for evaluations in options.evaluations:
         for sampler in SAMPLERS:
@@ -407,12 +421,11 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
 
 def picture(images: Images, score: sds.NetworkScore, recipe: Recipe, folder: Path) -> None:
     """Held-out images, the same draws at every stage of the training and by fewer evaluations, and other draws."""
-    shape, place = tuple(images.held.shape[1:]), folder / "draws"
+    shape = tuple(images.held.shape[1:])
 
     def drawn(n: int, evaluations: int) -> Tensor:
-        x = draws(score, shape, n, SAMPLERS[BEST], grid_of(SAMPLERS[BEST], evaluations), place, n)
-        shutil.rmtree(place)
-        return x
+        with scratch(folder, "picture") as place:
+            return draws(score, shape, n, SAMPLERS[BEST], grid_of(SAMPLERS[BEST], evaluations), place, n)
 
     rows = {"held out": PIXELS.value(images.held[:COLUMNS].long())}
     for step in snapshot_steps(recipe):

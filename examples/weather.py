@@ -59,7 +59,8 @@ class Windows(NamedTuple):
     truth: Tensor
     """Winds at the leads, ``(n, 8)``."""
 
-    def __getitem__(self, rows: Tensor) -> Windows:  # type: ignore[override]
+    def at(self, rows: Tensor) -> Windows:
+        """Some of them."""
         return Windows(*(part[rows] for part in self))
 
 
@@ -103,11 +104,15 @@ def windows(station: dict[str, Tensor], hours: Tensor) -> Windows:
     known = torch.stack(past + clock + year + [a * b for a in clock[:2] for b in year], 1)
     truth = station["wind_speed"][hours[:, None] + LEADS]
     good = ~(known.isnan().any(1) | truth.isnan().any(1))
-    return Windows(hours, known, station["wind_speed"][hours], truth)[good]
+    return Windows(hours, known, station["wind_speed"][hours], truth).at(good)
 
 
 def split(first: int = PERIOD - HELD) -> tuple[Tensor, Tensor]:
-    """Hours of forecasts to learn from and to be judged by; what they are about is never shared."""
+    """Hours of forecasts to learn from and to be judged by; what they are about is never shared.
+
+    Args:
+        first: hour at which a spell that is held out begins; the settings of this script were chosen with 0.
+    """
     hours = torch.arange(24, 365 * 24 - 24)
 
     def held(h: Tensor) -> Tensor:
@@ -246,7 +251,7 @@ def main() -> None:
     learning, held = split()
     learned = joined([windows(station, learning) for station in stations.values()])
     here, data = windows(stations["LGA"], learning), windows(stations["LGA"], held)
-    data = data[torch.arange(0, len(data.hour), 12 if arguments.quick else 3)]
+    data = data.at(torch.arange(0, len(data.hour), 12 if arguments.quick else 3))
     apart = forecasts_apart(data)
     plain, rooted = Regression(learned), Regression(roots(learned))
     forecaster = Forecaster(roots(learned), rooted, 100 if arguments.quick else 1000)

@@ -194,7 +194,7 @@ def test_floors_are_those_of_real_images():
     """Halves of one sample: the distance over the floor is about 1, and that of shifted images far more."""
     held = PIXELS.repeat(10, 1, 1)[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
     judge = bench.Judge.__new__(bench.Judge)
-    judge.features = bench.Pooled()
+    judge.features, judge.device = bench.Pooled(), "cpu"
     judge.learned, judge.held = (judge.of(bench.PIXELS.value(v.long())) for v in (held[:300], held[300:]))
     floor = judge.floor(300)
     same = judge.row(bench.PIXELS.value(held[:300].long()))
