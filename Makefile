@@ -59,13 +59,14 @@ bench-twice: $(STAMP)
 	$(BIN)/python $(BENCH) --one-core --benchmark-json=outputs/bench-2.json
 	$(BIN)/python -m benchmarks.compare outputs/bench-1.json outputs/bench-2.json --agree
 
-# What docs/performance.md shows: the whole suite, its tables and picture, and scaling. On a machine with nothing else to do.
+# What docs/performance.md shows: the whole suite, its tables and picture, scaling, and prices. On a machine with nothing else to do.
 bench-record: $(STAMP)
 	@mkdir -p outputs
 	$(BIN)/python -m pytest benchmarks/test_suite.py -q --benchmark-quiet --benchmark-json=outputs/cpu.json
 	$(BIN)/python -m benchmarks.compare outputs/cpu.json --save benchmarks/results/cpu.json --into docs/performance.md --plot assets/ratios.png
 	$(BIN)/python -m benchmarks.compare benchmarks/results/cpu.json --markdown > benchmarks/results/cpu.md
 	$(BIN)/python -m benchmarks.scaling --into docs/performance.md
+	$(BIN)/python -m benchmarks.costs --into docs/cost.md
 
 peers: $(STAMP)
 	$(BIN)/python tools/environment.py $(VENV) dev,bench
