@@ -67,7 +67,7 @@ SAMPLERS: dict[str, AbstractSolver] = {
     ),
 }
 EVALUATIONS = (5, 10, 20, 50)
-BEST, BEST_EVALUATIONS = "DPMSolverPP(2)", 35
+BEST, BEST_EVALUATIONS = ("DPMSolverPP(2)", "SDEDPMSolverPP(2)"), 35  # a flow and an SDE, with more draws
 SNAPSHOTS, ROUNDS, MOST_NEIGHBOURS, COLUMNS = 6, 3, 10_000, 12
 LIKELIHOOD_STEPS, FEWER = 20, (20, 10, 5)
 Features = Callable[[Tensor], Tensor]
@@ -354,7 +354,7 @@ def table(found: dict[str, Any]) -> str:
         for step, row in found["curve"].items():
             ratio = row["frechet"] / floors[str(row["draws"])]["frechet"]
             lines.append(f"| {int(step):,} | {row['seconds'] / 60:.1f} | {row['frechet']:.2f} | {ratio:.2f} |")
-        lines.append(f"\nBy `{BEST}` at {BEST_EVALUATIONS} evaluations, {row['draws']:,} draws each.")
+        lines.append(f"\nBy `{BEST[0]}` at {BEST_EVALUATIONS} evaluations, {row['draws']:,} draws each.")
     for b in found.get("bits", {}).values():
         lines.append(f"\nBits per dimension of {b['images']:,} held-out images: {b['mean']:.3f} +- {b['error']:.3f}.")
     return "\n".join(lines) + "\n"
@@ -391,13 +391,14 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
 
     def stage(step: int) -> dict[str, float]:
         sds.load(score, snapshot(folder / "training", step))
-        return row(BEST, BEST_EVALUATIONS, options.table_draws) | {"seconds": seconds[str(step)]}
+        return row(BEST[0], BEST_EVALUATIONS, options.table_draws) | {"seconds": seconds[str(step)]}
 
     for step in snapshot_steps(recipe):
         results.keep("curve", str(step), functools.partial(stage, step))
     sds.load(score, snapshot(folder / "training", recipe.steps))
-    best = f"{BEST}, {BEST_EVALUATIONS}"
-    results.keep("best", best, functools.partial(row, BEST, BEST_EVALUATIONS, options.draws))
+    for sampler in BEST:
+        found = functools.partial(row, sampler, BEST_EVALUATIONS, options.draws)
+        results.keep("best", f"{sampler}, {BEST_EVALUATIONS}", found)
     held = images.held[: options.likelihoods]
     place = folder / f"likelihoods-{len(held)}"
     results.keep("bits", str(len(held)), functools.partial(bits, score, held, options.block, place))
@@ -420,23 +421,22 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def picture(images: Images, score: sds.NetworkScore, recipe: Recipe, folder: Path) -> None:
-    """Held-out images, the same draws at every stage of the training and by fewer evaluations, and other draws."""
+    """Held-out images, the same draws at every stage of the training and by fewer evaluations, and by an SDE."""
     shape = tuple(images.held.shape[1:])
 
-    def drawn(n: int, evaluations: int) -> Tensor:
+    def drawn(n: int, evaluations: int, sampler: str = BEST[0]) -> Tensor:
         with scratch(folder, "picture") as place:
-            return draws(score, shape, n, SAMPLERS[BEST], grid_of(SAMPLERS[BEST], evaluations), place, n)
+            return draws(score, shape, n, SAMPLERS[sampler], grid_of(SAMPLERS[sampler], evaluations), place, n)
 
-    rows = {"held out": PIXELS.value(images.held[:COLUMNS].long())}
+    rows = [("held out", PIXELS.value(images.held[:COLUMNS].long()))]
     for step in snapshot_steps(recipe):
         sds.load(score, snapshot(folder / "training", step))
-        rows[f"{step} steps of training"] = drawn(COLUMNS, BEST_EVALUATIONS)
-    rows |= {f"{n} evaluations": drawn(COLUMNS, n) for n in FEWER}
-    rows |= {"other draws" + " " * k: x for k, x in enumerate(drawn(5 * COLUMNS, BEST_EVALUATIONS).split(COLUMNS)) if k}
-    figure = plotting.image_grid(
-        torch.cat(list(rows.values())), columns=COLUMNS, row_labels=list(rows), value_range=(-1, 1)
-    )
-    figure.savefig(folder / "images.png", dpi=110)
+        rows.append((f"{step:,} steps", drawn(COLUMNS, BEST_EVALUATIONS)))
+    rows += [(f"{n} evaluations", drawn(COLUMNS, n)) for n in FEWER]
+    rows += [("by an SDE", x) for x in drawn(4 * COLUMNS, BEST_EVALUATIONS, BEST[1]).split(COLUMNS)]
+    labels, parts = zip(*rows, strict=True)
+    figure = plotting.image_grid(torch.cat(parts), columns=COLUMNS, row_labels=labels, value_range=(-1, 1))
+    figure.savefig(folder / "images.png", dpi=110, bbox_inches="tight")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -32,6 +32,7 @@ PAGES = {
     "benchmarks/results/schemes.md": "schemes",
     "benchmarks/results/work_precision.md": "work_precision",
     "benchmarks/results/learned_scores.md": "learned_scores",
+    "benchmarks/results/images_digits.md": "images_digits",
 }
 _LINKED = PAGES | {"examples/README.md": "gallery/index"}
 # Where a name is defined, and what that part of the library is called; others are called by their own names.
