@@ -10,6 +10,9 @@ EfficientNet-Lite0, from images resized to 112 x 112:
 - Precision and recall (Kynkaanniemi et al. 2019), as many draws as held-out images, beside those of real images.
 - Bits per dimension of held-out images, by the probability flow and uniform dequantisation.
 
+Rows are read beside the floor of as many real images: with fewer images distances and floors are larger and their ratio
+nearer to 1. On EDM `DEIS` is `LinearMultistep`, and `DPMSolver(2)` is `DPM2`.
+
 Everything is done in pieces that are kept in the folder: a call that was stopped goes on where it was when it is made
 again. The training writes checkpoints, draws are made block by block, and each row of the table is written when it is
 known. ``--size small`` trains in under 40 minutes on two cores; others are for GPUs. What it needs beside the library:
@@ -70,6 +73,10 @@ EVALUATIONS = (5, 10, 20, 50)
 BEST, BEST_EVALUATIONS = ("DPMSolverPP(2)", "SDEDPMSolverPP(2)"), 35  # a flow and an SDE, with more draws
 SNAPSHOTS, ROUNDS, MOST_NEIGHBOURS, COLUMNS = 6, 3, 10_000, 12
 LIKELIHOOD_STEPS, FEWER = 20, (20, 10, 5)
+CAPTION = (
+    f"Held-out images; draws of `{BEST[0]}` from the same noise after so many steps of training, at {BEST_EVALUATIONS} "
+    f"evaluations, and at fewer; draws of `{BEST[1]}` at {BEST_EVALUATIONS}. None is chosen."
+)
 Features = Callable[[Tensor], Tensor]
 
 
@@ -328,7 +335,8 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"Made by `python -m benchmarks.images --data {setting['data']} --size {setting['size']}`, whose head says "
         f"what is measured. A U-Net of {setting['parameters']:,} weights learned from {setting['learned']:,} images in "
-        f"{setting['steps']:,} steps of {setting['batch']}, {seconds / 60:.1f} minutes of {setting['clock']}; "
+        f"{setting['steps']:,} steps of {setting['batch']} in {setting['training']}, {seconds / 60:.1f} minutes of "
+        f"{setting['clock']}; "
         f"{setting['held']:,} images were held out. Features: {setting['features']}. The distance is a Frechet "
         "distance in these features, not the FID.",
         "",
@@ -374,7 +382,8 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
         {
             "data": images.name, "size": options.size, "parameters": sum(p.numel() for p in score.parameters()),
             "learned": len(images.learned), "held": len(images.held), "steps": recipe.steps, "batch": recipe.batch,
-            "features": features.name, "clock": "one processor core" if device.type == "cpu" else "the GPU",
+            "features": features.name, "training": "float32" if options.float32 else "bfloat16",
+            "clock": "one processor core" if device.type == "cpu" else "the GPU",
         },
     )  # fmt: skip
     shape = tuple(data.shape[1:])
@@ -403,7 +412,7 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
     place = folder / f"likelihoods-{len(held)}"
     results.keep("bits", str(len(held)), functools.partial(bits, score, held, options.block, place))
     for evaluations in options.evaluations:
-        for sampler in SAMPLERS:
+        for sampler in options.samplers:
             found = functools.partial(row, sampler, evaluations, options.table_draws)
             results.keep("samplers", f"{sampler}, {evaluations}", found)
     if not (folder / "images.png").exists():
@@ -416,7 +425,9 @@ def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
         shutil.copy(folder / "results.json", RESULTS / f"{name}.json")
         shutil.copy(folder / "images.png", RESULTS.parents[1] / "assets" / f"{name}.png")
         title, _, rest = text.partition("\n")
-        (RESULTS / f"{name}.md").write_text(f"{title}\n\n![Real images and draws](../../assets/{name}.png)\n{rest}")
+        (RESULTS / f"{name}.md").write_text(
+            f"{title}\n\n![Real images and draws](../../assets/{name}.png)\n\n{CAPTION}\n{rest}"
+        )
     return results.found
 
 
@@ -450,6 +461,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=50_000 if gpu else 2500, help="of the best sampler")
     parser.add_argument("--table-draws", type=int, default=50_000 if gpu else 500, help="of every sampler")
     parser.add_argument("--evaluations", type=int, nargs="+", default=list(EVALUATIONS))
+    parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS), metavar="SAMPLER")
     parser.add_argument("--likelihoods", type=int, default=10_000 if gpu else 100, help="held-out images")
     parser.add_argument("--block", type=int, default=2500 if gpu else 125, help="draws that are made at once")
     parser.add_argument("--features", choices=("imagenet", "pooled"), default="imagenet")
