@@ -157,12 +157,14 @@ def interleave(
 @contextlib.contextmanager
 def _frozen() -> Iterator[None]:
     """A full collection would go through torch's two hundred thousand objects, in whoever's turn it is."""
+    already = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not already:  # what the caller froze would be looked through again, here and ever after
+            gc.unfreeze()
 
 
 def _over(values: list[float], baseline: list[float]) -> list[float]:
