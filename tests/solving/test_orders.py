@@ -106,7 +106,13 @@ BACK = [
     (sds.Milstein("foster"), "ito", "general", 1.0, True),
     (sds.SlowRK(), "stratonovich", "general", 0.5, True),
 ]
-DIRECTED = [(*case, False) for case in STRONG]
+# Scalar noise is diagonal noise of one channel, and commuting noise of the order of general noise is general noise.
+SURE = {(solver, calculus, order) for solver, calculus, name, order in STRONG if name in ("diagonal", "general")}
+DIRECTED = [
+    pytest.param(*case, False, marks=[pytest.mark.thorough] if repeated else [])
+    for case in STRONG
+    for repeated in [case[2] in ("scalar", "commuting") and (*case[:2], case[3]) in SURE]
+]
 DIRECTED += [pytest.param(*case, marks=pytest.mark.thorough) for case in BACK]
 
 
@@ -246,7 +252,13 @@ WEAK += [(sds.NON(), "stratonovich", name, None) for name in ANY]
 COMPILED = (sds.SRIW1(), sds.SPaRK(), sds.LogODE(), sds.W2Ito1())  # a kernel takes seconds
 
 
-@pytest.mark.parametrize(("solver", "calculus", "name", "order"), STRONG + WEAK, ids=str)
+TRACED = [
+    pytest.param(*case, marks=[pytest.mark.thorough] if case[2] in ("scalar", "commuting") else [])
+    for case in STRONG + WEAK
+]
+
+
+@pytest.mark.parametrize(("solver", "calculus", "name", "order"), TRACED, ids=str)
 def test_fused_is_eager(solver, calculus, name, order):
     """Traced and walked in torch, in either direction; a few are compiled."""
     compiled = solver in COMPILED and name in ("diagonal", "general")

@@ -11,7 +11,7 @@ from sdesolve_kernels._triton.launch_matrices import matrix_step
 F32, F64, BF16, F16 = selfcheck.DTYPES
 # One shape for each layout of the tiles gets every check.
 THOROUGH = [(4, 3), (3, 2, 5, 4)]
-VALUES = [(F32, s) for s in selfcheck.SHAPES if s not in THOROUGH]
+VALUES = [(F32, s) for s in selfcheck.SHAPES if s not in THOROUGH][::2]
 VALUES += [(F64, (5, 2)), (F64, (2, 7)), (BF16, (5, 8)), (BF16, (2, 7)), (F16, (5, 2))]
 
 

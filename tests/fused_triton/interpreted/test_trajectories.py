@@ -69,7 +69,6 @@ def drift(x, t):
 
 SDES = {
     "diagonal": sds.SDE(drift, lambda x, t: 0.3 * torch.cos(x) + 0.1 * t, noise="diagonal"),
-    "linear": sds.SDE(lambda x, t: 1.5 * x / (2.0 + t), lambda x, t: 0.3 * x, noise="diagonal"),
     "scalar": sds.SDE(drift, lambda x, t: 0.2 * x, noise="scalar"),
     "additive": sds.SDE(drift, lambda x, t: 0.2 + 0.1 * t, noise="additive"),
     "general": sds.SDE(drift, lambda x, t: A * x.unsqueeze(-1).tanh(), noise="general"),
@@ -154,7 +153,7 @@ def test_parameters_are_arguments():
     assert len(sources) == 1
 
 
-@pytest.mark.parametrize("width", [1, 3, 4])
+@pytest.mark.parametrize("width", [1, 3])
 def test_counters_beyond_32_bits(width):
     """Numbers on both sides of block 2^32, where a run of groups must stop, and paths above 2^32."""
     first = (2**34 - 12) // width
