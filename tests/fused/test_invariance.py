@@ -52,7 +52,7 @@ def states(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", [*OPS, *LOSS])
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_a_part_of_the_batch(name: str, data: st.DataObject) -> None:
     op = (OPS | LOSS)[name]
     dtype = data.draw(st.sampled_from(DTYPES))

@@ -39,7 +39,13 @@ def inputs(batch, state, m, dtype, shared):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shared"), [(torch.float32, False), (torch.float64, False), (torch.bfloat16, True), (torch.float32, True)]
+    ("dtype", "shared"),
+    [
+        (torch.float32, False),
+        pytest.param(torch.float64, False, marks=pytest.mark.thorough),
+        (torch.bfloat16, True),
+        pytest.param(torch.float32, True, marks=pytest.mark.thorough),
+    ],
 )
 def test_against_float64(dtype, shared):
     for batch, state, m in SHAPES:

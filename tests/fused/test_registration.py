@@ -141,7 +141,7 @@ def calls() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     }
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("reference", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", calls())
 def test_gradcheck(name: str, backend: str) -> None:
     function, inputs = calls()[name]

@@ -58,7 +58,13 @@ def relative_fisher_error(score, process, times=(0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
 
 
 @pytest.mark.parametrize(
-    ("predicts", "weighting"), [("edm", "simple"), ("velocity", "simple"), ("noise", "sigma2"), ("noise", "likelihood")]
+    ("predicts", "weighting"),
+    [
+        ("edm", "simple"),
+        pytest.param("velocity", "simple", marks=pytest.mark.thorough),
+        pytest.param("noise", "sigma2", marks=pytest.mark.thorough),
+        ("noise", "likelihood"),
+    ],
 )
 def test_a_short_training_learns_the_score_of_a_gaussian(make_score, predicts, weighting):
     z = torch.randn(4096, 2, generator=torch.Generator().manual_seed(2))

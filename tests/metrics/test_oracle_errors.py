@@ -175,7 +175,7 @@ def test_densities_followed_on_the_line_are_those_of_samples():
         (sds.DDIM(0.0), TWO_MODES, 1),
         (sds.DPMSolverPP(2), TWO_MODES, 2),
         (sds.EulerMaruyama(), TWO_MODES, 1),
-        (sds.Ancestral(), THREE_MODES, 1),
+        pytest.param(sds.Ancestral(), THREE_MODES, 1, marks=pytest.mark.thorough),
     ],
     ids=lambda v: getattr(v, "__name__", type(v).__name__),
 )

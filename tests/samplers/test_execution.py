@@ -72,7 +72,7 @@ def equation(process, solver):
     return process.reverse(score, solver.stochasticity or 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("solver", SAMPLERS, ids=repr)
 def test_rows_by_kernel_are_rows_in_torch(solver, process, dtype):

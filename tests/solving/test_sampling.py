@@ -18,10 +18,22 @@ def ids(process):
     return type(process).__name__
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=ids)
+LAWS = [
+    (sds.EulerMaruyama(), None, 400),
+    (sds.EulerMaruyama(), 0, 400),
+    (sds.Heun(), None, 200),
+    (sds.RK4(), None, 100),
+]
+
+
 @pytest.mark.parametrize(
-    ("solver", "stochasticity", "steps"),
-    [(sds.EulerMaruyama(), None, 400), (sds.EulerMaruyama(), 0, 400), (sds.Heun(), None, 200), (sds.RK4(), None, 100)],
+    ("solver", "stochasticity", "steps", "process"),
+    [
+        pytest.param(*law, process, marks=[pytest.mark.thorough] if (i + j) % 2 else [])
+        for i, law in enumerate(LAWS)
+        for j, process in enumerate(PROCESSES)
+    ],
+    ids=ids,
 )
 def test_samples_have_the_law_of_the_data(process, solver, stochasticity, steps):
     """Any solver on the reverse SDE or the flow (peers crash on Euler-Maruyama with the flow)."""

@@ -234,7 +234,7 @@ def test_cells_of_a_step_know_when_the_time_is_too_coarse():
     slow = sds.solve(driven(1e-4), x0, t0, t1, **options)
     assert slow.stats.execution == "eager"
     assert "which holds t = 655" in slow.stats.reason
-    double = sds.solve(driven(1e-4), x0.double(), t0, t1, **options)
+    double = sds.solve(driven(1e-4), x0.double(), t0, t1, backend="eager", **options)
     torch.testing.assert_close(slow.xs, double.xs.float(), rtol=0, atol=5e-3)
     free = sds.SDE(lambda x, t: -x, lambda x, t: 0.1 * torch.ones_like(x), "additive")
     assert sds.solve(free, x0, t0, t1, **options).stats.execution == "fused"

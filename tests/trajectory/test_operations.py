@@ -84,7 +84,7 @@ x.cumsum(1); x.flip(1); x[:,idx]; x[:,mask]; x.softmax(1); x.var(1); x.lerp(w.to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.thorough), torch.float32], ids=str)
 def test_primitives_in_kernels(dtype, difference, normals):
     """One kernel a precision: whatever an expression can be made of."""
     texts = [text.strip() for text in PRIMITIVES.replace("\n", ";").split(";") if text.strip()]

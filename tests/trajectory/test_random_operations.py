@@ -129,8 +129,8 @@ def compare(seed, difference):
     return difference(fused, eager) / (2e-4 if narrow else 1e-10)
 
 
-# All of them take as long as everything else in this folder: half are left for the thorough profile.
-TRIED = [pytest.param(first, marks=pytest.mark.thorough if first >= 80 else ()) for first in range(0, 160, 20)]
+# All of them take as long as everything else in this folder: three quarters are left for the thorough profile.
+TRIED = [pytest.param(first, marks=pytest.mark.thorough if first >= 40 else ()) for first in range(0, 160, 20)]
 
 
 @pytest.mark.parametrize("first", TRIED)
