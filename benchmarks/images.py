@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -371,6 +372,8 @@ def table(found: dict[str, Any]) -> str:
 def measure(images: Images, options: argparse.Namespace) -> dict[str, Any]:
     """All that the head of this file names, from the folder where it is there already."""
     device, recipe = torch.device(options.device), SIZES[options.size]
+    for sampler, evaluations in itertools.product(options.samplers, options.evaluations):
+        grid_of(SAMPLERS[sampler], evaluations)  # refuses too few before any work
     folder = options.out / f"{images.name}-{options.size}"
     folder.mkdir(parents=True, exist_ok=True)
     data = training_data(images).to(device)

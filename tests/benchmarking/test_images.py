@@ -169,6 +169,9 @@ def test_a_run_goes_on_where_it_was_stopped(fashion, tmp_path, monkeypatch, caps
     done = len(calls)
     bench.main(arguments)
     assert len(calls) == done
+    with pytest.raises(ValueError, match="two steps at least, 3 evaluations, got 2"):
+        bench.main([*arguments, "--out", str(tmp_path / "none"), "--evaluations", "2"])
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="another setting"):
         bench.Results(folder / "results.json", found["setting"] | {"steps": 9})
 
