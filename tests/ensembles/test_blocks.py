@@ -171,6 +171,7 @@ def test_a_path_again_to_the_bit(whole):
         run.replay(1, seed=4)
 
 
+@pytest.mark.uncompiled
 def test_a_path_of_a_network_is_that_of_its_block():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2))

@@ -48,6 +48,7 @@ def test_samples_and_reductions(tmp_path, capsys):
     assert "MergedMoments(count=64" in printed.out
 
 
+@pytest.mark.uncompiled
 def test_a_learned_score_is_read_from_its_checkpoint(tmp_path, capsys):
     torch.manual_seed(0)
     score = sds.NetworkScore(sds.nn.MLP((2,), width=8, depth=1), sds.VP())

@@ -232,6 +232,7 @@ def test_latents_lead_back_to_the_data(process):
     torch.testing.assert_close(estimated, latent, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.uncompiled
 def test_a_corrected_flow_draws_its_noise_from_torchs_generator():
     solver = sds.PredictorCorrector(sds.Heun(), sds.LangevinCorrector(snr=0.1))
 

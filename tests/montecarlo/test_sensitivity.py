@@ -24,6 +24,7 @@ def near(found, error, exact, bias=0.0):
     return abs(float(found) - exact) < 4.5 * float(error) + bias
 
 
+@pytest.mark.uncompiled
 def test_greeks_of_a_call_and_of_a_digital():
     """P23: price 5.2933981, delta .4103865, vega 38.8834612; digital delta .0176743, smoothed over the last step."""
     price, volatility, discount = leaf(PRICE), leaf(VOLATILITY), math.exp(-RATE)

@@ -50,6 +50,7 @@ def test_a_run_stops_when_its_estimate_has_settled():
     assert (x.abs() - 2.0).abs().mean() < 0.4
 
 
+@pytest.mark.uncompiled
 def test_policy_gradients_raise_the_reward():
     score = LOOPS["learned"](steps=80)
     rewards = LOOPS["fine_tune"](score, lambda x: -(x - 2.0).square().sum(1), rounds=3)

@@ -56,6 +56,7 @@ def start(batch, dtype):
     return torch.linspace(0.5, 1.5, 2 * batch, dtype=dtype).reshape(batch, 2)
 
 
+@pytest.mark.uncompiled
 @given(pair=pairs, seed=seeds, dtype=dtypes, grid=grids, backwards=st.booleans(), data=st.data())
 @settings(max_examples=7)
 def test_splitting_at_a_grid_point_changes_nothing(pair, seed, dtype, grid, backwards, data):
@@ -72,6 +73,7 @@ def test_splitting_at_a_grid_point_changes_nothing(pair, seed, dtype, grid, back
     assert torch.equal(whole, rest) or not bool(whole.isfinite().all())
 
 
+@pytest.mark.uncompiled
 @given(pair=pairs, seed=seeds, dtype=dtypes, order=st.permutations(range(5)))
 @settings(max_examples=4)
 def test_a_permuted_or_split_batch_gives_the_permuted_or_split_result(pair, seed, dtype, order):

@@ -303,6 +303,7 @@ def test_tangents_that_differ_from_torchs_are_not_trusted(monkeypatch):
     torch.testing.assert_close(f("auto"), f("eager"), rtol=0, atol=0)
 
 
+@pytest.mark.uncompiled
 @pytest.mark.slow
 def test_weights_of_a_network_have_derivatives():
     net = torch.nn.Linear(2, 2).double()

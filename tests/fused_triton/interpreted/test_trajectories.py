@@ -87,9 +87,8 @@ PAIRS = [
 @pytest.mark.parametrize(("solver", "noise", "sde"), PAIRS, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
 def test_every_solver_and_noise(solver, noise, sde):
     """Half of them backwards."""
-    numba = noise == "general"
     times = (1.0, 0.25) if noise in ("scalar", "none") or isinstance(solver, sds.Milstein) else (0.0, 1.0)
-    assert_same(sde, start(), *times, 6, solver=solver, seed=2**63 + 5, numba=numba)
+    assert_same(sde, start(), *times, 6, solver=solver, seed=2**63 + 5)
 
 
 @pytest.mark.parametrize(
