@@ -8,15 +8,19 @@ import html
 import math
 import textwrap
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from torch import Tensor
 
+from sdesolve._internal.arguments import short
 from sdesolve.brownian import AbstractNoise
 from sdesolve.carry import AbstractCarry
 from sdesolve.crossing import AbstractBoundary
 from sdesolve.solvers.base import AbstractSolver
 from sdesolve.sums import Sums
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @final
@@ -199,6 +203,40 @@ class Solution:
     log_weights: Tensor | None = None
     jumps: Tensor | None = None
 
+    def plot(self, kind: str | None = None, **options: Any) -> Figure:
+        """A picture of what was saved, as a matplotlib figure.
+
+        Args:
+            kind: ``"paths"``, lines and the histogram of their ends; ``"fan"``, the median and central bands;
+                ``"density"``, histograms over time; ``"phase"``, two components against each other; ``"band"``, mean
+                and two standard deviations. Paths if not given, a band where ``reduce="moments"`` left moments alone.
+            options: of that function of `sdesolve.plotting`, such as ``component=1`` or ``title="..."``.
+
+        Raises:
+            ValueError: another kind; fewer than two times were saved, or no paths; times differ from path to path.
+            ImportError: matplotlib is missing.
+        """
+        kind = ("paths" if self.mean is None else "band") if kind is None else kind
+        if kind not in _KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {short(kind)}")
+        held = self.mean if kind == "band" else self.xs
+        if held is None:
+            raise ValueError("a band needs moments; solve with reduce='moments', or plot(\"fan\")")
+        if self.ts.ndim != 1:
+            raise ValueError("times differ from path to path; draw paths one by one with sdesolve.plotting.paths")
+        if len(held) < 2:
+            some = "moments alone were kept" if kind != "band" and self.mean is not None else f"{len(held)} were saved"
+            raise ValueError(f"a picture over time needs two times or more, and {some}; solve with save_at='grid'")
+        from sdesolve import plotting
+
+        if kind == "band":
+            assert self.variance is not None
+            return plotting.band(self.ts, held, self.variance, **options)
+        if kind == "phase":
+            return plotting.phase(held, **options)
+        draw: Callable[..., Figure] = getattr(plotting, kind)
+        return draw(self.ts, held, **options)
+
     def _told(self) -> dict[str, str]:
         """What a reader wants to know first, in short."""
         x, stats, ts = self.x1, self.stats, self.ts
@@ -232,6 +270,7 @@ class Solution:
         return f'<svg width="240" height="80" viewBox="0 -2 240 84">{"".join(lines)}</svg>'
 
 
+_KINDS = ("paths", "fan", "density", "phase", "band")
 _BESIDE = ("mean", "variance", "sums", "carry", "stopped", "kl", "log_weight", "jumps")
 
 

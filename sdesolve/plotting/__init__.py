@@ -4,8 +4,11 @@ Figures are made without pyplot, so they belong to no backend and no global list
 with ``figure.savefig("name.png")``; a notebook shows it as the last value of a cell.
 """
 
-from sdesolve.plotting.charts import error_curves, image_grid, paths
+from sdesolve.plotting.charts import band, density, error_curves, fan, image_grid, paths, phase
 from sdesolve.plotting.plane import arrows, heatmap, points, trails
 from sdesolve.plotting.style import COLOURS, panels
 
-__all__ = ["COLOURS", "arrows", "error_curves", "heatmap", "image_grid", "panels", "paths", "points", "trails"]
+__all__ = [
+    "COLOURS", "arrows", "band", "density", "error_curves", "fan", "heatmap", "image_grid", "panels", "paths", "phase",
+    "points", "trails",
+]  # fmt: skip

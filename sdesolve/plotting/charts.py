@@ -1,4 +1,4 @@
-"""Grids of images, error curves, sample paths."""
+"""Grids of images, error curves, and sample paths: lines, quantiles, moments, densities, phase planes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import short
+from sdesolve._internal.arguments import short, whole_number
 from sdesolve.plotting.style import COLOURS, GREY, MARKERS, new_figure
 
 if TYPE_CHECKING:
@@ -165,30 +166,187 @@ def paths(
         ValueError: shapes that do not fit, or no such component.
         ImportError: matplotlib is missing.
     """
-    t, x = ts.detach().cpu().double(), xs.detach().cpu().double()
-    if t.ndim != 1 or x.ndim < 2 or x.shape[0] != t.shape[0] or x.numel() == 0:
-        raise ValueError(
-            f"paths needs ts (times,) and xs (times, batch, *state), got {tuple(ts.shape)} and {tuple(xs.shape)}"
-        )
-    x = x.reshape(*x.shape[:2], -1)
-    if not 0 <= component < x.shape[2]:
-        raise ValueError(
-            f"component must be in [0, {x.shape[2]}), the size of the flattened state, got {short(component)}"
-        )
-    x = x[:, :, component]
+    t, x = _of_one(ts, xs, component, "paths")
     figure, (axes,) = new_figure(7.2, 4.0)
     shown = x[:, :most]
     opacity = min(0.8, max(0.15, 12.0 / shown.shape[1]))
     axes.plot(t.numpy(), shown.numpy(), color=COLOURS[0], linewidth=0.8, alpha=opacity)
-    axes.set(xlabel="t", ylabel=y_label, xlim=(float(t[0]), float(t[-1])))
-    if title:
-        axes.set_title(title, loc="left", pad=10)
+    _over_time(figure, axes, t, title, y_label)
     side = axes.inset_axes((1.02, 0.0, 0.16, 1.0), sharey=axes)
     side.hist(x[-1].numpy(), bins=min(60, max(10, x.shape[1] // 20)), orientation="horizontal", color=COLOURS[0])
     side.set(xticks=[])
     side.tick_params(left=False, labelleft=False)
     for spine in side.spines.values():
         spine.set_visible(False)
+    return figure
+
+
+def fan(
+    ts: Tensor,
+    xs: Tensor,
+    *,
+    component: int = 0,
+    levels: Sequence[float] = (0.5, 0.8, 0.95),
+    title: str | None = None,
+    y_label: str = "x",
+) -> Figure:
+    """The median of one component over time, and the central bands that hold such shares of the paths.
+
+    Args:
+        ts: ``(times,)``, in either direction; the axis follows the direction of integration.
+        xs: ``(times, batch, *state)``.
+        component: index into the flattened state.
+        levels: shares in (0, 1), of the paths that a band holds.
+        title: above the axes.
+        y_label: what the component is.
+
+    Raises:
+        ValueError: shapes that do not fit, no such component, or a level that is no share.
+        ImportError: matplotlib is missing.
+    """
+    t, x = _of_one(ts, xs, component, "fan")
+    if not levels or not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels must be shares in (0, 1), such as (0.5, 0.95), got {short(levels)}")
+    figure, (axes,) = new_figure(7.2, 4.0)
+    for level in sorted(levels, reverse=True):
+        low, high = np.quantile(x.numpy(), [0.5 - level / 2, 0.5 + level / 2], axis=1)
+        axes.fill_between(t.numpy(), low, high, color=COLOURS[0], alpha=0.22, linewidth=0,
+                          label=f"{level:.0%} of paths")  # fmt: skip
+    axes.plot(t.numpy(), np.median(x.numpy(), axis=1), color=COLOURS[0], linewidth=1.5, label="median")
+    return _over_time(figure, axes, t, title, y_label, legend=True)
+
+
+def band(
+    ts: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    component: int = 0,
+    title: str | None = None,
+    y_label: str = "x",
+) -> Figure:
+    """The mean of one component over time, with two standard deviations of the paths to either side.
+
+    Args:
+        ts: ``(times,)``, in either direction.
+        mean, variance: ``(times, *state)``.
+        component: index into the flattened state.
+        title: above the axes.
+        y_label: what the component is.
+
+    Raises:
+        ValueError: shapes that do not fit, or no such component.
+        ImportError: matplotlib is missing.
+    """
+    t, m = _of_one(ts, mean[:, None], component, "band")
+    _, v = _of_one(ts, variance[:, None], component, "band")
+    m, reach = m[:, 0], 2 * v[:, 0].clamp(min=0).sqrt()
+    figure, (axes,) = new_figure(7.2, 4.0)
+    axes.fill_between(t.numpy(), (m - reach).numpy(), (m + reach).numpy(), color=COLOURS[0], alpha=0.3, linewidth=0,
+                      label="2 standard deviations")  # fmt: skip
+    axes.plot(t.numpy(), m.numpy(), color=COLOURS[0], linewidth=1.5, label="mean")
+    return _over_time(figure, axes, t, title, y_label, legend=True)
+
+
+def density(
+    ts: Tensor,
+    xs: Tensor,
+    *,
+    component: int = 0,
+    bins: int = 80,
+    title: str | None = None,
+    y_label: str = "x",
+) -> Figure:
+    """How the paths' density in one component changes over time: a histogram for each saved time, side by side.
+
+    Each column is scaled to its own largest value. The range leaves out the outermost 0.1% of all values.
+
+    Args:
+        ts: ``(times,)``, in either direction, at least two.
+        xs: ``(times, batch, *state)``.
+        component: index into the flattened state.
+        bins: of each histogram, at least 2.
+        title: above the axes.
+        y_label: what the component is.
+
+    Raises:
+        ValueError: shapes that do not fit, no such component, or too few bins.
+        ImportError: matplotlib is missing.
+    """
+    bins = whole_number(bins, "bins", 2)
+    t, x = _of_one(ts, xs, component, "density")
+    if len(t) < 2:
+        raise ValueError("density needs two times or more; solve with save_at='grid'")
+    low, high = np.quantile(x.numpy(), [0.0005, 0.9995])
+    low, high = (low - 0.5, high + 0.5) if not low < high else (low, high)
+    counts = np.stack([np.histogram(row, bins, (low, high))[0] for row in x.numpy()], axis=1).astype(float)
+    figure, (axes,) = new_figure(7.2, 4.0)
+    edges = torch.cat([t[:1], 0.5 * (t[1:] + t[:-1]), t[-1:]]).numpy()
+    axes.pcolormesh(edges, np.linspace(low, high, bins + 1), counts / counts.max(0).clip(1.0), cmap="Blues",
+                    rasterized=True)  # fmt: skip
+    return _over_time(figure, axes, t, title, y_label)
+
+
+def phase(
+    xs: Tensor,
+    *,
+    components: tuple[int, int] = (0, 1),
+    most: int = 24,
+    title: str | None = None,
+    labels: tuple[str, str] | None = None,
+) -> Figure:
+    """Two components of a few paths against each other, with a dot where each ends.
+
+    Args:
+        xs: ``(times, batch, *state)``, at least two times.
+        components: two indices into the flattened state.
+        most: draw no more than so many paths.
+        title: above the axes.
+        labels: of the axes; ``x0`` and the like if not given.
+
+    Raises:
+        ValueError: shapes that do not fit, or no such components.
+        ImportError: matplotlib is missing.
+    """
+    if len(components) != 2:
+        raise ValueError(f"components must be two indices, got {short(components)}")
+    ts = torch.arange(len(xs), dtype=torch.float64)
+    a, b = (_of_one(ts, xs, i, "phase")[1][:, :most].numpy() for i in components)
+    figure, (axes,) = new_figure(4.6, 4.4)
+    opacity = min(0.9, max(0.25, 8.0 / a.shape[1]))
+    axes.plot(a, b, color=COLOURS[0], linewidth=0.8, alpha=opacity)
+    axes.plot(a[-1], b[-1], "o", color=COLOURS[1], markersize=3)
+    first, second = labels or tuple(f"x{i}" for i in components)
+    axes.set(xlabel=first, ylabel=second)
+    if title:
+        axes.set_title(title, loc="left", pad=10)
+    return figure
+
+
+def _of_one(ts: Tensor, xs: Tensor, component: int, what: str) -> tuple[Tensor, Tensor]:
+    """Times, and one component of the paths, ``(times, batch)``, in float64 on the host."""
+    t, x = ts.detach().cpu().double(), xs.detach().cpu().double()
+    if t.ndim != 1 or x.ndim < 2 or x.shape[0] != t.shape[0] or x.numel() == 0:
+        raise ValueError(
+            f"{what} needs ts (times,) and xs (times, batch, *state), got {tuple(ts.shape)} and {tuple(xs.shape)}"
+        )
+    x = x.reshape(*x.shape[:2], -1)
+    if not 0 <= component < x.shape[2]:
+        raise ValueError(
+            f"component must be in [0, {x.shape[2]}), the size of the flattened state, got {short(component)}"
+        )
+    return t, x[:, :, component]
+
+
+def _over_time(
+    figure: Figure, axes: Axes, t: Tensor, title: str | None, y_label: str, *, legend: bool = False
+) -> Figure:
+    """Labels of an axis of time, in the direction of integration."""
+    axes.set(xlabel="t", ylabel=y_label, **({"xlim": (float(t[0]), float(t[-1]))} if len(t) > 1 else {}))
+    if title:
+        axes.set_title(title, loc="left", pad=10)
+    if legend:
+        axes.legend(frameon=False, fontsize=8.5)
     return figure
 
 

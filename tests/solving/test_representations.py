@@ -51,3 +51,66 @@ def test_equations_say_their_noise_and_calculus():
     assert repr(sds.to_stratonovich(SDE)).endswith("(noise='diagonal', calculus='stratonovich')")
     assert repr(sds.ODE(lambda x, t: x)).startswith("ODE(noise='none'")
     assert repr(sds.VP().reverse(lambda x, t: -x)).startswith("ReverseSDE(noise='additive'")
+
+
+OPTIONS = {"solver": sds.EulerMaruyama(), "seed": 3, "backend": "eager"}
+
+
+@pytest.mark.parametrize("kind", [None, "paths", "fan", "density", "phase"])
+def test_a_solution_is_drawn_in_one_call(kind):
+    sol = sds.solve(SDE, torch.ones(40, 2), 1.0, 0.0, 6, save_at="grid", **OPTIONS)
+    figure = sol.plot(kind, title="falling")
+    axes = figure.axes[0]
+    assert axes.get_title(loc="left") == "falling"
+    if kind == "phase":
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("x0", "x1")
+        assert len(axes.get_lines()) == 24 + 1  # and their ends
+    else:
+        assert axes.get_xlim() == (1.0, 0.0)  # the direction of integration
+    if kind == "fan":
+        assert [t.get_text() for t in axes.get_legend().get_texts()][:3] == [
+            "95% of paths",
+            "80% of paths",
+            "50% of paths",
+        ]
+        (median,) = axes.get_lines()
+        torch.testing.assert_close(
+            torch.as_tensor(median.get_ydata()).float(), sol.xs[..., 0].sort(1)[0][:, 19:21].mean(1)
+        )
+    if kind == "density":
+        shown = torch.as_tensor(axes.collections[0].get_array().data).reshape(80, 7)
+        assert (shown.max(0).values == 1).all()
+
+
+def test_moments_are_drawn_as_a_band():
+    sol = sds.solve(SDE, torch.ones(40, 2), 0.0, 1.0, 6, save_at="grid", reduce="moments", **OPTIONS)
+    (axes,) = sol.plot(component=1).axes
+    (mean,) = axes.get_lines()
+    torch.testing.assert_close(torch.as_tensor(mean.get_ydata()), sol.mean[:, 1])
+    top = axes.collections[0].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(float((sol.mean[:, 1] + 2 * sol.variance[:, 1].sqrt()).max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("lines", {"save_at": "grid"}, "kind must be one of 'paths', 'fan', 'density', 'phase', 'band', got 'lines'"),
+        (None, {}, "needs two times or more, and 1 were saved; solve with save_at='grid'"),
+        ("band", {"save_at": "grid"}, "a band needs moments; solve with reduce='moments'"),
+        ("fan", {"save_at": "grid", "reduce": "moments"}, "moments alone were kept"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(kind, options, message):
+    sol = sds.solve(SDE, torch.ones(4, 2), 0.0, 1.0, 4, **OPTIONS, **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sol.plot(kind)
+
+
+def test_components_and_levels_that_are_none_are_named():
+    sol = sds.solve(SDE, torch.ones(4, 2), 0.0, 1.0, 4, save_at="grid", **OPTIONS)
+    for kind, options, message in (
+        ("fan", {"component": 2}, r"component must be in \[0, 2\)"), ("fan", {"levels": (1.5,)}, "shares in"),
+        ("density", {"bins": 1}, "bins"), ("phase", {"components": (0, 5)}, r"component must be in \[0, 2\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            sol.plot(kind, **options)
