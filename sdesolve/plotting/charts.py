@@ -346,7 +346,7 @@ def _over_time(
     if title:
         axes.set_title(title, loc="left", pad=10)
     if legend:
-        axes.legend(frameon=False, fontsize=8.5)
+        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
