@@ -84,7 +84,7 @@ class MALA(AbstractKernel):
         y = langevin_update(x, s, delta, noise, k)
         s_y, log_p = target.score(y), target.log_density(y)
         log_q = (squared_norm(y - x - delta * s) - squared_norm(x - y - delta * s_y)) / (4.0 * delta)
-        accept = _uniforms(noise, k, x).log() < log_p - walker.log_density + log_q
+        accept = acceptance_uniforms(noise, k, x).log() < log_p - walker.log_density + log_q
         chosen = per_sample(accept, x)
         return Walker(
             torch.where(chosen, y, x),
@@ -101,7 +101,7 @@ def langevin_update(x: Tensor, s: Tensor, delta: float, noise: AbstractNoise, k:
     return x + delta * s + (2.0 * delta) ** 0.5 * unit_normals(noise, k, x)
 
 
-def _uniforms(noise: AbstractNoise, k: int, x: Tensor) -> Tensor:
+def acceptance_uniforms(noise: AbstractNoise, k: int, x: Tensor) -> Tensor:
     """One uniform number for each sample in step ``k``."""
     if not isinstance(noise, BrownianPath):
         raise TypeError(f"accepting at random needs a BrownianPath, got {type(noise).__name__}")

@@ -28,11 +28,15 @@ from sdesolve.solvers.euler_maruyama import EulerMaruyama
 
 LogPotential = Callable[..., Tensor]
 
+_FINITE_POTENTIAL = ", or a potential that is finite for estimates at t > 0"
+
 
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class Particles:
-    """What `sequential_monte_carlo` returns: weighted samples of ``p(x_0) exp(log_potential(x_0)) / Z``, run by run.
+    """Weighted samples of a law known up to its normaliser ``Z``, run by run.
+
+    Of `sequential_monte_carlo` and `annealed_importance_sampling`.
 
     Attributes:
         x: denoised states, ``(runs, particles, *state)``.
@@ -60,6 +64,25 @@ class Particles:
         n = count if n is None else whole_number(n, "n", 1)
         chosen = systematic(self.log_weights.exp(), n, _uniforms(runs, len(self.ess), self.seed, self.x.device))
         return self.x.flatten(0, 1)[_flat(chosen, count)].unflatten(0, (runs, n))
+
+    def log_normaliser(self) -> tuple[float, float]:
+        """``log Z`` from all runs together, the log of their mean, and its standard error by the delta method.
+
+        The error is that of the spread between runs; of one run that was never resampled, between its particles.
+
+        Raises:
+            ValueError: a single run, of one particle or resampled.
+        """
+        terms = self.log_evidence
+        if len(terms) == 1:
+            terms = self.log_weights[0]
+            if bool(self.resampled.any()) or len(terms) == 1:
+                raise ValueError("the error of log Z needs at least 2 runs, or 2 particles that were not resampled")
+        top = terms.max()
+        ratios = (terms - top).exp()
+        mean = ratios.mean()
+        log_z = self.log_evidence.logsumexp(0) - math.log(len(self.log_evidence))
+        return float(log_z), float(ratios.std() / mean / math.sqrt(len(ratios)))
 
     def __repr__(self) -> str:
         runs, count = self.log_weights.shape
@@ -161,7 +184,9 @@ def sequential_monte_carlo(
     x = process.prior_at(float(times[0])).sample((runs * count, *state), seed=path.seed, dtype=dtype, device=where)
     seen = _Seen(process, score, log_potential, guidance)
     laws = StepLaws(process, seen, x, times, solver, stochasticity)
-    filtered = _Weights(runs, count, threshold, path.seed, where)
+    filtered = RunWeights(
+        runs, count, threshold, path.seed, where, "t", "log_potential is minus infinity", _FINITE_POTENTIAL
+    )
     n = len(times) - 1
     seen.look(x, times[0], last=False)
     filtered.multiply(seen.log_psi, times[0], 0)
@@ -265,10 +290,21 @@ class _Seen:
         return value
 
 
-class _Weights:
+class RunWeights:
     """Log weights of the particles of each run since they were last resampled, and what went into ``log Z``."""
 
-    def __init__(self, runs: int, count: int, threshold: float, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        runs: int,
+        count: int,
+        threshold: float,
+        seed: int,
+        device: torch.device,
+        clock: str,
+        cause: str,
+        remedy: str = "",
+    ) -> None:
+        self._clock, self._cause, self._remedy = clock, cause, remedy
         self._count, self._threshold, self._seed = count, threshold, seed
         self._log = torch.zeros(runs, count, dtype=torch.float64, device=device)
         self._log_evidence = torch.zeros(runs, dtype=torch.float64, device=device)
@@ -283,8 +319,8 @@ class _Weights:
         if bool(gone.any()):
             run, time = int(gone.nonzero()[0]), float(t)
             raise DivergenceError(
-                f"all {self._count} weights of run {run} vanish at t = {time:.6g}: log_potential is minus infinity for "
-                "every particle. Take more particles, or a potential that is finite for estimates at t > 0",
+                f"all {self._count} weights of run {run} vanish at {self._clock} = {time:.6g}: {self._cause} for "
+                f"every particle. Take more particles{self._remedy}",
                 step=max(k - 1, 0),
                 time=time,
                 path=run * self._count,
