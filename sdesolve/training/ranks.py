@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, final
 
@@ -94,6 +95,25 @@ class Ranks:
                 raise ValueError(
                     f"ranks {rank} and 0 were called with {'; '.join(wrong[:4])}: give all of them the same"
                 )
+
+    def compare(self, batch: Callable[[], str]) -> None:
+        """Warns on all ranks where they have read different batches, of which each would take its rows.
+
+        Args:
+            batch: what this rank has read, by its identity.
+        """
+        if self.world == 1:
+            return
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, batch())
+        other = [rank for rank, found in enumerate(every) if found != every[0]]
+        if other:
+            warnings.warn(
+                f"ranks {other[0]} and 0 have read different batches, of which each takes its rows, so the run depends "
+                "on the number of ranks and may leave data out. Give all of them the same loader, without a "
+                "DistributedSampler, a generator of its own or randomness that torch does not seed",
+                stacklevel=3,
+            )
 
     def once(self, function: Callable[[], _T]) -> _T:
         """What ``function`` returns, or raises, on the first rank; on every rank."""

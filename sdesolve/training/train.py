@@ -240,7 +240,10 @@ def train(
         while run.step < steps:
             warm = min(1.0, (run.step + 1) / warmup) if warmup else 1.0
             rate_now = lr * warm * rate(run.step / steps)
-            value, norm = run.advance(next(stream), rate_now, clip, file)
+            batch = next(stream)
+            if run.step == first:
+                run.ranks.compare(functools.partial(identity, [batch.x0, batch.conditions]))
+            value, norm = run.advance(batch, rate_now, clip, file)
             if metrics is not None and (run.step % metrics_every == 0 or run.step == steps):
                 run.measure(metrics)
             if file is not None and (run.step % checkpoint_every == 0 or run.step == steps):

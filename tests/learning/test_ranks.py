@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import sdesolve as sds
 from sdesolve.training import checkpoints
@@ -244,3 +245,25 @@ def test_a_labelled_u_net_from_tensors_or_a_loader(source, tmp_path):
 
     answers = on_ranks(3, action, tmp_path / "store")
     assert answers == [action(0)] * 3
+
+
+@pytest.mark.parametrize("kind", ["distributed", "own order", "same"])
+def test_ranks_that_read_different_batches_are_told(kind, tmp_path):
+    def action(rank):
+        data = TensorDataset(DATA)
+        own = torch.Generator().manual_seed(rank)
+        how = {
+            "distributed": lambda: {"sampler": DistributedSampler(data, shuffle=False)},
+            "own order": lambda: {"shuffle": True, "generator": own},
+            "same": lambda: {"shuffle": True},
+        }[kind]()
+        score = sds.NetworkScore(Net(), sds.VP())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sds.train(
+                score, DataLoader(data, 10, **how), loss=sds.DenoisingScoreMatching(), steps=2, accumulate=2,
+                progress=False,
+            )  # fmt: skip
+        return sum("have read different batches" in str(w.message) for w in caught)
+
+    assert on_ranks(2, action, tmp_path / "store") == ["0" if kind == "same" else "1"] * 2
