@@ -50,6 +50,7 @@ def test_the_posterior_is_bayes_rule(chain):
     assert float(first.variance.abs().max()) == 0.0
 
 
+@pytest.mark.slow
 @chains
 def test_one_jump_is_replayable_and_has_the_marginal(chain):
     x0 = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -71,6 +71,7 @@ def test_an_ode_that_turns_back_within_a_step_has_crossed_and_backwards_runs_sto
     assert bool((up.x1 < 1e-6).all())
 
 
+@pytest.mark.slow
 def test_paths_of_sdes_are_functions_of_their_numbers_and_stop_in_law():
     x0, top = torch.zeros(1000, 1, dtype=F64), 1.0
     until = sds.Crossing(lambda x, t: x[:, 0] - top, 1)

@@ -26,6 +26,7 @@ def fused(x0, noise, solver=SOLVER, **options):
     return sds.solve(SDE, x0, 0.3, 1.4, solver=solver, noise=noise, backend="fused", **options)
 
 
+@pytest.mark.slow
 def test_paths_are_those_of_eager_torch_and_saved_where_they_are():
     noise, times = sds.BrownianPath(11, first_path=2**32 - 4), [0.3, 0.5, 0.85, 1.0, 1.4]
     made = fused(X0, noise, save_at=times)

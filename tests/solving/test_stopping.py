@@ -37,6 +37,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_kernels_stop_paths_where_torch_does_and_take_steps_for_those_that_run():
     saves = [0.0, 1.0, 2.5, 7.0, 10.0]
     eager, fused = (run(backend, save_at=saves) for backend in ("eager", "fused"))

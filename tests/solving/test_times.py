@@ -220,6 +220,7 @@ def driven(rate):
     return sds.SDE(drift, lambda x, t: 0.1 * torch.ones_like(x), "additive")
 
 
+@pytest.mark.slow
 def test_cells_of_a_step_know_when_the_time_is_too_coarse():
     """Of the grid that cells lie in float32 holds every time, and of the cells not."""
     solver, x0, t0 = sds.Adaptive(sds.ShARK(), 1e-2, 2e-3), torch.ones(2, 1), 2.0**16
@@ -252,6 +253,7 @@ def test_a_time_with_more_digits_leaves_the_state_as_it_was(backend):
     torch.testing.assert_close(found[0].x1.double(), found[1].x1, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fused_steps_of_any_length_know_it_too():
     """In the kernel a path ends where its steps come near the rounding of a time that its drift reads."""
     x0, t0, solver = torch.ones(3, 1), 86_400.0, sds.DormandPrince()

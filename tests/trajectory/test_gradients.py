@@ -382,6 +382,7 @@ def test_sums_over_paths_have_the_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
 
 
+@pytest.mark.slow
 def test_steps_that_take_each_others_increments(monkeypatch):
     """From either step of a pair on, on tapes that begin and end within pairs."""
     sde, wanted = with_theta()

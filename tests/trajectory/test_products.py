@@ -36,6 +36,7 @@ def test_bits_of_a_path_depend_on_no_other(run, normals):
     torch.testing.assert_close(whole.x1, run(x0, "eager").x1, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_matrix(normals):
     """Blocks that are not full, and vectors with lanes that belong to no column."""
     a, x0 = A.clone().requires_grad_(), normals(85, 11).requires_grad_()
