@@ -3,7 +3,7 @@
 A network learns the velocity from noise to a mixture by flow matching, and samples by it are compared with those by the
 exact velocity. From it a flow map is distilled, which draws by one call, and is judged by the exact flow from the same
 noise; the flow itself is also run in parallel over time. Two networks learn the Schroedinger bridge between two
-Gaussians, whose closed form says how its ends belong together. Takes about 70 s.
+Gaussians, whose closed form says how its ends belong together. Takes about a minute.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def main() -> None:
 
     score = sds.NetworkScore(sds.nn.MLP(2, width=96, depth=2), PROCESS, "flow")
     data = TARGET.sample(50_000, seed=0)
-    sds.train(score, data, loss=sds.FlowMatching(times="stratified"), steps=int(3000 * part), **options)
+    sds.train(score, data, loss=sds.FlowMatching(times="stratified"), steps=int(2400 * part), **options)
     flow_map = sds.FlowMap(Denoiser(), PROCESS)
-    sds.train(flow_map, data, loss=sds.FlowMapDistillation(score, 40), steps=int(1200 * part), **options)
+    sds.train(flow_map, data, loss=sds.FlowMapDistillation(score, 40), steps=int(900 * part), **options)
     noise = PROCESS.prior.sample((n, 2), seed=9)
     exact = sds.sample(PROCESS, EXACT, x0=noise, **FLOW)
     learned = sds.sample(PROCESS, score, x0=noise, **FLOW)
