@@ -152,3 +152,24 @@ def test_gradients_flow_through_what_is_carried_and_what_does_not_fuse_says_so()
     shared = sds.Adaptive(sds.SPaRK(), 1e-2, shared=True)
     with pytest.raises(ValueError, match="leave shared= out"):
         sds.solve(NOISY, x0, 0.0, 1.0, solver=shared, seed=1, until=sds.Crossing(lambda x, t: x[:, 0] - 9))
+
+
+def test_shared_steps_carry_and_change_as_steps_of_one_path_do():
+    options = {
+        "save_at": [0.4, 1.0], "at": [(0.4, lambda x: x + 3)], "seed": 3,
+        "carry": {
+            "time": sds.Integral(lambda x, t: torch.ones_like(x[:, 0])),
+            "moved": sds.Carry(0.0, lambda c, x, y, t, u: c + (y - x)[:, 0]),
+        },
+        "observable": lambda x, t, c: torch.stack([x[:, 0], t, c["time"], c["moved"]], 1),
+    }  # fmt: skip
+    own, shared = NESTED, sds.Adaptive(sds.SPaRK(), 5e-2, 1e-2, first_steps=2, shared=True)
+    x0 = torch.linspace(-1, 1, 8, dtype=F64)[:, None]
+    one, alone = (sds.solve(NOISY, x0[:1], 0.0, 1.0, solver=s, **options) for s in (own, shared))
+    assert torch.equal(one.xs, alone.xs)
+    assert torch.equal(one.x1, alone.x1)
+    all_ = sds.solve(NOISY, x0, 0.0, 1.0, solver=shared, **options)
+    assert len(set(all_.stats.accepted.tolist())) == 1
+    torch.testing.assert_close(all_.xs[..., 2], all_.ts[:, None].expand(-1, 8), rtol=0, atol=1e-12)
+    # the map's 3 is no step: what the steps moved is the rest
+    torch.testing.assert_close(all_.carry["moved"], (all_.x1 - x0)[:, 0] - 3, rtol=0, atol=1e-12)
