@@ -19,7 +19,6 @@ from typing import final
 import numpy as np
 import torch
 
-from sdesolve_kernels._numba.trajectory import is_kept, load
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job, single_threaded_if_forked, split
 from sdesolve_kernels.trajectory.adaptive import (
@@ -36,9 +35,9 @@ from sdesolve_kernels.trajectory.expressions import F64, I64, Expression, topolo
 from sdesolve_kernels.trajectory.launch import Launch, Tables, contiguous
 from sdesolve_kernels.trajectory.leaves import LoopInvariant, NoiseLeaf, PathEntry, PathInvariant, Shared, State, Time
 from sdesolve_kernels.trajectory.numba_lanes import kind
-from sdesolve_kernels.trajectory.numba_source import AbstractPrinter, Numba, seconds_to_compile
+from sdesolve_kernels.trajectory.numba_source import AbstractPrinter, Numba, compiled
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported, dtype_name
+from sdesolve_kernels.trajectory.tracing import Unsupported, dtype_name
 
 __all__ = ["NumbaAdaptive"]
 
@@ -523,14 +522,7 @@ class NumbaAdaptive(AbstractAdaptive):
         self.source = printer.kernel()
         self.lanes, self._scratch, self._n = printer.lanes, printer.scratch, printer.n
         self._tables = Tables(printer.plan)
-        expected = seconds_to_compile(self.source)
-        if expected > seconds and not is_kept(self.source):
-            raise TooCostly(f"its kernel would take about {expected:.0f} s to compile; backend='fused' does it")
-        try:
-            self._entry = load(self.source)
-        except Exception as problem:
-            text = str(problem).strip().partition("\n")[0]
-            raise Unsupported(f"its kernel does not compile, a fault of sdesolve ({text})") from problem
+        self._entry = compiled(self.source, seconds)
 
     def adapt(self, launch: AdaptiveLaunch) -> AdaptiveSaved:
         with single_threaded_if_forked():

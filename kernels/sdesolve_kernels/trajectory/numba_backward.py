@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdesolve_kernels._numba.trajectory import is_kept, load
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job, scratch, split
 from sdesolve_kernels.trajectory.expressions import topological
 from sdesolve_kernels.trajectory.launch import AbstractReverse, Moments, Sweep, combined, contiguous, listed
 from sdesolve_kernels.trajectory.numba_reverse import REVERSE_ARGUMENTS, reverse_kernel
-from sdesolve_kernels.trajectory.numba_source import seconds_to_compile
+from sdesolve_kernels.trajectory.numba_source import compiled
 from sdesolve_kernels.trajectory.reverse import Reverse
-from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported
 
 __all__ = ["NumbaReverse"]
 
@@ -51,14 +49,7 @@ class NumbaReverse(AbstractReverse):
     def __init__(self, reverse: Reverse, increments: Sequence[str], seconds: float = math.inf) -> None:
         self._reverse, self._kernel = reverse, reverse_kernel(reverse, increments)
         self.source = self._kernel.source
-        expected = seconds_to_compile(self.source)
-        if expected > seconds and not is_kept(self.source):
-            raise TooCostly(f"its reverse would take about {expected:.0f} s to compile; backend='fused' does it")
-        try:
-            self._entry = load(self.source)
-        except Exception as problem:
-            text = str(problem).strip().partition("\n")[0]
-            raise Unsupported(f"its reverse does not compile, a fault of sdesolve ({text})") from problem
+        self._entry = compiled(self.source, seconds, "reverse")
         plan = reverse.plan
         operations = len(topological([*plan.states, *reverse.step.states, *reverse.step.sums]))
         operations += sum(3 * m.rows * m.columns for m in plan.matrices)

@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from sdesolve_kernels._numba.trajectory import is_kept, load
+from sdesolve_kernels._numba.trajectory import is_kept
 from sdesolve_kernels.backend import int64_bits
 from sdesolve_kernels.threads import Job, scratch, single_threaded_if_forked, split
 from sdesolve_kernels.trajectory.expressions import topological
@@ -36,12 +36,12 @@ from sdesolve_kernels.trajectory.numba_source import (
     ARGUMENTS,
     VECTOR,
     NumbaKernel,
+    compiled,
     numba_kernel,
     seconds_to_compile,
 )
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.reverse import Reverse
-from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported
 
 __all__ = ["NumbaTrajectory"]
 
@@ -76,14 +76,7 @@ class NumbaTrajectory(AbstractTrajectory):
         self._use(kernel, seconds)
 
     def _use(self, kernel: NumbaKernel, seconds: float = math.inf) -> None:
-        expected = seconds_to_compile(kernel.source)
-        if expected > seconds and not is_kept(kernel.source):
-            raise TooCostly(f"its kernel would take about {expected:.0f} s to compile; backend='fused' does it")
-        try:
-            self._entry = load(kernel.source)
-        except Exception as problem:
-            text = str(problem).strip().partition("\n")[0]
-            raise Unsupported(f"its kernel does not compile, a fault of sdesolve ({text})") from problem
+        self._entry = compiled(kernel.source, seconds)
         self._kernel, self.source = kernel, kernel.source
         # Nanoseconds that a block takes for a step: expected, and later as measured.
         self._cost = kernel.lanes * self._cost_of_lane

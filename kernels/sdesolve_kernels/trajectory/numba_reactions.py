@@ -13,7 +13,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sdesolve_kernels._numba.trajectory import is_kept, load
 from sdesolve_kernels.threads import Job, single_threaded_if_forked, split
 from sdesolve_kernels.trajectory.adaptive import clocked
 from sdesolve_kernels.trajectory.codegen import Writer, indented, local
@@ -21,11 +20,11 @@ from sdesolve_kernels.trajectory.expressions import F64, Expression, topological
 from sdesolve_kernels.trajectory.launch import Launch, Saved, Tables, contiguous
 from sdesolve_kernels.trajectory.leaves import LoopInvariant, PathEntry, Shared, Time
 from sdesolve_kernels.trajectory.numba_lanes import kind, typed
-from sdesolve_kernels.trajectory.numba_source import Numba, seconds_to_compile
+from sdesolve_kernels.trajectory.numba_source import Numba, compiled
 from sdesolve_kernels.trajectory.operations import OPERATIONS
 from sdesolve_kernels.trajectory.plan import Plan
 from sdesolve_kernels.trajectory.reactions import AbstractReactions, ReactionLaunch, ReactionRule
-from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported, dtype_name
+from sdesolve_kernels.trajectory.tracing import Unsupported, dtype_name
 
 __all__ = ["NumbaReactions"]
 
@@ -190,14 +189,7 @@ class NumbaReactions(AbstractReactions):
         printer = _Printer(plan, rule)
         self.rule, self.plan, self.source = rule, plan, printer.source()
         self._tables = Tables(printer.plan)
-        expected = seconds_to_compile(self.source)
-        if expected > seconds and not is_kept(self.source):
-            raise TooCostly(f"its kernel would take about {expected:.0f} s to compile; backend='fused' does it")
-        try:
-            self._entry = load(self.source)
-        except Exception as problem:
-            text = str(problem).strip().partition("\n")[0]
-            raise Unsupported(f"its kernel does not compile, a fault of sdesolve ({text})") from problem
+        self._entry = compiled(self.source, seconds)
 
     def react(self, launch: ReactionLaunch) -> Tensor:
         return self._called(launch, launch.most)[0]

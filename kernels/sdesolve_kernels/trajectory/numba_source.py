@@ -13,15 +13,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
+from sdesolve_kernels._numba.trajectory import Entry, is_kept, load
 from sdesolve_kernels.trajectory.codegen import AbstractDialect, Writer, indented, local
 from sdesolve_kernels.trajectory.expressions import Expression, topological
 from sdesolve_kernels.trajectory.leaves import Column, LoopInvariant, PathEntry, PathInvariant, State
 from sdesolve_kernels.trajectory.numba_lanes import Lanes, kind, typed
 from sdesolve_kernels.trajectory.operations import BOOL, FLOATS, I64, OPERATIONS, OpSpec
 from sdesolve_kernels.trajectory.plan import Plan
-from sdesolve_kernels.trajectory.tracing import dtype_name
+from sdesolve_kernels.trajectory.tracing import TooCostly, Unsupported, dtype_name
 
-__all__ = ["ARGUMENTS", "VECTOR", "AbstractPrinter", "Numba", "NumbaKernel", "numba_kernel", "seconds_to_compile"]
+__all__ = [
+    "ARGUMENTS",
+    "VECTOR",
+    "AbstractPrinter",
+    "Numba",
+    "NumbaKernel",
+    "compiled",
+    "numba_kernel",
+    "seconds_to_compile",
+]
 
 # What a kernel is called with: the address of these, as int64; and which of them are addresses, of what.
 ARGUMENTS = {
@@ -78,6 +88,28 @@ def seconds_to_compile(source: str) -> float:
     """What compiling a kernel is expected to take; within a factor of 2 on six programs that took 3 to 15 s."""
     calls = sum(source.count(text) for text in _INLINED)
     return 1.0 + _SECONDS_A_LINE * source.count("\n") + _SECONDS_A_CALL * calls
+
+
+def compiled(source: str, seconds: float, what: str = "kernel") -> Entry:
+    """The machine code of a generated source.
+
+    Args:
+        source: of the kernel.
+        seconds: what compiling it may take, unless it is on disk.
+        what: it is called in a message.
+
+    Raises:
+        TooCostly: it would take longer.
+        Unsupported: it does not compile.
+    """
+    expected = seconds_to_compile(source)
+    if expected > seconds and not is_kept(source):
+        raise TooCostly(f"its {what} would take about {expected:.0f} s to compile; backend='fused' does it")
+    try:
+        return load(source)
+    except Exception as problem:
+        text = str(problem).strip().partition("\n")[0]
+        raise Unsupported(f"its {what} does not compile, a fault of sdesolve ({text})") from problem
 
 
 @final
