@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdesolve._internal.arguments import short, whole_number
 from sdesolve._internal.derivatives import linearised, slopes
+from sdesolve._internal.tables import html_table
 
 State = Annotated[Tensor, "batch *state"]
 Time = Annotated[Tensor, ""] | Annotated[Tensor, "batch"]
@@ -85,6 +86,16 @@ class AbstractSDE(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(noise={self.noise.value!r}, calculus={self.calculus.value!r})"
+
+    def _repr_html_(self) -> str:
+        noisy = {
+            Noise.NONE: "", Noise.ADDITIVE: " + g(t) dW", Noise.SCALAR: " + g(X, t) dW, one W for all components",
+            Noise.DIAGONAL: " + g(X, t) dW, a W for each component", Noise.GENERAL: " + g(X, t) dW, g a matrix",
+        }  # fmt: skip
+        rows = {"equation": f"dX = f(X, t) dt{noisy[self.noise]}"}
+        if self.noise is not Noise.NONE:
+            rows |= {"noise": self.noise.value, "calculus": self.calculus.value}
+        return html_table(type(self).__name__, rows)
 
     def directed(self, sign: float | Tensor) -> AbstractSDE:
         """The equation as it is integrated to later times (1) or earlier ones (-1), or ``(batch,)`` of them."""

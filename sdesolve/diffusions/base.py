@@ -14,6 +14,7 @@ from sdesolve_kernels.transforms import is_transformed
 from torch import Tensor
 
 from sdesolve._internal.arguments import number, short
+from sdesolve._internal.tables import html_table
 from sdesolve.reverse import ProbabilityFlow, ReverseSDE, Score
 from sdesolve.sde import AbstractLinearSDE, per_sample
 
@@ -134,6 +135,11 @@ class AbstractDiffusion(AbstractLinearSDE):
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({settings})"
+
+    def _repr_html_(self) -> str:
+        ends = [(t, float(self.alpha(t)), float(self.sigma(t))) for t in (self.t_min, self.t_max)]
+        at = {f"at t = {t:.4g}": f"alpha {alpha:.4g}, sigma {sigma:.4g}" for t, alpha, sigma in ends}
+        return html_table(repr(self), {"law": "x_t = alpha(t) x_0 + sigma(t) z", **at})
 
     @final
     def identity(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
 import math
 import textwrap
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from torch import Tensor
 
 from sdesolve._internal.arguments import short
+from sdesolve._internal.tables import html_table
 from sdesolve.brownian import AbstractNoise
 from sdesolve.carry import AbstractCarry
 from sdesolve.crossing import AbstractBoundary
@@ -253,8 +253,7 @@ class Solution:
         return "Solution\n" + "\n".join(f"  {name + ':':7} {text}" for name, text in self._told().items())
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._told().items())
-        return f"<b>Solution</b><table>{rows}</table>{self._picture()}"
+        return html_table("Solution", self._told()) + self._picture()
 
     def _picture(self) -> str:
         """The first number of a few paths against time, as SVG; nothing where fewer than three times were saved."""

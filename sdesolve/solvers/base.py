@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sdesolve._internal.tables import html_table
 from sdesolve.brownian import Increment, Part
 from sdesolve.sde import AbstractSDE, Calculus, Noise
 from sdesolve.solvers.controller import StepController
@@ -171,6 +172,13 @@ class AbstractSolver(abc.ABC):
     @final
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+    def _repr_html_(self) -> str:
+        strong = ", ".join("-" if p is None else f"{p:g}" for p in self.strong_orders)
+        weak, ode = ("-" if p is None else f"{p:g}" for p in (self.weak_order, self.ode_order))
+        kinds = ", ".join(sorted({f"{noise.value} ({calculus.value})" for calculus, noise in self.supported}))
+        rows = {"noise": kinds, "strong order": f"{strong} (additive, diagonal, general)", "weak order": weak}
+        return html_table(repr(self), {**rows, "order without noise": ode})
 
     @final
     def __eq__(self, other: object) -> bool:

@@ -53,6 +53,31 @@ def test_equations_say_their_noise_and_calculus():
     assert repr(sds.VP().reverse(lambda x, t: -x)).startswith("ReverseSDE(noise='additive'")
 
 
+def test_notebooks_show_equations_processes_and_solvers_as_tables():
+    for shown, parts in (
+        (SDE, ("dX = f(X, t) dt + g(X, t) dW, a W for each component", "ito")),
+        (sds.ODE(lambda x, t: x), ("dX = f(X, t) dt</td>",)),
+        (sds.VP().reverse(lambda x, t: -x), ("g(t) dW", "additive")),
+        (sds.VP(), ("alpha(t) x_0 + sigma(t) z", "at t = 1", "sigma 1")),
+        (sds.SRIW1(), ("1.5, 1.5, - (additive, diagonal, general)", "diagonal (ito)")),
+        (sds.EulerMaruyama(), ("1, 0.5, 0.5", "general (ito)")),
+        (sds.RK4(), ("order without noise</th><td>4",)),
+        (sds.Adaptive(sds.SPaRK()), ("SPaRK", "strong order")),
+    ):
+        text = shown._repr_html_()
+        assert "<table>" in text
+        assert len(text) < 2000
+        for part in parts:
+            assert part in text
+
+
+@pytest.mark.parametrize(
+    "solver", [sds.DDIM(), sds.DPMSolverPP(2), sds.Ancestral(), sds.DormandPrince(), sds.TauLeap()]
+)
+def test_any_solver_has_a_table(solver):
+    assert "<table>" in solver._repr_html_()
+
+
 OPTIONS = {"solver": sds.EulerMaruyama(), "seed": 3, "backend": "eager"}
 
 
