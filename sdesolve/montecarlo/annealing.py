@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdesolve._internal.arguments import kind_of, number, short, whole_number
+from sdesolve._internal.arguments import kind_of, whole_number
 from sdesolve._internal.modes import in_evaluation
 from sdesolve._internal.transforms import refuse_transforms, runs_as_it_is
 from sdesolve.brownian import BrownianPath, drawn_seed
@@ -17,7 +17,7 @@ from sdesolve.integrate.checks import all_finite, bad_rows
 from sdesolve.integrate.solution import DivergenceError
 from sdesolve.mcmc.base import squared_norm
 from sdesolve.mcmc.overdamped import MALA, Langevin, acceptance_uniforms, langevin_update
-from sdesolve.montecarlo.sequential import Particles, RunWeights
+from sdesolve.montecarlo.sequential import Particles, RunWeights, check_particles
 from sdesolve.scores.base import AbstractData
 from sdesolve.sde import per_sample
 
@@ -93,11 +93,7 @@ def annealed_importance_sampling(
         raise ValueError("prior must have a density; give it standard deviations above 0")
     runs, count = whole_number(runs, "runs", 1), whole_number(particles, "particles", 1)
     levels = _levels(steps, betas)
-    threshold = number(ess_threshold, "ess_threshold")
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"ess_threshold is a fraction of the particles, in [0, 1], got {short(ess_threshold)}")
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {short(dtype)}")
+    threshold = check_particles(ess_threshold, dtype)
     path = BrownianPath(drawn_seed() if seed is None else seed)
     x = prior.sample(runs * count, seed=path.seed, dtype=dtype, device=device)
     noise, delta = path.correctors(1), kernel.convention.step(kernel.step_size)
@@ -144,8 +140,8 @@ class _State(NamedTuple):
 
     def log(self, beta: float) -> Tensor:
         """``log g`` at this level, float64."""
-        if beta == 0.0:
-            return self.log_prior
+        if beta in (0.0, 1.0):  # where the other one may be minus infinity
+            return self.log_prior if beta == 0.0 else self.log_target
         return (1.0 - beta) * self.log_prior + beta * self.log_target
 
     def positive(self, beta: float) -> Tensor:

@@ -172,13 +172,10 @@ def sequential_monte_carlo(
     solver = EulerMaruyama() if solver is None else solver
     check_gaussian_solver(process, solver, stochasticity)
     times = sampling_times(process, solver, steps, grid, None)
-    guidance, threshold = number(guidance, "guidance"), number(ess_threshold, "ess_threshold")
+    guidance = number(guidance, "guidance")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {short(guidance)}")
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"ess_threshold is a fraction of the particles, in [0, 1], got {short(ess_threshold)}")
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {short(dtype)}")
+    threshold = check_particles(ess_threshold, dtype)
     path = BrownianPath(drawn_seed() if seed is None else seed)
     where = device_of(device)
     x = process.prior_at(float(times[0])).sample((runs * count, *state), seed=path.seed, dtype=dtype, device=where)
@@ -353,6 +350,16 @@ class RunWeights:
             torch.stack(self._resampled),
             self._seed,
         )
+
+
+def check_particles(ess_threshold: float, dtype: torch.dtype) -> float:
+    """The fraction of the particles below which they are resampled, and a refusal of other dtypes."""
+    threshold = number(ess_threshold, "ess_threshold")
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"ess_threshold is a fraction of the particles, in [0, 1], got {short(ess_threshold)}")
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {short(dtype)}")
+    return threshold
 
 
 def systematic(weights: Tensor, n: int, u: Tensor) -> Tensor:

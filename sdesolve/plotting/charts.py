@@ -173,7 +173,8 @@ def paths(
     axes.plot(t.numpy(), shown.numpy(), color=COLOURS[0], linewidth=0.8, alpha=opacity)
     _over_time(figure, axes, t, title, y_label)
     side = axes.inset_axes((1.02, 0.0, 0.16, 1.0), sharey=axes)
-    side.hist(x[-1].numpy(), bins=min(60, max(10, x.shape[1] // 20)), orientation="horizontal", color=COLOURS[0])
+    ends = x[-1][x[-1].isfinite()]
+    side.hist(ends.numpy(), bins=min(60, max(10, x.shape[1] // 20)), orientation="horizontal", color=COLOURS[0])
     side.set(xticks=[])
     side.tick_params(left=False, labelleft=False)
     for spine in side.spines.values():
@@ -259,7 +260,8 @@ def density(
 ) -> Figure:
     """How the paths' density in one component changes over time: a histogram for each saved time, side by side.
 
-    Each column is scaled to its own largest value. The range leaves out the outermost 0.1% of all values.
+    Each column is scaled to its own largest value. The range leaves out the outermost 0.1% of all values, and states
+    that are not finite are in no histogram.
 
     Args:
         ts: ``(times,)``, in either direction, at least two.
@@ -270,14 +272,17 @@ def density(
         y_label: what the component is.
 
     Raises:
-        ValueError: shapes that do not fit, no such component, or too few bins.
+        ValueError: shapes that do not fit, no such component, too few bins, or no finite state.
         ImportError: matplotlib is missing.
     """
     bins = whole_number(bins, "bins", 2)
     t, x = _of_one(ts, xs, component, "density")
     if len(t) < 2:
         raise ValueError("density needs two times or more; solve with save_at='grid'")
-    low, high = np.quantile(x.numpy(), [0.0005, 0.9995])
+    finite = x[x.isfinite()].numpy()
+    if not finite.size:
+        raise ValueError("density needs finite states, and none is")
+    low, high = np.quantile(finite, [0.0005, 0.9995])
     low, high = (low - 0.5, high + 0.5) if not low < high else (low, high)
     counts = np.stack([np.histogram(row, bins, (low, high))[0] for row in x.numpy()], axis=1).astype(float)
     figure, (axes,) = new_figure(7.2, 4.0)
@@ -298,7 +303,7 @@ def phase(
     """Two components of a few paths against each other, with a dot where each ends.
 
     Args:
-        xs: ``(times, batch, *state)``, at least two times.
+        xs: ``(times, batch, *state)``.
         components: two indices into the flattened state.
         most: draw no more than so many paths.
         title: above the axes.
@@ -325,7 +330,7 @@ def phase(
 
 def _of_one(ts: Tensor, xs: Tensor, component: int, what: str) -> tuple[Tensor, Tensor]:
     """Times, and one component of the paths, ``(times, batch)``, in float64 on the host."""
-    t, x = ts.detach().cpu().double(), xs.detach().cpu().double()
+    t, x = ts.detach().cpu().double(), xs.detach()
     if t.ndim != 1 or x.ndim < 2 or x.shape[0] != t.shape[0] or x.numel() == 0:
         raise ValueError(
             f"{what} needs ts (times,) and xs (times, batch, *state), got {tuple(ts.shape)} and {tuple(xs.shape)}"
@@ -335,7 +340,7 @@ def _of_one(ts: Tensor, xs: Tensor, component: int, what: str) -> tuple[Tensor, 
         raise ValueError(
             f"component must be in [0, {x.shape[2]}), the size of the flattened state, got {short(component)}"
         )
-    return t, x[:, :, component]
+    return t, x[:, :, component].cpu().double()
 
 
 def _over_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -139,3 +140,15 @@ def test_components_and_levels_that_are_none_are_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             sol.plot(kind, **options)
+
+
+@pytest.mark.parametrize("kind", ["paths", "density"])
+def test_states_that_are_not_finite_are_left_out(kind):
+    odd = sds.ODE(lambda x, t: torch.where(x > 0, x / 0, -x))
+    x0 = torch.tensor([[1.0], [-1.0], [-2.0]])
+    options = {"solver": sds.RK4(), "check_finite": False, "backend": "eager", "save_at": "grid"}
+    sol = sds.solve(odd, x0, 0.0, 1.0, 4, **options)
+    assert not sol.x1.isfinite().all()
+    assert sol.plot(kind).axes
+    with pytest.raises(ValueError, match="density needs finite states"):
+        sds.plotting.density(sol.ts, torch.full((5, 2, 1), math.nan))
